@@ -1,0 +1,35 @@
+"""cudnn_flex_compile: torch.compile(model, backend="cudnn_flex") runs flex_attention on cuDNN.
+
+Importing it costs little: torch._dynamo finds the backend through its entry point and imports the rest then.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["Options", "Reason", "Report", "cache_clear", "cache_info", "cudnn_flex", "explain"]
+
+if TYPE_CHECKING:
+    from cudnn_flex_compile.backend import cudnn_flex
+    from cudnn_flex_compile.config import Options
+    from cudnn_flex_compile.engine.select import cache_clear, cache_info
+    from cudnn_flex_compile.explain import explain
+    from cudnn_flex_compile.reasons import Reason
+    from cudnn_flex_compile.report import Report
+
+_HOMES = {
+    "Options": "config",
+    "Reason": "reasons",
+    "Report": "report",
+    "cache_clear": "engine.select",
+    "cache_info": "engine.select",
+    "cudnn_flex": "backend",
+    "explain": "explain",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,62 @@
+"""The Dynamo backend: runs the pass, then the inner backend on what is left.
+
+Knows nothing of how calls are lowered.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch.fx import GraphModule
+
+from cudnn_flex_compile.config import Options, options_from
+from cudnn_flex_compile.inner import compile_inner
+from cudnn_flex_compile.report import CallReport, publish
+from cudnn_flex_compile.scoremod.text import infix
+
+log = logging.getLogger("cudnn_flex_compile")
+
+
+def cudnn_flex(
+    graph_module: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """`torch.compile(model, backend="cudnn_flex", options={...})`.
+
+    Args:
+        graph_module: Dynamo's graph, before autograd.
+        example_inputs: the inputs of the call that is being compiled.
+        options: see config.Options.
+        mode: of the inner backend.
+
+    Raises:
+        ValueError, TypeError: an unknown option, or a value that it does not take.
+    """
+    from cudnn_flex_compile.engine.select import plans, policy
+    from cudnn_flex_compile.passes.lower_calls import lower_calls
+
+    chosen = options_from(options, mode)
+    policy.certify = chosen.certify != "off"
+    plans.resize(chosen.plan_cache_size)
+    calls = lower_calls(graph_module, example_inputs)
+    publish(calls)
+    _log(calls, chosen)
+    return compile_inner(graph_module, example_inputs, chosen)
+
+
+def _log(calls: list[CallReport], options: Options) -> None:
+    if not calls:
+        return
+    kept = [c for c in calls if c.reason is not None]
+    reasons = "; ".join(sorted({str(c.reason) for c in kept}))
+    log.info(
+        "cudnn_flex: %d flex_attention calls: %d lowered, %d kept%s",
+        len(calls), len(calls) - len(kept), len(kept), f" ({reasons})" if reasons else "",
+    )  # fmt: skip
+    for call in calls if options.verbose else ():
+        what = " + ".join(call.strategies) if call.reason is None else f"kept, {call.reason}; {call.reason.remedy}"
+        score = infix(call.program.score) if call.program else "?"
+        log.info("cudnn_flex:   %s [%s] %s", call.source, score, what)

@@ -1,0 +1,82 @@
+"""Options of the backend, from `torch.compile(..., options={...})` and from environment variables.
+
+Knows nothing of graphs.
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+PREFIX = "CUDNN_FLEX_"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a user can set.
+
+    Attributes:
+        inner_backend: the backend for everything but attention: any name that torch._dynamo knows.
+        inner_options: `options` of the inner backend.
+        mode: `mode` of the inner backend; `torch.compile(mode=...)` cannot be combined with options, so it is
+            also an option of its own.
+        certify: whether plans are checked before they run user data. "off" is for debugging only.
+        plan_cache_size: how many plans are kept (least recently used first out); each holds some host memory.
+        verbose: log every call, not only one line a graph.
+    """
+
+    inner_backend: str = "inductor"
+    inner_options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    mode: str | None = None
+    certify: str = "once"
+    plan_cache_size: int = 256
+    verbose: bool = False
+
+    def __post_init__(self) -> None:
+        for name, valid in CHOICES.items():
+            if getattr(self, name) not in valid:
+                raise ValueError(f"option {name}={getattr(self, name)!r}; valid values: {', '.join(map(repr, valid))}")
+        for name, kind in KINDS.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+                raise TypeError(f"option {name}={value!r} is a {type(value).__name__}, expected {kind.__name__}")
+        if self.plan_cache_size < 1:
+            raise ValueError(f"option plan_cache_size={self.plan_cache_size}; valid values: 1 and more")
+
+
+CHOICES: dict[str, tuple[str | None, ...]] = {
+    "mode": (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    "certify": ("once", "off"),
+}
+KINDS: dict[str, type] = {"inner_backend": str, "plan_cache_size": int, "verbose": bool, "inner_options": Mapping}
+
+
+def options_from(given: Mapping[str, Any] | None, mode: str | None = None) -> Options:
+    """Options from what torch.compile passes on, over those of the environment.
+
+    Raises:
+        ValueError, TypeError: unknown key (the valid ones are listed), wrong type or value.
+    """
+    names = [f.name for f in dataclasses.fields(Options)]
+    given = dict(given or {})
+    unknown = sorted(set(given) - set(names))
+    if unknown:
+        raise ValueError(f"unknown option {', '.join(map(repr, unknown))}; valid options: {', '.join(names)}")
+    if mode is not None:
+        given.setdefault("mode", mode)
+    return Options(**{**_from_environment(), **given})
+
+
+def _from_environment() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for f in dataclasses.fields(Options):
+        text = os.environ.get(PREFIX + f.name.upper())
+        if text is None or f.name == "inner_options":
+            continue
+        kind = KINDS.get(f.name, str)
+        try:
+            found[f.name] = text.lower() in ("1", "true", "yes", "on") if kind is bool else kind(text)
+        except ValueError as error:
+            raise ValueError(f"environment variable {PREFIX}{f.name.upper()}={text!r}: {error}") from error
+    return found

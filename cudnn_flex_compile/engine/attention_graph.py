@@ -1,0 +1,157 @@
+"""Builds the cuDNN graph of one problem under one lowering: an SDPA node, its callbacks, inputs and outputs.
+
+Knows nothing of caches, of execution or of which lowering is best.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import cudnn
+import torch
+
+from cudnn_flex_compile.engine.lower import FLOAT, TENSOR_TYPES, Emitter, Inputs
+from cudnn_flex_compile.engine.lowering import Lowering
+from cudnn_flex_compile.engine.problem import FORWARD, Problem, TensorSpec
+
+
+@dataclass(slots=True)
+class AttentionGraph:
+    """A graph before it is built, with its tensors by role.
+
+    Attributes:
+        graph: the pygraph.
+        roles: the graph tensor of each device tensor: query, key, value, out, stats, grad_out, dq, dk, dv.
+        inputs: operands, scalars and constants.
+        callbacks: what the graph's callbacks need while it is built.
+    """
+
+    graph: Any
+    roles: dict[str, Any]
+    inputs: Inputs
+    callbacks: "Callbacks"
+
+
+@dataclass(slots=True)
+class Callbacks:
+    """What the score_mod callbacks read. Cleared once the graph is built: the graph owns the callbacks, and a
+    callback that led back to the graph would keep both alive for ever (the cycle runs through C++).
+    """
+
+    inputs: Inputs | None = None
+    lowering: Lowering | None = None
+    emitters: list[Emitter] = field(default_factory=list[Emitter])
+
+    def clear(self) -> None:
+        self.inputs = self.lowering = None
+        self.emitters.clear()
+
+    def score_mod(self, graph: Any, score: Any) -> Any:
+        assert self.inputs is not None and self.lowering is not None and self.lowering.score_mod is not None
+        self.emitters.append(Emitter(graph, self.inputs, score))
+        return self.lowering.score_mod(self.emitters[-1])
+
+    def score_mod_bprop(self, graph: Any, grad: Any) -> Any:
+        assert self.inputs is not None and self.lowering is not None
+        if self.lowering.score_mod_bprop is None:
+            return grad
+        emitter = self.emitters[-1]  # the forward's nodes are in the same graph: what it computed is reused
+        emitter.grad = _shaped(grad, self.inputs.problem)
+        return self.lowering.score_mod_bprop(emitter)
+
+
+def stats_spec(problem: Problem) -> TensorSpec:
+    batch, heads, length = problem.lse_shape
+    return TensorSpec((batch, heads, length, 1), (heads * length, length, 1, 1), torch.float32)
+
+
+def assemble(problem: Problem, lowering: Lowering, **graph_arguments: Any) -> AttentionGraph:
+    """The graph, with all its nodes; `graph_arguments` name the handle, or the device of a deviceless graph."""
+    graph = cudnn.pygraph(
+        io_data_type=TENSOR_TYPES[problem.query.dtype],
+        intermediate_data_type=FLOAT,
+        compute_data_type=FLOAT,
+        **graph_arguments,
+    )
+    inputs = Inputs(graph, problem)
+    roles = {name: _declare(graph, getattr(problem, name)) for name in ("query", "key", "value")}
+    inputs.declare(*lowering.leaves)
+    callbacks = Callbacks(inputs, lowering)
+    add = _forward if problem.direction == FORWARD else _backward
+    add(graph, problem, callbacks, roles)
+    return AttentionGraph(graph, roles, inputs, callbacks)
+
+
+def _declare(graph: Any, spec: TensorSpec) -> Any:
+    return graph.tensor(dim=spec.shape, stride=spec.stride, data_type=TENSOR_TYPES[spec.dtype])
+
+
+def _output(tensor: Any, spec: TensorSpec) -> Any:
+    tensor.set_output(True).set_dim(list(spec.shape)).set_stride(list(spec.stride))
+    tensor.set_data_type(TENSOR_TYPES[spec.dtype])
+    return tensor
+
+
+def _arguments(callbacks: Callbacks) -> tuple[dict[str, Any], bool]:
+    """Native arguments, and whether there is a score_mod."""
+    assert callbacks.lowering is not None
+    return dict(callbacks.lowering.native), callbacks.lowering.score_mod is not None
+
+
+def _forward(graph: Any, problem: Problem, callbacks: Callbacks, roles: dict[str, Any]) -> None:
+    extra, modified = _arguments(callbacks)
+    if modified:
+        extra["score_mod"] = callbacks.score_mod
+        # AUTO may pick the unified engine, which loses tile skipping and has read illegal memory.
+        extra["implementation"] = cudnn.attention_implementation.COMPOSITE
+    out, stats = graph.sdpa(
+        name="attention",
+        q=roles["query"],
+        k=roles["key"],
+        v=roles["value"],
+        attn_scale=problem.scale,
+        generate_stats=problem.stats,
+        **extra,
+    )
+    roles["out"] = _output(out, problem.out)
+    if problem.stats:
+        roles["stats"] = _output(stats, stats_spec(problem))
+
+
+def _backward(graph: Any, problem: Problem, callbacks: Callbacks, roles: dict[str, Any]) -> None:
+    roles["out"] = _declare(graph, problem.out)
+    roles["grad_out"] = _declare(graph, problem.grad or problem.out)
+    roles["stats"] = _declare(graph, stats_spec(problem))
+    extra, modified = _arguments(callbacks)
+    if modified:
+        extra |= {"score_mod": callbacks.score_mod, "score_mod_bprop": callbacks.score_mod_bprop}
+    if problem.deterministic:
+        extra["use_deterministic_algorithm"] = True
+    gradients = graph.sdpa_backward(
+        name="attention_backward",
+        q=roles["query"],
+        k=roles["key"],
+        v=roles["value"],
+        o=roles["out"],
+        dO=roles["grad_out"],
+        stats=roles["stats"],
+        attn_scale=problem.scale,
+        **extra,
+    )
+    for name, tensor, like in zip(("dq", "dk", "dv"), gradients, ("query", "key", "value"), strict=True):
+        roles[name] = _output(tensor, gradient_spec(getattr(problem, like)))
+
+
+def _shaped(grad: Any, problem: Problem) -> Any:
+    """The gradient arrives without a shape, and a node would take that of its other input, a scalar maybe."""
+    batch, heads, rows = problem.lse_shape
+    columns = problem.key.shape[2]
+    return grad.set_dim([batch, heads, rows, columns]).set_stride(
+        [heads * rows * columns, rows * columns, columns, 1]
+    )
+
+
+def gradient_spec(spec: TensorSpec) -> TensorSpec:
+    """The layout of a gradient: that of torch.empty_like, the same strides if dense, else dense in their order."""
+    with torch._subclasses.FakeTensorMode():
+        like = torch.empty_like(torch.empty_strided(spec.shape, spec.stride))
+    return TensorSpec(spec.shape, tuple(like.stride()), spec.dtype)

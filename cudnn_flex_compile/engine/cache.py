@@ -1,0 +1,80 @@
+"""A bounded, thread-safe, least-recently-used cache of plans and refusals, with counters.
+
+Knows nothing of what a key or a plan is.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable
+from typing import Generic, NamedTuple, TypeVar
+
+Value = TypeVar("Value")
+
+
+class CacheInfo(NamedTuple):
+    """hits, misses: look-ups. builds: plans built. certifications: plans checked. rejections: checks failed.
+    evictions: plans dropped for room. size, bound: plans held, and at most."""
+
+    hits: int
+    misses: int
+    builds: int
+    certifications: int
+    rejections: int
+    evictions: int
+    size: int
+    bound: int
+
+
+class Cache(Generic[Value]):
+    """Maps keys to values; drops the least recently used beyond `bound`."""
+
+    def __init__(self, bound: int) -> None:
+        self._entries: OrderedDict[Hashable, Value] = OrderedDict()
+        self._lock = threading.Lock()
+        self.bound = bound
+        self.counts = dict.fromkeys(("hits", "misses", "builds", "certifications", "rejections", "evictions"), 0)
+
+    def get(self, key: Hashable) -> Value | None:
+        with self._lock:
+            found = self._entries.get(key)
+            if found is None:
+                self.counts["misses"] += 1
+            else:
+                self._entries.move_to_end(key)
+                self.counts["hits"] += 1
+            return found
+
+    def peek(self, key: Hashable) -> Value | None:
+        """Like get, without counting or renewing."""
+        with self._lock:
+            return self._entries.get(key)
+
+    def put(self, key: Hashable, value: Value) -> Value:
+        """Stores the value, unless another thread was first; gives back what is stored."""
+        with self._lock:
+            value = self._entries.setdefault(key, value)
+            self._shrink()
+            return value
+
+    def count(self, what: str) -> None:
+        with self._lock:
+            self.counts[what] += 1
+
+    def resize(self, bound: int) -> None:
+        with self._lock:
+            self.bound = bound
+            self._shrink()
+
+    def _shrink(self) -> None:
+        while len(self._entries) > self.bound:
+            self._entries.popitem(last=False)
+            self.counts["evictions"] += 1
+
+    def clear(self) -> None:
+        with self._lock:
+            self._entries.clear()
+            self.counts = dict.fromkeys(self.counts, 0)
+
+    def info(self) -> CacheInfo:
+        with self._lock:
+            return CacheInfo(**self.counts, size=len(self._entries), bound=self.bound)

@@ -1,0 +1,30 @@
+"""Runs a function free of the caller's torch state: modes, autograd exclusions, autocast, inference mode.
+
+A compile happens under Dynamo's modes and a kernel runs below autograd; building and certifying a plan needs
+neither. All of that state belongs to a thread, so a thread of ours has none of it.
+"""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+_workers: dict[int, ThreadPoolExecutor] = {}
+
+
+def run_clean(function: Callable[[], Result], device: int) -> Result:
+    """The function's result (or exception), from our thread, on the caller's stream of the device."""
+    stream = torch.cuda.current_stream(device)
+
+    def body() -> Result:
+        with torch.cuda.device(device), torch.cuda.stream(stream):
+            return function()
+
+    worker = _workers.get(os.getpid())  # threads do not survive a fork
+    if worker is None:
+        worker = _workers[os.getpid()] = ThreadPoolExecutor(1, "cudnn_flex_compile")
+    return worker.submit(body).result()

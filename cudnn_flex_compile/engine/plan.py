@@ -1,0 +1,102 @@
+"""A built cuDNN graph and its execution.
+
+Knows nothing of caches, strategies or certification.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import cudnn
+import torch
+
+from cudnn_flex_compile.engine.attention_graph import assemble, gradient_spec, stats_spec
+from cudnn_flex_compile.engine.handles import current_handle
+from cudnn_flex_compile.engine.lowering import Lowering
+from cudnn_flex_compile.engine.problem import FORWARD, Problem
+from cudnn_flex_compile.reasons import Code, Reason
+
+FORWARD_ROLES = ("query", "key", "value", "out", "stats")
+BACKWARD_ROLES = ("query", "key", "value", "out", "stats", "grad_out", "dq", "dk", "dv")
+
+
+class Plan:
+    """Runs one problem. Immutable once built; any thread may run it.
+
+    Attributes:
+        problem: what it is for.
+        strategy: how it was lowered.
+        workspace: bytes that each run needs.
+    """
+
+    __slots__ = (
+        "_constants", "_device", "_floats", "_graph", "_ints", "_operands", "_uids",
+        "outputs", "problem", "strategy", "workspace",
+    )  # fmt: skip
+
+    def __init__(self, problem: Problem, lowering: Lowering) -> None:
+        """Builds the graph on the current device, which must be the problem's.
+
+        Raises what cuDNN raises for a graph that it does not support.
+        """
+        built = assemble(problem, lowering, handle=current_handle(problem.device))
+        graph = built.graph
+        graph.validate()
+        graph.build_operation_graph()
+        graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+        graph.check_support()
+        graph.build_plans(cudnn.build_plan_policy.HEURISTICS_CHOICE)
+        built.callbacks.clear()
+        self.problem, self.strategy, self._graph = problem, lowering.strategy, graph
+        self.workspace = max(int(graph.get_workspace_size()), 1)
+        self._device = torch.device("cuda", problem.device)
+        roles = FORWARD_ROLES if problem.direction == FORWARD else BACKWARD_ROLES
+        self._constants = [host for _, host in built.inputs.hosts]
+        self._operands = sorted(built.inputs.operands)
+        self._ints, self._floats = sorted(built.inputs.ints), sorted(built.inputs.floats)
+        tensors = [
+            *(built.roles[r] for r in roles if r in built.roles),
+            *(built.inputs.operands[i] for i in self._operands),
+            *(tensor for tensor, _ in built.inputs.hosts),
+            *(built.inputs.ints[i] for i in self._ints),
+            *(built.inputs.floats[i] for i in self._floats),
+        ]
+        self._uids = tuple(tensor.get_uid() for tensor in tensors)
+        self.outputs = (
+            (problem.out, stats_spec(problem))
+            if problem.direction == FORWARD
+            else tuple(gradient_spec(spec) for spec in (problem.query, problem.key, problem.value))
+        )
+
+    def run(
+        self,
+        tensors: Sequence[torch.Tensor],
+        operands: Sequence[torch.Tensor],
+        ints: Sequence[int],
+        floats: Sequence[torch.Tensor],
+    ) -> None:
+        """Enqueues the graph on the current stream.
+
+        Args:
+            tensors: by FORWARD_ROLES (stats only if the problem asks for them) or BACKWARD_ROLES.
+            operands: as in the problem.
+            ints, floats: all scalars of the program; the floats are 0-d host tensors.
+        """
+        buffers = [*tensors, *[operands[i] for i in self._operands], *self._constants]
+        if self._ints or self._floats:
+            buffers += [torch.tensor([ints[i]], dtype=torch.int32) for i in self._ints]
+            buffers += [floats[i].to(torch.float32).reshape(1) for i in self._floats]
+        workspace = torch.empty(self.workspace, dtype=torch.uint8, device=self._device)
+        handle = current_handle(self.problem.device)
+        self._graph.execute(buffers, workspace, handle=handle, tensor_uids=self._uids)
+
+
+def build(problem: Problem, lowering: Lowering) -> Plan | Reason:
+    """The plan, or why cuDNN does not support it."""
+    try:
+        return Plan(problem, lowering)
+    except (cudnn.cudnnGraphNotSupportedError, RuntimeError, ValueError) as error:
+        return Reason(Code.SHAPE_REFUSED, f"{lowering.strategy}, {problem.direction}: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:300]

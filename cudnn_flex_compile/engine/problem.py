@@ -1,0 +1,111 @@
+"""What a plan is for: program, direction and the geometry of every tensor.
+
+Knows nothing of how plans are built. Two problems are equal exactly when one plan serves both.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+FORWARD, BACKWARD = "forward", "backward"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Shape and strides in elements, and dtype."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(tensor: torch.Tensor) -> "TensorSpec":
+        return TensorSpec(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
+
+    def empty(self, device: torch.device) -> torch.Tensor:
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One attention call, forward or backward.
+
+    Attributes:
+        program: canonical text (scoremod/text.py).
+        direction: FORWARD or BACKWARD.
+        query: [B, Hq, Sq, Dqk]; key: [B, Hkv, Skv, Dqk]; value: [B, Hkv, Skv, Dv]; last stride 1.
+        out: [B, Hq, Sq, Dv]; the gradient of the output has this layout too, unless `grad` says otherwise.
+        operands: broadcastable to [B, Hq, Sq, Skv], in the order of the program.
+        scale: multiplies q . k before the program.
+        device: CUDA device index.
+        stats: whether the forward writes the log-sum-exp (natural, [B, Hq, Sq], float32).
+        grad: layout of the gradient of the output, in the backward.
+        deterministic: whether torch.use_deterministic_algorithms was on.
+    """
+
+    program: str
+    direction: str
+    query: TensorSpec
+    key: TensorSpec
+    value: TensorSpec
+    out: TensorSpec
+    operands: tuple[TensorSpec, ...]
+    scale: float
+    device: int
+    stats: bool = True
+    grad: TensorSpec | None = None
+    deterministic: bool = False
+
+    @property
+    def lse_shape(self) -> tuple[int, int, int]:
+        batch, heads, length, _ = self.query.shape
+        return batch, heads, length
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        return self.query.shape[2], self.key.shape[2]
+
+    def forward(self) -> "Problem":
+        """The forward problem whose outputs this backward consumes."""
+        return replace(self, direction=FORWARD, grad=None, stats=True)
+
+    def backward(self) -> "Problem":
+        """The backward of this forward, for a gradient laid out like the output."""
+        return replace(self, direction=BACKWARD, grad=self.out, stats=True)
+
+
+def out_spec(query: TensorSpec, value: TensorSpec) -> TensorSpec:
+    """The output: [B, Hq, Sq, Dv] in the query's order of strides."""
+    shape = (*query.shape[:3], value.shape[3])
+    return TensorSpec(shape, strides_like(shape, query.stride), query.dtype)
+
+
+def usable(spec: TensorSpec) -> bool:
+    """Whether cuDNN reads q, k, v or a gradient in this layout: last stride 1, 16-byte rows, nothing expanded."""
+    if spec.stride[-1] != 1 and spec.shape[-1] != 1:
+        return False
+    outer = zip(spec.shape[:-1], spec.stride[:-1], strict=True)
+    return all(size == 1 or (stride > 0 and stride % 8 == 0) for size, stride in outer)
+
+
+def dense(spec: TensorSpec) -> TensorSpec:
+    """The contiguous layout of the same shape."""
+    strides, step = [0] * len(spec.shape), 1
+    for dim in reversed(range(len(spec.shape))):
+        strides[dim], step = step, step * spec.shape[dim]
+    return TensorSpec(spec.shape, tuple(strides), spec.dtype)
+
+
+def strides_like(shape: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:
+    """Dense strides for `shape` in the order of the strides `order`, the last dimension innermost.
+
+    The rule of torch._higher_order_ops.flex_attention._permute_strides, which flex_attention's fake and
+    kernels follow.
+    """
+    by_stride = sorted(range(len(order)), key=lambda d: (order[d], -d))
+    by_stride.remove(len(order) - 1)
+    strides, step = [0] * len(order), 1
+    for dim in [len(order) - 1, *by_stride]:
+        strides[dim] = step
+        step *= shape[dim]
+    return tuple(strides)

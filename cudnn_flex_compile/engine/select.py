@@ -1,0 +1,159 @@
+"""Finds the plan of a problem: tries the strategies in order, builds, certifies, remembers.
+
+Knows nothing of FX graphs or of the op that runs plans.
+"""
+
+import logging
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from cudnn_flex_compile.engine.cache import Cache, CacheInfo
+from cudnn_flex_compile.engine.call import Key, forward_of, problem_of
+from cudnn_flex_compile.engine.clean import run_clean
+from cudnn_flex_compile.engine.problem import BACKWARD, Problem
+from cudnn_flex_compile.engine.reference import ProgramReference, Reference
+from cudnn_flex_compile.engine.support import refused
+from cudnn_flex_compile.engine.versions import cudnn_version, unusable_device
+from cudnn_flex_compile.reasons import Code, Reason
+from cudnn_flex_compile.scoremod.text import parse
+
+if TYPE_CHECKING:
+    from cudnn_flex_compile.engine.plan import Plan
+
+log = logging.getLogger("cudnn_flex_compile")
+
+
+@dataclass(slots=True)
+class Policy:
+    """What options say about plans; set by the backend."""
+
+    certify: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A certified plan, and which of query, key, value and the output's gradient must be copied for it."""
+
+    plan: "Plan"
+    copies: tuple[bool, bool, bool, bool]
+
+
+policy = Policy()
+plans: Cache[Ready | Reason] = Cache(256)
+_building = threading.Lock()
+_references: OrderedDict[tuple[str, tuple[int, ...]], Reference] = OrderedDict()
+REFERENCES = 256
+
+
+def cache_info() -> CacheInfo:
+    """Counters of the plan cache, since the process started or the cache was cleared."""
+    return plans.info()
+
+
+def cache_clear() -> None:
+    """Drops all plans and zeroes the counters; the next call of each problem builds again."""
+    plans.clear()
+
+
+def remember_reference(problem: Problem, reference: Reference) -> None:
+    """The user's own functions, for certifying plans of this program at this shape."""
+    _references[_reference_key(problem)] = reference
+    while len(_references) > REFERENCES:
+        _references.popitem(last=False)
+
+
+def _reference_key(problem: Problem) -> tuple[str, tuple[int, ...]]:
+    return problem.program, (*problem.query.shape[:3], problem.key.shape[2])
+
+
+def find_plan(call: Key) -> Ready | Reason:
+    """The certified plan of a call, from the cache or built now; or why there is none.
+
+    Raises:
+        RuntimeError: a plan must be built while a CUDA graph is being captured.
+    """
+    found = plans.get(call)
+    return found if found is not None else _build(call)
+
+
+def _build(call: Key) -> Ready | Reason:
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "cudnn_flex_compile: this attention call has no plan yet, and none can be built while a CUDA graph is "
+            "being captured. Run the model once with these shapes before capturing."
+        )
+    with _building:
+        found = plans.peek(call)
+        return found if found is not None else plans.put(call, run_clean(lambda: _make(call), call[11]))
+
+
+def _make(call: Key) -> Ready | Reason:
+    problem = problem_of(call)
+    program = parse(problem.program)
+    reason = unusable_device(problem.device) or refused(problem, program, cudnn_version())
+    if reason is not None:
+        return reason
+    forward = None
+    if problem.direction == BACKWARD:
+        before = forward_of(call)
+        ready = plans.peek(before) or plans.put(before, _make(before))
+        if isinstance(ready, Reason):
+            return ready
+        forward = ready.plan
+    try:
+        plan = _first_right(problem, forward)
+    except torch.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        return Reason(Code.CERTIFICATION, f"not enough memory to certify a plan: {str(error)[:120]}")
+    return plan if isinstance(plan, Reason) else Ready(plan, _copies(call, problem))
+
+
+def _copies(call: Key, problem: Problem) -> tuple[bool, bool, bool, bool]:
+    given = (call[3], call[6], call[9])
+    wanted = (problem.query, problem.key, problem.value)
+    q, k, v = (tuple(g) != w.stride for g, w in zip(given, wanted, strict=True))
+    return q, k, v, problem.grad is not None and tuple(call[16]) != problem.grad.stride
+
+
+def _first_right(problem: Problem, forward: "Plan | None") -> "Plan | Reason":
+    from cudnn_flex_compile.engine.plan import build
+    from cudnn_flex_compile.engine.strategies import STRATEGIES
+    from cudnn_flex_compile.engine.verify import certify
+
+    program = parse(problem.program)
+    reference = _references.get(_reference_key(problem)) or ProgramReference(program)
+    reasons: list[Reason] = []
+    for strategy in STRATEGIES:
+        lowering = strategy.lower(program, problem.direction == BACKWARD)
+        if isinstance(lowering, Reason):
+            reasons.append(lowering)
+            continue
+        plan = build(problem, lowering)
+        plans.count("builds")
+        if not isinstance(plan, Reason) and policy.certify:
+            plans.count("certifications")
+            verdict = certify(plan, forward or plan, reference)
+            if verdict is not None:
+                plans.count("rejections")
+                log.warning("cudnn_flex: a plan was rejected by certification and is not used: %s", verdict)
+                plan = verdict
+        if not isinstance(plan, Reason):
+            return plan
+        reasons.append(plan)
+    return _most_telling(reasons)
+
+
+# What says most about why no strategy works comes first.
+_TELLING = (Code.CERTIFICATION, Code.NO_BACKWARD, Code.ILLEGAL_OP, Code.SHAPE_REFUSED)
+
+
+def _most_telling(reasons: list[Reason]) -> Reason:
+    for code in _TELLING:
+        for reason in reasons:
+            if reason.code is code:
+                return reason
+    return reasons[-1]

@@ -1,0 +1,34 @@
+"""Any score_mod under any legal predicate: one select by the whole mask; every tile is computed.
+
+Knows nothing of bounds: chained before dense in one graph has dropped an `or`, so all of the mask is one predicate.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from cudnn_flex_compile.engine.lowering import Lowering
+from cudnn_flex_compile.engine.strategies.chained import FILL
+from cudnn_flex_compile.engine.strategies.scores import backward_writer, legal, legal_backward
+from cudnn_flex_compile.reasons import Reason
+from cudnn_flex_compile.scoremod.ir import F32, GRAD, TRUE, Program
+
+if TYPE_CHECKING:
+    from cudnn_flex_compile.engine.lower import Emitter
+
+NAME = "dense"
+
+
+def lower(program: Program, training: bool) -> Lowering | Reason:
+    score, mask = legal(program.score), legal(program.mask)
+    gradient = legal_backward(program) if training else GRAD
+    for found in (score, mask, gradient):
+        if isinstance(found, Reason):
+            return found
+
+    def write(emitter: "Emitter") -> Any:
+        modified = emitter.emit(score)  # pyright: ignore[reportArgumentType]
+        if mask is TRUE:
+            return modified
+        visible = emitter.emit(mask)  # pyright: ignore[reportArgumentType]
+        return emitter.node("where", F32, visible, modified, emitter.inputs.constants[FILL])
+
+    return Lowering(NAME, {}, write, backward_writer(gradient), (score, mask, gradient, FILL))  # pyright: ignore

@@ -1,0 +1,229 @@
+"""Certification: runs a plan on synthetic inputs at its own shape and compares sampled rows and columns.
+
+Knows nothing of strategies. The reference is float64 on sampled query rows (out, LSE, dQ) and key columns (dK,
+dV); the yardstick is what the same computation gives in the precision of stock attention. Memory is that of the
+problem's own tensors plus O(samples x length).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from cudnn_flex_compile.engine.plan import Plan
+from cudnn_flex_compile.engine.problem import BACKWARD, Problem
+from cudnn_flex_compile.engine.reference import Reference, Sample
+from cudnn_flex_compile.reasons import Code, Reason
+
+SEED = 20240817
+ROWS, HEADS = 24, 3
+REGIMES = {"unit normal": 0.0, "scores shifted by -100": -100.0, "scores shifted by +100": 100.0}
+# A plan may be this much further from float64 than stock precision is, in total and in its worst row.
+TOTAL_FACTOR, ROW_FACTOR = 2.0, 4.0
+EPSILON = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+@dataclass(slots=True)
+class Tensors:
+    """Inputs and outputs of the plans under test, by role, for one regime."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    grad: torch.Tensor
+    out: torch.Tensor
+    stats: torch.Tensor
+
+
+def certify(plan: Plan, forward: Plan, reference: Reference) -> Reason | None:
+    """None if the plan is right on every sample, else what is wrong.
+
+    Args:
+        plan: the plan under test.
+        forward: the plan itself, or for a backward a certified forward of the same call.
+        reference: where the expected values come from.
+    """
+    problem = plan.problem
+    device = torch.device("cuda", problem.device)
+    for regime, shift in REGIMES.items():
+        generator = torch.Generator(device).manual_seed(SEED)
+        sample = reference.sample(problem, generator)
+        tensors = _inputs(problem, shift, generator)
+        _run(forward, (tensors.query, tensors.key, tensors.value), (tensors.out, tensors.stats), sample)
+        check = _check_backward if problem.direction == BACKWARD else _check_forward
+        wrong = check(plan, tensors, sample)
+        if wrong is not None:
+            return Reason(Code.CERTIFICATION, f"{plan.strategy}, {problem.direction}, {regime}: {wrong}")
+    return None
+
+
+def _inputs(problem: Problem, shift: float, generator: torch.Generator) -> Tensors:
+    device = generator.device
+    query, key, value = (
+        spec.empty(device).normal_(generator=generator) for spec in (problem.query, problem.key, problem.value)
+    )
+    if shift:  # one component of q and k carries the shift: their product, scaled, is exactly it
+        query[..., 0] = 16.0
+        key[..., 0] = shift / (16.0 * problem.scale)
+    grad = (problem.grad or problem.out).empty(device).normal_(generator=generator)
+    out = problem.out.empty(device).fill_(math.nan)
+    stats = torch.full((*problem.lse_shape, 1), math.nan, device=device)
+    return Tensors(query, key, value, grad, out, stats)
+
+
+def _run(plan: Plan, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...], sample: Sample) -> None:
+    wanted = outputs if plan.problem.direction == BACKWARD or plan.problem.stats else outputs[:1]
+    plan.run((*inputs, *wanted), sample.operands, sample.ints, sample.floats)
+
+
+def _spread(length: int, generator: torch.Generator) -> torch.Tensor:
+    """Indices at the ends, at tile edges and at random, sorted, each once."""
+    edges = [0, 1, 63, 64, 127, 128, 255, 256, length // 2, length - 2, length - 1]
+    kept = torch.tensor([i for i in edges if 0 <= i < length])
+    drawn = torch.randint(length, (ROWS,), generator=torch.Generator().manual_seed(generator.initial_seed()))
+    return torch.cat([kept, drawn]).unique().to(generator.device)
+
+
+def _heads(problem: Problem) -> list[tuple[int, int]]:
+    batch, heads, _ = problem.lse_shape
+    pairs = [(0, 0), (batch - 1, heads - 1), (batch // 2, heads // 2)]
+    return sorted(set(pairs[:HEADS]))
+
+
+@dataclass(slots=True)
+class Row:
+    """What one row block should be: float64, and as stock precision computes it."""
+
+    out: torch.Tensor
+    lse: torch.Tensor
+    dq: torch.Tensor
+
+
+def _rows(problem: Problem, t: Tensors, sample: Sample, b: int, h: int, rows: torch.Tensor, low: bool) -> Row:
+    """Attention of some query rows of one head: [R, ...]. `low` rounds where flash attention rounds."""
+    group = problem.query.shape[1] // problem.key.shape[1]
+    work = torch.float32 if low else torch.float64
+    narrow = problem.query.dtype
+    q = t.query[b, h, rows].to(work)
+    k, v, grad = t.key[b, h // group].to(work), t.value[b, h // group].to(work), t.grad[b, h, rows].to(work)
+    scores = (q @ k.T * problem.scale).requires_grad_()
+    columns = torch.arange(k.shape[0], device=k.device, dtype=torch.int32)
+    masked = sample.masked(scores, b, h, rows.to(torch.int32), columns)
+    lse = masked.detach().logsumexp(-1)
+    weights = torch.where(lse[:, None] == -math.inf, 0.0, torch.exp(masked.detach() - lse[:, None]))
+    rounded = weights.to(narrow).to(work) if low else weights
+    out = rounded @ v
+    out = out.to(narrow).to(work) if low else out
+    d_masked = weights * (grad @ v.T - (grad * out).sum(-1, keepdim=True))
+    d_scores = _through(masked, scores, d_masked)
+    d_scores = d_scores.to(narrow).to(work) if low else d_scores
+    dq = d_scores @ k * problem.scale
+    return Row(out, lse, dq.to(narrow).to(work) if low else dq)
+
+
+def _through(masked: torch.Tensor, scores: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """The gradient of the raw scores; zero where masked, whatever the derivative is there."""
+    if not masked.requires_grad:
+        return torch.zeros_like(scores)
+    (d_scores,) = torch.autograd.grad(masked, scores, gradient)
+    return torch.where(masked.detach() == -math.inf, 0.0, d_scores)
+
+
+def _columns(
+    problem: Problem, t: Tensors, sample: Sample, b: int, kv_head: int, columns: torch.Tensor, low: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dK and dV of some key columns of one kv head, summed over its query heads: [C, D] each."""
+    group = problem.query.shape[1] // problem.key.shape[1]
+    work = torch.float32 if low else torch.float64
+    narrow = problem.query.dtype
+    k, v = t.key[b, kv_head, columns].to(work), t.value[b, kv_head, columns].to(work)
+    dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+    rows = torch.arange(problem.lengths[0], device=k.device, dtype=torch.int32)
+    for h in range(kv_head * group, (kv_head + 1) * group):
+        q, grad, out = (x[b, h].to(work) for x in (t.query, t.grad, t.out))
+        lse = t.stats[b, h].to(work)
+        scores = (q @ k.T * problem.scale).requires_grad_()
+        masked = sample.masked(scores, b, h, rows, columns.to(torch.int32))
+        weights = torch.where(lse == -math.inf, 0.0, torch.exp(masked.detach() - lse))
+        d_masked = weights * (grad @ v.T - (grad * out).sum(-1, keepdim=True))
+        d_scores = _through(masked, scores, d_masked)
+        if low:
+            weights, d_scores = (x.to(narrow).to(work) for x in (weights, d_scores))
+        dv += weights.T @ grad
+        dk += d_scores.T @ q * problem.scale
+    return (dk.to(narrow).to(work), dv.to(narrow).to(work)) if low else (dk, dv)
+
+
+def _check_forward(plan: Plan, t: Tensors, sample: Sample) -> str | None:
+    problem = plan.problem
+    generator = torch.Generator(t.query.device).manual_seed(SEED)
+    rows = _spread(problem.lengths[0], generator)
+    for b, h in _heads(problem):
+        high, low = (_rows(problem, t, sample, b, h, rows, low=flag) for flag in (False, True))
+        wrong = compare("out", t.out[b, h, rows], high.out, low.out)
+        if wrong is None and problem.stats:
+            wrong = compare_lse(t.stats[b, h, rows, 0], high.lse, low.lse)
+        if wrong is not None:
+            return f"{wrong} (batch {b}, head {h})"
+    return None
+
+
+def _check_backward(plan: Plan, t: Tensors, sample: Sample) -> str | None:
+    problem = plan.problem
+    gradients = tuple(spec.empty(t.query.device).fill_(math.nan) for spec in plan.outputs)
+    inputs = (t.query, t.key, t.value, t.out, t.stats, t.grad)
+    _run(plan, inputs, gradients, sample)
+    generator = torch.Generator(t.query.device).manual_seed(SEED)
+    rows, columns = (_spread(n, generator) for n in problem.lengths)
+    group = problem.query.shape[1] // problem.key.shape[1]
+    for b, h in _heads(problem):
+        high, low = (_rows(problem, t, sample, b, h, rows, low=flag) for flag in (False, True))
+        wrong = compare("dQ", gradients[0][b, h, rows], high.dq, low.dq)
+        kv_high, kv_low = (
+            _columns(problem, t, sample, b, h // group, columns, low=flag) for flag in (False, True)
+        )
+        for i, name in ((0, "dK"), (1, "dV")):
+            found = gradients[i + 1][b, h // group, columns]
+            wrong = wrong or compare(name, found, kv_high[i], kv_low[i])
+        if wrong is not None:
+            return f"{wrong} (batch {b}, head {h})"
+    return None
+
+
+def compare(name: str, found: torch.Tensor, exact: torch.Tensor, stock: torch.Tensor) -> str | None:
+    """What is wrong with `found` [N, D], or None.
+
+    Where the exact value overflows or stock precision has no finite value, nothing can be asked of the plan.
+    """
+    judged = exact.isfinite().all(-1) & stock.isfinite().all(-1)
+    values = found.to(torch.float64)[judged]
+    exact, stock = exact[judged], stock.to(torch.float64)[judged]
+    if exact.numel() == 0:
+        return None
+    if not bool(values.isfinite().all()):
+        return f"{name} is not finite in {int((~values.isfinite()).any(-1).sum())} of {len(values)} sampled rows"
+    epsilon = EPSILON[found.dtype]
+    scale = exact.norm()
+    error, allowed = (values - exact).norm(), TOTAL_FACTOR * (stock - exact).norm() + 1e-2 * epsilon * scale
+    if error > allowed:
+        return f"{name} is off by {_ratio(error, scale)}, stock precision by {_ratio((stock - exact).norm(), scale)}"
+    floor = 0.1 * exact.norm() / math.sqrt(len(exact))
+    size = exact.norm(dim=-1) + floor
+    worst = ((values - exact).norm(dim=-1) / size).max()
+    limit = ROW_FACTOR * ((stock - exact).norm(dim=-1) / size).max() + epsilon
+    return f"one row of {name} is off by {float(worst):.2g}, {float(limit):.2g} is allowed" if worst > limit else None
+
+
+def compare_lse(found: torch.Tensor, exact: torch.Tensor, stock: torch.Tensor) -> str | None:
+    """What is wrong with natural log-sum-exps [N], or None; -inf must be met exactly."""
+    if not torch.equal(found == -math.inf, exact == -math.inf):
+        return "the LSE is -inf in other rows than it should be"
+    judged = exact.isfinite() & stock.isfinite()
+    error = (found.to(torch.float64) - exact)[judged].abs()
+    allowed = 2e-3 + 1e-5 * exact[judged].abs() + 4 * (stock.to(torch.float64) - exact)[judged].abs()
+    bad = ~(error <= allowed)
+    return f"the LSE is off by up to {float(error.max()):.2g}" if bool(bad.any()) else None
+
+
+def _ratio(error: torch.Tensor, scale: torch.Tensor) -> str:
+    return f"{float(error / scale):.2g}" if scale > 0 else f"{float(error):.2g} (exact: 0)"

@@ -1,0 +1,22 @@
+"""Inner backends: what compiles everything but attention.
+
+An inner backend is one file with NAME and `compile(graph_module, example_inputs, options) -> callable`; any
+other name that torch._dynamo knows goes through registered.py.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch.fx import GraphModule
+
+from cudnn_flex_compile.config import Options
+from cudnn_flex_compile.inner import inductor, registered
+
+Compile = Callable[[GraphModule, Sequence[Any], Options], Callable[..., Any]]
+
+BACKENDS: dict[str, Compile] = {inductor.NAME: inductor.compile}
+
+
+def compile_inner(graph_module: GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+    """The compiled graph. Raises ValueError for a name that no backend has."""
+    return BACKENDS.get(options.inner_backend, registered.compile)(graph_module, example_inputs, options)

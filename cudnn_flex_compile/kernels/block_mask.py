@@ -1,0 +1,123 @@
+"""Compares the blocks that a BlockMask lists with the mask program: the BlockMask contract.
+
+Knows nothing of plans. Stock flex_attention computes nothing in an omitted block and no mask in a "full" one; the
+plans compute the mask everywhere. Both agree if no omitted block has a visible pair and no full one a hidden
+pair; blocks that are listed needlessly do no harm.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod.interpret import environment, evaluate
+from cudnn_flex_compile.scoremod.ir import Program
+from cudnn_flex_compile.scoremod.text import parse
+
+CHUNK = 2**25
+MISMATCH = (
+    "cudnn_flex: the BlockMask's blocks do not agree with its mask_mod: a block that the mask_mod leaves visible is"
+    " omitted, or a block listed as full has masked pairs. Build it with create_block_mask from the same mask_mod, or"
+    " compile again (torch.compiler.reset()) with this BlockMask, whose calls are then kept on the inner backend."
+)
+# What each kv_indices tensor was found to agree with; a tensor that is freed takes its entries with it.
+_agreed: "WeakIdKeyDictionary[Tensor, set[tuple[Any, ...]]]" = WeakIdKeyDictionary()
+
+
+def check(
+    blocks: Sequence[Tensor], operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor],
+    program: str, sizes: Sequence[int], block_sizes: Sequence[int],
+) -> None:  # fmt: skip
+    """Raises RuntimeError on a mismatch; under CUDA graph capture, asserts on the device at every replay.
+
+    Args:
+        blocks: kv_num_blocks, kv_indices, then pairs of full_kv_*, q_* and full_q_*, as far as there are any.
+        operands, ints, floats, program: as the attention op takes them; only the mask is evaluated.
+        sizes: of b, h, q, k. block_sizes: of q, k.
+    """
+    capturing = blocks[0].is_cuda and torch.cuda.is_current_stream_capturing()
+    if capturing:
+        torch._assert_async(agree(blocks, operands, ints, floats, parse(program), sizes, block_sizes))
+        return
+    state = _state(blocks, operands, ints, floats, program, sizes)
+    known = _agreed.setdefault(blocks[1], set())
+    if state is not None and state in known:
+        return
+    if not bool(agree(blocks, operands, ints, floats, parse(program), sizes, block_sizes)):
+        raise RuntimeError(MISMATCH)
+    if state is not None:
+        known.add(state)
+
+
+def _state(
+    blocks: Sequence[Tensor], operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor],
+    program: str, sizes: Sequence[int],
+) -> tuple[Any, ...] | None:  # fmt: skip
+    """What the verdict depends on, or None where tensors other than kv_indices cannot vouch for themselves."""
+    if operands or floats or any(t.is_inference() for t in blocks):
+        return None
+    rest = tuple((t.data_ptr(), t._version, tuple(t.shape)) for t in blocks)
+    return program, rest, tuple(ints), tuple(sizes)
+
+
+def agree(
+    blocks: Sequence[Tensor], operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor],
+    program: Program, sizes: Sequence[int], block_sizes: Sequence[int],
+) -> Tensor:  # fmt: skip
+    """A boolean scalar on the device of the blocks."""
+    q_block, kv_block = (int(min(b, n)) for b, n in zip(block_sizes, sizes[2:], strict=True))
+    rows, columns = -(-sizes[2] // q_block), -(-sizes[3] // kv_block)
+    partial = listed(blocks[0], blocks[1], columns)
+    full = listed(blocks[2], blocks[3], columns) if len(blocks) % 4 == 0 else torch.zeros_like(partial)
+    good = torch.ones((), dtype=torch.bool, device=partial.device)
+    for start, visible in _visible(program, operands, ints, floats, sizes, q_block, partial.device):
+        some = _per_block(visible, q_block, kv_block, fill=False).flatten(-2).any(-1)
+        every = _per_block(visible, q_block, kv_block, fill=True).flatten(-2).all(-1)
+        here = slice(start // q_block, start // q_block + some.shape[-2])
+        omitted = some & ~partial[:, :, here, :columns] & ~full[:, :, here, :columns]
+        good &= ~(omitted | (full[:, :, here, :columns] & ~every)).any()
+    transposed = blocks[4:] if len(blocks) % 4 == 0 else blocks[2:]
+    for mine, pair in zip((partial, full), (transposed[:2], transposed[2:]), strict=True):
+        if len(pair) == 2:
+            good &= (listed(pair[0], pair[1], rows).transpose(-2, -1) == mine[:, :, :rows]).all()
+    return good
+
+
+def listed(count: Tensor, indices: Tensor, columns: int) -> Tensor:
+    """[B, H, rows, >= columns] booleans from counts [B, H, rows] and indices [B, H, rows, n]."""
+    width = max(columns, indices.shape[-1])
+    valid = torch.arange(indices.shape[-1], device=indices.device) < count.unsqueeze(-1)
+    dense = torch.zeros((*count.shape, width + 1), dtype=torch.bool, device=indices.device)
+    return dense.scatter(-1, torch.where(valid, indices.long(), width), True)[..., :columns]
+
+
+def _visible(
+    program: Program, operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor],
+    sizes: Sequence[int], q_block: int, device: torch.device,
+) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
+    """The mask as [B or 1, H or 1, R, Skv], a chunk of whole blocks of query rows at a time."""
+    axes = ir.axes_of(program.mask)
+    batch, heads = (size if axis in axes else 1 for axis, size in zip("bh", sizes, strict=False))
+    step = max(1, CHUNK // max(1, batch * heads * sizes[3] * q_block)) * q_block
+    span = {a: torch.arange(n, dtype=torch.int32, device=device) for a, n in zip(ir.AXES, sizes, strict=True)}
+    numbers = dict(enumerate(ints)), {i: float(f) for i, f in enumerate(floats)}
+    for start in range(0, sizes[2], step):
+        rows = slice(start, start + step)
+        near = {i: t[:, :, rows] if t.shape[2] > 1 else t for i, t in enumerate(operands)}
+        indices = {
+            "b": span["b"].view(-1, 1, 1, 1), "h": span["h"].view(-1, 1, 1), "q": span["q"][rows].view(-1, 1), "k": span["k"],
+        }  # fmt: skip
+        leaf = environment(torch.zeros((), device=device), indices, near, *numbers)
+        shape = (batch, heads, len(range(sizes[2])[rows]), sizes[3])
+        yield start, evaluate(program.mask, leaf).expand(shape)
+
+
+def _per_block(mask: Tensor, q_block: int, kv_block: int, fill: bool) -> Tensor:
+    """[B, H, R, C] -> [B, H, R / q_block, C / kv_block, q_block, kv_block]; what is beyond the ends is `fill`."""
+    pad = -mask.shape[-1] % kv_block, -mask.shape[-2] % q_block
+    padded = torch.nn.functional.pad(mask, (0, pad[0], 0, pad[1]), value=fill)
+    blocked = padded.unflatten(-1, (-1, kv_block)).unflatten(2, (-1, q_block))
+    return blocked.transpose(3, 4)

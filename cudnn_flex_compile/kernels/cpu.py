@@ -1,0 +1,120 @@
+"""The CPU kernels of the ops: the program through the reference interpreter, a block of query rows at a time.
+
+Knows nothing of cuDNN. Computes in float32; for checking and explaining, not for speed.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cudnn_flex_compile.scoremod.derive import derive
+from cudnn_flex_compile.scoremod.interpret import environment, evaluate
+from cudnn_flex_compile.scoremod.ir import Program
+from cudnn_flex_compile.scoremod.simplify import simplify
+from cudnn_flex_compile.scoremod.text import parse
+
+BLOCK_ELEMENTS = 2**24
+LOG2E = math.log2(math.e)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Some query rows [B, H, R, ...] of a call; a slice of rows, their raw and their modified, masked scores."""
+
+    rows: slice
+    scores: Tensor
+    visible: Tensor
+    masked: Tensor
+    gradient_of: "Gradient"
+
+
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """From the gradient of the modified score to that of the raw score."""
+
+    program: Program
+    scores: Tensor
+    indices: dict[str, Tensor]
+    operands: dict[int, Tensor]
+    ints: dict[int, int]
+    floats: dict[int, float]
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        expression = derive(self.program.score)
+        if expression is None:
+            return torch.zeros_like(grad)
+        leaf = environment(self.scores, self.indices, self.operands, self.ints, self.floats, grad)
+        return evaluate(simplify(expression), leaf).expand(grad.shape)
+
+
+def per_head(tensor: Tensor, heads: int) -> Tensor:
+    """[B, Hkv, S, D] -> [B, Hq, S, D], float32."""
+    return tensor.float().repeat_interleave(heads // tensor.shape[1], dim=1)
+
+
+def _blocks(
+    query: Tensor, key: Tensor, operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor],
+    program: Program, scale: float,
+) -> Iterator[Block]:  # fmt: skip
+    batch, heads, length, _ = query.shape
+    columns = key.shape[2]
+    keys = per_head(key, heads)
+    step = max(1, BLOCK_ELEMENTS // max(1, batch * heads * columns))
+    every = {
+        "b": torch.arange(batch, dtype=torch.int32).view(-1, 1, 1, 1),
+        "h": torch.arange(heads, dtype=torch.int32).view(-1, 1, 1),
+        "q": torch.arange(length, dtype=torch.int32).view(-1, 1),
+        "k": torch.arange(columns, dtype=torch.int32),
+    }
+    numbers = dict(enumerate(ints)), {i: float(t) for i, t in enumerate(floats)}
+    for start in range(0, length, step):
+        rows = slice(start, start + step)
+        scores = query[:, :, rows].float() @ keys.transpose(-2, -1) * scale
+        indices = {**every, "q": every["q"][rows]}
+        near = {i: t[:, :, rows] if t.shape[2] > 1 else t for i, t in enumerate(operands)}
+        leaf = environment(scores, indices, near, *numbers)
+        visible = evaluate(program.mask, leaf).expand(scores.shape)
+        masked = torch.where(visible, evaluate(program.score, leaf), -math.inf)
+        yield Block(rows, scores, visible, masked, Gradient(program, scores, indices, near, *numbers))
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor], ints: Sequence[int],
+    floats: Sequence[Tensor], program: str, scale: float, out: Tensor, stats: Tensor,
+) -> None:  # fmt: skip
+    """Fills `out` [B, H, Sq, Dv] and `stats` [B, H, Sq] (natural log-sum-exp, float32)."""
+    values = per_head(value, query.shape[1])
+    for block in _blocks(query, key, operands, ints, floats, parse(program), scale):
+        lse = block.masked.logsumexp(-1)
+        stats[:, :, block.rows] = lse
+        out[:, :, block.rows] = (_weights(block, lse).to(query.dtype).float() @ values).to(query.dtype)
+
+
+def _weights(block: Block, lse: Tensor) -> Tensor:
+    lse = lse.unsqueeze(-1)
+    return torch.where(lse == -math.inf, 0.0, torch.exp(block.masked - lse))
+
+
+def backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
+    operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor], program: str, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dQ, dK, dV in float32, dK and dV per kv head."""
+    heads, kv_heads = query.shape[1], key.shape[1]
+    keys, values = per_head(key, heads), per_head(value, heads)
+    dq = torch.empty(query.shape)
+    dk, dv = torch.zeros(keys.shape), torch.zeros(values.shape)
+    delta = (grad_out.float() * out.float()).sum(-1)
+    for block in _blocks(query, key, operands, ints, floats, parse(program), scale):
+        rows = block.rows
+        grad, weights = grad_out[:, :, rows].float(), _weights(block, stats[:, :, rows])
+        d_masked = weights * (grad @ values.transpose(-2, -1) - delta[:, :, rows].unsqueeze(-1))
+        d_scores = torch.where(block.visible, block.gradient_of(d_masked), 0.0) * scale
+        dq[:, :, rows] = d_scores @ keys
+        dk += d_scores.transpose(-2, -1) @ query[:, :, rows].float()
+        dv += weights.transpose(-2, -1) @ grad
+    group = (kv_heads, heads // kv_heads)
+    return dq, dk.unflatten(1, group).sum(2), dv.unflatten(1, group).sum(2)

@@ -1,0 +1,123 @@
+"""The CUDA kernels of the ops: one look-up, one execute.
+
+Knows nothing of how plans are found. A call without a certified plan runs Inductor's kernel instead.
+"""
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cudnn_flex_compile.engine.call import backward_key, forward_key
+from cudnn_flex_compile.engine.clean import run_clean
+from cudnn_flex_compile.engine.problem import TensorSpec, dense
+from cudnn_flex_compile.engine.select import Ready, find_plan, plans
+from cudnn_flex_compile.kernels import fallback
+from cudnn_flex_compile.reasons import Reason
+from cudnn_flex_compile.scoremod.ranges import VALUE_LIMIT
+
+log = logging.getLogger("cudnn_flex_compile")
+_warned: set[str] = set()
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor], ints: Sequence[int],
+    floats: Sequence[Tensor], program: str, scale: float, stats: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The output in the query's order of strides, and the natural log-sum-exp [B, H, Sq] if `stats`."""
+    call = forward_key(program, query, key, value, operands, scale, stats)
+    found = plans.get(call) or _find(call, query)
+    if isinstance(found, Reason) or not _in_range(ints):
+        _explain(program, found)
+        return _fallback_forward(query, key, value, operands, ints, floats, program, scale)
+    if any(found.copies):
+        query, key, value = _copied(found, query, key, value)
+    out = _new(found.plan.outputs[0], query)
+    lse = _new(found.plan.outputs[1], query) if stats else None
+    tensors = (query, key, value, out) if lse is None else (query, key, value, out, lse)
+    _run(found, tensors, operands, ints, floats, query)
+    return out, lse.squeeze(-1) if lse is not None else None
+
+
+def backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
+    operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor], program: str, scale: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """dQ, dK, dV in the layouts of torch.empty_like of query, key and value."""
+    call = backward_key(forward_key(program, query, key, value, operands, scale, True), grad_out)
+    found = plans.get(call) or _find(call, query)
+    if isinstance(found, Reason) or not _in_range(ints):
+        _explain(program, found)
+        return _fallback_backward(grad_out, query, key, value, operands, ints, floats, program, scale)
+    inputs = (query, key, value)
+    if any(found.copies):
+        inputs = _copied(found, query, key, value)
+        grad_out = torch.empty_like(out).copy_(grad_out) if found.copies[3] else grad_out
+    gradients = tuple([_new(spec, query) for spec in found.plan.outputs])
+    _run(found, (*inputs, out, stats.unsqueeze(-1), grad_out, *gradients), operands, ints, floats, query)
+    return gradients
+
+
+def _find(call: tuple[object, ...], query: Tensor) -> Ready | Reason:
+    with torch.cuda.device(query.device):
+        return find_plan(call)
+
+
+def _new(spec: TensorSpec, like: Tensor) -> Tensor:
+    return torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device=like.device)
+
+
+def _copied(found: Ready, *tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(
+        _new(dense(TensorSpec.of(t)), t).copy_(t) if copy else t for t, copy in zip(tensors, found.copies, strict=False)
+    )
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """cuDNN reads 16 bytes at a time; a view may start in between."""
+    if tensor.data_ptr() % 16 == 0:
+        return tensor
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def _run(
+    found: Ready, tensors: tuple[Tensor, ...], operands: Sequence[Tensor], ints: Sequence[int],
+    floats: Sequence[Tensor], like: Tensor,
+) -> None:  # fmt: skip
+    inputs = [_aligned(t) for t in tensors]
+    if like.device.index == torch.cuda.current_device():
+        found.plan.run(inputs, operands, ints, floats)
+    else:
+        with torch.cuda.device(like.device):
+            found.plan.run(inputs, operands, ints, floats)
+
+
+def _in_range(ints: Sequence[int]) -> bool:
+    return all(abs(i) <= VALUE_LIMIT for i in ints) if ints else True
+
+
+def _explain(program: str, found: Ready | Reason) -> None:
+    """Says once per program that, and why, cuDNN is not used."""
+    if program not in _warned:
+        _warned.add(program)
+        why = found if isinstance(found, Reason) else f"a captured integer is beyond {VALUE_LIMIT}"
+        log.warning("cudnn_flex: a call runs on Inductor's flex_attention instead of cuDNN: %s", why)
+
+
+def _fallback_forward(
+    query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor], ints: Sequence[int],
+    floats: Sequence[Tensor], program: str, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    arguments = (query.detach(), key.detach(), value.detach(), operands, ints, floats, program, scale)
+    return run_clean(lambda: fallback.forward(*arguments), query.device.index)
+
+
+def _fallback_backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor],
+    ints: Sequence[int], floats: Sequence[Tensor], program: str, scale: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    arguments = (grad_out, query, key, value, operands, ints, floats, program, scale)
+    gradients = run_clean(lambda: fallback.backward(*arguments), query.device.index)
+    like = (torch.empty_like(t) for t in (query, key, value))
+    return tuple(g if g.stride() == t.stride() else t.copy_(g) for g, t in zip(gradients, like, strict=True))

@@ -1,0 +1,186 @@
+"""The custom ops, with their fakes and autograd: `cudnn_flex::attention` and `cudnn_flex::attention_backward`.
+
+Knows nothing of FX passes. Imports the kernels of a device when they first run.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cudnn_flex_compile.engine.problem import strides_like
+
+LOG2E = 1 / math.log(2)
+
+SCHEMAS = {
+    "attention": (
+        "(Tensor query, Tensor key, Tensor value, Tensor[] operands, SymInt[] ints, Tensor[] floats, str program,"
+        " float scale, bool return_lse, bool stats, Tensor? guard=None) -> (Tensor out, Tensor lse, Tensor stats)"
+    ),
+    "attention_backward": (
+        "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor stats, Tensor[] operands,"
+        " SymInt[] ints, Tensor[] floats, str program, float scale) -> (Tensor dq, Tensor dk, Tensor dv)"
+    ),
+    "check_block_mask": (
+        "(Tensor[] blocks, Tensor[] operands, SymInt[] ints, Tensor[] floats, str program, SymInt[] sizes,"
+        " SymInt[] block_sizes) -> Tensor"
+    ),
+}
+
+library = torch.library.Library("cudnn_flex", "DEF")
+for _name, _schema in SCHEMAS.items():
+    library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+
+Outputs = tuple[Tensor, Tensor, Tensor]
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raises ValueError for tensors that are no attention call."""
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    if not query.dim() == key.dim() == value.dim() == 4:
+        raise ValueError(f"cudnn_flex::attention takes [B, H, S, D] tensors, got {shapes}")
+    same = query.shape[0] == key.shape[0] == value.shape[0] and query.shape[3] == key.shape[3]
+    if not same or key.shape[1:3] != value.shape[1:3] or query.shape[1] % key.shape[1]:
+        raise ValueError(
+            "cudnn_flex::attention takes equal batches, equal query and key head dims, equal key and value heads"
+            f" and lengths, and query heads a multiple of key heads; got {shapes}"
+        )
+
+
+def _new_out(query: Tensor, value: Tensor) -> Tensor:
+    shape = (*query.shape[:3], value.shape[3])
+    return query.new_empty_strided(shape, strides_like(shape, query.stride()))
+
+
+def _new_stats(query: Tensor, wanted: bool) -> Tensor:
+    return query.new_empty(query.shape[:3] if wanted else (0,), dtype=torch.float32)
+
+
+@torch.library.impl(library, "attention", "CUDA")
+def _attention_cuda(
+    query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], ints: list[int], floats: list[Tensor],
+    program: str, scale: float, return_lse: bool, stats: bool, guard: Tensor | None = None,
+) -> Outputs:  # fmt: skip
+    from cudnn_flex_compile.kernels import cuda
+
+    out, natural = cuda.forward(query, key, value, operands, ints, floats, program, scale, stats or return_lse)
+    lse = natural * LOG2E if return_lse and natural is not None else _new_stats(query, False)
+    return out, lse, natural if stats and natural is not None else _new_stats(query, False)
+
+
+@torch.library.impl(library, "attention", "CPU")
+def _attention_cpu(
+    query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], ints: list[int], floats: list[Tensor],
+    program: str, scale: float, return_lse: bool, stats: bool, guard: Tensor | None = None,
+) -> Outputs:  # fmt: skip
+    from cudnn_flex_compile.kernels import cpu
+
+    _check(query, key, value)
+    out, natural = _new_out(query, value), _new_stats(query, True)
+    cpu.forward(query, key, value, operands, ints, floats, program, scale, out, natural)
+    lse = natural * LOG2E if return_lse else _new_stats(query, False)
+    return out, lse, natural if stats else _new_stats(query, False)
+
+
+@torch.library.register_fake("cudnn_flex::attention", lib=library)
+def _attention_fake(
+    query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], ints: list[int], floats: list[Tensor],
+    program: str, scale: float, return_lse: bool, stats: bool, guard: Tensor | None = None,
+) -> Outputs:  # fmt: skip
+    _check(query, key, value)
+    return _new_out(query, value), _new_stats(query, return_lse), _new_stats(query, stats)
+
+
+@torch.library.impl(library, "attention_backward", "CUDA")
+def _backward_cuda(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
+    operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str, scale: float,
+) -> Outputs:  # fmt: skip
+    from cudnn_flex_compile.kernels import cuda
+
+    dq, dk, dv = cuda.backward(
+        grad_out, query, key, value, out, stats, operands, ints, floats, program, scale
+    )
+    return dq, dk, dv
+
+
+@torch.library.impl(library, "attention_backward", "CPU")
+def _backward_cpu(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
+    operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str, scale: float,
+) -> Outputs:  # fmt: skip
+    from cudnn_flex_compile.kernels import cpu
+
+    gradients = cpu.backward(grad_out, query, key, value, out, stats, operands, ints, floats, program, scale)
+    dq, dk, dv = (torch.empty_like(t).copy_(g) for t, g in zip((query, key, value), gradients, strict=True))
+    return dq, dk, dv
+
+
+@torch.library.register_fake("cudnn_flex::attention_backward", lib=library)
+def _backward_fake(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
+    operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str, scale: float,
+) -> Outputs:  # fmt: skip
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
+    query, key, value, operands, ints, floats, program, scale, _, has_stats, _ = inputs
+    out, _, stats = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(stats)
+    ctx.save_for_backward(query, key, value, out, stats, *operands, *floats)
+    ctx.operands, ctx.ints, ctx.program, ctx.scale, ctx.has_stats = len(operands), ints, program, scale, has_stats
+
+
+def _autograd_backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _: Tensor | None) -> Any:
+    query, key, value, out, stats, *rest = ctx.saved_tensors
+    operands, floats = rest[: ctx.operands], rest[ctx.operands :]
+    none = (None,) * 2 + ([None] * len(operands), None, [None] * len(floats), None, None, None, None, None)
+    if grad_lse is not None:
+        raise RuntimeError(
+            "cudnn_flex::attention: its LSE has no gradient (torch.compile keeps calls whose LSE is differentiated"
+            " on the inner backend); detach the LSE"
+        )
+    if not ctx.has_stats:
+        raise RuntimeError("cudnn_flex::attention was called with stats=False; a backward needs stats=True")
+    if grad_out is None:
+        return (None, *none)
+    dq, dk, dv = torch.ops.cudnn_flex.attention_backward(
+        grad_out, query, key, value, out, stats, operands, ctx.ints, floats, ctx.program, ctx.scale
+    )
+    return (dq, dk, dv, *none[2:])
+
+
+torch.library.register_autograd(
+    "cudnn_flex::attention", _autograd_backward, setup_context=_setup_context, lib=library
+)
+
+
+def _check_block_mask(
+    blocks: list[Tensor], operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str,
+    sizes: list[int], block_sizes: list[int],
+) -> Tensor:  # fmt: skip
+    """An empty tensor, for attention to depend on. Raises RuntimeError where blocks and program disagree."""
+    from cudnn_flex_compile.kernels import block_mask
+
+    block_mask.check(blocks, operands, ints, floats, program, sizes, block_sizes)
+    return blocks[0].new_empty(0, dtype=torch.int32)
+
+
+for _device in ("CPU", "CUDA"):
+    library.impl("check_block_mask", _check_block_mask, _device)
+
+
+@torch.library.register_fake("cudnn_flex::check_block_mask", lib=library)
+def _check_fake(
+    blocks: list[Tensor], operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str,
+    sizes: list[int], block_sizes: list[int],
+) -> Tensor:  # fmt: skip
+    return blocks[0].new_empty(0, dtype=torch.int32)
+
+
+attention = torch.ops.cudnn_flex.attention.default
+attention_backward = torch.ops.cudnn_flex.attention_backward.default

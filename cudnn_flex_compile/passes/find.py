@@ -1,0 +1,122 @@
+"""Finds the flex_attention calls of a Dynamo graph and reads their arguments.
+
+Knows nothing of what becomes of them. The node's signature differs between torch versions: the mask function
+is the last element of the block mask tuple, the block sizes are the two before it, outputs go by position.
+"""
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+FLEX_ATTENTION = torch.ops.higher_order.flex_attention
+NO_BLOCKS = 1 << 30  # the block size that flex_attention gives an absent BlockMask
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One flex_attention node.
+
+    Attributes:
+        graph_module: the module in whose graph the node is.
+        node: the node.
+        query, key, value: nodes of [B, H, S, D] tensors.
+        score_mod, mask_mod: subgraphs of 0-d tensors.
+        blocks: (kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices, q_num_blocks, q_indices,
+            full_q_num_blocks, full_q_indices), nodes or None; empty without a BlockMask.
+        block_sizes: of q and kv.
+        scale: a number or a node.
+        kernel_options: the user's, and flex_attention's defaults.
+        score_captured, mask_captured: nodes or integers, the last arguments of the subgraphs.
+    """
+
+    graph_module: GraphModule
+    node: Node
+    query: Node
+    key: Node
+    value: Node
+    score_mod: GraphModule
+    mask_mod: GraphModule
+    blocks: tuple[Node | None, ...]
+    block_sizes: tuple[Any, Any]
+    scale: Any
+    kernel_options: dict[str, Any]
+    score_captured: tuple[Any, ...]
+    mask_captured: tuple[Any, ...]
+
+    def output(self, position: int) -> list[Node]:
+        """The getitem nodes of one output: 0 out, 1 log-sum-exp in base 2, 2 largest score in base 2."""
+        return [u for u in self.node.users if u.target is operator.getitem and u.args[1] == position]
+
+    @property
+    def source(self) -> str:
+        """The line of the user's code that made the call, as Dynamo recorded it."""
+        lines = [line.strip() for line in str(self.node.meta.get("stack_trace", "")).splitlines()]
+        places = [i for i, line in enumerate(lines) if line.startswith("File ") and "flex_attention.py" not in line]
+        if not places:
+            return "unknown source"
+        last = places[-1]
+        code = lines[last + 1] if last + 1 < len(lines) else ""
+        return f"{lines[last]}: {code}" if code else lines[last]
+
+
+def example(value: Any) -> Any:
+    """The fake tensor or symbolic number that Dynamo recorded for a node; other values as they are."""
+    return value.meta["example_value"] if isinstance(value, Node) else value
+
+
+def find_calls(graph_module: GraphModule) -> Iterator[Call]:
+    """All calls, also those in nested graphs such as checkpointed regions, in the order of execution."""
+    for node in list(graph_module.graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target is FLEX_ATTENTION:
+            yield _read(graph_module, node)
+            continue
+        for argument in node.args:
+            nested = _submodule(graph_module, argument)
+            if nested is not None:
+                yield from find_calls(nested)
+
+
+def _submodule(graph_module: GraphModule, argument: Any) -> GraphModule | None:
+    if not isinstance(argument, Node) or argument.op != "get_attr":
+        return None
+    found: Any = graph_module
+    for name in str(argument.target).split("."):
+        found = getattr(found, name)
+    return found if isinstance(found, GraphModule) else None
+
+
+def _read(graph_module: GraphModule, node: Node) -> Call:
+    query, key, value, score_mod, block_mask, scale, kernel_options, *captured = node.args
+    mask: Any = block_mask
+    block_sizes = mask[-3], mask[-2]
+    absent = all(size == NO_BLOCKS for size in block_sizes) and _made_here(mask[2])
+    score_graph, mask_graph = (_submodule(graph_module, m) for m in (score_mod, mask[-1]))
+    if score_graph is None or mask_graph is None:
+        raise TypeError(f"flex_attention's score_mod and mask_mod are {score_mod}, {mask[-1]}: expected subgraphs")
+    empty: tuple[Any, ...] = ()
+    score_captured, mask_captured = (*captured, empty, empty)[:2]
+    arguments: Any = (query, key, value)
+    return Call(
+        graph_module,
+        node,
+        *arguments,
+        score_mod=score_graph,
+        mask_mod=mask_graph,
+        blocks=() if absent else tuple(mask[2:10]),
+        block_sizes=block_sizes,
+        scale=scale,
+        kernel_options=dict(kernel_options),  # pyright: ignore[reportArgumentType, reportCallIssue]
+        score_captured=tuple(score_captured),  # pyright: ignore[reportArgumentType]
+        mask_captured=tuple(mask_captured),  # pyright: ignore[reportArgumentType]
+    )
+
+
+def _made_here(kv_num_blocks: Any) -> bool:
+    """Whether flex_attention made the block mask itself, in the graph, because there was none."""
+    return isinstance(kv_num_blocks, Node) and kv_num_blocks.target is torch.ones

@@ -1,0 +1,119 @@
+"""Writes what is computed outside the kernel into the surrounding graph, as nodes that the inner backend fuses.
+
+Knows nothing of cuDNN. Each node is written once per graph: calls that need the same value share it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Node, Proxy
+from torch.fx.proxy import GraphAppendingTracer
+
+from cudnn_flex_compile.passes.find import example
+from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod.interpret import TORCH_DTYPE, evaluate
+from cudnn_flex_compile.scoremod.ir import I32, I64, Expr
+from cudnn_flex_compile.scoremod.partition import Hoisted
+
+INT32 = torch.iinfo(torch.int32)
+VIEWS = {"b": (-1, 1, 1, 1), "h": (1, -1, 1, 1), "q": (1, 1, -1, 1), "k": (1, 1, 1, -1)}
+
+
+def operand_value(
+    hoisted: Hoisted, captured: Callable[[Expr], Any], sizes: tuple[Any, ...], device: torch.device
+) -> Any:
+    """The operand, [B or 1, H or 1, Sq or 1, Skv or 1].
+
+    Args:
+        hoisted: what to compute.
+        captured: the tensor or number of a capture or scalar leaf.
+        sizes: of the axes b, h, q, k.
+        device: of the result.
+
+    Works on tensors, and on FX proxies, where it writes the nodes that compute the operand.
+    """
+
+    def leaf(node: Expr) -> Any:
+        if node.kind == "index":
+            axis = str(node.value)
+            span = torch.arange(sizes[ir.AXES.index(axis)], dtype=torch.int32, device=device)
+            return span.view(VIEWS[axis])
+        if node.kind == "const":
+            number: Any = node.value
+            return torch.full((), number, dtype=TORCH_DTYPE[node.dtype], device=device)
+        return captured(node)
+
+    value = evaluate(hoisted.expression, leaf)
+    if hoisted.expression.dtype == I64 and hoisted.dtype == I32:
+        value = value.clamp(INT32.min, INT32.max)
+    shape = [size if axis in hoisted.dims else 1 for axis, size in zip(ir.AXES, sizes, strict=True)]
+    return value.to(TORCH_DTYPE[hoisted.dtype]).expand(*shape).contiguous()
+
+
+class Writer:
+    """Writes operands into graphs, each once."""
+
+    def __init__(self) -> None:
+        self._written: dict[tuple[Any, ...], Node] = {}
+
+    def write(self, hoisted: Hoisted, captured: dict[Expr, Any], query: Node, key: Node, before: Node) -> Node:
+        """The node of an operand, above `before`."""
+        graph = before.graph
+        leaves = tuple(n for n in ir.walk(hoisted.expression) if n.kind in ("capture", "scalar"))
+        shared = (graph, hoisted.dtype, hoisted.expression, *(captured[n] for n in leaves), query, key)
+        if shared not in self._written:
+            first = before.prev
+            with graph.inserting_before(before):
+                tracer = GraphAppendingTracer(graph)
+                self._written[shared] = self._trace(hoisted, captured, query, key, tracer)
+            _annotate(first.next, before, example(query).fake_mode)
+        return self._written[shared]
+
+    def _trace(
+        self, hoisted: Hoisted, captured: dict[Expr, Any], query: Node, key: Node, tracer: GraphAppendingTracer
+    ) -> Node:
+        def proxy(node: Expr) -> Any:
+            value = captured[node]
+            return Proxy(value, tracer) if isinstance(value, Node) else value
+
+        sizes = tuple(_size(Proxy(n, tracer), n, d) for n, d in ((query, 0), (query, 1), (query, 2), (key, 2)))
+        device = example(query).device
+        graph = tracer.graph
+        with _ProxyFactories(tracer):
+            return operand_value(hoisted, proxy, sizes, device).node if graph else None  # pyright: ignore
+
+
+def _size(proxy: Proxy, node: Node, dim: int) -> Any:
+    size = example(node).shape[dim]
+    return size if isinstance(size, int) else proxy.size(dim)
+
+
+class _ProxyFactories(torch.overrides.TorchFunctionMode):
+    """Writes tensor factories (arange, full), which take no proxies, as nodes too."""
+
+    FACTORIES = (torch.arange, torch.full)
+
+    def __init__(self, tracer: GraphAppendingTracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.FACTORIES:
+            return self.tracer.create_proxy("call_function", func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+
+def _annotate(first: Node, end: Node, mode: FakeTensorMode) -> None:
+    """Gives new nodes the example values that Dynamo's nodes have, in Dynamo's fake mode, for later passes."""
+    node = first
+    while node is not end:
+        if "example_value" not in node.meta:
+            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), example)  # pyright: ignore
+            target: Any = node.target
+            with mode:
+                function = getattr(args[0], target) if node.op == "call_method" else target
+                rest = args[1:] if node.op == "call_method" else args
+                node.meta["example_value"] = function(*rest, **kwargs)
+        node = node.next

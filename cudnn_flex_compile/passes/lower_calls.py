@@ -1,0 +1,152 @@
+"""The pass: decides for each flex_attention call of a graph whether it is lowered, and rewrites those that are.
+
+Knows nothing of the inner backend. An exception in one call keeps that call; the model runs.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from cudnn_flex_compile import ops as _ops  # noqa: F401  (registers the op that the pass writes)
+from cudnn_flex_compile.passes import block_mask
+from cudnn_flex_compile.passes.capture import Captures, read_captures
+from cudnn_flex_compile.passes.find import Call, example, find_calls
+from cudnn_flex_compile.passes.hoist import Writer, operand_value
+from cudnn_flex_compile.passes.rewrite import replace
+from cudnn_flex_compile.passes.target import Target, judge
+from cudnn_flex_compile.reasons import Code, Reason
+from cudnn_flex_compile.report import CallReport
+from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod.ir import Program
+from cudnn_flex_compile.scoremod.partition import Hoisted, PairGather, partition
+from cudnn_flex_compile.scoremod.ranges import narrow
+from cudnn_flex_compile.scoremod.simplify import normalize
+from cudnn_flex_compile.scoremod.text import text
+from cudnn_flex_compile.scoremod.trace import Untraceable, trace
+
+log = logging.getLogger("cudnn_flex_compile")
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What the calls of one graph share: writers that write each node once, and the graph's real inputs."""
+
+    operands: Writer
+    guards: block_mask.Guards
+    real: dict[Node, Any]
+
+
+def lower_calls(graph_module: GraphModule, example_inputs: Sequence[Any]) -> list[CallReport]:
+    """Rewrites the graph in place; one report a call, in order."""
+    inputs = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
+    context = Context(Writer(), block_mask.Guards(), dict(zip(inputs, example_inputs, strict=False)))
+    reports: list[CallReport] = []
+    changed: list[GraphModule] = []
+    for call in find_calls(graph_module):  # lazily: each call is read after those before it were rewritten
+        report = _lower(call, context)
+        reports.append(report)
+        if report.reason is None:
+            changed.append(call.graph_module)
+    for module in {id(m): m for m in [*changed, *([graph_module] if changed else [])]}.values():
+        module.graph.lint()
+        module.recompile()
+    return reports
+
+
+def _lower(call: Call, context: Context) -> CallReport:
+    report = CallReport(source=call.source)
+    try:
+        report.reason = _lower_or_reason(call, context, report)
+    except Exception as error:  # a bug of ours must not stop the model
+        log.warning("cudnn_flex: the pass failed on %s; the call is kept", call.source, exc_info=True)
+        report.reason = Reason(Code.INTERNAL, f"{type(error).__name__}: {error}")
+    return report
+
+
+def _lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason | None:
+    refused = _unsuitable(call)
+    if refused is not None:
+        return refused
+    captures = read_captures(call)
+    if isinstance(captures, Reason):
+        return captures
+    traced = _trace(call, captures)
+    if isinstance(traced, Reason):
+        return traced
+    program, hoisted = traced
+    report.program = program
+    training = bool(example(call.node)[0].requires_grad)
+    if training and call.output(1):
+        return Reason(Code.LSE_GRADIENT, "the LSE is used, and a gradient may flow through it")
+    values = _real_values(call, captures, hoisted, context)
+    wrong = block_mask.disagreement(call, program, context.real.get, values)  # pyright: ignore[reportArgumentType]
+    if wrong is not None:
+        return wrong
+    verdict = judge(Target(call, program, tuple(hoisted), captures, training, context.real))
+    if isinstance(verdict, Reason):
+        return verdict
+    report.strategies = verdict
+    _rewrite(call, captures, program, hoisted, training, context)
+    return None
+
+
+def _unsuitable(call: Call) -> Reason | None:
+    """Reasons that need no tracing."""
+    tensors = [example(n) for n in (call.query, call.key, call.value)]
+    forced = call.kernel_options.get("BACKEND", "AUTO")
+    if forced != "AUTO" or call.kernel_options.get("FORCE_USE_FLEX_ATTENTION"):
+        return Reason(Code.FORCED_BACKEND, f"kernel_options ask for {forced}")
+    if call.output(2):
+        return Reason(Code.MAX_SCORES, "the largest scores are used")
+    if not isinstance(call.scale, (int, float)):
+        return Reason(Code.UNSUPPORTED_CALL, "the scale changes between calls")
+    if tensors[0].device.type not in ("cuda", "cpu"):
+        return Reason(Code.DEVICE, f"tensors are on {tensors[0].device}")
+    if any(type(t) is not type(tensors[0]) or t.is_nested for t in tensors):
+        return Reason(Code.UNSUPPORTED_CALL, "tensors of different or nested types")
+    return None
+
+
+def _trace(call: Call, captures: Captures) -> tuple[Program, list[Hoisted]] | Reason:
+    device = example(call.query).device
+    try:
+        score = trace(call.score_mod, True, captures.of_score, device)
+        mask = trace(call.mask_mod, False, captures.of_mask, device)
+        return partition(normalize(ir.program(narrow(score), narrow(mask))))
+    except Untraceable as error:
+        return Reason(Code.UNKNOWN_OP, str(error))
+    except PairGather:
+        return Reason(Code.PAIR_GATHER, "a captured tensor is read at an index that depends on q and kv")
+
+
+def _real_values(
+    call: Call, captures: Captures, hoisted: list[Hoisted], context: Context
+) -> tuple[list[torch.Tensor], list[int], list[Any]] | None:
+    """Operands, integers and floats of the call that is being compiled, if its captured inputs are at hand."""
+    values = {leaf: context.real.get(node) if isinstance(node, Node) else node for leaf, node in captures.nodes.items()}
+    if any(v is None for v in values.values()):
+        return None
+    sizes = (*example(call.query).shape[:3], example(call.key).shape[2])
+    hints = tuple(n if isinstance(n, int) else int(n.node.hint) for n in sizes)
+    numbers = [int(v if isinstance(v, int) else v.node.hint) for v in (values[leaf] for leaf in captures.ints)]
+    for leaf, number in zip(captures.ints, numbers, strict=True):
+        values[leaf] = number
+    with torch.no_grad():
+        operands = [operand_value(h, values.__getitem__, hints, example(call.query).device) for h in hoisted]
+    return operands, numbers, [values[leaf] for leaf in captures.floats]
+
+
+def _rewrite(
+    call: Call, captures: Captures, program: Program, hoisted: list[Hoisted], training: bool, context: Context
+) -> None:
+    operands = [
+        context.operands.write(h, captures.nodes, call.query, call.key, call.node) for h in hoisted
+    ]
+    ints = [captures.nodes[leaf] for leaf in captures.ints]
+    floats = [captures.nodes[leaf] for leaf in captures.floats]
+    guard = context.guards.write(call, operands, ints, floats, text(ir.program(mask=program.mask)))
+    replace(call, operands, ints, floats, text(program), training, guard)

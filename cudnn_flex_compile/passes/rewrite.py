@@ -1,0 +1,62 @@
+"""Replaces one flex_attention node by the custom op.
+
+Knows nothing of why the call may be replaced.
+"""
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from cudnn_flex_compile.passes.find import Call, example
+
+
+def replace(
+    call: Call, operands: Sequence[Node], ints: Sequence[Any], floats: Sequence[Node], program: str, training: bool,
+    guard: Node | None,
+) -> None:  # fmt: skip
+    """Rewrites the call's users to the op's outputs; the node itself goes.
+
+    Args:
+        call: the call.
+        operands: [B or 1, H or 1, Sq or 1, Skv or 1] tensors.
+        ints: nodes or integers. floats: nodes of 0-d host tensors.
+        program: canonical text.
+        training: whether a gradient may be asked for.
+        guard: the node of the BlockMask's check, if there is a BlockMask.
+    """
+    graph, node = call.node.graph, call.node
+    lse = call.output(1)
+    with graph.inserting_before(node):
+        key, value = (_with_batch(graph, n, call.query) for n in (call.key, call.value))
+        arguments = (
+            call.query, key, value, list(operands), list(ints), list(floats), program, float(call.scale), bool(lse),
+            training, guard,
+        )  # fmt: skip
+        op = graph.call_function(torch.ops.cudnn_flex.attention.default, arguments)
+        op.meta.update({k: v for k, v in node.meta.items() if k != "example_value"})
+        outputs = [graph.call_function(operator.getitem, (op, i)) for i in range(2)]
+    fakes = example(node)
+    op.meta["example_value"] = (fakes[0], fakes[1], fakes[1])
+    for position, output in enumerate(outputs):
+        output.meta["example_value"] = fakes[position]
+        for old in call.output(position):
+            old.replace_all_uses_with(output)
+            graph.erase_node(old)
+        if not output.users:
+            graph.erase_node(output)
+    graph.erase_node(node)
+
+
+def _with_batch(graph: torch.fx.Graph, node: Node, query: Node) -> Node:
+    """Keys and values of batch 1 serve queries of any batch; autograd sums their gradients."""
+    tensor, wanted = example(node), example(query)
+    if tensor.shape[0] == wanted.shape[0]:
+        return node
+    batch = wanted.shape[0]
+    size = batch if isinstance(batch, int) else graph.call_method("size", (query, 0))
+    expanded = graph.call_method("expand", (node, size, -1, -1, -1))
+    expanded.meta["example_value"] = tensor.expand(batch, -1, -1, -1)
+    return expanded

@@ -1,0 +1,143 @@
+"""Asks whether a program can run on the device of a call: certified plans on CUDA, legal forms elsewhere.
+
+Knows nothing of rewriting.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from cudnn_flex_compile.engine.call import Meta, backward_key, forward_key, problem_of
+from cudnn_flex_compile.engine.problem import Problem, TensorSpec
+from cudnn_flex_compile.engine.reference import CapturedValue, SubgraphReference
+from cudnn_flex_compile.engine.strategies import STRATEGIES
+from cudnn_flex_compile.engine.support import refused
+from cudnn_flex_compile.passes.capture import Captures
+from cudnn_flex_compile.passes.find import Call, example
+from cudnn_flex_compile.passes.hoist import operand_value
+from cudnn_flex_compile.reasons import Code, Reason
+from cudnn_flex_compile.scoremod.interpret import TORCH_DTYPE
+from cudnn_flex_compile.scoremod.ir import AXES, Expr, Program
+from cudnn_flex_compile.scoremod.partition import Hoisted
+from cudnn_flex_compile.scoremod.text import text
+from cudnn_flex_compile.scoremod.trace import without_items
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A call with its program.
+
+    Attributes:
+        hoisted: what its operands are.
+        captures: its captured inputs.
+        training: whether a gradient may be asked for.
+        real: the graph's inputs, by placeholder.
+    """
+
+    call: Call
+    program: Program
+    hoisted: tuple[Hoisted, ...]
+    captures: Captures
+    training: bool
+    real: dict[Node, Any]
+
+
+def judge(target: Target) -> tuple[str, ...] | Reason:
+    """The strategies of forward and backward, or why the call is kept."""
+    device = example(target.call.query).device
+    call = _key(target, device)
+    problem = problem_of(call)
+    if device.type == "cuda":
+        return _certified(target, call, problem)
+    reason = refused(problem.backward() if target.training else problem, target.program, _any_version())
+    if reason is not None:
+        return reason
+    reasons: list[Reason] = []
+    for strategy in STRATEGIES:
+        lowering = strategy.lower(target.program, target.training)
+        if not isinstance(lowering, Reason):
+            return (strategy.name,)
+        reasons.append(lowering)
+    return next((r for r in reasons if r.code is not Code.UNSUPPORTED_CALL), reasons[-1])
+
+
+def _any_version() -> int:
+    return 10**9
+
+
+def _certified(target: Target, call: tuple[Any, ...], problem: Problem) -> tuple[str, ...] | Reason:
+    from cudnn_flex_compile.engine.select import find_plan, remember_reference
+
+    remember_reference(problem, _reference(target))
+    found = find_plan(call)
+    if isinstance(found, Reason):
+        return found
+    if not target.training:
+        return (found.plan.strategy,)
+    backward = find_plan(backward_key(call, Meta(problem.out, torch.device("cuda", problem.device))))
+    return backward if isinstance(backward, Reason) else (found.plan.strategy, backward.plan.strategy)
+
+
+def _key(target: Target, device: torch.device) -> tuple[Any, ...]:
+    call = target.call
+    query, key, value = (Meta(_spec(example(n)), device) for n in (call.query, call.key, call.value))
+    if key.shape[0] != query.shape[0]:
+        for tensor in (key, value):
+            spec = TensorSpec((query.shape[0], *tensor.shape[1:]), (0, *tensor.stride()[1:]), tensor.dtype)
+            tensor.__init__(spec, device)
+    sizes = (*query.shape[:3], key.shape[2])
+    operands = [Meta(_operand_spec(h, sizes), device) for h in target.hoisted]
+    stats = target.training or bool(call.output(1))
+    return forward_key(text(target.program), query, key, value, operands, float(call.scale), stats)
+
+
+def _spec(tensor: torch.Tensor) -> TensorSpec:
+    return TensorSpec(_hints(tensor.shape), _hints(tensor.stride()), tensor.dtype)
+
+
+def _hints(sizes: Sequence[Any]) -> tuple[int, ...]:
+    return tuple(n if isinstance(n, int) else int(n.node.hint) for n in sizes)
+
+
+def _operand_spec(hoisted: Hoisted, sizes: tuple[int, ...]) -> TensorSpec:
+    shape = tuple(n if axis in hoisted.dims else 1 for axis, n in zip(AXES, sizes, strict=True))
+    stride = tuple(torch.empty(shape, device="meta").stride())
+    return TensorSpec(shape, stride, TORCH_DTYPE[hoisted.dtype])
+
+
+def _reference(target: Target) -> SubgraphReference:
+    leaves = list(target.captures.nodes)
+    limit = min((n for t in leaves for n in _shape(target, t)), default=2) - 1
+    captured = tuple(_captured(target, leaf, max(limit, 0)) for leaf in leaves)
+
+    def operands(values: Sequence[Any], sizes: tuple[int, int, int, int], device: torch.device) -> list[torch.Tensor]:
+        by_leaf = dict(zip(leaves, values, strict=True))
+        return [operand_value(h, by_leaf.__getitem__, sizes, device) for h in target.hoisted]
+
+    return SubgraphReference(
+        score_mod=without_items(target.call.score_mod),
+        mask_mod=without_items(target.call.mask_mod),
+        score_captured=tuple(leaves.index(c.leaf) for c in target.captures.of_score),
+        mask_captured=tuple(leaves.index(c.leaf) for c in target.captures.of_mask),
+        captured=captured,
+        operands=operands,
+        ints=tuple(leaves.index(leaf) for leaf in target.captures.ints),
+        floats=tuple(leaves.index(leaf) for leaf in target.captures.floats),
+    )
+
+
+def _shape(target: Target, leaf: Expr) -> tuple[int, ...]:
+    tensor = example(target.captures.nodes[leaf])
+    return _hints(tensor.shape) if isinstance(tensor, torch.Tensor) else ()
+
+
+def _captured(target: Target, leaf: Expr, limit: int) -> CapturedValue:
+    node = target.captures.nodes[leaf]
+    value = example(node)
+    if not isinstance(value, torch.Tensor):
+        return CapturedValue(None, number=_hints([value])[0])
+    real = target.real.get(node)
+    return CapturedValue(_spec(value), scalar=leaf.kind == "scalar", real=real, limit=limit)

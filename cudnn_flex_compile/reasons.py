@@ -1,0 +1,52 @@
+"""Why a call was kept by the inner backend: one code each, with a remedy in one line.
+
+Knows nothing of graphs or of cuDNN.
+"""
+
+import enum
+from dataclasses import dataclass
+
+
+class Code(enum.Enum):
+    """The value is the remedy that reports show."""
+
+    DTYPE = "use bfloat16 or float16 queries, keys and values (or torch.autocast)"
+    HEAD_DIM = "use head dims that are multiples of 8, at most 256"
+    LENGTH = "sequence lengths must be at least 1 and below 2**24"
+    DEVICE = "move the model to an NVIDIA GPU; other devices keep stock flex_attention"
+    CUDNN_MISSING = "install nvidia-cudnn-frontend and a torch build that brings cuDNN"
+    CUDNN_OLD = "upgrade cuDNN (nvidia-cudnn-cu12 or nvidia-cudnn-cu13) to the version named"
+    UNKNOWN_OP = "rewrite the op in terms of those that README lists, or ask for a row in the op table"
+    NO_BACKWARD = "run under torch.no_grad, or use ops that have a derivative"
+    ILLEGAL_OP = "cuDNN computes no form of this op right; see the detail"
+    PAIR_GATHER = "a table read at (q, kv) needs a bias tensor, which is not supported yet"
+    CAPTURED_GRADIENT = "detach the captured tensor, or keep this call on stock flex_attention"
+    LSE_GRADIENT = "detach the LSE where it takes part in no loss"
+    MAX_SCORES = "ask for the LSE only"
+    FORCED_BACKEND = "drop BACKEND from kernel_options"
+    BLOCK_MASK = "build the BlockMask with create_block_mask from the same mask_mod"
+    UNSUPPORTED_CALL = "call flex_attention with a plain BlockMask, or none"
+    SHAPE_REFUSED = "cuDNN has no kernel for this shape on this GPU"
+    KNOWN_WRONG = "cuDNN computes this wrongly; upgrade to the version named"
+    CERTIFICATION = "cuDNN's numbers were wrong here; please report the program and the shape"
+    INTERNAL = "a bug of cudnn_flex_compile: please report it with the detail"
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why one call was kept.
+
+    Attributes:
+        code: the class of reason, with its remedy.
+        detail: what exactly, in this call.
+    """
+
+    code: Code
+    detail: str = ""
+
+    @property
+    def remedy(self) -> str:
+        return self.code.value
+
+    def __str__(self) -> str:
+        return f"{self.code.name}: {self.detail}" if self.detail else self.code.name

@@ -1,0 +1,90 @@
+"""The reference: evaluates expressions with torch ops on tensors that broadcast.
+
+Knows nothing of attention or of cuDNN. The CPU kernel, constant folding, hoisting (which runs it on FX
+proxies, so that it writes graph nodes instead of computing) and the tests all call it.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod.ir import BOOL, F32, I32, I64, Expr
+from cudnn_flex_compile.scoremod.optable import TABLE
+
+TORCH_DTYPE = {F32: torch.float32, I32: torch.int32, I64: torch.int64, BOOL: torch.bool}
+
+
+def evaluate(root: Expr, leaf: Callable[[Expr], Any], high: bool = False) -> Any:
+    """The value of `root`.
+
+    Args:
+        root: the expression.
+        leaf: gives the value of each leaf (score, grad, index, const, capture, operand, scalar), already of
+            the leaf's dtype and in a shape that broadcasts with the others.
+        high: compute F32 in float64; leaves of F32 must then be float64 too.
+    """
+    values: dict[Expr, Any] = {}
+    for node in ir.walk(root):
+        if not node.args:
+            values[node] = leaf(node)
+        elif high and node.kind == "f32":
+            values[node] = values[node.args[0]].to(torch.float64)
+        else:
+            values[node] = TABLE[node.kind].evaluate(*(values[a] for a in node.args))
+    return values[root]
+
+
+def const_tensor(node: Expr, device: torch.device | str = "cpu", high: bool = False) -> torch.Tensor:
+    dtype = torch.float64 if high and node.dtype == F32 else TORCH_DTYPE[node.dtype]
+    return torch.full((), node.value, dtype=dtype, device=device)  # pyright: ignore[reportArgumentType]
+
+
+def fold(node: Expr) -> Expr:
+    """The constant that an op on constants computes."""
+    value = evaluate(node, const_tensor)
+    return ir.const(value.item(), node.dtype)
+
+
+def environment(
+    score: torch.Tensor,
+    indices: Mapping[str, torch.Tensor],
+    operands: Mapping[int, torch.Tensor],
+    ints: Mapping[int, int],
+    floats: Mapping[int, float],
+    grad: torch.Tensor | None = None,
+) -> Callable[[Expr], torch.Tensor]:
+    """A leaf function for `evaluate` on the device and in the float type of `score`.
+
+    Args:
+        score: [B, H, Q, K] scaled scores, float32 or float64 (or any shape that the rest broadcasts with).
+        indices: int32 per axis, shaped to broadcast with the score.
+        operands: by position, shaped to broadcast with the score.
+        ints, floats: the scalars, by position.
+        grad: like the score; needed where the expression has a `grad` leaf.
+    """
+    high = score.dtype == torch.float64
+
+    def leaf(node: Expr) -> torch.Tensor:
+        match node.kind:
+            case "score":
+                return score
+            case "grad" if grad is not None:
+                return grad
+            case "index":
+                return indices[str(node.value)]
+            case "const":
+                return const_tensor(node, score.device, high)
+            case "operand":
+                dtype = score.dtype if node.dtype == F32 else TORCH_DTYPE[node.dtype]
+                return operands[int(node.value)].to(dtype)  # pyright: ignore[reportArgumentType]
+            case "scalar":
+                source = floats if node.dtype == F32 else ints
+                number = source[int(node.value)]  # pyright: ignore[reportArgumentType]
+                dtype = score.dtype if node.dtype == F32 else torch.int32
+                return torch.full((), number, dtype=dtype, device=score.device)
+            case kind:
+                raise ValueError(f"no value for a {kind} here")
+
+    return leaf

@@ -1,0 +1,162 @@
+"""Rewrites an expression into the forms that cuDNN's score_mod dialect computes right.
+
+Knows the dialect's rules (each names its reason) but not cuDNN's Python package. The result has the same value
+as far as float rounding goes; `Illegal` names the op that has no legal form.
+"""
+
+from collections.abc import Callable
+
+from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod.interpret import fold
+from cudnn_flex_compile.scoremod.ir import BOOL, F32, I32, I64, SCORE, Expr
+from cudnn_flex_compile.scoremod.optable import TABLE, make
+from cudnn_flex_compile.scoremod.ranges import nonnegative
+from cudnn_flex_compile.scoremod.simplify import simplify
+
+TINY = 1e-30
+
+
+class Illegal(Exception):
+    """`op` has no form that cuDNN is known to compute right; `why` says what is wrong with it."""
+
+    def __init__(self, op: str, why: str) -> None:
+        super().__init__(f"{op}: {why}")
+        self.op, self.why = op, why
+
+
+def _of_score(node: Expr) -> bool:
+    return ir.depends_on(node, SCORE)
+
+
+def _scalar(node: Expr) -> bool:
+    return node.kind in ("const", "scalar")
+
+
+def _sub(n: Expr) -> Expr:
+    """c - x -> x * -1 + c: a scalar as the left operand of a subtraction is refused in the backward"""
+    left, right = n.args
+    if not _scalar(left):
+        return n
+    return right * ir.const(-1, right.dtype) + left
+
+
+def _div(n: Expr) -> Expr:
+    """c / x -> reciprocal(x) * c: scalars are right operands"""
+    left, right = n.args
+    return make("reciprocal", right) * left if _scalar(left) else n
+
+
+def _neg(n: Expr) -> Expr:
+    """-x -> x * -1: neg is a float op in cuDNN, and cannot be the first op on the backward's gradient"""
+    return n.args[0] * ir.const(-1, n.dtype)
+
+
+def _max(n: Expr) -> Expr:
+    """max(x, y) -> relu(x - y) + y: max with a relu_backward beside it gives a wrong dV"""
+    x, y = n.args
+    return make("relu", x - y) + y if _of_score(n) else n
+
+
+def _min(n: Expr) -> Expr:
+    """min(x, y) -> y - relu(y - x)"""
+    x, y = n.args
+    return make("relu", y - x) * -1.0 + y if _of_score(n) else n
+
+
+def _clamp(kind: str) -> Callable[[Expr], Expr]:
+    def rewrite(n: Expr) -> Expr:
+        rule = _max if kind == "max" else _min
+        return rule(n) if _of_score(n) else ir.intern(kind, n.dtype, n.args)
+
+    return rewrite
+
+
+def _sign(n: Expr) -> Expr:
+    """sign(x) -> x / (|x| + tiny): comparing the saved score with a scalar is refused in the backward"""
+    (x,) = n.args
+    return x / (make("abs", x) + TINY)
+
+
+def _strict(n: Expr) -> Expr:
+    """a > b -> a - 1 >= b on integers: a strict bound between indices is computed as a non-strict one"""
+    left, right = n.args
+    if left.dtype != I32:
+        return n
+    return make("ge", left + ir.const(-1, I32), right)
+
+
+def _operand_right(n: Expr) -> Expr:
+    """operand >= x -> x <= operand: an operand must be the right side of a comparison"""
+    left, right = n.args
+    turned = {"ge": "le", "gt": "lt", "eq": "eq", "ne": "ne"}
+    return make(turned[n.kind], right, left) if left.kind in ("operand", "scalar", "const") else n
+
+
+def _integer_division(n: Expr) -> Expr:
+    """// and % round down in torch and toward zero in cuDNN: the same where nothing is negative"""
+    left, right = n.args
+    if not nonnegative(left) or right.kind != "const" or int(right.value or 0) <= 0:
+        raise Illegal(n.kind, "the dividend may be negative, or the divisor is no positive constant")
+    return n
+
+
+def _number_of_bool(n: Expr) -> Expr:
+    """f32(p) -> where(p, 1, 0) for a bool p"""
+    (x,) = n.args
+    if x.dtype != BOOL:
+        return n
+    return make("where", x, ir.const(1, n.dtype), ir.const(0, n.dtype))
+
+
+def _where(n: Expr) -> Expr:
+    """where(p, c, y) -> where(~p, y, c); where(p, c, d) -> where(p, q * 0 + c, d): the first choice is no scalar"""
+    condition, x, y = n.args
+    if not _scalar(x):
+        return n
+    if not _scalar(y):
+        return make("where", simplify(make("not", condition)), y, x)
+    zero = ir.cast(ir.intern("mul", I32, (ir.index("q"), ir.const(0, I32))), n.dtype)
+    return make("where", condition, ir.intern("add", n.dtype, (zero, x)), y)
+
+
+def _compare(n: Expr) -> Expr:
+    if _of_score(n):
+        raise Illegal(n.kind, "a comparison of the score selects between branches, which cuDNN refuses")
+    return _operand_right(_strict(n) if n.kind == "gt" else n)
+
+
+RULES: dict[str, Callable[[Expr], Expr]] = {
+    "sub": _sub, "div": _div, "neg": _neg, "max": _max, "min": _min, "sign": _sign,
+    "clamp_min": _clamp("max"), "clamp_max": _clamp("min"), "idiv": _integer_division, "mod": _integer_division,
+    "f32": _number_of_bool, "i32": _number_of_bool, "where": _where,
+    "ge": _compare, "gt": _compare, "eq": _compare, "ne": _compare,
+}  # fmt: skip
+
+
+def legalize(root: Expr) -> Expr:
+    """`root` in legal forms. Raises Illegal.
+
+    Ends because no rule gives back the kind of node that it takes, unless in a form that it leaves alone.
+    """
+    done: dict[Expr, Expr] = {}
+    for node in ir.walk(root):
+        if node.dtype == I64:
+            raise Illegal(node.kind, "64-bit integers cannot be computed inside the kernel")
+        args = tuple(done[a] for a in node.args)
+        current = ir.intern(node.kind, node.dtype, args, node.value, node.dims) if args else node
+        if args and all(a.kind == "const" for a in args):
+            done[node] = fold(current)
+            continue
+        rule = RULES.get(current.kind)
+        after = rule(current) if rule else current
+        done[node] = current if after is current else legalize(after)
+    return done[root]
+
+
+def unsupported(root: Expr) -> str | None:
+    """The first op of a legal expression that has no cuDNN method and is no cast."""
+    for node in ir.walk(root):
+        row = TABLE.get(node.kind)
+        if row is not None and row.cudnn is None and node.kind not in (F32, I32):
+            return node.kind
+    return None

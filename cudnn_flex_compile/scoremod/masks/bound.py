@@ -1,0 +1,53 @@
+"""One integer bound of a mask.
+
+Knows nothing of how bounds are found or lowered.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod.ir import I32, Expr
+from cudnn_flex_compile.scoremod.masks.linear import KV, Q, Linear
+from cudnn_flex_compile.scoremod.optable import make
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """`anchor + constant + sum(sign * term) >= 0`, where the anchor is, by side:
+
+        lower   q - kv      (causal: constant 0)
+        upper   kv - q      (window of w keys behind: constant w)
+        start   kv          (first key: constant -first)
+        end     -kv         (last key: constant last)
+
+    The terms are scalars or operands that do not vary along kv.
+    """
+
+    side: str
+    constant: int
+    terms: tuple[tuple[int, Expr], ...] = ()
+
+    SIDES: ClassVar[tuple[str, ...]] = ("start", "end", "lower", "upper")
+
+    def predicate(self) -> Expr:
+        """The bound as a boolean expression."""
+        anchor = {"lower": Q - KV, "upper": KV - Q, "start": KV, "end": -KV}[self.side]
+        total = anchor + ir.const(self.constant, I32)
+        for sign, term in self.terms:
+            total = total + term if sign > 0 else total - term
+        return make("ge", total, ir.const(0, I32))
+
+
+ANCHORS = {(1, -1): "lower", (-1, 1): "upper", (0, 1): "start", (0, -1): "end"}
+
+
+def bound_of(form: Linear) -> Bound | None:
+    """The bound that `form >= 0` is, if it is one."""
+    side = ANCHORS.get((form.factors.get(Q, 0), form.factors.get(KV, 0)))
+    terms = [(factor, atom) for atom, factor in form.factors.items() if atom not in (Q, KV)]
+    plain = all(abs(f) == 1 and atom.kind in ("scalar", "operand") and "k" not in atom.dims for f, atom in terms)
+    if side is None or not plain:
+        return None
+    terms.sort(key=lambda t: (t[1].kind, str(t[1].value)))
+    return Bound(side, form.constant, tuple(terms))

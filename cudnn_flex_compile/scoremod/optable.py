@@ -1,0 +1,190 @@
+"""The op table: one row per op, with everything that any part of the compiler needs to know of it.
+
+Knows nothing of cuDNN's Python package: a row only names the pointwise method that implements the op there.
+A test walks the table: every row has an evaluation and a signature, every float row a derivative or a
+reason why it has none, and every row either a cuDNN method or a legal form (legalize.py).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod.ir import BOOL, F32, I32, I64, Expr, cast, promote
+
+Partials = tuple[Expr | None, ...]
+Backward = Callable[[Expr, tuple[Expr, ...], Expr], Partials]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """name: the op in text and IR.
+    signature: how arguments are typed. "float": F32 -> F32. "number": promoted -> the same. "compare":
+        promoted -> BOOL. "logic": BOOL -> BOOL. "integer": promoted integers -> the same. "where":
+        BOOL, promoted, promoted -> the same. A dtype name: any -> that dtype (casts).
+    arity: number of arguments.
+    evaluate: the meaning, on torch tensors that broadcast and have the promoted dtype.
+    backward: (gradient, args, result) -> the gradient of each argument, None for a zero one.
+    cudnn: the pygraph method, or None where legalize.py rewrites the op before lowering.
+    slots: that method's keywords, one per argument.
+    infix: how people write it; {0}, {1}, {2} are the arguments.
+    aten: the ATen ops that mean the same with the same arguments; without any, the one of the same name.
+    """
+
+    name: str
+    signature: str
+    arity: int
+    evaluate: Callable[..., torch.Tensor]
+    backward: Backward | None = None
+    cudnn: str | None = None
+    slots: tuple[str, ...] = ()
+    infix: str = ""
+    aten: tuple[str, ...] = ()
+
+
+def _zero(g: Expr, args: tuple[Expr, ...], out: Expr) -> Partials:
+    return (None,) * len(args)
+
+
+def _where_backward(g: Expr, args: tuple[Expr, ...], out: Expr) -> Partials:
+    zero = ir.const(0.0, F32)
+    return None, make("where", args[0], g, zero), make("where", args[0], zero, g)
+
+
+def _tie_backward(g: Expr, ahead: Expr, behind: Expr) -> Expr:
+    """The gradient of the larger one, `ahead`: g where ahead > behind, g / 2 at a tie (torch's convention)."""
+    wins = make("relu_grad", g, ahead - behind)
+    loses = make("relu_grad", g, behind - ahead)
+    return (g + wins - loses) * 0.5
+
+
+def _clamp_backward(g: Expr, beyond: Expr) -> Expr:
+    """g where `beyond` <= 0: clamp's gradient passes at the bound itself."""
+    return g - make("relu_grad", g, beyond)
+
+
+def _softplus(x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.softplus(x)
+
+
+def _by_autograd(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """(g, x) -> the vector-Jacobian product of an elementwise function, as autograd gives it."""
+
+    def evaluate(g: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        g, x = torch.broadcast_tensors(g, x)
+        return torch.func.vjp(function, x)[1](g)[0]
+
+    return evaluate
+
+
+_gelu = torch.nn.functional.gelu
+_silu = torch.nn.functional.silu
+
+
+def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    return _gelu(x, approximate="tanh")
+
+
+UNARY, BINARY, GRAD = ("input",), ("a", "b"), ("loss", "input")
+COMPARE, MINMAX = ("input", "comparison"), ("input0", "input1")
+
+ROWS: tuple[Row, ...] = (
+    # arithmetic
+    Row("add", "number", 2, torch.add, lambda g, a, o: (g, g), "add", BINARY, "({0} + {1})"),
+    Row("sub", "number", 2, torch.sub, lambda g, a, o: (g, -g), "sub", BINARY, "({0} - {1})"),
+    Row("mul", "number", 2, torch.mul, lambda g, a, o: (g * a[1], g * a[0]), "mul", BINARY, "({0} * {1})"),
+    Row("div", "float", 2, torch.div, lambda g, a, o: (g / a[1], -(g * o) / a[1]), "div", BINARY, "({0} / {1})"),
+    Row("neg", "number", 1, torch.neg, lambda g, a, o: (-g,), infix="-{0}"),
+    Row("abs", "number", 1, torch.abs, lambda g, a, o: (g * make("sign", a[0]),), "abs", UNARY, "|{0}|"),
+    Row("sign", "float", 1, torch.sign, _zero),
+    Row("reciprocal", "float", 1, torch.reciprocal, lambda g, a, o: (-(g * o * o),), "reciprocal", UNARY),
+    Row("min", "number", 2, torch.minimum,
+        lambda g, a, o: (_tie_backward(g, a[1], a[0]), _tie_backward(g, a[0], a[1])), "min", MINMAX, "", ("minimum",)),
+    Row("max", "number", 2, torch.maximum,
+        lambda g, a, o: (_tie_backward(g, a[0], a[1]), _tie_backward(g, a[1], a[0])), "max", MINMAX, "", ("maximum",)),
+    # clamps to a bound that does not depend on the score
+    Row("clamp_min", "number", 2, torch.maximum, lambda g, a, o: (_clamp_backward(g, a[1] - a[0]), None)),
+    Row("clamp_max", "number", 2, torch.minimum, lambda g, a, o: (_clamp_backward(g, a[0] - a[1]), None)),
+    # powers and transcendental functions
+    Row("exp", "float", 1, torch.exp, lambda g, a, o: (g * o,), "exp", UNARY),
+    Row("log", "float", 1, torch.log, lambda g, a, o: (g / a[0],), "log", UNARY),
+    Row("sqrt", "float", 1, torch.sqrt, lambda g, a, o: (g / o * 0.5,), "sqrt", UNARY),
+    Row("rsqrt", "float", 1, torch.rsqrt, lambda g, a, o: (g * (o * o * o) * -0.5,), "rsqrt", UNARY),
+    Row("pow", "float", 2, torch.pow, lambda g, a, o: (g * (make("pow", a[0], a[1] - 1.0) * a[1]), None),
+        "pow", MINMAX, "({0} ** {1})"),
+    Row("sin", "float", 1, torch.sin, lambda g, a, o: (g * make("cos", a[0]),), "sin", UNARY),
+    Row("cos", "float", 1, torch.cos, lambda g, a, o: (-(g * make("sin", a[0])),), "cos", UNARY),
+    Row("tanh", "float", 1, torch.tanh, lambda g, a, o: (g - g * o * o,), "tanh", UNARY),
+    Row("sigmoid", "float", 1, torch.sigmoid, lambda g, a, o: (g * (o - o * o),), "sigmoid", UNARY),
+    Row("erf", "float", 1, torch.erf,
+        lambda g, a, o: (g * (make("exp", -(a[0] * a[0])) * (2 / math.sqrt(math.pi))),), "erf", UNARY),
+    # activations
+    Row("relu", "float", 1, torch.relu, lambda g, a, o: (make("relu_grad", g, a[0]),), "relu", UNARY),
+    Row("gelu", "float", 1, _gelu, lambda g, a, o: (make("gelu_grad", g, a[0]),), "gelu", UNARY),
+    Row("gelu_tanh", "float", 1, _gelu_tanh, lambda g, a, o: (make("gelu_tanh_grad", g, a[0]),),
+        "gelu_approx_tanh", UNARY),
+    Row("silu", "float", 1, _silu, lambda g, a, o: (make("silu_grad", g, a[0]),), "swish", UNARY),
+    Row("softplus", "float", 1, _softplus, lambda g, a, o: (g * make("sigmoid", a[0]),), "softplus", UNARY),
+    # their vector-Jacobian products; second derivatives are never asked for
+    Row("relu_grad", "float", 2, lambda g, x: torch.where(x > 0, g, 0.0), None, "relu_backward", GRAD),
+    Row("gelu_grad", "float", 2, _by_autograd(_gelu), None, "gelu_backward", GRAD),
+    Row("gelu_tanh_grad", "float", 2, _by_autograd(_gelu_tanh), None, "gelu_approx_tanh_backward", GRAD),
+    Row("silu_grad", "float", 2, _by_autograd(_silu), None, "swish_backward", GRAD),
+    # steps
+    Row("floor", "float", 1, torch.floor, _zero, "floor", UNARY),
+    Row("ceil", "float", 1, torch.ceil, _zero, "ceil", UNARY),
+    # integers
+    Row("idiv", "integer", 2, lambda a, b: torch.div(a, b, rounding_mode="floor"), None, "div", BINARY, "({0} // {1})", ("floor_divide",)),
+    Row("mod", "integer", 2, torch.remainder, None, "mod", MINMAX, "({0} % {1})", ("remainder",)),
+    # predicates
+    Row("ge", "compare", 2, torch.ge, None, "cmp_ge", COMPARE, "({0} >= {1})"),
+    Row("gt", "compare", 2, torch.gt, None, "cmp_gt", COMPARE, "({0} > {1})"),
+    Row("le", "compare", 2, torch.le, None, "cmp_le", COMPARE, "({0} <= {1})"),
+    Row("lt", "compare", 2, torch.lt, None, "cmp_lt", COMPARE, "({0} < {1})"),
+    Row("eq", "compare", 2, torch.eq, None, "cmp_eq", COMPARE, "({0} == {1})"),
+    Row("ne", "compare", 2, torch.ne, None, "cmp_neq", COMPARE, "({0} != {1})"),
+    Row("and", "logic", 2, torch.logical_and, None, "logical_and", BINARY, "({0} & {1})", ("logical_and",)),
+    Row("or", "logic", 2, torch.logical_or, None, "logical_or", BINARY, "({0} | {1})", ("logical_or",)),
+    Row("not", "logic", 1, torch.logical_not, None, "logical_not", UNARY, "~{0}", ("logical_not",)),
+    Row("where", "where", 3, torch.where, _where_backward, "binary_select", ("mask", "input0", "input1")),
+    # casts
+    Row("f32", F32, 1, lambda x: x.to(torch.float32), _zero),
+    Row("i32", I32, 1, lambda x: x.to(torch.int32), _zero),
+    Row("i64", I64, 1, lambda x: x.to(torch.int64), _zero),
+    Row("bool", BOOL, 1, lambda x: x != 0, _zero),
+    # captured[index, ...]; the first argument is a capture
+    Row("gather", "gather", -1, lambda t, *i: t[i]),
+)
+
+TABLE: dict[str, Row] = {row.name: row for row in ROWS}
+
+def make(name: str, *args: Expr) -> Expr:
+    """The node `name(*args)`, with the casts that the row's signature asks for.
+
+    Raises KeyError for an unknown op and TypeError for a wrong number or kind of arguments.
+    """
+    row = TABLE[name]
+    if row.arity not in (-1, len(args)):
+        raise TypeError(f"{name} takes {row.arity} arguments, got {len(args)}")
+    match row.signature:
+        case "float":
+            return ir.intern(name, F32, tuple(cast(a, F32) for a in args))
+        case "number" | "compare" | "integer":
+            common = promote(*(a.dtype for a in args))
+            common = I32 if common == BOOL and row.signature != "compare" else common
+            if row.signature == "integer" and common == F32:
+                raise TypeError(f"{name} takes integers, got {[a.dtype for a in args]}")
+            result = BOOL if row.signature == "compare" else common
+            return ir.intern(name, result, tuple(cast(a, common) for a in args))
+        case "logic":
+            return ir.intern(name, BOOL, tuple(cast(a, BOOL) for a in args))
+        case "where":
+            common = promote(args[1].dtype, args[2].dtype)
+            chosen = (cast(a, common) for a in args[1:])
+            return ir.intern(name, common, (cast(args[0], BOOL), *chosen))
+        case "gather":
+            return ir.intern(name, args[0].dtype, args)
+        case dtype:
+            return cast(args[0], dtype)

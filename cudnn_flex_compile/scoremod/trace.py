@@ -1,0 +1,302 @@
+"""Traces a score_mod or mask_mod into an expression: make_fx on 0-d tensors, then one table of ATen ops.
+
+Knows nothing of cuDNN. The input is what Dynamo made of the user's function (any module that takes score, b,
+h, q, kv, captured...); the output is exact: whatever has no row in the table is `Untraceable`, never skipped.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod.ir import BOOL, F32, I32, I64, SCORE, Expr
+from cudnn_flex_compile.scoremod.optable import ROWS, make
+
+
+class Untraceable(Exception):
+    """`op` has no row in the op table, or is used in a way that none describes."""
+
+    def __init__(self, op: str) -> None:
+        super().__init__(f"{op} is not in the op table")
+        self.op = op
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """A value that the function captured: its fake tensor, or None for a Python integer turned symbolic."""
+
+    tensor: torch.Tensor | None
+    leaf: Expr
+
+
+DTYPES = {
+    torch.float32: F32, torch.float64: F32, torch.float16: F32, torch.bfloat16: F32, torch.int32: I32,
+    torch.int64: I64, torch.int16: I32, torch.int8: I32, torch.uint8: I32, torch.bool: BOOL,
+}  # fmt: skip
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def dtype_of(dtype: torch.dtype, what: str = "a tensor") -> str:
+    if dtype not in DTYPES:
+        raise Untraceable(f"{what} of {dtype}")
+    return DTYPES[dtype]
+
+
+def trace(function: torch.nn.Module, takes_score: bool, captured: Sequence[Captured], device: torch.device) -> Expr:
+    """The expression that `function` computes.
+
+    Args:
+        function: takes (score, b, h, q, kv, *captured) or (b, h, q, kv, *captured), all 0-d but the captured.
+        takes_score: whether it is a score_mod.
+        captured: in the order of the function's last arguments.
+        device: where the user's tensors are.
+
+    Returns:
+        F32 for a score_mod, BOOL for a mask_mod. Leaves are SCORE, indices, constants and the leaves given
+        in `captured`, read through `gather` where they are tensors.
+
+    Raises:
+        Untraceable: with the op that has no row.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, torch.no_grad(), TransformGetItemToIndex():
+        inputs = [torch.empty((), dtype=torch.float32, device=device)] if takes_score else []
+        inputs += [torch.empty((), dtype=torch.int32, device=device) for _ in ir.AXES]
+        inputs += [_stand_in(c, device) for c in captured]
+        graph = make_fx(without_items(function), tracing_mode="real")(*inputs).graph
+    leaves = [SCORE] if takes_score else []
+    leaves += [ir.index(axis) for axis in ir.AXES]
+    leaves += [c.leaf for c in captured]
+    result = _Reader(graph, leaves).read()
+    if result.dtype != (F32 if takes_score else BOOL):
+        raise Untraceable(f"a result of dtype {result.dtype}")
+    return result
+
+
+def _stand_in(captured: Captured, device: torch.device) -> torch.Tensor:
+    if captured.tensor is None:
+        return torch.empty((), dtype=torch.int32, device=device)
+    if captured.leaf.kind == "scalar":
+        return torch.empty((), dtype=torch.float32, device=device)
+    sizes = [_hint(size) for size in captured.tensor.shape]
+    return torch.empty(sizes, dtype=captured.tensor.dtype, device=captured.tensor.device)
+
+
+def _hint(size: Any) -> int:
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def without_items(function: torch.nn.Module) -> Callable[..., Any]:
+    """Reads `captured.item()` as the captured 0-d tensor itself: a Python number with which to compute."""
+    if not isinstance(function, torch.fx.GraphModule):
+        return function
+    copied: dict[torch.fx.Node, torch.fx.Node] = {}
+    graph = torch.fx.Graph()
+    graph.output(graph.graph_copy(function.graph, copied))
+    for node in list(graph.nodes):
+        if node.op == "call_method" and node.target == "item":
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    return torch.fx.GraphModule(function, graph)
+
+
+class _Reader:
+    """Reads an ATen graph, node by node, into an expression."""
+
+    def __init__(self, graph: torch.fx.Graph, leaves: list[Expr]) -> None:
+        self.graph = graph
+        self.values: dict[torch.fx.Node, Any] = {}
+        self.leaves = iter(leaves)
+
+    def read(self) -> Expr:
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                self.values[node] = next(self.leaves)
+            elif node.op == "get_attr":
+                self.values[node] = self._constant(getattr(self.graph.owning_module, str(node.target)))
+            elif node.op == "call_function" and node.users:
+                self.values[node] = self._call(node)
+            elif node.op == "output":
+                return self._tensor(self._value(node.args[0]))
+        raise Untraceable("a graph without an output")
+
+    def _constant(self, tensor: torch.Tensor) -> Expr:
+        if tensor.numel() != 1:
+            raise Untraceable("a tensor constant of several elements")
+        with torch.utils._python_dispatch._disable_current_modes():
+            return ir.const(tensor.item(), dtype_of(tensor.dtype))
+
+    def _value(self, arg: Any) -> Any:
+        if isinstance(arg, torch.fx.Node):
+            return self.values[arg]
+        return type(arg)(self._value(a) for a in arg) if isinstance(arg, (list, tuple)) else arg
+
+    def _tensor(self, value: Any) -> Expr:
+        """A captured tensor that is used without an index is 0-d."""
+        return make("gather", value) if isinstance(value, Expr) and value.kind == "capture" else value
+
+    def _call(self, node: torch.fx.Node) -> Expr:
+        name = node.target.overloadpacket.__name__ if isinstance(node.target, torch._ops.OpOverload) else None
+        if name is None:
+            raise Untraceable(str(node.target))
+        args, kwargs = self._value(node.args), {k: self._value(v) for k, v in node.kwargs.items()}
+        example = node.meta["val"]
+        if example.dim() != 0:
+            raise Untraceable(f"{name} of {example.dim()} dimensions")
+        if name not in ("index", "select"):
+            args = tuple(self._tensor(a) for a in args)
+        if name in SPECIAL:
+            return SPECIAL[name](example, *args, **kwargs)
+        if name not in DIRECT or kwargs:
+            raise Untraceable(name)
+        return make(DIRECT[name], *numbers(args))
+
+
+DIRECT = {aten: row.name for row in ROWS for aten in (row.aten or (row.name,))}
+for _name in ("gather", "sign", "bool", F32, I32, I64, "clamp_min", "clamp_max", "relu_grad", "pow", "gelu", "softplus"):
+    DIRECT.pop(_name, None)
+DIRECT["sign"] = DIRECT["sgn"] = "sign"
+
+
+def numbers(args: Sequence[Any]) -> list[Expr]:
+    """Python numbers take the dtype of the tensors beside them, as torch's promotion has it."""
+    if not all(isinstance(a, (Expr, int, float)) for a in args):
+        raise Untraceable("an argument that is neither a tensor nor a number")
+    common = ir.promote(*(a.dtype for a in args if isinstance(a, Expr)))
+    return [a if isinstance(a, Expr) else ir.const(a, _number_dtype(a, common)) for a in args]
+
+
+def _number_dtype(number: float, common: str) -> str:
+    if isinstance(number, float):
+        return F32
+    if isinstance(number, bool):
+        return BOOL
+    fits = abs(number) < 2**31
+    return common if common in (F32, I64) else (I32 if fits else I64)
+
+
+def _with_alpha(name: str) -> Callable[..., Expr]:
+    def read(example: Any, a: Any, b: Any, *, alpha: float = 1) -> Expr:
+        left, right = numbers((a, b))
+        return make(name, left, right if alpha == 1 else right * ir.const(alpha, right.dtype))
+
+    return read
+
+
+def _rsub(example: Any, a: Any, b: Any, alpha: float = 1) -> Expr:
+    if alpha != 1:
+        raise Untraceable("rsub with alpha")
+    left, right = numbers((a, b))
+    return make("sub", right, left)
+
+
+def _bitwise(name: str) -> Callable[..., Expr]:
+    def read(example: Any, *args: Any) -> Expr:
+        if example.dtype != torch.bool:
+            raise Untraceable(f"bitwise_{name} of integers")
+        return make(name, *numbers(args))
+
+    return read
+
+
+def _xor(example: Any, a: Any, b: Any) -> Expr:
+    if example.dtype != torch.bool:
+        raise Untraceable("bitwise_xor of integers")
+    return make("ne", *(ir.cast(ir.cast(x, BOOL), I32) for x in numbers((a, b))))
+
+
+def _clamp(example: Any, x: Expr, low: Any = None, high: Any = None, *, min: Any = None, max: Any = None) -> Expr:
+    low, high = (min if low is None else low), (max if high is None else high)
+    for name, bound in (("clamp_min", low), ("clamp_max", high)):
+        if bound is not None:
+            if isinstance(bound, Expr) and ir.depends_on(bound, SCORE):
+                raise Untraceable("clamp to a bound that depends on the score")
+            x = make(name, *numbers((x, bound)))
+    return x
+
+
+def _pow(example: Any, x: Any, exponent: Any) -> Expr:
+    if not isinstance(exponent, (int, float)) or dtype_of(example.dtype) != F32:
+        raise Untraceable("pow with an exponent that is no number, or of integers")
+    return make("pow", x, ir.const(float(exponent), F32))
+
+
+def _gelu(example: Any, x: Expr, *, approximate: str = "none") -> Expr:
+    return make("gelu" if approximate == "none" else "gelu_tanh", x)
+
+
+def _softplus(example: Any, x: Expr, beta: float = 1, threshold: float = 20) -> Expr:
+    if (beta, threshold) != (1, 20):
+        raise Untraceable("softplus with another beta or threshold")
+    return make("softplus", x)
+
+
+def _div(example: Any, a: Any, b: Any, *, rounding_mode: str | None = None) -> Expr:
+    if rounding_mode is None:
+        return make("div", *numbers((a, b)))
+    if rounding_mode != "floor" or dtype_of(example.dtype) == F32:
+        raise Untraceable(f"div with rounding_mode {rounding_mode!r}")
+    return make("idiv", *numbers((a, b)))
+
+
+def _cast(example: Any, x: Any, *args: Any, **kwargs: Any) -> Expr:
+    dtype = dtype_of(example.dtype)
+    if example.dtype in HALVES and isinstance(x, Expr) and x.kind != "const":
+        raise Untraceable(f"a cast to {example.dtype}")
+    if dtype in (I32, I64) and x.dtype == F32:
+        raise Untraceable("a cast from float to integer")
+    return ir.cast(x, dtype)
+
+
+def _same(example: Any, x: Expr, *args: Any, **kwargs: Any) -> Expr:
+    return x
+
+
+def _filled(fill: float | None) -> Callable[..., Expr]:
+    """full, zeros, ones and their new_ and _like kinds: `fill`, or the last positional argument."""
+
+    def read(example: Any, *args: Any, **kwargs: Any) -> Expr:
+        return ir.const(args[-1] if fill is None else fill, dtype_of(example.dtype))
+
+    return read
+
+
+def _where(example: Any, condition: Expr, x: Any, y: Any) -> Expr:
+    if not any(isinstance(v, Expr) for v in (x, y)):
+        return make("where", condition, *(ir.const(v, dtype_of(example.dtype)) for v in (x, y)))
+    return make("where", condition, *numbers((x, y)))
+
+
+def _masked_fill(example: Any, x: Expr, condition: Expr, value: Any) -> Expr:
+    return make("where", condition, *reversed(numbers((x, value))))
+
+
+def _index(example: Any, source: Any, indices: Sequence[Any]) -> Expr:
+    if not isinstance(source, Expr) or source.kind != "capture" or any(i is None for i in indices):
+        raise Untraceable("an index of what is no captured tensor")
+    return make("gather", source, *indices)
+
+
+def _select(example: Any, source: Any, dim: int, position: int) -> Expr:
+    if not isinstance(source, Expr) or source.kind != "capture" or dim != 0 or position < 0:
+        raise Untraceable("select")
+    return make("gather", source, ir.const(position, I64))
+
+
+SPECIAL: dict[str, Callable[..., Expr]] = {
+    "add": _with_alpha("add"), "sub": _with_alpha("sub"), "rsub": _rsub, "div": _div, "pow": _pow,
+    "bitwise_and": _bitwise("and"), "bitwise_or": _bitwise("or"), "bitwise_not": _bitwise("not"),
+    "bitwise_xor": _xor, "logical_xor": _xor, "clamp": _clamp, "gelu": _gelu, "softplus": _softplus,
+    "clamp_min": lambda e, x, low: _clamp(e, x, low), "clamp_max": lambda e, x, high: _clamp(e, x, None, high),
+    "square": lambda e, x: make("mul", x, x), "where": _where, "masked_fill": _masked_fill,
+    "_to_copy": _cast, "clone": _same, "detach": _same, "alias": _same, "lift_fresh_copy": _same,
+    "view": _same, "contiguous": _same, "scalar_tensor": _filled(None), "full": _filled(None),
+    "new_full": _filled(None), "full_like": _filled(None), "zeros": _filled(0), "new_zeros": _filled(0),
+    "zeros_like": _filled(0), "ones": _filled(1), "new_ones": _filled(1), "ones_like": _filled(1),
+    "index": _index, "select": _select,
+}  # fmt: skip
