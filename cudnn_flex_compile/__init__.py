@@ -6,15 +6,15 @@ Importing it costs little: torch._dynamo finds the backend through its entry poi
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Options", "Reason", "Report", "cache_clear", "cache_info", "cudnn_flex", "explain"]
+__all__ = ["Options", "Reason", "Report", "cache_clear", "cache_info", "collect", "cudnn_flex", "explain"]
 
 if TYPE_CHECKING:
     from cudnn_flex_compile.backend import cudnn_flex
     from cudnn_flex_compile.config import Options
     from cudnn_flex_compile.engine.select import cache_clear, cache_info
-    from cudnn_flex_compile.explain import explain
+    from cudnn_flex_compile.explanation import explain
     from cudnn_flex_compile.reasons import Reason
-    from cudnn_flex_compile.report import Report
+    from cudnn_flex_compile.report import Report, collect
 
 _HOMES = {
     "Options": "config",
@@ -22,8 +22,9 @@ _HOMES = {
     "Report": "report",
     "cache_clear": "engine.select",
     "cache_info": "engine.select",
+    "collect": "report",
     "cudnn_flex": "backend",
-    "explain": "explain",
+    "explain": "explanation",
 }
 
 

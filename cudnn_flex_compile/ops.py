@@ -17,10 +17,10 @@ LOG2E = 1 / math.log(2)
 SCHEMAS = {
     "attention": (
         "(Tensor query, Tensor key, Tensor value, Tensor[] operands, SymInt[] ints, Tensor[] floats, str program,"
-        " float scale, bool return_lse, bool stats, Tensor? guard=None) -> (Tensor out, Tensor lse, Tensor stats)"
+        " float scale, bool return_lse, bool stats, Tensor? guard) -> (Tensor out, Tensor lse, Tensor stats)"
     ),
     "attention_backward": (
-        "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor stats, Tensor[] operands,"
+        "(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor stats, Tensor[] operands,"
         " SymInt[] ints, Tensor[] floats, str program, float scale) -> (Tensor dq, Tensor dk, Tensor dv)"
     ),
     "check_block_mask": (
@@ -61,7 +61,7 @@ def _new_stats(query: Tensor, wanted: bool) -> Tensor:
 @torch.library.impl(library, "attention", "CUDA")
 def _attention_cuda(
     query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], ints: list[int], floats: list[Tensor],
-    program: str, scale: float, return_lse: bool, stats: bool, guard: Tensor | None = None,
+    program: str, scale: float, return_lse: bool, stats: bool, guard: Tensor | None,
 ) -> Outputs:  # fmt: skip
     from cudnn_flex_compile.kernels import cuda
 
@@ -73,7 +73,7 @@ def _attention_cuda(
 @torch.library.impl(library, "attention", "CPU")
 def _attention_cpu(
     query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], ints: list[int], floats: list[Tensor],
-    program: str, scale: float, return_lse: bool, stats: bool, guard: Tensor | None = None,
+    program: str, scale: float, return_lse: bool, stats: bool, guard: Tensor | None,
 ) -> Outputs:  # fmt: skip
     from cudnn_flex_compile.kernels import cpu
 
@@ -87,7 +87,7 @@ def _attention_cpu(
 @torch.library.register_fake("cudnn_flex::attention", lib=library)
 def _attention_fake(
     query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], ints: list[int], floats: list[Tensor],
-    program: str, scale: float, return_lse: bool, stats: bool, guard: Tensor | None = None,
+    program: str, scale: float, return_lse: bool, stats: bool, guard: Tensor | None,
 ) -> Outputs:  # fmt: skip
     _check(query, key, value)
     return _new_out(query, value), _new_stats(query, return_lse), _new_stats(query, stats)
@@ -95,32 +95,36 @@ def _attention_fake(
 
 @torch.library.impl(library, "attention_backward", "CUDA")
 def _backward_cuda(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
+    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
     operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str, scale: float,
 ) -> Outputs:  # fmt: skip
     from cudnn_flex_compile.kernels import cuda
 
+    natural = None if grad_lse is None else grad_lse * LOG2E
     dq, dk, dv = cuda.backward(
-        grad_out, query, key, value, out, stats, operands, ints, floats, program, scale
+        grad_out, natural, query, key, value, out, stats, operands, ints, floats, program, scale
     )
     return dq, dk, dv
 
 
 @torch.library.impl(library, "attention_backward", "CPU")
 def _backward_cpu(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
+    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
     operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str, scale: float,
 ) -> Outputs:  # fmt: skip
     from cudnn_flex_compile.kernels import cpu
 
-    gradients = cpu.backward(grad_out, query, key, value, out, stats, operands, ints, floats, program, scale)
+    natural = None if grad_lse is None else grad_lse * LOG2E
+    gradients = cpu.backward(
+        grad_out, natural, query, key, value, out, stats, operands, ints, floats, program, scale
+    )
     dq, dk, dv = (torch.empty_like(t).copy_(g) for t, g in zip((query, key, value), gradients, strict=True))
     return dq, dk, dv
 
 
 @torch.library.register_fake("cudnn_flex::attention_backward", lib=library)
 def _backward_fake(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
+    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
     operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str, scale: float,
 ) -> Outputs:  # fmt: skip
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
@@ -138,20 +142,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) 
 def _autograd_backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _: Tensor | None) -> Any:
     query, key, value, out, stats, *rest = ctx.saved_tensors
     operands, floats = rest[: ctx.operands], rest[ctx.operands :]
-    none = (None,) * 2 + ([None] * len(operands), None, [None] * len(floats), None, None, None, None, None)
-    if grad_lse is not None:
-        raise RuntimeError(
-            "cudnn_flex::attention: its LSE has no gradient (torch.compile keeps calls whose LSE is differentiated"
-            " on the inner backend); detach the LSE"
-        )
+    # One None an input, but lists for lists of tensors, for which torch takes an empty list of integers too.
+    rest_of_inputs = ([None] * len(operands), None if ctx.ints else [], [None] * len(floats), *(None,) * 5)
     if not ctx.has_stats:
         raise RuntimeError("cudnn_flex::attention was called with stats=False; a backward needs stats=True")
-    if grad_out is None:
-        return (None, *none)
+    if grad_out is None and grad_lse is None:
+        return (None, None, None, *rest_of_inputs)
     dq, dk, dv = torch.ops.cudnn_flex.attention_backward(
-        grad_out, query, key, value, out, stats, operands, ctx.ints, floats, ctx.program, ctx.scale
+        torch.zeros_like(out) if grad_out is None else grad_out,
+        grad_lse if grad_lse is not None and grad_lse.numel() else None,
+        *(query, key, value, out, stats, operands, ctx.ints, floats, ctx.program, ctx.scale),
     )
-    return (dq, dk, dv, *none[2:])
+    return (dq, dk, dv, *rest_of_inputs)
 
 
 torch.library.register_autograd(
@@ -184,3 +186,4 @@ def _check_fake(
 
 attention = torch.ops.cudnn_flex.attention.default
 attention_backward = torch.ops.cudnn_flex.attention_backward.default
+check_block_mask = torch.ops.cudnn_flex.check_block_mask.default

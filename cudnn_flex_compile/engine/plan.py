@@ -15,6 +15,7 @@ from cudnn_flex_compile.engine.lowering import Lowering
 from cudnn_flex_compile.engine.problem import FORWARD, Problem
 from cudnn_flex_compile.reasons import Code, Reason
 
+PYTHON_ENGINES = 20_000  # the first id of an engine of the frontend's own (cudnn.engines.engine_ids)
 FORWARD_ROLES = ("query", "key", "value", "out", "stats")
 BACKWARD_ROLES = ("query", "key", "value", "out", "stats", "grad_out", "dq", "dk", "dv")
 
@@ -43,6 +44,7 @@ class Plan:
         graph.validate()
         graph.build_operation_graph()
         graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+        _drop_python_engines(graph)
         graph.check_support()
         graph.build_plans(cudnn.build_plan_policy.HEURISTICS_CHOICE)
         built.callbacks.clear()
@@ -88,6 +90,15 @@ class Plan:
         workspace = torch.empty(self.workspace, dtype=torch.uint8, device=self._device)
         handle = current_handle(self.problem.device)
         self._graph.execute(buffers, workspace, handle=handle, tensor_uids=self._uids)
+
+
+def _drop_python_engines(graph: Any) -> None:
+    """The frontend also offers kernels that it compiles from Python: seconds to compile, and slow to launch."""
+    names = [
+        graph.get_plan_name_at_index(i) for i, plan in enumerate(graph.plans) if plan.engine_id >= PYTHON_ENGINES
+    ]
+    if names:
+        graph.deselect_engines(names)
 
 
 def build(problem: Problem, lowering: Lowering) -> Plan | Reason:

@@ -99,15 +99,17 @@ def _weights(block: Block, lse: Tensor) -> Tensor:
 
 
 def backward(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
+    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
     operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor], program: str, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dQ, dK, dV in float32, dK and dV per kv head."""
+    """dQ, dK, dV in float32, dK and dV per kv head; `grad_lse` is with respect to the natural log-sum-exp."""
     heads, kv_heads = query.shape[1], key.shape[1]
     keys, values = per_head(key, heads), per_head(value, heads)
     dq = torch.empty(query.shape)
     dk, dv = torch.zeros(keys.shape), torch.zeros(values.shape)
     delta = (grad_out.float() * out.float()).sum(-1)
+    if grad_lse is not None:  # the log-sum-exp's derivative with respect to a score is its weight
+        delta = delta - grad_lse
     for block in _blocks(query, key, operands, ints, floats, parse(program), scale):
         rows = block.rows
         grad, weights = grad_out[:, :, rows].float(), _weights(block, stats[:, :, rows])

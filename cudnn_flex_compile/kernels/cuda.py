@@ -14,11 +14,12 @@ from cudnn_flex_compile.engine.clean import run_clean
 from cudnn_flex_compile.engine.problem import TensorSpec, dense
 from cudnn_flex_compile.engine.select import Ready, find_plan, plans
 from cudnn_flex_compile.kernels import fallback
-from cudnn_flex_compile.reasons import Reason
+from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod.ranges import VALUE_LIMIT
 
 log = logging.getLogger("cudnn_flex_compile")
 _warned: set[str] = set()
+LSE_GRADIENT = Reason(Code.LSE_GRADIENT, "the LSE takes part in the loss")
 
 
 def forward(
@@ -41,15 +42,18 @@ def forward(
 
 
 def backward(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
+    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
     operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor], program: str, scale: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """dQ, dK, dV in the layouts of torch.empty_like of query, key and value."""
+    """dQ, dK, dV in the layouts of torch.empty_like of query, key and value.
+
+    With a gradient of the (natural) log-sum-exp, Inductor's kernel computes them: the plans take none.
+    """
     call = backward_key(forward_key(program, query, key, value, operands, scale, True), grad_out)
-    found = plans.get(call) or _find(call, query)
+    found = (plans.get(call) or _find(call, query)) if grad_lse is None else LSE_GRADIENT
     if isinstance(found, Reason) or not _in_range(ints):
         _explain(program, found)
-        return _fallback_backward(grad_out, query, key, value, operands, ints, floats, program, scale)
+        return _fallback_backward(grad_out, grad_lse, query, key, value, operands, ints, floats, program, scale)
     inputs = (query, key, value)
     if any(found.copies):
         inputs = _copied(found, query, key, value)
@@ -114,10 +118,10 @@ def _fallback_forward(
 
 
 def _fallback_backward(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor],
+    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor],
     ints: Sequence[int], floats: Sequence[Tensor], program: str, scale: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    arguments = (grad_out, query, key, value, operands, ints, floats, program, scale)
+    arguments = (grad_out, grad_lse, query, key, value, operands, ints, floats, program, scale)
     gradients = run_clean(lambda: fallback.backward(*arguments), query.device.index)
     like = (torch.empty_like(t) for t in (query, key, value))
     return tuple(g if g.stride() == t.stride() else t.copy_(g) for g, t in zip(gradients, like, strict=True))

@@ -1,0 +1,205 @@
+"""Shows what the backend does with a model: compiles it, runs it once, and lays the report out for people.
+
+Knows nothing of how calls are lowered.
+"""
+
+import inspect
+import io
+import itertools
+import re
+import types
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+from torch._dynamo.eval_frame import OptimizedModule
+from torch.fx import GraphModule
+
+from cudnn_flex_compile.config import options_from
+from cudnn_flex_compile.report import CallReport, Report, collect
+from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod.ir import TRUE, Expr
+from cudnn_flex_compile.scoremod.masks.bound import Bound
+from cudnn_flex_compile.scoremod.masks.form import split
+from cudnn_flex_compile.scoremod.text import infix
+
+WIDTH = 100
+LONGEST = 240  # characters of one expression in the table; to_dict has all of it
+EXPLAINED = {
+    "operand": "operand0[h]: a tensor that is computed outside the kernel, here with one value for each head",
+    "scalar": "scalar0: a Python number that is passed at run time",
+}
+_fresh_names = (f"explain_{i}" for i in itertools.count())
+
+
+def explain(
+    model: Callable[..., Any], /, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any
+) -> Report:
+    """What `torch.compile(model, backend="cudnn_flex")` does with each flex_attention call of `model(*args, **kwargs)`.
+
+    Compiles and runs the model once, as if it had never been compiled; what is compiled already stays so. Gradients
+    are planned for if the model runs with grad mode on and parameters or inputs that require it.
+
+    Args:
+        model: a module or a function.
+        options: of the backend, see Options.
+
+    Returns:
+        The report: `print` it, or read `report.lowered`, `report.kept`, `report.to_dict()`.
+
+    Raises:
+        ValueError, TypeError: an unknown option, or a value that it does not take.
+        Whatever the model raises.
+    """
+    options_from(options)
+    from cudnn_flex_compile.backend import cudnn_flex
+
+    def backend(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        return cudnn_flex(graph_module, example_inputs, options=options)
+
+    alone = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
+    with collect() as report:
+        torch.compile(_never_compiled(model), backend=backend, **alone)(*args, **kwargs)  # pyright: ignore
+    return report
+
+
+def _never_compiled(model: Callable[..., Any]) -> Callable[..., Any]:
+    """A function with a code object of its own: Dynamo keeps compiled graphs, and the sizes it saw, by code object."""
+    model = _without_compile(model)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs)
+
+    code = call.__code__.replace(co_name=next(_fresh_names))
+    return types.FunctionType(code, call.__globals__, code.co_name, None, call.__closure__)
+
+
+def _without_compile(model: Callable[..., Any]) -> Callable[..., Any]:
+    """What torch.compile was given, if `model` is its result."""
+    if isinstance(model, OptimizedModule):
+        return model._orig_mod
+    return getattr(model, "_torchdynamo_orig_callable", model) if isinstance(model, types.FunctionType) else model
+
+
+def to_text(report: Report, width: int = WIDTH) -> str:
+    """The report as plain text of at most `width` columns."""
+    console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False, legacy_windows=False)
+    console.print(render(report))
+    lines: list[str] = console.file.getvalue().splitlines()  # pyright: ignore[reportAttributeAccessIssue]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def render(report: Report) -> Group:
+    """The report for rich: one row for each distinct call, then why calls were kept and what to do."""
+    if not report.calls:
+        return Group(Text("No flex_attention call was compiled: is it called, and not inside a graph break?"))
+    rows = _distinct(report.calls)
+    parts: list[Any] = [Text(report.summary), _calls_table(rows)]
+    if report.kept:
+        parts.append(_kept_table(rows))
+    nodes = [n for c in report.calls if c.program for n in ir.walk(c.program.score, c.program.mask)]
+    parts += [Text(note, style="dim") for kind, note in EXPLAINED.items() if any(n.kind == kind for n in nodes)]
+    return Group(*parts)
+
+
+def _distinct(calls: Sequence[CallReport]) -> list[tuple[CallReport, int]]:
+    """Calls that are told apart by what is shown of them, and how many there are of each."""
+    found: dict[tuple[Any, ...], tuple[CallReport, int]] = {}
+    for call in calls:
+        key = (call.source, call.program, call.strategies, call.reason)
+        found[key] = (call, found.get(key, (call, 0))[1] + 1)
+    return list(found.values())
+
+
+def _calls_table(rows: Sequence[tuple[CallReport, int]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("#", justify="right")
+    table.add_column("calls", justify="right")
+    table.add_column("where", max_width=30, overflow="fold")
+    table.add_column("score", ratio=3, overflow="fold")
+    table.add_column("mask", ratio=2, overflow="fold")
+    table.add_column("lowered as", min_width=12, overflow="fold")
+    for number, (call, count) in enumerate(rows, 1):
+        shown = (_place(call.source), describe_score(call), describe_mask(call), _outcome(call))
+        style = "" if call.reason is None else "yellow"
+        table.add_row(str(number), str(count), *(Text(cell) for cell in shown), style=style)
+    return table
+
+
+def _kept_table(rows: Sequence[tuple[CallReport, int]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("#", justify="right")
+    table.add_column("why it was kept", ratio=1, overflow="fold")
+    table.add_column("what to do", ratio=1, overflow="fold")
+    for number, (call, _) in enumerate(rows, 1):
+        if call.reason is not None:
+            table.add_row(*(Text(cell) for cell in (str(number), str(call.reason), call.reason.remedy)))
+    return table
+
+
+def _outcome(call: CallReport) -> str:
+    """The strategies of forward and backward, once if they are the same."""
+    if call.reason is not None:
+        return "kept"
+    return ", backward ".join(call.strategies if len(set(call.strategies)) > 1 else call.strategies[:1])
+
+
+def _place(source: str) -> str:
+    """`models/gpt.py:12 forward` for `File "/home/me/models/gpt.py", line 12, in forward: return ...`."""
+    found = re.match(r'File "(.+?)", line (\d+), in ([^:]+)', source)
+    if found is None:
+        return source
+    path, line, function = found.groups()
+    return f"{'/'.join(Path(path).parts[-2:])}:{line} {function.strip()}"
+
+
+def describe_score(call: CallReport) -> str:
+    """The score in infix: `tanh(score / 20) * 20`."""
+    return _short(infix(call.program.score)) if call.program else "not traced"
+
+
+def describe_mask(call: CallReport) -> str:
+    """The mask in words where it has a name ("causal", "window 256"), else its bounds and what is left, in infix."""
+    if call.program is None:
+        return "not traced"
+    form = split(call.program.mask)
+    terms = [_bound(bound) for bound in form.bounds]
+    if form.residual is not TRUE:
+        terms.append(infix(form.residual))
+    terms.sort(key=lambda term: term != "causal")
+    return _short(", ".join(terms)) or "none"
+
+
+def _bound(bound: Bound) -> str:
+    """Each side's inequality, solved for what people compare."""
+    if bound.side == "lower" and not bound.terms and bound.constant == 0:
+        return "causal"
+    if bound.side == "upper" and not bound.terms and bound.constant >= 0:
+        return f"window {bound.constant}"
+    sign = -1 if bound.side == "start" else 1
+    constant = sign * bound.constant
+    terms = [(sign * factor, term) for factor, term in bound.terms]
+    relation = ">=" if bound.side == "start" else "<="
+    if bound.terms and constant == -1 and relation == "<=":
+        relation, constant = "<", 0
+    anchor = {"lower": "kv - q", "upper": "q - kv", "start": "kv", "end": "kv"}[bound.side]
+    return f"{anchor} {relation} {_sum(terms, constant)}"
+
+
+def _sum(terms: Sequence[tuple[int, Expr]], constant: int) -> str:
+    """`a - b + 2`."""
+    parts = [(sign < 0, infix(term)) for sign, term in terms]
+    if constant or not parts:
+        parts.append((constant < 0, str(abs(constant))))
+    (negative, first), *rest = parts
+    spelled = f"-{first}" if negative else first
+    return spelled + "".join(f" {'-' if minus else '+'} {part}" for minus, part in rest)
+
+
+def _short(expression: str) -> str:
+    return expression if len(expression) <= LONGEST else f"{expression[: LONGEST - 3]}..."

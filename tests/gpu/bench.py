@@ -1,0 +1,102 @@
+"""Times attention through torch.compile, cudnn_flex beside Inductor, in one run, interleaved.
+
+    python3 -m tests.gpu.bench [--shape B,H,HKV,S,D ...] [--mods NAME ...] [--repeats N] [--csv FILE]
+
+Prints, for each mod, the milliseconds of forward, backward and both (median of CUDA-event timings of single
+calls, host time included where it shows) and the ratio Inductor / cudnn_flex; last the geometric means.
+"""
+
+import argparse
+import csv
+import math
+import statistics
+import sys
+
+import torch
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from cudnn_flex_compile.report import collect
+from tests.mods import MODS
+
+BACKENDS = ("inductor", "cudnn_flex")
+
+
+def timed(run):
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    result = run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end), result
+
+
+def compiled(name, shape, dtype):
+    batch, heads, kv_heads, length, head_dim = shape
+    score_mod, mask_mod = MODS[name](heads, length, "cuda")
+    block_mask = create_block_mask(mask_mod, None, None, length, length, device="cuda") if mask_mod else None
+
+    def call(q, k, v):
+        return flex_attention(q, k, v, score_mod, block_mask, enable_gqa=heads != kv_heads)
+
+    def draw(h):
+        return torch.randn(batch, length, h, head_dim, device="cuda", dtype=dtype).transpose(1, 2)
+
+    qkv = tuple(draw(h).requires_grad_() for h in (heads, kv_heads, kv_heads))
+    functions = {}
+    for backend in BACKENDS:
+        torch._dynamo.reset()
+        with collect() as report:
+            functions[backend] = torch.compile(call, backend=backend, dynamic=False)
+            functions[backend](*qkv).sum().backward()
+    return functions, qkv, draw(heads), report
+
+
+def measure(name, shape, dtype, repeats):
+    functions, qkv, grad, report = compiled(name, shape, dtype)
+    times = {(b, part): [] for b in BACKENDS for part in ("fwd", "bwd", "both")}
+    for repeat in range(repeats + 5):
+        for backend, function in functions.items():
+            fwd, out = timed(lambda f=function: f(*qkv))
+            bwd, _ = timed(lambda o=out: torch.autograd.grad(o, qkv, grad))
+            both, _ = timed(lambda f=function: torch.autograd.grad(f(*qkv), qkv, grad))
+            if repeat >= 5:
+                for part, value in (("fwd", fwd), ("bwd", bwd), ("both", both)):
+                    times[backend, part].append(value)
+    medians = {key: statistics.median(values) for key, values in times.items()}
+    call = report.calls[0]
+    return medians, str(call.reason) if call.reason else "+".join(call.strategies)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", nargs="*", default=["2,16,16,4096,128"])
+    parser.add_argument("--mods", nargs="*", default=list(MODS), choices=list(MODS))
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--csv")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("bench: no NVIDIA GPU here; speed is only measured on one")
+    print(torch.cuda.get_device_name(), "torch", torch.__version__, "cuDNN", torch.backends.cudnn.version())
+    rows, ratios = [], []
+    for text in arguments.shape:
+        shape = tuple(map(int, text.split(",")))
+        for name in arguments.mods:
+            medians, how = measure(name, shape, torch.bfloat16, arguments.repeats)
+            ratio = {p: medians["inductor", p] / medians["cudnn_flex", p] for p in ("fwd", "bwd", "both")}
+            ratios.append(ratio)
+            row = [text, name, how]
+            row += [f"{medians[b, p]:.3f}" for p in ("fwd", "bwd", "both") for b in BACKENDS]
+            row += [f"{ratio[p]:.2f}" for p in ("fwd", "bwd", "both")]
+            rows.append(row)
+            print("  ".join(row), flush=True)
+    for part in ("fwd", "bwd", "both"):
+        print(f"geometric mean {part}: {math.exp(statistics.fmean(math.log(r[part]) for r in ratios)):.2f}")
+    if arguments.csv:
+        header = ["shape", "mod", "strategies"]
+        header += [f"{b}_{p}_ms" for p in ("fwd", "bwd", "both") for b in BACKENDS] + ["fwd_x", "bwd_x", "both_x"]
+        with open(arguments.csv, "w", newline="") as file:
+            csv.writer(file).writerows([header, *rows])
+
+
+if __name__ == "__main__":
+    main()
