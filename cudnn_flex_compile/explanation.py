@@ -8,7 +8,8 @@ import io
 import itertools
 import re
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from torch.fx import GraphModule
 
 from cudnn_flex_compile.config import options_from
 from cudnn_flex_compile.report import CallReport, Report, collect
-from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import TRUE, Expr
 from cudnn_flex_compile.scoremod.masks.bound import Bound
 from cudnn_flex_compile.scoremod.masks.form import split
@@ -30,7 +30,8 @@ from cudnn_flex_compile.scoremod.text import infix
 
 WIDTH = 100
 LONGEST = 240  # characters of one expression in the table; to_dict has all of it
-EXPLAINED = {
+NOTES = {
+    "window": "window 255: a query sees keys that are at most 255 before it",
     "operand": "operand0[h]: a tensor that is computed outside the kernel, here with one value for each head",
     "scalar": "scalar0: a Python number that is passed at run time",
 }
@@ -63,7 +64,7 @@ def explain(
         return cudnn_flex(graph_module, example_inputs, options=options)
 
     alone = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
-    with collect() as report:
+    with collect() as report, _compiled_in_place_off(model):
         torch.compile(_never_compiled(model), backend=backend, **alone)(*args, **kwargs)  # pyright: ignore
     return report
 
@@ -86,6 +87,20 @@ def _without_compile(model: Callable[..., Any]) -> Callable[..., Any]:
     return getattr(model, "_torchdynamo_orig_callable", model) if isinstance(model, types.FunctionType) else model
 
 
+@contextmanager
+def _compiled_in_place_off(model: Callable[..., Any]) -> Generator[None]:
+    """Sets aside what `module.compile()` has compiled."""
+    modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
+    compiled = [(m, m._compiled_call_impl) for m in modules if m._compiled_call_impl is not None]
+    for module, _ in compiled:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in compiled:
+            module._compiled_call_impl = call
+
+
 def to_text(report: Report, width: int = WIDTH) -> str:
     """The report as plain text of at most `width` columns."""
     console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False, legacy_windows=False)
@@ -102,8 +117,8 @@ def render(report: Report) -> Group:
     parts: list[Any] = [Text(report.summary), _calls_table(rows)]
     if report.kept:
         parts.append(_kept_table(rows))
-    nodes = [n for c in report.calls if c.program for n in ir.walk(c.program.score, c.program.mask)]
-    parts += [Text(note, style="dim") for kind, note in EXPLAINED.items() if any(n.kind == kind for n in nodes)]
+    words = " ".join(describe_score(call) + describe_mask(call) for call, _ in rows)
+    parts += [Text(note, style="dim") for word, note in NOTES.items() if word in words]
     return Group(*parts)
 
 
@@ -152,8 +167,8 @@ def _outcome(call: CallReport) -> str:
 def _place(source: str) -> str:
     """`models/gpt.py:12 forward` for `File "/home/me/models/gpt.py", line 12, in forward: return ...`."""
     found = re.match(r'File "(.+?)", line (\d+), in ([^:]+)', source)
-    if found is None:
-        return source
+    if found is None or found.group(1) == __file__:  # Dynamo leaves out code that is in no file
+        return "unknown source"
     path, line, function = found.groups()
     return f"{'/'.join(Path(path).parts[-2:])}:{line} {function.strip()}"
 
@@ -168,11 +183,18 @@ def describe_mask(call: CallReport) -> str:
     if call.program is None:
         return "not traced"
     form = split(call.program.mask)
-    terms = [_bound(bound) for bound in form.bounds]
+    terms = _bands(form.bounds)
     if form.residual is not TRUE:
         terms.append(infix(form.residual))
     terms.sort(key=lambda term: term != "causal")
     return _short(", ".join(terms)) or "none"
+
+
+def _bands(bounds: Sequence[Bound]) -> list[str]:
+    plain = {b.side: b.constant for b in bounds if not b.terms and b.side in ("lower", "upper")}
+    if len(bounds) == len(plain) == 2 and plain["lower"] == plain["upper"] > 0:
+        return [f"|q - kv| <= {plain['lower']}"]
+    return [_bound(bound) for bound in bounds]
 
 
 def _bound(bound: Bound) -> str:

@@ -5,8 +5,9 @@ neither. All of that state belongs to a thread, so a thread of ours has none of 
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -28,3 +29,15 @@ def run_clean(function: Callable[[], Result], device: int) -> Result:
     if worker is None:
         worker = _workers[os.getpid()] = ThreadPoolExecutor(1, "cudnn_flex_compile")
     return worker.submit(body).result()
+
+
+@contextmanager
+def above_autograd() -> Iterator[None]:
+    """Lets a kernel, which runs below autograd, use autograd itself, in its own thread."""
+    keys = torch._C.DispatchKey
+    exclude = torch._C._dispatch_tls_local_exclude_set()
+    for key in (keys.AutogradCUDA, keys.AutogradCPU, keys.AutogradFunctionality, keys.ADInplaceOrView):
+        exclude = exclude.remove(key)
+    include = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(include, exclude), torch.inference_mode(False), torch.enable_grad():
+        yield

@@ -26,12 +26,14 @@ class Plan:
     Attributes:
         problem: what it is for.
         strategy: how it was lowered.
+        device: where it runs.
+        outputs: layouts of out and stats, or of dq, dk and dv.
         workspace: bytes that each run needs.
     """
 
     __slots__ = (
-        "_constants", "_device", "_floats", "_graph", "_ints", "_operands", "_uids",
-        "outputs", "problem", "strategy", "workspace",
+        "_constants", "_floats", "_graph", "_ints", "_operands", "_uids",
+        "device", "outputs", "problem", "strategy", "workspace",
     )  # fmt: skip
 
     def __init__(self, problem: Problem, lowering: Lowering) -> None:
@@ -50,7 +52,7 @@ class Plan:
         built.callbacks.clear()
         self.problem, self.strategy, self._graph = problem, lowering.strategy, graph
         self.workspace = max(int(graph.get_workspace_size()), 1)
-        self._device = torch.device("cuda", problem.device)
+        self.device = torch.device("cuda", problem.device)
         roles = FORWARD_ROLES if problem.direction == FORWARD else BACKWARD_ROLES
         self._constants = [host for _, host in built.inputs.hosts]
         self._operands = sorted(built.inputs.operands)
@@ -87,7 +89,7 @@ class Plan:
         if self._ints or self._floats:
             buffers += [torch.tensor([ints[i]], dtype=torch.int32) for i in self._ints]
             buffers += [floats[i].to(torch.float32).reshape(1) for i in self._floats]
-        workspace = torch.empty(self.workspace, dtype=torch.uint8, device=self._device)
+        workspace = torch.empty(self.workspace, dtype=torch.uint8, device=self.device)
         handle = current_handle(self.problem.device)
         self._graph.execute(buffers, workspace, handle=handle, tensor_uids=self._uids)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+from torch.overrides import TorchFunctionMode
 
 from cudnn_flex_compile.engine.problem import Problem, TensorSpec
 from cudnn_flex_compile.scoremod import ir
@@ -128,13 +128,13 @@ class SubgraphReference:
     def sample(self, problem: Problem, generator: torch.Generator) -> Sample:
         values = [self._draw(c, generator) for c in self.captured]
         sizes = (*problem.query.shape[:3], problem.key.shape[2])
-        operands = self.operands(values, sizes, torch.device("cuda", problem.device))
+        operands = self.operands(values, sizes, generator.device)
         for_score = [values[i] for i in self.score_captured]
         for_mask = [values[i] for i in self.mask_captured]
 
         def masked(scores: torch.Tensor, b: int, h: int, rows: torch.Tensor, cols: torch.Tensor) -> torch.Tensor:
             place = [torch.as_tensor(i, dtype=torch.int32, device=scores.device) for i in (b, h)]
-            with TransformGetItemToIndex():
+            with IndexByTensors():
                 modified = _over_pairs(self.score_mod, True, for_score)(scores, *place, rows, cols, *for_score)
                 visible = _over_pairs(self.mask_mod, False, for_mask)(*place, rows, cols, *for_mask)
             modified = modified.to(scores.dtype).expand(scores.shape)
@@ -151,6 +151,22 @@ class SubgraphReference:
         if captured.real is not None and not captured.spec.dtype.is_floating_point:
             return captured.real  # indices into other tensors: only real ones are known to be in range
         return random_like(captured.spec, generator, captured.limit)
+
+
+class IndexByTensors(TorchFunctionMode):
+    """`captured[h, q]` with 0-d index tensors as an index op, which vmap and forward-mode AD know.
+
+    What torch's TransformGetItemToIndex does for the calls of flex_attention, less its autograd.Function.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.__getitem__:
+            source, index = args
+            indices = list(index) if isinstance(index, (tuple, list)) else [index]
+            if all(isinstance(i, (torch.Tensor, int)) for i in indices):
+                as_tensors = [torch.as_tensor(i, device=source.device) for i in indices]
+                return torch.ops.aten.index(source, as_tensors)
+        return func(*args, **(kwargs or {}))
 
 
 def _over_pairs(function: Callable[..., torch.Tensor], takes_score: bool, captured: list[Any]) -> Callable[..., Any]:

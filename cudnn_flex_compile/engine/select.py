@@ -3,9 +3,11 @@
 Knows nothing of FX graphs or of the op that runs plans.
 """
 
+import itertools
 import logging
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,9 +16,11 @@ import torch
 from cudnn_flex_compile.engine.cache import Cache, CacheInfo
 from cudnn_flex_compile.engine.call import Key, forward_of, problem_of
 from cudnn_flex_compile.engine.clean import run_clean
-from cudnn_flex_compile.engine.problem import BACKWARD, Problem
+from cudnn_flex_compile.engine.lowering import Lowering
+from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem
 from cudnn_flex_compile.engine.reference import ProgramReference, Reference
 from cudnn_flex_compile.engine.support import refused
+from cudnn_flex_compile.engine.tail import guarded, needs_guard
 from cudnn_flex_compile.engine.versions import cudnn_version, unusable_device
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod.text import parse
@@ -126,25 +130,40 @@ def _first_right(problem: Problem, forward: "Plan | None") -> "Plan | Reason":
 
     program = parse(problem.program)
     reference = _references.get(_reference_key(problem)) or ProgramReference(program)
+    columns = problem.lengths[1]
+    variants = [guarded(program, columns)]
+    if problem.direction == FORWARD or not needs_guard(program, columns):
+        variants.insert(0, program)
     reasons: list[Reason] = []
-    for strategy in STRATEGIES:
-        lowering = strategy.lower(program, problem.direction == BACKWARD)
-        if isinstance(lowering, Reason):
-            reasons.append(lowering)
-            continue
-        plan = build(problem, lowering)
-        plans.count("builds")
-        if not isinstance(plan, Reason) and policy.certify:
-            plans.count("certifications")
-            verdict = certify(plan, forward or plan, reference)
-            if verdict is not None:
-                plans.count("rejections")
-                log.warning("cudnn_flex: a plan was rejected by certification and is not used: %s", verdict)
-                plan = verdict
-        if not isinstance(plan, Reason):
-            return plan
-        reasons.append(plan)
+    for variant, strategy in itertools.product(variants, STRATEGIES):
+        lowering = strategy.lower(variant, problem.direction == BACKWARD)
+        found = lowering if isinstance(lowering, Reason) else _try(build, certify, problem, lowering, forward, reference)
+        if not isinstance(found, Reason):
+            return found
+        reasons.append(found)
     return _most_telling(reasons)
+
+
+def _try(
+    build: "Callable[[Problem, Lowering], Plan | Reason]",
+    certify: "Callable[[Plan, Plan, Reference], Reason | None]",
+    problem: Problem,
+    lowering: Lowering,
+    forward: "Plan | None",
+    reference: Reference,
+) -> "Plan | Reason":
+    """A plan that was built and certified, or why there is none."""
+    plan = build(problem, lowering)
+    plans.count("builds")
+    if isinstance(plan, Reason) or not policy.certify:
+        return plan
+    plans.count("certifications")
+    verdict = certify(plan, forward or plan, reference)
+    if verdict is None:
+        return plan
+    plans.count("rejections")
+    log.info("cudnn_flex: a plan was rejected by certification and is not used: %s", verdict)
+    return verdict
 
 
 # What says most about why no strategy works comes first.

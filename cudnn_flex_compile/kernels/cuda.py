@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cudnn_flex_compile.engine.call import backward_key, forward_key
-from cudnn_flex_compile.engine.clean import run_clean
+from cudnn_flex_compile.engine.clean import above_autograd
 from cudnn_flex_compile.engine.problem import TensorSpec, dense
 from cudnn_flex_compile.engine.select import Ready, find_plan, plans
 from cudnn_flex_compile.kernels import fallback
@@ -113,15 +113,15 @@ def _fallback_forward(
     query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor], ints: Sequence[int],
     floats: Sequence[Tensor], program: str, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    arguments = (query.detach(), key.detach(), value.detach(), operands, ints, floats, program, scale)
-    return run_clean(lambda: fallback.forward(*arguments), query.device.index)
+    with above_autograd(), torch.no_grad():
+        return fallback.forward(query, key, value, operands, ints, floats, program, scale)
 
 
 def _fallback_backward(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor],
     ints: Sequence[int], floats: Sequence[Tensor], program: str, scale: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    arguments = (grad_out, grad_lse, query, key, value, operands, ints, floats, program, scale)
-    gradients = run_clean(lambda: fallback.backward(*arguments), query.device.index)
+    with above_autograd():
+        gradients = fallback.backward(grad_out, grad_lse, query, key, value, operands, ints, floats, program, scale)
     like = (torch.empty_like(t) for t in (query, key, value))
     return tuple(g if g.stride() == t.stride() else t.copy_(g) for g, t in zip(gradients, like, strict=True))

@@ -53,10 +53,9 @@ def backward(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor],
     ints: Sequence[int], floats: Sequence[Tensor], program: str, scale: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """dQ, dK, dV; computes the forward again. Needs a thread where autograd is not excluded."""
-    with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in (query, key, value)]
-        out, lse = forward(leaves[0], leaves[1], leaves[2], operands, ints, floats, program, scale)
-        if grad_lse is None:
-            return torch.autograd.grad(out, leaves, grad_out)
-        return torch.autograd.grad((out, lse), leaves, (grad_out, grad_lse))
+    """dQ, dK, dV; computes the forward again. Needs autograd to be on."""
+    leaves = [t.detach().requires_grad_() for t in (query, key, value)]
+    out, lse = forward(leaves[0], leaves[1], leaves[2], operands, ints, floats, program, scale)
+    if grad_lse is None:
+        return torch.autograd.grad(out, leaves, grad_out)
+    return torch.autograd.grad((out, lse), leaves, (grad_out, grad_lse))

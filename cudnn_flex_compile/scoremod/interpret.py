@@ -22,7 +22,7 @@ def evaluate(root: Expr, leaf: Callable[[Expr], Any], high: bool = False) -> Any
     Args:
         root: the expression.
         leaf: gives the value of each leaf (score, grad, index, const, capture, operand, scalar), already of
-            the leaf's dtype and in a shape that broadcasts with the others.
+            the leaf's dtype (a capture may have its own) and in a shape that broadcasts with the others.
         high: compute F32 in float64; leaves of F32 must then be float64 too.
     """
     values: dict[Expr, Any] = {}
@@ -33,6 +33,8 @@ def evaluate(root: Expr, leaf: Callable[[Expr], Any], high: bool = False) -> Any
             values[node] = values[node.args[0]].to(torch.float64)
         else:
             values[node] = TABLE[node.kind].evaluate(*(values[a] for a in node.args))
+        if node.kind == "gather":  # from a tensor of any dtype: float16 is computed with as F32, uint8 as I32
+            values[node] = values[node].to(torch.float64 if high and node.dtype == F32 else TORCH_DTYPE[node.dtype])
     return values[root]
 
 

@@ -95,12 +95,13 @@ def index(axis: str) -> Expr:
 
 
 def const(value: int | float | bool, dtype: str) -> Expr:
-    """A number, converted to `dtype` as torch converts a Python number to a tensor of that dtype."""
+    """A number, converted to `dtype` as torch casts a 0-d tensor to that dtype: integers wrap."""
     if dtype == BOOL:
         return intern("const", BOOL, value=bool(value))
     if dtype == F32:
         return intern("const", F32, value=to_f32(float(value)))
-    return intern("const", dtype, value=int(value))
+    half = 2 ** (31 if dtype == I32 else 63)
+    return intern("const", dtype, value=(int(value) + half) % (2 * half) - half)
 
 
 def to_f32(value: float) -> float:

@@ -78,10 +78,15 @@ def _sign(n: Expr) -> Expr:
 
 
 def _strict(n: Expr) -> Expr:
-    """a > b -> a - 1 >= b on integers: a strict bound between indices is computed as a non-strict one"""
+    """a > b -> a - 1 >= b on integers: a strict bound between indices is computed as a non-strict one
+
+    operand > b -> operand >= b + 1: what is computed of operands alone is refused, and they may be the least integer
+    """
     left, right = n.args
     if left.dtype != I32:
         return n
+    if left.kind == "operand":
+        return make("ge", left, right + ir.const(1, I32))
     return make("ge", left + ir.const(-1, I32), right)
 
 

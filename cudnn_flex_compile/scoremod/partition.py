@@ -4,12 +4,12 @@ Knows nothing of FX or tensors. A part that is computed outside becomes an opera
 evaluates it in the surrounding graph.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import BOOL, F32, I32, I64, SCORE, Expr, Program
 from cudnn_flex_compile.scoremod.optable import make
+from cudnn_flex_compile.scoremod.ranges import VALUE_LIMIT, magnitude
 
 
 class PairGather(Exception):
@@ -18,10 +18,7 @@ class PairGather(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Hoisted:
-    """One operand: its expression over captures, indices and scalars, and the dtype in which it is stored.
-
-    An I64 expression stored as I32 is clamped to the range: it is only ever compared with an I32 one, by order.
-    """
+    """One operand: its expression over captures, indices and scalars, and the dtype in which it is stored."""
 
     expression: Expr
     dtype: str
@@ -84,10 +81,10 @@ def _inside(root: Expr, parts: Partition) -> Expr:
         return done[node]
 
     def _visited(node: Expr) -> Expr:
-        if node.kind in ORDER and node.args[0].dtype == I64:
-            return _compared(node, visit, parts)
-        if _outside(node):
+        if _outside(node) and not _bounds_kv(node):
             return _as_operand(node, parts)
+        if node.kind in ORDER:
+            node = _limited(node, parts)
         if node.kind == "gather":
             raise PairGather(node)
         if not node.args:
@@ -105,17 +102,35 @@ def _as_operand(node: Expr, parts: Partition) -> Expr:
     return parts.operand(node, node.dtype)
 
 
-def _compared(node: Expr, visit: Callable[[Expr], Expr], parts: Partition) -> Expr:
-    """A comparison by order of a 64-bit operand with a 32-bit value: the operand clamped to 32 bits gives the same."""
-    sides: list[Expr] = []
-    for side in node.args:
-        narrow = side.args[0] if side.kind == "i64" and side.args[0].dtype == I32 else None
-        if _outside(side):
-            sides.append(parts.operand(side, I32))
-        elif narrow is not None:
-            sides.append(visit(narrow))
-        else:
-            sides.append(visit(side))
-    if any(s.dtype == I64 for s in sides):
-        return ir.intern(node.kind, BOOL, tuple(visit(a) for a in node.args))
-    return ir.intern(node.kind, BOOL, tuple(sides))
+def _bounds_kv(node: Expr) -> bool:
+    """Whether it is a bound on kv by captured limits of b and h: as an operand along kv it would be no bound."""
+    if node.kind == "and":
+        return any(_bounds_kv(a) for a in node.args)
+    limit = _limit(node)
+    return limit is not None and "k" not in ir.axes_of(node.args[limit]) and "k" in ir.axes_of(node.args[1 - limit])
+
+
+def _limit(node: Expr) -> int | None:
+    """Which side of a comparison of integers by order is captured, if only one is, and needs no (q, kv) pair."""
+    if node.kind not in ORDER or node.args[0].dtype not in (I32, I64):
+        return None
+    captured = [_captures(a) for a in node.args]
+    side = captured.index(True) if any(captured) else 0
+    return side if sum(captured) == 1 and _outside(node.args[side]) else None
+
+
+def _limited(node: Expr, parts: Partition) -> Expr:
+    """position >= limit -> i32(position) >= clamp(limit): with a limit beyond all positions, or one at the ends of
+    its dtype, sums in 32 bits would overflow
+    """
+    side = _limit(node)
+    if side is None:
+        return node
+    position = node.args[1 - side]
+    position = position.args[0] if position.kind == "i64" and position.args[0].dtype == I32 else position
+    if position.dtype != I32 or magnitude(position) >= VALUE_LIMIT:
+        return node
+    limit = node.args[side]
+    clamped = make("min", make("max", limit, ir.const(-VALUE_LIMIT, limit.dtype)), ir.const(VALUE_LIMIT, limit.dtype))
+    sides = [position, parts.operand(ir.cast(clamped, I32), I32)]
+    return ir.intern(node.kind, BOOL, tuple(sides if side else reversed(sides)))

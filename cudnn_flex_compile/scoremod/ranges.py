@@ -1,15 +1,15 @@
 """Range analysis of integer expressions: which can never be negative, and how large they can get.
 
 Knows only the meaning of the integer ops, and that no axis is longer than AXIS_LIMIT and no scalar or operand
-is beyond VALUE_LIMIT; the op checks the former and the scalars when it runs. (An operand beyond VALUE_LIMIT
-would have to be meant as "no bound", and is one here too.)
+is beyond VALUE_LIMIT; the op checks the former and the scalars when it runs. (A captured limit beyond VALUE_LIMIT
+means "no bound"; partition.py clamps it. Within a sum, 32-bit numbers of that size overflow in torch already.)
 """
 
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import BOOL, I32, I64, Expr
 
 AXIS_LIMIT = 2**24
-VALUE_LIMIT = 2**30
+VALUE_LIMIT = 2**28  # a bound adds several
 INT32_LIMIT = 2**31 - 1
 
 
@@ -75,6 +75,8 @@ def _narrowed(node: Expr, args: tuple[Expr, ...]) -> Expr:
         return node
     if node.kind == "i64" and args[0].dtype in (I32, BOOL):
         return ir.cast(args[0], I32)
+    if node.kind == "i32" and args[0].dtype == I32:
+        return args[0]
     if node.kind == "gather":
         return ir.intern(node.kind, node.dtype, args)
     wide = any(a.dtype == I64 for a in args)

@@ -35,10 +35,11 @@ class Captured:
 
 
 DTYPES = {
-    torch.float32: F32, torch.float64: F32, torch.float16: F32, torch.bfloat16: F32, torch.int32: I32,
-    torch.int64: I64, torch.int16: I32, torch.int8: I32, torch.uint8: I32, torch.bool: BOOL,
+    torch.float32: F32, torch.float16: F32, torch.bfloat16: F32, torch.int32: I32, torch.int64: I64,
+    torch.int16: I32, torch.int8: I32, torch.uint8: I32, torch.bool: BOOL,
 }  # fmt: skip
 HALVES = (torch.float16, torch.bfloat16)
+SMALL = (torch.int16, torch.int8, torch.uint8)
 
 
 def dtype_of(dtype: torch.dtype, what: str = "a tensor") -> str:
@@ -150,11 +151,43 @@ class _Reader:
             raise Untraceable(f"{name} of {example.dim()} dimensions")
         if name not in ("index", "select"):
             args = tuple(self._tensor(a) for a in args)
-        if name in SPECIAL:
-            return SPECIAL[name](example, *args, **kwargs)
-        if name not in DIRECT or kwargs:
-            raise Untraceable(name)
-        return make(DIRECT[name], *numbers(args))
+        _check_integers(name, node)
+        try:
+            if name in SPECIAL:
+                return _typed(name, SPECIAL[name](example, *args, **kwargs), example)
+            if name in DIRECT and not kwargs:
+                return _typed(name, make(DIRECT[name], *numbers(args)), example)
+        except TypeError as error:  # arguments that neither the row nor the reader of this op takes
+            raise Untraceable(f"{name} ({error})") from error
+        raise Untraceable(name)
+
+
+MOVES = ("index", "select", "where", "clone", "detach", "alias", "view", "contiguous", "lift_fresh_copy")
+
+
+def _check_integers(name: str, node: torch.fx.Node) -> None:
+    """8- and 16-bit integers wrap where 32-bit ones do not: they are only read, chosen, compared and widened.
+
+    And a Python integer beyond the dtype of the tensor beside it wraps, too.
+    """
+    if node.meta["val"].dtype in SMALL and name not in MOVES:
+        raise Untraceable(f"{name} to {node.meta['val'].dtype}")
+    whole = [a for a in node.args if isinstance(a, int)]
+    for dtype in [n.meta["val"].dtype for n in node.all_input_nodes if "val" in n.meta]:
+        if dtype in (*SMALL, torch.int32) and any(not _fits(number, dtype) for number in whole):
+            raise Untraceable(f"{name} of {dtype} with an integer beyond it")
+
+
+def _fits(number: int, dtype: torch.dtype) -> bool:
+    return torch.iinfo(dtype).min <= number <= torch.iinfo(dtype).max
+
+
+def _typed(name: str, result: Expr, example: torch.Tensor) -> Expr:
+    """`result` in the dtype that torch gives it, which the op table may not know: bool + 1 is an int64."""
+    dtype = dtype_of(example.dtype)
+    if result.dtype != dtype and (F32 in (result.dtype, dtype) or result.dtype == I64):
+        raise Untraceable(f"{name} with a result of {example.dtype}")
+    return ir.cast(result, dtype)
 
 
 DIRECT = {aten: row.name for row in ROWS for aten in (row.aten or (row.name,))}
@@ -176,8 +209,7 @@ def _number_dtype(number: float, common: str) -> str:
         return F32
     if isinstance(number, bool):
         return BOOL
-    fits = abs(number) < 2**31
-    return common if common in (F32, I64) else (I32 if fits else I64)
+    return I64 if common == BOOL else common
 
 
 def _with_alpha(name: str) -> Callable[..., Expr]:
@@ -246,8 +278,10 @@ def _div(example: Any, a: Any, b: Any, *, rounding_mode: str | None = None) -> E
 
 def _cast(example: Any, x: Any, *args: Any, **kwargs: Any) -> Expr:
     dtype = dtype_of(example.dtype)
-    if example.dtype in HALVES and isinstance(x, Expr) and x.kind != "const":
-        raise Untraceable(f"a cast to {example.dtype}")
+    if example.dtype in HALVES:
+        if x.kind != "const":
+            raise Untraceable(f"a cast to {example.dtype}")
+        return ir.const(_rounded(x.value, example.dtype), F32)
     if dtype in (I32, I64) and x.dtype == F32:
         raise Untraceable("a cast from float to integer")
     return ir.cast(x, dtype)
@@ -261,9 +295,15 @@ def _filled(fill: float | None) -> Callable[..., Expr]:
     """full, zeros, ones and their new_ and _like kinds: `fill`, or the last positional argument."""
 
     def read(example: Any, *args: Any, **kwargs: Any) -> Expr:
-        return ir.const(args[-1] if fill is None else fill, dtype_of(example.dtype))
+        number = args[-1] if fill is None else fill
+        return ir.const(_rounded(number, example.dtype), dtype_of(example.dtype))
 
     return read
+
+
+def _rounded(number: Any, dtype: torch.dtype) -> float:
+    """As a tensor of this dtype has it."""
+    return torch.tensor(number, dtype=dtype).item()
 
 
 def _where(example: Any, condition: Expr, x: Any, y: Any) -> Expr:

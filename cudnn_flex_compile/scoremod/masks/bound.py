@@ -10,6 +10,7 @@ from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import I32, Expr
 from cudnn_flex_compile.scoremod.masks.linear import KV, Q, Linear
 from cudnn_flex_compile.scoremod.optable import make
+from cudnn_flex_compile.scoremod.ranges import INT32_LIMIT, magnitude
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,4 +51,5 @@ def bound_of(form: Linear) -> Bound | None:
     if side is None or not plain:
         return None
     terms.sort(key=lambda t: (t[1].kind, str(t[1].value)))
-    return Bound(side, form.constant, tuple(terms))
+    bound = Bound(side, form.constant, tuple(terms))
+    return bound if magnitude(bound.predicate()) <= INT32_LIMIT else None

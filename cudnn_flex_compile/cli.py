@@ -1,0 +1,168 @@
+"""The command `cudnn-flex`: whether plans can run here (doctor), and what the backend does with a script (explain).
+
+Knows nothing of how reports are laid out. Exit codes: 0 yes, 1 no (no plan can run here; the script failed or
+compiled no flex_attention call), 2 wrong usage; a script's own exit code passes through.
+"""
+
+import argparse
+import contextlib
+import json
+import platform
+import runpy
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import cudnn_flex_compile
+from cudnn_flex_compile.reasons import Code, Reason
+
+USAGE_ERROR, INTERRUPTED = 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    return given.run(given, parser)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="cudnn-flex", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--version", action="version", version=f"cudnn-flex {cudnn_flex_compile.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="doctor | explain")
+    doctor = commands.add_parser("doctor", help="show versions and devices, and whether plans can run here")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.set_defaults(run=_doctor)
+    explain = commands.add_parser(
+        "explain",
+        help="run a script, then show each flex_attention call that it compiled with the backend",
+        description="Options of this command come before the script; what follows the script is passed to it.",
+    )
+    explain.add_argument("--json", action="store_true", help="print JSON; the script's own output goes to stderr")
+    explain.add_argument("script", help="path of a Python script that calls torch.compile(..., backend='cudnn_flex')")
+    explain.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the script")
+    explain.set_defaults(run=_explain)
+    return parser
+
+
+def _doctor(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    facts, reason = _facts(), _why_not()
+    if given.json:
+        why = {"code": reason.code.name, "detail": reason.detail, "remedy": reason.remedy} if reason else None
+        print(json.dumps({**facts, "can_run": reason is None, "reason": why}, indent=2))
+        return 0 if reason is None else 1
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name:<{width}}  {', '.join(value) if isinstance(value, list) else value}")
+    if reason is None:
+        print("\nPlans can run here.")
+        return 0
+    print(f"\nNo plan can run here: {reason}.\nTo change that: {reason.remedy}.")
+    return 1
+
+
+def _facts() -> dict[str, Any]:
+    import torch
+
+    from cudnn_flex_compile.engine.versions import cudnn_missing, cudnn_version
+
+    missing = cudnn_missing()
+    devices = [_device(i) for i in range(torch.cuda.device_count())]
+    return {
+        "cudnn_flex_compile": cudnn_flex_compile.__version__,
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "torch": torch.__version__,
+        "torch's CUDA": torch.version.cuda or "none: a CPU build",
+        "cudnn frontend": _installed("nvidia-cudnn-frontend"),
+        "cuDNN": f"cannot be loaded: {missing}" if missing else _dotted(cudnn_version()),
+        "devices": devices or ["no CUDA device"],
+    }
+
+
+def _installed(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _device(index: int) -> str:
+    import torch
+
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"{index}: {torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"
+
+
+def _dotted(version: int) -> str:
+    """9.19.0 for 91900."""
+    return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
+
+
+def _why_not() -> Reason | None:
+    """Why no plan can run on any device here, or None."""
+    import torch
+
+    from cudnn_flex_compile.engine.versions import cudnn_missing, unusable_device
+
+    if not torch.cuda.is_available():
+        missing = cudnn_missing()
+        built = "torch sees no CUDA device" if torch.version.cuda else "torch is a CPU build; install one with CUDA"
+        return Reason(Code.DEVICE, built if missing is None else f"{built}, and cuDNN is missing: {missing}")
+    reasons = [unusable_device(i) for i in range(torch.cuda.device_count())]
+    return None if None in reasons else reasons[0]
+
+
+def _explain(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    if not Path(given.script).is_file():
+        parser.exit(
+            USAGE_ERROR, f"{parser.prog} explain: {given.script!r} is no file; give the path of a Python script\n"
+        )
+    from cudnn_flex_compile.report import collect
+
+    output = contextlib.redirect_stdout(sys.stderr) if given.json else contextlib.nullcontext()
+    with collect() as report, output:
+        code = _run(given.script, given.arguments)
+    if given.json:
+        print(json.dumps({"script": given.script, "exit_code": code, **report.to_dict()}, indent=2))
+    elif report.calls:
+        print(f"\ncudnn-flex explain {given.script}\n{report}")
+    elif not code:
+        print(
+            f"cudnn-flex explain: {given.script} compiled no flex_attention call with backend='cudnn_flex'; "
+            "pass it to torch.compile, and call the compiled model in the script's own process",
+            file=sys.stderr,
+        )
+    return code or (0 if report.calls else 1)
+
+
+def _run(script: str, arguments: Sequence[str]) -> int:
+    """Runs a script as `python script ...` does; its exit code."""
+    before = sys.argv, sys.path[0]
+    sys.argv, sys.path[0] = [script, *arguments], str(Path(script).resolve().parent)
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as stop:
+        return _exit_code(stop.code)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception:  # the script's error: shown as Python shows it, and what was compiled before it is shown too
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.argv, sys.path[0] = before
+    return 0
+
+
+def _exit_code(code: Any) -> int:
+    """What Python makes of `sys.exit(code)`."""
+    if code is None or isinstance(code, int):
+        return code or 0
+    print(code, file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""Simplification keeps every value, NaN and infinities included, and has nothing left to do the second time."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod.ir import BOOL, F32, FALSE, I32, I64, SCORE, TRUE
+from cudnn_flex_compile.scoremod.optable import make
+from cudnn_flex_compile.scoremod.simplify import normalize, powers, simplify
+from cudnn_flex_compile.scoremod.text import infix
+from tests.unit.evaluate import differing, direct, interpreted, masked, program_of, scores
+from tests.unit.generate import Grammar, Mod, mask_mods, score_mods
+
+WILD = Grammar(smooth=False, pairs=True)
+Q, KV = ir.index("q"), ir.index("k")
+NAN = ir.const(math.nan, F32)
+
+
+def number(value: float, dtype: str = F32) -> ir.Expr:
+    return ir.const(value, dtype)
+
+
+@settings(max_examples=250)
+@given(score_mods(WILD), mask_mods(Grammar(pairs=True)))
+def test_normal_programs_have_the_same_masked_scores(score_mod: Mod, mask_mod: Mod) -> None:
+    score = scores()
+    expected = torch.where(direct(mask_mod), direct(score_mod, score), -math.inf)
+    assert differing(masked(normalize(program_of(score_mod, mask_mod)), score), expected) == 0
+
+
+@settings(max_examples=150)
+@given(score_mods(WILD), mask_mods(Grammar(pairs=True)))
+def test_a_normal_program_is_its_own_normal_form(score_mod: Mod, mask_mod: Mod) -> None:
+    once = normalize(program_of(score_mod, mask_mod))
+    assert simplify(once.score) is once.score, infix(once.score)
+    assert simplify(once.mask) is once.mask, infix(once.mask)
+
+
+@pytest.mark.parametrize(
+    ("given_", "expected"),
+    [
+        (SCORE * 1.0, SCORE),
+        (SCORE * 0.0, SCORE * 0.0),  # NaN * 0 is NaN
+        (Q * number(0, I32), number(0, I32)),
+        (SCORE - SCORE, SCORE - SCORE),
+        (make("max", SCORE, SCORE), SCORE),
+        (make("ge", SCORE, SCORE), make("ge", SCORE, SCORE)),  # NaN >= NaN is false
+        (make("eq", SCORE, SCORE), make("eq", SCORE, SCORE)),
+        (make("ge", Q, Q), TRUE),
+        (make("gt", Q, Q), FALSE),
+        (make("ne", Q, Q), FALSE),
+        (make("not", make("ge", SCORE, NAN)), make("not", make("ge", SCORE, NAN))),  # ~(a >= b) is not a < b
+        (make("not", make("ge", Q, KV)), make("gt", KV, Q)),
+        (make("le", Q, KV), make("ge", KV, Q)),
+        (make("where", TRUE, SCORE, NAN), SCORE),
+        (make("where", make("ge", Q, KV), TRUE, FALSE), make("ge", Q, KV)),
+        ((Q + number(3, I32)) - number(5, I32), Q + number(-2, I32)),
+        ((SCORE + 0.1) + 0.2, (SCORE + 0.1) + 0.2),  # float addition rounds
+        (make("ne", ir.cast(make("ge", Q, KV), I32), number(0, I32)), make("ge", Q, KV)),
+        (make("bool", Q), make("ne", Q, number(0, I32))),
+        (make("exp", number(0.0)), number(1.0)),
+        (make("idiv", number(-7, I32), number(2, I32)), number(-4, I32)),
+        (make("mod", number(-7, I32), number(2, I32)), number(1, I32)),
+        (number(2**31 - 1, I32) + number(1, I32), number(-(2**31), I32)),  # wraps, as torch does
+        (Q - number(-(2**31), I32), Q + number(-(2**31), I32)),
+        (ir.cast(number(2**32 + 5, I64), I32), number(5, I32)),
+    ],
+    ids=lambda e: infix(e).replace(" ", ""),
+)
+def test_rules(given_: ir.Expr, expected: ir.Expr) -> None:
+    assert simplify(given_) is expected, f"{infix(simplify(given_))}, not {infix(expected)}"
+
+
+@pytest.mark.parametrize("divisor", [0])
+def test_a_constant_division_by_zero_is_left_alone(divisor: int) -> None:
+    division = make("idiv", number(5, I32), number(divisor, I32))
+    assert simplify(division) is division
+
+
+@pytest.mark.parametrize("exponent", [2, 3, 4, 0.5, -0.5, -1, 1, 1.5, 0])
+def test_powers_have_the_value_and_the_gradient_of_pow(exponent: float) -> None:
+    power = simplify(powers(make("pow", SCORE, number(exponent))))
+    score = scores(high=True).abs() + 0.125
+    torch.testing.assert_close(interpreted(power, score), score**exponent, rtol=1e-12, atol=0)
+
+
+def test_infinities_of_the_score_become_the_mask() -> None:
+    causal, window = make("ge", Q, KV), make("ge", KV, Q + number(-2, I32))
+    inner = make("where", window, SCORE * 2.0, number(-math.inf))
+    program = normalize(ir.program(make("where", make("not", causal), number(-math.inf), inner), TRUE))
+    assert program.score is SCORE * 2.0
+    assert infix(program.mask) == infix(make("and", causal, window))
+
+
+def test_infinities_that_depend_on_the_score_stay() -> None:
+    score = make("where", make("ge", SCORE, number(0.0)), SCORE, number(-math.inf))
+    assert normalize(ir.program(score, TRUE)).mask is TRUE
+
+
+def test_types() -> None:
+    assert simplify(make("where", make("ge", Q, KV), TRUE, make("ge", KV, Q))).dtype == BOOL
