@@ -5,7 +5,7 @@ Knows nothing of how calls are lowered.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.fx import GraphModule
 
@@ -13,6 +13,9 @@ from cudnn_flex_compile.config import Options, options_from
 from cudnn_flex_compile.inner import compile_inner
 from cudnn_flex_compile.report import CallReport, publish
 from cudnn_flex_compile.scoremod.text import infix
+
+if TYPE_CHECKING:
+    from cudnn_flex_compile.passes.block_mask import InputCheck
 
 log = logging.getLogger("cudnn_flex_compile")
 
@@ -41,10 +44,22 @@ def cudnn_flex(
     chosen = options_from(options, mode)
     policy.certify = chosen.certify != "off"
     plans.resize(chosen.plan_cache_size)
-    calls = lower_calls(graph_module, example_inputs)
-    publish(calls)
-    _log(calls, chosen)
-    return compile_inner(graph_module, example_inputs, chosen)
+    lowered = lower_calls(graph_module, example_inputs, only_faster=chosen.lower == "when_faster")
+    publish(lowered.calls)
+    _log(lowered.calls, chosen)
+    compiled = compile_inner(graph_module, example_inputs, chosen)
+    return _checked(compiled, lowered.checks) if lowered.checks else compiled
+
+
+def _checked(compiled: Callable[..., Any], checks: "list[InputCheck]") -> Callable[..., Any]:
+    """The compiled graph, with its BlockMasks compared with their mask_mods first."""
+
+    def run(*inputs: Any) -> Any:
+        for check in checks:
+            check(inputs)
+        return compiled(*inputs)
+
+    return run
 
 
 def _log(calls: list[CallReport], options: Options) -> None:

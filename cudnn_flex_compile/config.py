@@ -22,6 +22,7 @@ class Options:
         mode: `mode` of the inner backend; `torch.compile(mode=...)` cannot be combined with options, so it is
             also an option of its own.
         certify: whether plans are checked before they run user data. "off" is for debugging only.
+        lower: "when_faster" keeps calls that measurements say are slower on cuDNN; "always" lowers all it can.
         plan_cache_size: how many plans are kept (least recently used first out); each holds some host memory.
         verbose: log every call, not only one line a graph.
     """
@@ -30,6 +31,7 @@ class Options:
     inner_options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     mode: str | None = None
     certify: str = "once"
+    lower: str = "when_faster"
     plan_cache_size: int = 256
     verbose: bool = False
 
@@ -48,6 +50,7 @@ class Options:
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "mode": (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
     "certify": ("once", "off"),
+    "lower": ("when_faster", "always"),
 }
 KINDS: dict[str, type] = {"inner_backend": str, "plan_cache_size": int, "verbose": bool, "inner_options": Mapping}
 

@@ -31,9 +31,9 @@ from cudnn_flex_compile.scoremod.text import infix
 WIDTH = 100
 LONGEST = 240  # characters of one expression in the table; to_dict has all of it
 NOTES = {
-    "window": "window 255: a query sees keys that are at most 255 before it",
-    "operand": "operand0[h]: a tensor that is computed outside the kernel, here with one value for each head",
-    "scalar": "scalar0: a Python number that is passed at run time",
+    "window": "window N: a query sees keys that are at most N before it",
+    "operand": "operandN[h]: a tensor that is computed outside the kernel, one value per head (likewise b, q, kv)",
+    "scalar": "scalarN: a Python number that is passed at run time",
 }
 _fresh_names = (f"explain_{i}" for i in itertools.count())
 
@@ -135,10 +135,10 @@ def _calls_table(rows: Sequence[tuple[CallReport, int]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("#", justify="right")
     table.add_column("calls", justify="right")
-    table.add_column("where", max_width=30, overflow="fold")
+    table.add_column("where", max_width=26, overflow="fold")
     table.add_column("score", ratio=3, overflow="fold")
-    table.add_column("mask", ratio=2, overflow="fold")
-    table.add_column("lowered as", min_width=12, overflow="fold")
+    table.add_column("mask", ratio=3, overflow="fold")
+    table.add_column("lowered as", min_width=10, overflow="fold")
     for number, (call, count) in enumerate(rows, 1):
         shown = (_place(call.source), describe_score(call), describe_mask(call), _outcome(call))
         style = "" if call.reason is None else "yellow"
@@ -165,12 +165,13 @@ def _outcome(call: CallReport) -> str:
 
 
 def _place(source: str) -> str:
-    """`models/gpt.py:12 forward` for `File "/home/me/models/gpt.py", line 12, in forward: return ...`."""
+    """`gpt.py:12 forward` for `File "models/gpt.py", line 12, in forward: return ...`."""
     found = re.match(r'File "(.+?)", line (\d+), in ([^:]+)', source)
     if found is None or found.group(1) == __file__:  # Dynamo leaves out code that is in no file
         return "unknown source"
     path, line, function = found.groups()
-    return f"{'/'.join(Path(path).parts[-2:])}:{line} {function.strip()}"
+    named = Path(path).name != "__init__.py"
+    return f"{'/'.join(Path(path).parts[-1 if named else -2 :])}:{line} {function.strip()}"
 
 
 def describe_score(call: CallReport) -> str:

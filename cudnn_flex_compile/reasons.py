@@ -28,6 +28,7 @@ class Code(enum.Enum):
     UNSUPPORTED_CALL = "call flex_attention with a plain BlockMask, or none"
     SHAPE_REFUSED = "cuDNN has no kernel for this shape on this GPU"
     KNOWN_WRONG = "cuDNN computes this wrongly; upgrade to the version named"
+    SLOWER = "nothing: stock flex_attention is the faster one here (options={'lower': 'always'} overrides)"
     CERTIFICATION = "cuDNN's numbers were wrong here; please report the program and the shape"
     INTERNAL = "a bug of cudnn_flex_compile: please report it with the detail"
 

@@ -14,6 +14,7 @@ from cudnn_flex_compile.scoremod.derive import NoDerivative, derive
 from cudnn_flex_compile.scoremod.interpret import TORCH_DTYPE, const_tensor, evaluate
 from cudnn_flex_compile.scoremod.ir import F32, GRAD, I32, SCORE, Expr, Program
 from cudnn_flex_compile.scoremod.optable import make
+from cudnn_flex_compile.scoremod.simplify import simplify
 
 TILE = 128
 
@@ -22,7 +23,7 @@ def guarded(program: Program, columns: int) -> Program:
     """The same program for columns below `columns`; beyond, the score_mod sees 0 and the score is masked."""
     inside = make("ge", ir.const(columns - 1, I32), ir.index("k"))
     score = ir.rebuild(program.score, {SCORE: make("where", inside, SCORE, ir.const(0.0, F32))})
-    return ir.program(score, make("and", program.mask, inside))
+    return ir.program(score, simplify(make("and", program.mask, inside)))
 
 
 def needs_guard(program: Program, columns: int) -> bool:

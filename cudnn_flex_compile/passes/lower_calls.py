@@ -12,7 +12,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from cudnn_flex_compile import ops as _ops  # noqa: F401  (registers the op that the pass writes)
-from cudnn_flex_compile.passes import block_mask
+from cudnn_flex_compile.passes import block_mask, speed
 from cudnn_flex_compile.passes.capture import Captures, read_captures
 from cudnn_flex_compile.passes.find import Call, example, find_calls
 from cudnn_flex_compile.passes.hoist import Writer, operand_value
@@ -38,12 +38,22 @@ class Context:
     operands: Writer
     guards: block_mask.Guards
     real: dict[Node, Any]
+    only_faster: bool
 
 
-def lower_calls(graph_module: GraphModule, example_inputs: Sequence[Any]) -> list[CallReport]:
-    """Rewrites the graph in place; one report a call, in order."""
+@dataclass(frozen=True, slots=True)
+class Lowered:
+    """calls: one report a call, in order. checks: what to call with the graph's inputs before every run."""
+
+    calls: list[CallReport]
+    checks: list[block_mask.InputCheck]
+
+
+def lower_calls(graph_module: GraphModule, example_inputs: Sequence[Any], only_faster: bool = True) -> Lowered:
+    """Rewrites the graph in place. With `only_faster`, calls that are slower on cuDNN are kept."""
     inputs = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
-    context = Context(Writer(), block_mask.Guards(), dict(zip(inputs, example_inputs, strict=False)))
+    real = dict(zip(inputs, example_inputs, strict=False))
+    context = Context(Writer(), block_mask.Guards(inputs), real, only_faster)
     reports: list[CallReport] = []
     changed: list[GraphModule] = []
     for call in find_calls(graph_module):  # lazily: each call is read after those before it were rewritten
@@ -54,7 +64,7 @@ def lower_calls(graph_module: GraphModule, example_inputs: Sequence[Any]) -> lis
     for module in {id(m): m for m in [*changed, *([graph_module] if changed else [])]}.values():
         module.graph.lint()
         module.recompile()
-    return reports
+    return Lowered(reports, context.guards.outside)
 
 
 def _lower(call: Call, context: Context) -> CallReport:
@@ -86,6 +96,10 @@ def _lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason
     wrong = block_mask.disagreement(call, program, context.real.get, values)  # pyright: ignore[reportArgumentType]
     if wrong is not None:
         return wrong
+    if context.only_faster:
+        slower = speed.slower(call, program, context.real.get)  # pyright: ignore[reportArgumentType]
+        if slower is not None:
+            return slower
     verdict = judge(Target(call, program, tuple(hoisted), captures, training, context.real))
     if isinstance(verdict, Reason):
         return verdict
@@ -148,5 +162,5 @@ def _rewrite(
     ]
     ints = [captures.nodes[leaf] for leaf in captures.ints]
     floats = [captures.nodes[leaf] for leaf in captures.floats]
-    guard = context.guards.write(call, operands, ints, floats, text(ir.program(mask=program.mask)))
+    guard = context.guards.write(call, ir.program(mask=program.mask), operands, ints, floats)
     replace(call, operands, ints, floats, text(program), training, guard)

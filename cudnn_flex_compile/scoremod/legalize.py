@@ -4,16 +4,18 @@ Knows the dialect's rules (each names its reason) but not cuDNN's Python package
 as far as float rounding goes; `Illegal` names the op that has no legal form.
 """
 
+import math
 from collections.abc import Callable
 
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.interpret import fold
 from cudnn_flex_compile.scoremod.ir import BOOL, F32, I32, I64, SCORE, Expr
 from cudnn_flex_compile.scoremod.optable import TABLE, make
-from cudnn_flex_compile.scoremod.ranges import nonnegative
+from cudnn_flex_compile.scoremod.ranges import INT32_LIMIT, magnitude, nonnegative
 from cudnn_flex_compile.scoremod.simplify import simplify
 
 TINY = 1e-30
+GIVEN = ("operand", "scalar")
 
 
 class Illegal(Exception):
@@ -52,15 +54,27 @@ def _neg(n: Expr) -> Expr:
 
 
 def _max(n: Expr) -> Expr:
-    """max(x, y) -> relu(x - y) + y: max with a relu_backward beside it gives a wrong dV"""
-    x, y = n.args
-    return make("relu", x - y) + y if _of_score(n) else n
+    """max(x, y) -> x + relu(y - x): max with a relu_backward beside it gives a wrong dV
+
+    x is what depends on the score: a bound y that is far from every score leaves it as it is. An x that may be
+    infinite is the one that is dropped: relu(x - y) + y.
+    """
+    if not _of_score(n):
+        return n
+    x, y = sorted(n.args, key=_of_score, reverse=True)
+    return make("relu", x - y) + y if _infinite(x) else x + make("relu", y - x)
 
 
 def _min(n: Expr) -> Expr:
-    """min(x, y) -> y - relu(y - x)"""
-    x, y = n.args
-    return make("relu", y - x) * -1.0 + y if _of_score(n) else n
+    """min(x, y) -> x - relu(x - y)"""
+    if not _of_score(n):
+        return n
+    x, y = sorted(n.args, key=_of_score, reverse=True)
+    return make("relu", y - x) * -1.0 + y if _infinite(x) else x - make("relu", x - y)
+
+
+def _infinite(root: Expr) -> bool:
+    return any(isinstance(n.value, float) and math.isinf(n.value) for n in ir.walk(root))
 
 
 def _clamp(kind: str) -> Callable[[Expr], Expr]:
@@ -80,12 +94,12 @@ def _sign(n: Expr) -> Expr:
 def _strict(n: Expr) -> Expr:
     """a > b -> a - 1 >= b on integers: a strict bound between indices is computed as a non-strict one
 
-    operand > b -> operand >= b + 1: what is computed of operands alone is refused, and they may be the least integer
+    operand > b -> operand >= b + 1: nodes of operands alone are refused, and an operand may be the least integer
     """
     left, right = n.args
     if left.dtype != I32:
         return n
-    if left.kind == "operand":
+    if left.kind in GIVEN:
         return make("ge", left, right + ir.const(1, I32))
     return make("ge", left + ir.const(-1, I32), right)
 
@@ -94,13 +108,15 @@ def _operand_right(n: Expr) -> Expr:
     """operand >= x -> x <= operand: an operand must be the right side of a comparison"""
     left, right = n.args
     turned = {"ge": "le", "gt": "lt", "eq": "eq", "ne": "ne"}
-    return make(turned[n.kind], right, left) if left.kind in ("operand", "scalar", "const") else n
+    given = [side.kind in (*GIVEN, "const") for side in n.args]
+    return make(turned[n.kind], right, left) if given == [True, False] else n
 
 
 def _integer_division(n: Expr) -> Expr:
     """// and % round down in torch and toward zero in cuDNN: the same where nothing is negative"""
     left, right = n.args
-    if not nonnegative(left) or right.kind != "const" or int(right.value or 0) <= 0:
+    negative = not nonnegative(left) or magnitude(left) > INT32_LIMIT
+    if negative or right.kind != "const" or int(right.value or 0) <= 0:
         raise Illegal(n.kind, "the dividend may be negative, or the divisor is no positive constant")
     return n
 
@@ -127,6 +143,8 @@ def _where(n: Expr) -> Expr:
 def _compare(n: Expr) -> Expr:
     if _of_score(n):
         raise Illegal(n.kind, "a comparison of the score selects between branches, which cuDNN refuses")
+    if n.kind == "gt" and all(a.kind in GIVEN for a in n.args):
+        return make("not", make("ge", *reversed(n.args)))
     return _operand_right(_strict(n) if n.kind == "gt" else n)
 
 

@@ -65,6 +65,13 @@ def _clamp_backward(g: Expr, beyond: Expr) -> Expr:
     return g - make("relu_grad", g, beyond)
 
 
+def _pow_backward(g: Expr, args: tuple[Expr, ...], out: Expr) -> Partials:
+    """g * (x ** (n - 1) * n); zero for n = 0, also where x ** -1 is infinite."""
+    x, n = args
+    zero = n.kind == "const" and n.value == 0
+    return None if zero else g * (make("pow", x, n - 1.0) * n), None
+
+
 def _softplus(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.softplus(x)
 
@@ -112,8 +119,7 @@ ROWS: tuple[Row, ...] = (
     Row("log", "float", 1, torch.log, lambda g, a, o: (g / a[0],), "log", UNARY),
     Row("sqrt", "float", 1, torch.sqrt, lambda g, a, o: (g / o * 0.5,), "sqrt", UNARY),
     Row("rsqrt", "float", 1, torch.rsqrt, lambda g, a, o: (g * (o * o * o) * -0.5,), "rsqrt", UNARY),
-    Row("pow", "float", 2, torch.pow, lambda g, a, o: (g * (make("pow", a[0], a[1] - 1.0) * a[1]), None),
-        "pow", MINMAX, "({0} ** {1})"),
+    Row("pow", "float", 2, torch.pow, _pow_backward, "pow", MINMAX, "({0} ** {1})"),
     Row("sin", "float", 1, torch.sin, lambda g, a, o: (g * make("cos", a[0]),), "sin", UNARY),
     Row("cos", "float", 1, torch.cos, lambda g, a, o: (-(g * make("sin", a[0])),), "cos", UNARY),
     Row("tanh", "float", 1, torch.tanh, lambda g, a, o: (g - g * o * o,), "tanh", UNARY),

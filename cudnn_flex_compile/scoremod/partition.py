@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import BOOL, F32, I32, I64, SCORE, Expr, Program
+from cudnn_flex_compile.scoremod.masks.linear import KV, linear
 from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.ranges import VALUE_LIMIT, magnitude
 
@@ -103,34 +104,36 @@ def _as_operand(node: Expr, parts: Partition) -> Expr:
 
 
 def _bounds_kv(node: Expr) -> bool:
-    """Whether it is a bound on kv by captured limits of b and h: as an operand along kv it would be no bound."""
+    """Whether it is a bound on kv by a captured limit of b and h: as one operand along kv it would be no bound."""
     if node.kind == "and":
         return any(_bounds_kv(a) for a in node.args)
-    limit = _limit(node)
-    return limit is not None and "k" not in ir.axes_of(node.args[limit]) and "k" in ir.axes_of(node.args[1 - limit])
+    sides = _sides(node)
+    if sides is None or "k" in ir.axes_of(sides[1]):
+        return False
+    factors = linear(sides[0]).factors
+    return set(factors) == {KV} and abs(factors[KV]) == 1
 
 
-def _limit(node: Expr) -> int | None:
-    """Which side of a comparison of integers by order is captured, if only one is, and needs no (q, kv) pair."""
+def _sides(node: Expr) -> tuple[Expr, Expr] | None:
+    """The position, I32, and the captured limit of a comparison of integers by order, if it is one."""
     if node.kind not in ORDER or node.args[0].dtype not in (I32, I64):
         return None
-    captured = [_captures(a) for a in node.args]
-    side = captured.index(True) if any(captured) else 0
-    return side if sum(captured) == 1 and _outside(node.args[side]) else None
+    position, limit = sorted(node.args, key=_captures)
+    position = position.args[0] if position.kind == "i64" else position
+    if _captures(position) or not _outside(limit) or position.dtype != I32 or magnitude(position) >= VALUE_LIMIT:
+        return None
+    return position, limit
 
 
 def _limited(node: Expr, parts: Partition) -> Expr:
-    """position >= limit -> i32(position) >= clamp(limit): with a limit beyond all positions, or one at the ends of
-    its dtype, sums in 32 bits would overflow
+    """position >= limit -> position >= i32(clamp(limit)): a limit beyond every position is as good as the clamped
+    one, with which nothing overflows
     """
-    side = _limit(node)
-    if side is None:
+    sides = _sides(node)
+    if sides is None:
         return node
-    position = node.args[1 - side]
-    position = position.args[0] if position.kind == "i64" and position.args[0].dtype == I32 else position
-    if position.dtype != I32 or magnitude(position) >= VALUE_LIMIT:
-        return node
-    limit = node.args[side]
-    clamped = make("min", make("max", limit, ir.const(-VALUE_LIMIT, limit.dtype)), ir.const(VALUE_LIMIT, limit.dtype))
-    sides = [position, parts.operand(ir.cast(clamped, I32), I32)]
-    return ir.intern(node.kind, BOOL, tuple(sides if side else reversed(sides)))
+    position, limit = sides
+    least, most = (ir.const(n, limit.dtype) for n in (-VALUE_LIMIT, VALUE_LIMIT))
+    operand = parts.operand(ir.cast(make("min", make("max", limit, least), most), I32), I32)
+    ordered = (operand, position) if node.args[0] is limit else (position, operand)
+    return ir.intern(node.kind, BOOL, ordered)

@@ -35,6 +35,11 @@ def _integer_zero(n: Expr) -> Expr | None:
     return zero if n.dtype != F32 else None
 
 
+def _power_of_zero(n: Expr) -> Expr | None:
+    """x ** 0 -> 1, for a NaN too"""
+    return ir.const(1.0, F32) if is_const(n.args[1], 0.0) else None
+
+
 def _absorbs(value: Expr) -> Rule:
     """x op value -> value"""
     return lambda n: value if value in n.args else None
@@ -146,14 +151,16 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "sub": (_unit(0.0), _minus_negative),
     "mul": (_constant_last, _unit(1.0), _integer_zero, _gather_constants),
     "div": (_unit(1.0),),
-    "pow": (_unit(1.0),),
+    "pow": (_unit(1.0), _power_of_zero),
     "neg": (lambda n: n.args[0].args[0] if n.args[0].kind == "neg" else None,),
     "and": (_drops(TRUE), _absorbs(FALSE), _same),
     "or": (_drops(FALSE), _absorbs(TRUE), _same),
     "not": (_not,),
     "where": (_select, _select_bool),
-    "max": (_same,),
-    "min": (_same,),
+    "max": (_same, _constant_last, _unit(-math.inf)),
+    "min": (_same, _constant_last, _unit(math.inf)),
+    "clamp_min": (_unit(-math.inf),),
+    "clamp_max": (_unit(math.inf),),
     "bool": (_cast_of_cast, _as_predicate),
     "f32": (_cast_of_cast,),
     "i32": (_cast_of_cast,),

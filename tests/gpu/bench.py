@@ -2,8 +2,9 @@
 
     python3 -m tests.gpu.bench [--shape B,H,HKV,S,D ...] [--mods NAME ...] [--repeats N] [--csv FILE]
 
-Prints, for each mod, the milliseconds of forward, backward and both (median of CUDA-event timings of single
-calls, host time included where it shows) and the ratio Inductor / cudnn_flex; last the geometric means.
+Prints, for each mod, the milliseconds a call of forward, backward and both, and the ratio Inductor / cudnn_flex;
+last the geometric means. One sample is CUDA-event time around CALLS calls in a row, divided by CALLS, as in a
+training step; the median of many samples counts, the backends take turns.
 """
 
 import argparse
@@ -19,18 +20,20 @@ from cudnn_flex_compile.report import collect
 from tests.mods import MODS
 
 BACKENDS = ("inductor", "cudnn_flex")
+CALLS = 10
 
 
-def timed(run):
+def timed(runs):
+    """Milliseconds of one of the runs on average, and their results."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
-    result = run()
+    results = [run() for run in runs]
     end.record()
     end.synchronize()
-    return start.elapsed_time(end), result
+    return start.elapsed_time(end) / len(results), results
 
 
-def compiled(name, shape, dtype):
+def compiled(name, shape, dtype, options):
     batch, heads, kv_heads, length, head_dim = shape
     score_mod, mask_mod = MODS[name](heads, length, "cuda")
     block_mask = create_block_mask(mask_mod, None, None, length, length, device="cuda") if mask_mod else None
@@ -46,19 +49,20 @@ def compiled(name, shape, dtype):
     for backend in BACKENDS:
         torch._dynamo.reset()
         with collect() as report:
-            functions[backend] = torch.compile(call, backend=backend, dynamic=False)
+            own = {"options": options} if backend == "cudnn_flex" else {}
+            functions[backend] = torch.compile(call, backend=backend, dynamic=False, **own)
             functions[backend](*qkv).sum().backward()
     return functions, qkv, draw(heads), report
 
 
-def measure(name, shape, dtype, repeats):
-    functions, qkv, grad, report = compiled(name, shape, dtype)
+def measure(name, shape, dtype, repeats, options):
+    functions, qkv, grad, report = compiled(name, shape, dtype, options)
     times = {(b, part): [] for b in BACKENDS for part in ("fwd", "bwd", "both")}
     for repeat in range(repeats + 5):
         for backend, function in functions.items():
-            fwd, out = timed(lambda f=function: f(*qkv))
-            bwd, _ = timed(lambda o=out: torch.autograd.grad(o, qkv, grad))
-            both, _ = timed(lambda f=function: torch.autograd.grad(f(*qkv), qkv, grad))
+            fwd, outs = timed([lambda f=function: f(*qkv)] * CALLS)
+            bwd, _ = timed([lambda o=out: torch.autograd.grad(o, qkv, grad) for out in outs])
+            both, _ = timed([lambda f=function: torch.autograd.grad(f(*qkv), qkv, grad)] * CALLS)
             if repeat >= 5:
                 for part, value in (("fwd", fwd), ("bwd", bwd), ("both", both)):
                     times[backend, part].append(value)
@@ -71,7 +75,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="*", default=["2,16,16,4096,128"])
     parser.add_argument("--mods", nargs="*", default=list(MODS), choices=list(MODS))
-    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--lower", default="when_faster", choices=("when_faster", "always"))
     parser.add_argument("--csv")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -81,7 +86,7 @@ def main():
     for text in arguments.shape:
         shape = tuple(map(int, text.split(",")))
         for name in arguments.mods:
-            medians, how = measure(name, shape, torch.bfloat16, arguments.repeats)
+            medians, how = measure(name, shape, torch.bfloat16, arguments.repeats, {"lower": arguments.lower})
             ratio = {p: medians["inductor", p] / medians["cudnn_flex", p] for p in ("fwd", "bwd", "both")}
             ratios.append(ratio)
             row = [text, name, how]

@@ -41,7 +41,7 @@ def test_within_twice_stock_error(name, head_dim, length, dtype, group):
     def call(q, k, v):
         return flex_attention(q, k, v, score_mod, block_mask, enable_gqa=group > 1)
 
-    compiled = torch.compile(call, backend="cudnn_flex", options={"inner_backend": "aot_eager"})
+    compiled = torch.compile(call, backend="cudnn_flex", options={"inner_backend": "aot_eager", "lower": "always"})
     poison()
     with collect() as report:
         out = compiled(query, key, value)
@@ -68,7 +68,9 @@ def test_lse_within_twice_stock_error(name):
     block_mask = create_block_mask(mask_mod, None, None, 1000, 1000, device="cuda") if mask_mod else None
     torch._dynamo.reset()
     compiled = torch.compile(
-        lambda q, k, v: flex_attention(q, k, v, score_mod, block_mask, return_lse=True), backend="cudnn_flex"
+        lambda q, k, v: flex_attention(q, k, v, score_mod, block_mask, return_lse=True),
+        backend="cudnn_flex",
+        options={"inner_backend": "aot_eager", "lower": "always"},
     )
     poison()
     with torch.no_grad(), collect() as report:

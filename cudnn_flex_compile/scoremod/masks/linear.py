@@ -50,4 +50,4 @@ def nonnegative_form(predicate: Expr) -> Linear | None:
     form = linear(predicate.args[0]).plus(linear(predicate.args[1]), -1)
     exact = all(magnitude(side) <= INT32_LIMIT for side in predicate.args)
     form = form if predicate.kind == "ge" else form.plus(Linear(constant=1), -1)
-    return form if exact and abs(form.constant) <= VALUE_LIMIT else None
+    return form if exact and abs(form.constant) <= VALUE_LIMIT // 2 else None

@@ -1,0 +1,38 @@
+"""The examples run as README says, and README tells the truth about options."""
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from cudnn_flex_compile import Options
+
+ROOT = Path(__file__).parents[2]
+WITHOUT_GPU = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+
+
+def run(script, *arguments):
+    command = [sys.executable, str(ROOT / "examples" / script), *arguments]
+    return subprocess.run(command, env=WITHOUT_GPU, capture_output=True, text=True, check=False)
+
+
+def test_quickstart_runs_to_the_end():
+    done = run("quickstart.py")
+    assert done.returncode == 0, done.stderr
+    assert "4 flex_attention calls: 4 lowered to cuDNN, 0 kept" in done.stdout
+    assert "max |difference| from eager flex_attention" in done.stdout
+
+
+def test_train_says_that_it_needs_a_gpu():
+    done = run("train.py", "--steps", "1")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert "no backward on the CPU" in done.stderr
+
+
+def test_readme_lists_the_options():
+    rows = re.findall(r"^\| `(\w+)` \| `(.+?)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    defaults = dataclasses.asdict(Options())
+    assert {name: eval(default) for name, default in rows} == defaults  # literals of our own file

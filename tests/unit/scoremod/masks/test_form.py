@@ -1,0 +1,200 @@
+"""The normal form of masks: every spelling of a bound is found, nothing else is, and the mask stays what it was."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod.interpret import environment, evaluate
+from cudnn_flex_compile.scoremod.ir import F32, I32, TRUE, Expr
+from cudnn_flex_compile.scoremod.masks.bound import Bound
+from cudnn_flex_compile.scoremod.masks.form import MaskForm, as_predicate, conjuncts, split, tightest
+from cudnn_flex_compile.scoremod.optable import make
+from cudnn_flex_compile.scoremod.partition import partition
+from cudnn_flex_compile.scoremod.ranges import AXIS_LIMIT, VALUE_LIMIT, narrow
+from cudnn_flex_compile.scoremod.simplify import normalize, simplify
+from cudnn_flex_compile.scoremod.text import infix
+from cudnn_flex_compile.scoremod.trace import trace
+from tests.unit.evaluate import CPU, differing, direct, interpreted, operands_of, program_of, scores
+from tests.unit.generate import Mod, mask_mods
+
+Q, KV = ir.index("q"), ir.index("k")
+
+
+def form_of(function) -> MaskForm:
+    return split(simplify(narrow(trace(function, False, [], CPU))))
+
+
+def found(form: MaskForm) -> dict[str, int]:
+    assert not any(b.terms for b in form.bounds)
+    return {b.side: b.constant for b in form.bounds}
+
+
+@settings(max_examples=400)
+@given(mask_mods())
+def test_the_form_is_the_mask(mask_mod: Mod) -> None:
+    program, hoisted = partition(normalize(program_of(None, mask_mod)))
+    form, score = split(program.mask), torch.zeros_like(scores())
+    operands, expected = operands_of(hoisted), direct(mask_mod)
+    assert differing(interpreted(as_predicate(form), score, operands), expected) == 0
+    parts = [b.predicate() for b in form.bounds] + [form.residual]
+    together = torch.stack([interpreted(part, score, operands) for part in parts]).all(0)
+    assert differing(together, expected) == 0
+
+
+SPELLINGS = [
+    # causal, in every spelling
+    ("q >= kv", {"lower": 0}), ("kv <= q", {"lower": 0}), ("kv < q + 1", {"lower": 0}), ("q + 1 > kv", {"lower": 0}),
+    ("q - kv >= 0", {"lower": 0}), ("kv - q <= 0", {"lower": 0}), ("0 <= q - kv", {"lower": 0}),
+    ("~(q < kv)", {"lower": 0}), ("torch.logical_not(kv > q)", {"lower": 0}), ("q - kv > -1", {"lower": 0}),
+    ("torch.ge(q, kv)", {"lower": 0}), ("-kv >= -q", {"lower": 0}),
+    ("torch.where(q >= kv, True, False)", {"lower": 0}), ("torch.where(q < kv, False, True)", {"lower": 0}),
+    ("(q >= kv) & True", {"lower": 0}), ("q.to(torch.int64) >= kv.long()", {"lower": 0}),
+    ("q.new_ones((), dtype=torch.bool) & ((kv + 0) <= (q + 0))", {"lower": 0}), ("(q >= kv).to(torch.bool)", {"lower": 0}),
+    ("2 * q - q >= kv", {"lower": 0}), ("(q >= kv) & (q >= kv)", {"lower": 0}), ("~~(q >= kv)", {"lower": 0}),
+    # strict, shifted
+    ("q > kv", {"lower": -1}), ("kv < q", {"lower": -1}), ("q >= kv + 1", {"lower": -1}), ("q + 5 >= kv", {"lower": 5}),
+    ("q + 5 > kv", {"lower": 4}), ("kv - q <= 3", {"lower": 3}), ("kv - q < 3", {"lower": 2}), ("kv - 3 <= q", {"lower": 3}),
+    ("~(kv - 3 > q)", {"lower": 3}), ("kv - q - 3 <= 4", {"lower": 7}), ("kv > q - 64", {"upper": 63}),
+    # windows
+    ("q - kv <= 64", {"upper": 64}), ("q - kv < 64", {"upper": 63}), ("kv >= q - 64", {"upper": 64}),
+    ("kv + 64 >= q", {"upper": 64}), ("~(q - kv > 64)", {"upper": 64}), ("64 >= q - kv", {"upper": 64}),
+    ("(q >= kv) & (q - kv <= 64)", {"lower": 0, "upper": 64}), ("(q - kv).abs() <= 8", {"lower": 8, "upper": 8}),
+    ("torch.abs(q - kv) < 8", {"lower": 7, "upper": 7}), ("8 >= torch.abs(kv - q)", {"lower": 8, "upper": 8}),
+    ("abs(q - kv + 2) <= 8", {"lower": 10, "upper": 6}),
+    ("~((q - kv).abs() > 8)", {"lower": 8, "upper": 8}), ("~((q < kv) | (q - kv > 64))", {"lower": 0, "upper": 64}),
+    # the tightest of several
+    ("(q >= kv) & (q + 3 >= kv) & (q - kv < 9) & (q - kv < 5)", {"lower": 0, "upper": 4}),
+    # columns
+    ("kv < 100", {"end": 99}), ("kv <= 100", {"end": 100}), ("100 > kv", {"end": 99}), ("kv >= 7", {"start": -7}),
+    ("kv > 7", {"start": -8}), ("(kv >= 2) & (kv < 9)", {"start": -2, "end": 8}), ("~(kv >= 9)", {"end": 8}),
+    ("(q >= kv) & (kv < 100) & (kv >= 1)", {"start": -1, "end": 99, "lower": 0}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("source", "bounds"), SPELLINGS, ids=[s for s, _ in SPELLINGS])
+def test_bounds(source: str, bounds: dict[str, int]) -> None:
+    form = form_of(eval(f"lambda b, h, q, kv: {source}", {"torch": torch}))
+    assert found(form) == bounds
+    assert form.residual is TRUE, infix(form.residual)
+
+
+RESIDUALS = [
+    "(q >= kv) | (kv < 4)", "q == kv", "q != kv", "(q % 2) == (kv % 2)", "q // 4 == kv // 4", "q // 4 >= kv // 4",
+    "q >= 3", "b >= kv", "2 * q >= kv", "q >= 2 * kv", "2 * q >= 2 * kv", "q + kv >= 3", "(q - kv).abs() >= 3",
+    "q.float() >= kv.float()", "q * kv >= 3", "h >= q - kv", "torch.maximum(q, kv) >= 3", "~(q - kv <= 4) & (q != 7) | (q >= kv)",
+    "torch.abs(q - kv) <= torch.abs(kv)", "(q >= kv) ^ (kv < 3)", "q + (2**31 - 1) >= kv", "q - 2**30 - 2**30 >= kv - 2**30 - 2**30",
+    "q + (2**31 - 5) > kv", "torch.abs(q - kv) <= 2**31 - 1", "q * 256 - q * 255 >= kv", "q / 1 >= kv",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("source", RESIDUALS)
+def test_what_is_no_bound_stays_residual(source: str) -> None:
+    form = form_of(eval(f"lambda b, h, q, kv: {source}", {"torch": torch}))
+    assert form.bounds == ()
+    assert form.residual is not TRUE
+
+
+def test_a_residual_does_not_hide_the_bounds_beside_it() -> None:
+    form = form_of(lambda b, h, q, kv: (q >= kv) & ((q % 2) == (kv % 2)) & (q - kv < 9) & (q != 4))
+    assert found(form) == {"lower": 0, "upper": 8}
+    assert infix(form.residual) == "((q % 2) == (kv % 2)) & (q != 4)"
+
+
+ROW = ir.operand(0, I32, "bq")
+LIMIT = ir.operand(1, I32, "b")
+COLUMN = ir.operand(2, I32, "k")
+NUMBER = ir.scalar(0, I32)
+
+
+def one(value: int) -> Expr:
+    return ir.const(value, I32)
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        (make("gt", LIMIT, KV), Bound("end", -1, ((1, LIMIT),))),
+        (make("ge", LIMIT, KV), Bound("end", 0, ((1, LIMIT),))),
+        (make("ge", KV, ROW), Bound("start", 0, ((-1, ROW),))),
+        (make("gt", KV, ROW), Bound("start", -1, ((-1, ROW),))),
+        (make("ge", NUMBER, Q - KV), Bound("upper", 0, ((1, NUMBER),))),
+        (make("gt", NUMBER, Q - KV), Bound("upper", -1, ((1, NUMBER),))),
+        (make("ge", Q + NUMBER, KV), Bound("lower", 0, ((1, NUMBER),))),
+        (make("ge", Q - NUMBER, KV + one(3)), Bound("lower", -3, ((-1, NUMBER),))),
+        (make("ge", KV, ROW - NUMBER), Bound("start", 0, ((-1, ROW), (1, NUMBER)))),
+    ],
+    ids=lambda x: infix(x) if isinstance(x, Expr) else x.side,
+)
+def test_bounds_with_terms(mask: Expr, expected: Bound) -> None:
+    form = split(simplify(mask))
+    assert form.bounds == (expected,)
+    assert form.residual is TRUE
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        make("ge", KV, COLUMN),  # a limit that varies along kv is none
+        make("ge", Q, LIMIT),
+        make("ge", KV, LIMIT + LIMIT),
+        make("ge", KV, LIMIT * 2.0),
+        make("ge", KV, LIMIT * LIMIT),
+        make("ge", ir.cast(KV, F32), ir.operand(3, F32, "b")),
+        make("ne", LIMIT, one(0)),
+        make("ge", KV + NUMBER + NUMBER * 3, ROW),
+    ],
+    ids=infix,
+)
+def test_terms_that_make_no_bound(mask: Expr) -> None:
+    assert split(simplify(mask)).bounds == ()
+
+
+def test_bounds_with_different_terms_are_all_kept() -> None:
+    both = make("and", make("gt", LIMIT, KV), make("and", make("gt", ROW, KV), make("gt", one(9), KV)))
+    form = split(simplify(both))
+    assert {b.terms for b in form.bounds} == {((1, LIMIT),), ((1, ROW),), ()}
+    assert tightest([Bound("end", 4), Bound("end", 2), Bound("end", 3)]) == (Bound("end", 2),)
+
+
+def test_the_trivial_mask() -> None:
+    assert split(TRUE) == MaskForm()
+    assert as_predicate(MaskForm()) is TRUE
+    assert conjuncts(TRUE) == []
+
+
+EXTREME_ROWS = torch.tensor([0, 1, 255, 2**15, 2**22 + 3, AXIS_LIMIT - 2, AXIS_LIMIT - 1], dtype=torch.int32)
+CONSTANTS = [0, 1, -1, 2, 127, 128, 129, 2**15, -(2**24), 2**28, -(2**28), 2**29, 2**30, -(2**30), 2**31 - 1, -(2**31), 2**31 - 2**24]
+
+
+@st.composite
+def sums(draw, depth: int = 3) -> Expr:
+    """I32 sums and products of q, kv, a scalar and constants, many of which overflow."""
+    if depth == 0 or draw(st.integers(0, 4)) == 0:
+        return draw(st.sampled_from([Q, KV, Q, KV, NUMBER, *map(one, CONSTANTS)]))
+    kind = draw(st.sampled_from(["add", "sub", "add", "sub", "mul", "neg", "abs"]))
+    left = draw(sums(depth - 1))
+    if kind in ("neg", "abs"):
+        return make(kind, left)
+    return make(kind, left, draw(sums(depth - 1)) if kind != "mul" else one(draw(st.sampled_from(CONSTANTS))))
+
+
+def test_overflow_is_no_bound() -> None:
+    """32-bit arithmetic wraps: at any index the form is what torch computes."""
+    bounded = 0
+
+    @settings(max_examples=600)
+    @given(sums(), sums(), st.sampled_from(["ge", "gt", "le", "lt"]), st.sampled_from([0, 5, VALUE_LIMIT, -VALUE_LIMIT]))
+    def check(left: Expr, right: Expr, compare: str, number: int) -> None:
+        nonlocal bounded
+        mask = make(compare, left, right)
+        indices = {"q": EXTREME_ROWS.view(-1, 1), "k": EXTREME_ROWS}
+        leaf = environment(torch.zeros(()), indices, {}, {0: number}, {})
+        form = split(simplify(mask))
+        bounded += bool(form.bounds)
+        got, expected = (evaluate(m, leaf).expand(7, 7) for m in (as_predicate(form), mask))
+        assert torch.equal(got, expected), f"{infix(mask)}: {form}"
+
+    check()
+    assert bounded >= 30, "too few generated masks are bounds"

@@ -1,0 +1,207 @@
+"""Legal forms keep their value under cuDNN's own arithmetic, and keep the dialect's rules (facts/cudnn_dialect.md).
+
+The arithmetic where cuDNN differs from torch is written down here: a strict comparison of integers is computed as
+a non-strict one, and // and % round toward zero.
+"""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod.derive import derive
+from cudnn_flex_compile.scoremod.ir import BOOL, F32, GRAD, I32, I64, SCORE, Expr
+from cudnn_flex_compile.scoremod.legalize import Illegal, legalize, unsupported
+from cudnn_flex_compile.scoremod.optable import TABLE, make
+from cudnn_flex_compile.scoremod.partition import partition
+from cudnn_flex_compile.scoremod.simplify import normalize, simplify
+from cudnn_flex_compile.scoremod.text import infix
+from tests.unit.evaluate import PAIRS, differing, direct, interpreted, leaf_values, operands_of, program_of, scores
+from tests.unit.generate import Grammar, Mod, mask_mods, score_mods
+
+Q, KV = ir.index("q"), ir.index("k")
+DIALECT = {
+    "gt": lambda a, b: a > b if a.is_floating_point() else a >= b,
+    "lt": lambda a, b: a < b if a.is_floating_point() else a <= b,
+    "idiv": lambda a, b: torch.div(a, b, rounding_mode="trunc"),
+    "mod": torch.fmod,
+}
+
+
+def as_cudnn_computes(root: Expr, score: torch.Tensor, operands: list[torch.Tensor], grad: torch.Tensor | None = None):
+    leaf = leaf_values(score, operands, grad)
+    values: dict[Expr, torch.Tensor] = {}
+    for node in ir.walk(root):
+        args = [values[a] for a in node.args]
+        if node.kind == F32:
+            values[node] = args[0].to(score.dtype)
+        elif node.args:
+            values[node] = DIALECT.get(node.kind, TABLE[node.kind].evaluate)(*args)
+        else:
+            values[node] = leaf(node)
+    return values[root].expand(PAIRS)
+
+
+def assert_dialect(root: Expr) -> None:
+    """The rules of the dialect, one by one."""
+    for node in ir.walk(root):
+        row, kinds = TABLE.get(node.kind), [a.kind for a in node.args]
+        assert node.dtype != I64
+        assert row is None or row.cudnn is not None or node.kind in (F32, I32), node.kind
+        assert not (node.kind == "sub" and kinds[0] in ("const", "scalar")), "a scalar minus something"
+        assert not (node.kind == "div" and kinds[0] in ("const", "scalar")), "a scalar divided by something"
+        assert not (node.kind == "where" and kinds[1] in ("const", "scalar")), "a scalar as the first choice"
+        if node.kind in ("ge", "gt", "le", "lt", "eq", "ne"):
+            assert not any(ir.depends_on(a, SCORE) for a in node.args), "a comparison of the score"
+            assert kinds[0] not in ("operand", "scalar", "const"), "an operand on the left of a comparison"
+        if node.kind in ("max", "min"):
+            assert not ir.depends_on(node, SCORE), "max with a relu_backward beside it"
+        if node.kind in ("f32", "i32"):
+            assert node.args[0].dtype != BOOL, "a cast of a predicate"
+
+
+def legal(root: Expr) -> Expr | None:
+    """The legal form, which keeps the dialect's rules; None where there is none."""
+    try:
+        done = legalize(root)
+    except Illegal:
+        return None
+    if unsupported(done) is not None or any(_of_operands_alone(node) for node in ir.walk(root)):
+        return None  # engine/support.py refuses the latter
+    assert_dialect(done)
+    return done
+
+
+def _of_operands_alone(node: Expr) -> bool:
+    leaves = {n.kind for a in node.args for n in ir.walk(a) if not n.args}
+    return "operand" in leaves <= {"operand", "scalar", "const"}
+
+
+def test_legal_scores_keep_their_value() -> None:
+    count = 0
+
+    @settings(max_examples=300)
+    @given(score_mods(Grammar(predicates_of_score=False)))
+    def check(mod: Mod) -> None:
+        nonlocal count
+        program, hoisted = partition(normalize(program_of(mod, None)))
+        done = legal(program.score)
+        if done is None:
+            return
+        count += 1
+        score, operands = scores(high=True), operands_of(hoisted)
+        expected = interpreted(program.score, score, operands)
+        torch.testing.assert_close(as_cudnn_computes(done, score, operands), expected, rtol=1e-9, atol=1e-9)
+
+    check()
+    assert count >= 150, f"only {count} of the generated scores are legal"
+
+
+def test_legal_masks_are_exact() -> None:
+    count = 0
+
+    @settings(max_examples=400)
+    @given(mask_mods())
+    def check(mod: Mod) -> None:
+        nonlocal count
+        program, hoisted = partition(normalize(program_of(None, mod)))
+        done = legal(program.mask)
+        if done is None:
+            return
+        count += 1
+        got = as_cudnn_computes(done, scores(), operands_of(hoisted))
+        assert differing(got, direct(mod)) == 0, infix(done)
+
+    check()
+    assert count >= 200, f"only {count} of the generated masks are legal"
+
+
+def test_legal_backwards_keep_their_value() -> None:
+    count = 0
+
+    @settings(max_examples=300)
+    @given(score_mods(Grammar(predicates_of_score=False)))
+    def check(mod: Mod) -> None:
+        nonlocal count
+        program, hoisted = partition(normalize(program_of(mod, None)))
+        gradient = derive(program.score)
+        done = None if gradient is None else legal(simplify(gradient))
+        if gradient is None or done is None:
+            return
+        count += 1
+        score, operands = scores(high=True), operands_of(hoisted)
+        grad = torch.linspace(-1, 1, PAIRS, dtype=torch.float64)
+        expected = interpreted(gradient, score, operands, grad)
+        torch.testing.assert_close(as_cudnn_computes(done, score, operands, grad), expected, rtol=1e-9, atol=1e-9)
+
+    check()
+    assert count >= 150, f"only {count} of the generated gradients are legal"
+
+
+@settings(max_examples=200)
+@given(st.sampled_from(["idiv", "mod"]), st.integers(-40, 40), st.integers(1, 6), st.integers(1, 2**20))
+def test_division_is_legal_only_where_it_rounds_alike(kind: str, shift: int, divisor: int, factor: int) -> None:
+    """Both for negative dividends and for those that overflow to negative."""
+    dividend = (Q + ir.const(shift, I32)) * ir.const(factor, I32)
+    done = legal(make("ge", make(kind, dividend, ir.const(divisor, I32)), KV))
+    rows = torch.tensor([0, 1, 3, 39, 2047, 2**20, 2**24 - 1], dtype=torch.int32)
+    value = (rows + shift) * factor
+    if done is not None:
+        assert torch.equal(DIALECT[kind](value, divisor), TABLE[kind].evaluate(value, torch.tensor(divisor)))
+
+
+def number(value: float) -> Expr:
+    return ir.const(value, F32)
+
+
+@pytest.mark.parametrize("bound", [-1e30, -1e9, -100.0, 0.0, 100.0, 1e9, 1e30, -math.inf, math.inf])
+@pytest.mark.parametrize("kind", ["clamp_min", "clamp_max", "max", "min"])
+def test_clamps_to_any_bound_in_float32(kind: str, bound: float) -> None:
+    """A bound far from every score must not cost the score its digits."""
+    clamp, score = make(kind, SCORE, number(bound)), scores()
+    got = as_cudnn_computes(legalize(simplify(clamp)), score, [])
+    torch.testing.assert_close(got, interpreted(clamp, score), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bound", [-100.0, 0.0, 2.0, -math.inf, math.inf])
+@pytest.mark.parametrize("kind", ["clamp_min", "clamp_max", "max", "min"])
+def test_a_clamp_of_a_masked_score(kind: str, bound: float) -> None:
+    clamp, score = make(kind, make("where", make("ge", Q, KV), SCORE, number(-math.inf)), number(bound)), scores()
+    expected = interpreted(clamp, score)
+    torch.testing.assert_close(as_cudnn_computes(legalize(simplify(clamp)), score, []), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 1e-20, -1e-20, 3.0, -3.0])
+def test_the_sign_near_zero(value: float) -> None:
+    score = torch.full((PAIRS,), value)
+    got = as_cudnn_computes(legalize(make("sign", SCORE)), score, [])
+    torch.testing.assert_close(got, score.sign(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    "root",
+    [
+        make("ge", SCORE, number(0.0)),
+        make("where", make("gt", SCORE, number(0.0)), SCORE, SCORE * 2.0),
+        make("idiv", Q - KV, ir.const(2, I32)),
+        make("mod", Q - ir.const(1, I32), ir.const(2, I32)),
+        make("idiv", Q, ir.scalar(0, I32)),
+        make("idiv", Q, ir.const(-2, I32)),
+        make("eq", ir.operand(0, I64, "q"), ir.operand(1, I64, "k")),
+        make("ge", ir.cast(Q, I64), ir.scalar(0, I32)),
+    ],
+    ids=infix,
+)
+def test_illegal(root: Expr) -> None:
+    with pytest.raises(Illegal) as error:
+        legalize(root)
+    assert error.value.op in TABLE or error.value.op == "operand"
+    assert error.value.why in str(error.value)
+
+
+def test_unsupported_names_the_op() -> None:
+    assert unsupported(make("bool", SCORE)) == "bool"
+    assert unsupported(legalize(make("neg", GRAD) * 2.0)) is None
