@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 FLEX_ATTENTION = torch.ops.higher_order.flex_attention
 NO_BLOCKS = 1 << 30  # the block size that flex_attention gives an absent BlockMask
@@ -61,6 +62,17 @@ class Call:
         last = places[-1]
         code = lines[last + 1] if last + 1 < len(lines) else ""
         return f"{lines[last]}: {code}" if code else lines[last]
+
+
+def scale_of(call: Call) -> float | None:
+    """The scale; one that depends on sizes alone is specialized, as head dims are. None if it is data."""
+    value = example(call.scale)
+    if isinstance(value, (int, float)):
+        return float(value)
+    try:
+        return float(value)
+    except (TypeError, GuardOnDataDependentSymNode):
+        return None
 
 
 def example(value: Any) -> Any:

@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from cudnn_flex_compile import ops as _ops  # noqa: F401  (registers the op that the pass writes)
 from cudnn_flex_compile.passes import block_mask, speed
 from cudnn_flex_compile.passes.capture import Captures, read_captures
-from cudnn_flex_compile.passes.find import Call, example, find_calls
+from cudnn_flex_compile.passes.find import Call, example, find_calls, scale_of
 from cudnn_flex_compile.passes.hoist import Writer, operand_value
 from cudnn_flex_compile.passes.rewrite import replace
 from cudnn_flex_compile.passes.target import Target, judge
@@ -116,7 +116,7 @@ def _unsuitable(call: Call) -> Reason | None:
         return Reason(Code.FORCED_BACKEND, f"kernel_options ask for {forced}")
     if call.output(2):
         return Reason(Code.MAX_SCORES, "the largest scores are used")
-    if not isinstance(call.scale, (int, float)):
+    if scale_of(call) is None:
         return Reason(Code.UNSUPPORTED_CALL, "the scale changes between calls")
     if tensors[0].device.type not in ("cuda", "cpu"):
         return Reason(Code.DEVICE, f"tensors are on {tensors[0].device}")

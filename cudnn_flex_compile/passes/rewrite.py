@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from cudnn_flex_compile.passes.find import Call, example
+from cudnn_flex_compile.passes.find import Call, example, scale_of
 
 
 def replace(
@@ -32,7 +32,7 @@ def replace(
     with graph.inserting_before(node):
         key, value = (_with_batch(graph, n, call.query) for n in (call.key, call.value))
         arguments = (
-            call.query, key, value, list(operands), list(ints), list(floats), program, float(call.scale), bool(lse),
+            call.query, key, value, list(operands), list(ints), list(floats), program, scale_of(call) or 0.0, bool(lse),
             training, guard,
         )  # fmt: skip
         op = graph.call_function(torch.ops.cudnn_flex.attention.default, arguments)

@@ -16,7 +16,7 @@ from cudnn_flex_compile.engine.reference import CapturedValue, SubgraphReference
 from cudnn_flex_compile.engine.strategies import STRATEGIES
 from cudnn_flex_compile.engine.support import refused
 from cudnn_flex_compile.passes.capture import Captures
-from cudnn_flex_compile.passes.find import Call, example
+from cudnn_flex_compile.passes.find import Call, example, scale_of
 from cudnn_flex_compile.passes.hoist import operand_value
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod.interpret import TORCH_DTYPE
@@ -91,7 +91,7 @@ def _key(target: Target, device: torch.device) -> tuple[Any, ...]:
     sizes = (*query.shape[:3], key.shape[2])
     operands = [Meta(_operand_spec(h, sizes), device) for h in target.hoisted]
     stats = target.training or bool(call.output(1))
-    return forward_key(text(target.program), query, key, value, operands, float(call.scale), stats)
+    return forward_key(text(target.program), query, key, value, operands, scale_of(call) or 0.0, stats)
 
 
 def _spec(tensor: torch.Tensor) -> TensorSpec:

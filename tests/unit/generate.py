@@ -35,6 +35,7 @@ def _captured() -> dict[str, torch.Tensor]:
 
 
 CAPTURED = _captured()
+CAPTURE = re.compile(rf"\b({'|'.join(CAPTURED)})\b")
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,13 @@ class Grammar:
     smooth: only finite values and gradients (wild: division by anything, logarithms, infinities and NaNs).
     predicates_of_score: comparisons of the score itself.
     pairs: reads of a captured tensor at an index that depends on q and kv.
+    captures: reads of captured tensors at all.
     """
 
     smooth: bool = True
     predicates_of_score: bool = True
     pairs: bool = False
+    captures: bool = True
 
 
 FLOATS = st.one_of(st.integers(-12, 12).map(lambda n: n / 4), st.sampled_from([0.0, 0.5, 1.0, 20.0, 1e-3, -7.0]))
@@ -150,6 +153,8 @@ def _expression(draw: Draw, kind: str, grammar: Grammar, depth: int, of_score: b
         ops += SMOOTH_OPS if grammar.smooth else WILD_OPS
     if kind == "p" and of_score and grammar.predicates_of_score:
         ops += ("({f} {o} {c})", "({f} {o} {f})")
+    if not grammar.captures:
+        leaves, ops = ([form for form in forms if not CAPTURE.search(form)] for forms in (leaves, ops))
     atomic = depth <= 0 or draw(st.integers(0, 4)) == 0
     form = draw(st.sampled_from(leaves if atomic else ops))
     if atomic and depth <= -2:  # leaves may hold leaves, but not for ever

@@ -100,11 +100,12 @@ def test_legal_scores_keep_their_value() -> None:
     assert count >= 150, f"only {count} of the generated scores are legal"
 
 
-def test_legal_masks_are_exact() -> None:
+@pytest.mark.parametrize(("captures", "least"), [(True, 50), (False, 200)])
+def test_legal_masks_are_exact(captures: bool, least: int) -> None:
     count = 0
 
-    @settings(max_examples=400)
-    @given(mask_mods())
+    @settings(max_examples=300)
+    @given(mask_mods(Grammar(captures=captures)))
     def check(mod: Mod) -> None:
         nonlocal count
         program, hoisted = partition(normalize(program_of(None, mod)))
@@ -116,7 +117,7 @@ def test_legal_masks_are_exact() -> None:
         assert differing(got, direct(mod)) == 0, infix(done)
 
     check()
-    assert count >= 200, f"only {count} of the generated masks are legal"
+    assert count >= least, f"only {count} of the generated masks are legal"
 
 
 def test_legal_backwards_keep_their_value() -> None:
@@ -166,7 +167,7 @@ def test_clamps_to_any_bound_in_float32(kind: str, bound: float) -> None:
     torch.testing.assert_close(got, interpreted(clamp, score), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("bound", [-100.0, 0.0, 2.0, -math.inf, math.inf])
+@pytest.mark.parametrize("bound", [-100.0, 0.0, 2.0, math.inf])
 @pytest.mark.parametrize("kind", ["clamp_min", "clamp_max", "max", "min"])
 def test_a_clamp_of_a_masked_score(kind: str, bound: float) -> None:
     clamp, score = make(kind, make("where", make("ge", Q, KV), SCORE, number(-math.inf)), number(bound)), scores()
