@@ -19,10 +19,13 @@ from cudnn_flex_compile.engine.clean import run_clean
 from cudnn_flex_compile.engine.lowering import Lowering
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem
 from cudnn_flex_compile.engine.reference import ProgramReference, Reference
+from cudnn_flex_compile.engine.strategies.scores import legal, legal_backward
 from cudnn_flex_compile.engine.support import refused
 from cudnn_flex_compile.engine.tail import guarded, needs_guard
 from cudnn_flex_compile.engine.versions import cudnn_version, unusable_device
 from cudnn_flex_compile.reasons import Code, Reason
+from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod.ir import Program
 from cudnn_flex_compile.scoremod.text import parse
 
 if TYPE_CHECKING:
@@ -130,9 +133,8 @@ def _first_right(problem: Problem, forward: "Plan | None") -> "Plan | Reason":
 
     program = parse(problem.program)
     reference = _references.get(_reference_key(problem)) or ProgramReference(program)
-    columns = problem.lengths[1]
-    variants = [guarded(program, columns)]
-    if problem.direction == FORWARD or not needs_guard(program, columns):
+    variants = [guarded(program, problem.lengths)]
+    if problem.direction == FORWARD or not _needs_guard(program, problem):
         variants.insert(0, program)
     reasons: list[Reason] = []
     for variant, strategy in itertools.product(variants, STRATEGIES):
@@ -142,6 +144,13 @@ def _first_right(problem: Problem, forward: "Plan | None") -> "Plan | Reason":
             return found
         reasons.append(found)
     return _most_telling(reasons)
+
+
+def _needs_guard(program: Program, problem: Problem) -> bool:
+    score, gradient = legal(program.score), legal_backward(program)
+    if isinstance(score, Reason) or isinstance(gradient, Reason):
+        return False
+    return needs_guard(ir.program(score, program.mask), gradient, problem.lengths)
 
 
 def _try(

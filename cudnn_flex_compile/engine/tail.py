@@ -1,8 +1,13 @@
-"""Guards programs against what cuDNN's backward does in the tile columns beyond the last key.
+"""Guards programs against two ways in which cuDNN's backward computes a score_mod wrongly.
 
-Knows nothing of plans. There the raw score is -inf and goes through the score_mod: where that gives no -inf, or a
-derivative that is not finite, the backward multiplies it with a zero and the NaN spreads over the whole row
-(measured on an H200, cuDNN 9.19: x * x, -x, sin(x), silu(x) at length 1000).
+Knows nothing of plans. Measured on an H200 with cuDNN 9.19:
+
+- In the tile rows and columns beyond the last query and key the raw score is -inf, and goes through the score_mod:
+  where that gives no -inf, or a derivative that is not finite, the backward multiplies it with a zero, and the NaN
+  spreads over whole rows of dQ and dK (x * x, -x, sin(x), silu(x) at length 1000; right at 1024). A captured
+  tensor along kv has rows of very low scores fail the same way at lengths that are 64 modulo 128.
+- Where the gradient reads the score_mod's very result (sigmoid(x), |x|), dV is off by 200x. A select behind the
+  result mends it.
 """
 
 import math
@@ -10,35 +15,39 @@ import math
 import torch
 
 from cudnn_flex_compile.scoremod import ir
-from cudnn_flex_compile.scoremod.derive import NoDerivative, derive
 from cudnn_flex_compile.scoremod.interpret import TORCH_DTYPE, const_tensor, evaluate
-from cudnn_flex_compile.scoremod.ir import F32, GRAD, I32, SCORE, Expr, Program
+from cudnn_flex_compile.scoremod.ir import F32, GRAD, I32, SCORE, TRUE, Expr, Program
 from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.simplify import simplify
 
 TILE = 128
 
 
-def guarded(program: Program, columns: int) -> Program:
-    """The same program for columns below `columns`; beyond, the score_mod sees 0 and the score is masked."""
-    inside = make("ge", ir.const(columns - 1, I32), ir.index("k"))
-    score = ir.rebuild(program.score, {SCORE: make("where", inside, SCORE, ir.const(0.0, F32))})
-    return ir.program(score, simplify(make("and", program.mask, inside)))
+def guarded(program: Program, lengths: tuple[int, int]) -> Program:
+    """The same program below `lengths` of q and kv; beyond, the score_mod sees 0, and columns are masked."""
+    rows, columns = (make("ge", ir.const(n - 1, I32), ir.index(a)) for n, a in zip(lengths, "qk", strict=True))
+    zero = ir.const(0.0, F32)
+    inside = make("where", columns, make("where", rows, SCORE, zero), zero)
+    return ir.program(ir.rebuild(program.score, {SCORE: inside}), simplify(make("and", program.mask, columns)))
 
 
-def needs_guard(program: Program, columns: int) -> bool:
-    """Whether there are such columns and the program does not take -inf to -inf with a finite derivative."""
-    if columns % TILE == 0 or program.score is SCORE:
+def needs_guard(program: Program, gradient: Expr, lengths: tuple[int, int]) -> bool:
+    """Whether the backward of a legal program is known to go wrong without the guard.
+
+    Args:
+        program: score and mask, in legal forms.
+        gradient: of the raw score, in legal forms.
+        lengths: of q and kv.
+    """
+    if program.score is SCORE:
+        return False
+    if program.mask is TRUE and ir.depends_on(gradient, program.score):
+        return True
+    if all(n % TILE == 0 for n in lengths):
         return False
     if any(n.kind == "operand" and "k" in n.dims for n in ir.walk(program.score, program.mask)):
         return True
-    try:
-        gradient = derive(program.score)
-    except NoDerivative:
-        return False
-    value = float(_at_the_end(program.score))
-    slope = 0.0 if gradient is None else float(_at_the_end(gradient))
-    return value != -math.inf or not math.isfinite(slope)
+    return float(_at_the_end(program.score)) != -math.inf or not math.isfinite(float(_at_the_end(gradient)))
 
 
 def _at_the_end(root: Expr) -> torch.Tensor:

@@ -25,6 +25,8 @@ TOTAL_FACTOR, ROW_FACTOR = 2.0, 4.0
 # A score_mod's derivative is a float32 function: it is asked to be this exact, relative to its largest value on
 # unit normal scores. (cuDNN's 1 - tanh(x)**2 is off by about 1e-6: 1% of what is left of it at x = 5.)
 FUNCTION_ERROR = 2.0**-18
+# Tensor cores sum q . k in float32 and cut off what is beyond: relative to the sum of magnitudes.
+SUM_ERROR = 2.0**-22
 EPSILON = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
@@ -134,7 +136,7 @@ def _rows(problem: Problem, t: Tensors, sample: Sample, b: int, h: int, rows: to
     k, v, grad = t.key[b, h // group].to(work), t.value[b, h // group].to(work), t.grad[b, h, rows].to(work)
     columns = torch.arange(k.shape[0], device=k.device, dtype=torch.int32)
     place = (b, h, rows.to(torch.int32), columns)
-    scores = q @ k.T * problem.scale
+    scores = _scores(q, k, problem.scale, low)
     masked, slope = _masked(sample, scores, *place)
     lse = masked.logsumexp(-1)
     weights = torch.where(lse[:, None] == -math.inf, 0.0, torch.exp(masked - lse[:, None]))
@@ -142,11 +144,20 @@ def _rows(problem: Problem, t: Tensors, sample: Sample, b: int, h: int, rows: to
     out = rounded @ v
     out = out.to(narrow).to(work) if low else out
     d_masked = weights * (grad @ v.T - (grad * out).sum(-1, keepdim=True))
-    d_scores = d_masked * slope
+    d_scores = d_masked * slope * problem.scale  # scaled before it is rounded: fp16 underflows that much sooner
     d_scores = d_scores.to(narrow).to(work) if low else d_scores
-    dq = d_scores @ k * problem.scale
+    dq = d_scores @ k
     noise = (d_masked**2 @ k**2).sqrt() * (problem.scale * _slope_error(sample, scores - t.shift, *place))
     return Row(out, lse, dq.to(narrow).to(work) if low else dq, noise)
+
+
+def _scores(q: torch.Tensor, k: torch.Tensor, scale: float, low: bool) -> torch.Tensor:
+    scores = q @ k.T * scale
+    if not low:
+        return scores
+    generator = torch.Generator(q.device).manual_seed(SEED)
+    noise = torch.empty_like(scores).uniform_(-SUM_ERROR, SUM_ERROR, generator=generator)
+    return scores + noise * (q.abs() @ k.abs().T * abs(scale))
 
 
 def _slope_error(sample: Sample, scores: torch.Tensor, *place: Any) -> float:
@@ -181,15 +192,15 @@ def _columns(
         q, grad, out = (x[b, h].to(work) for x in (t.query, t.grad, t.out))
         lse = t.stats[b, h].to(work)
         place = (b, h, rows, columns.to(torch.int32))
-        scores = q @ k.T * problem.scale
+        scores = _scores(q, k, problem.scale, low)
         masked, slope = _masked(sample, scores, *place)
         weights = torch.where(lse == -math.inf, 0.0, torch.exp(masked - lse))
         d_masked = weights * (grad @ v.T - (grad * out).sum(-1, keepdim=True))
-        d_scores = d_masked * slope
+        d_scores = d_masked * slope * problem.scale
         if low:
             weights, d_scores = (x.to(narrow).to(work) for x in (weights, d_scores))
         dv += weights.T @ grad
-        dk += d_scores.T @ q * problem.scale
+        dk += d_scores.T @ q
         noise += (d_masked.T**2 @ q**2).sqrt() * (problem.scale * _slope_error(sample, scores - t.shift, *place))
     return (dk.to(narrow).to(work), dv.to(narrow).to(work), noise) if low else (dk, dv, noise)
 

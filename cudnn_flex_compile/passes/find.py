@@ -52,6 +52,13 @@ class Call:
         """The getitem nodes of one output: 0 out, 1 log-sum-exp in base 2, 2 largest score in base 2."""
         return [u for u in self.node.users if u.target is operator.getitem and u.args[1] == position]
 
+    def uses(self, position: int) -> bool:
+        """Whether the output reaches a result of the graph, or something with an effect.
+
+        HuggingFace's models, for one, scale the LSE and drop it.
+        """
+        return any(_is_live(user, set()) for node in self.output(position) for user in node.users)
+
     @property
     def source(self) -> str:
         """The line of the user's code that made the call, as Dynamo recorded it."""
@@ -62,6 +69,15 @@ class Call:
         last = places[-1]
         code = lines[last + 1] if last + 1 < len(lines) else ""
         return f"{lines[last]}: {code}" if code else lines[last]
+
+
+def _is_live(node: Node, seen: set[Node]) -> bool:
+    if node in seen:
+        return False
+    seen.add(node)
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    effect = node.is_impure() or node.target is operator.setitem or str(name).endswith("_")
+    return effect or any(_is_live(user, seen) for user in node.users)
 
 
 def scale_of(call: Call) -> float | None:

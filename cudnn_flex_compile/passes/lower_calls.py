@@ -90,7 +90,7 @@ def _lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason
     program, hoisted = traced
     report.program = program
     training = bool(example(call.node)[0].requires_grad)
-    if training and call.output(1):
+    if training and call.uses(1):
         return Reason(Code.LSE_GRADIENT, "the LSE is used, and a gradient may flow through it")
     values = _real_values(call, captures, hoisted, context)
     wrong = block_mask.disagreement(call, program, context.real.get, values)  # pyright: ignore[reportArgumentType]
@@ -114,7 +114,7 @@ def _unsuitable(call: Call) -> Reason | None:
     forced = call.kernel_options.get("BACKEND", "AUTO")
     if forced != "AUTO" or call.kernel_options.get("FORCE_USE_FLEX_ATTENTION"):
         return Reason(Code.FORCED_BACKEND, f"kernel_options ask for {forced}")
-    if call.output(2):
+    if call.uses(2):
         return Reason(Code.MAX_SCORES, "the largest scores are used")
     if scale_of(call) is None:
         return Reason(Code.UNSUPPORTED_CALL, "the scale changes between calls")

@@ -28,11 +28,10 @@ def replace(
         guard: the node of the BlockMask's check, if there is a BlockMask.
     """
     graph, node = call.node.graph, call.node
-    lse = call.output(1)
     with graph.inserting_before(node):
         key, value = (_with_batch(graph, n, call.query) for n in (call.key, call.value))
         arguments = (
-            call.query, key, value, list(operands), list(ints), list(floats), program, scale_of(call) or 0.0, bool(lse),
+            call.query, key, value, list(operands), list(ints), list(floats), program, scale_of(call) or 0.0, call.uses(1),
             training, guard,
         )  # fmt: skip
         op = graph.call_function(torch.ops.cudnn_flex.attention.default, arguments)
@@ -44,10 +43,17 @@ def replace(
         output.meta["example_value"] = fakes[position]
         for old in call.output(position):
             old.replace_all_uses_with(output)
-            graph.erase_node(old)
         if not output.users:
             graph.erase_node(output)
+    for old in list(node.users):
+        for dead in _after(old):
+            graph.erase_node(dead)
     graph.erase_node(node)
+
+
+def _after(node: Node) -> list[Node]:
+    """A dead node and all that reads it, the last first."""
+    return [*(n for user in list(node.users) for n in _after(user)), node]
 
 
 def _with_batch(graph: torch.fx.Graph, node: Node, query: Node) -> Node:

@@ -90,7 +90,7 @@ def _key(target: Target, device: torch.device) -> tuple[Any, ...]:
             tensor.__init__(spec, device)
     sizes = (*query.shape[:3], key.shape[2])
     operands = [Meta(_operand_spec(h, sizes), device) for h in target.hoisted]
-    stats = target.training or bool(call.output(1))
+    stats = target.training or call.uses(1)
     return forward_key(text(target.program), query, key, value, operands, scale_of(call) or 0.0, stats)
 
 

@@ -166,6 +166,29 @@ ROWS: tuple[Row, ...] = (
 
 TABLE: dict[str, Row] = {row.name: row for row in ROWS}
 
+
+def well_typed(name: str, dtype: str, args: tuple[Expr, ...]) -> bool:
+    """Whether `args` and the result's `dtype` are what the row's signature says. KeyError for an unknown op."""
+    row, dtypes = TABLE[name], {a.dtype for a in args}
+    if not args or row.arity not in (-1, len(args)):
+        return False
+    match row.signature:
+        case "float":
+            return dtypes == {F32} == {dtype}
+        case "number" | "integer":
+            return dtypes == {dtype} and dtype in ((F32, I32, I64) if row.signature == "number" else (I32, I64))
+        case "compare":
+            return dtype == BOOL and len(dtypes) == 1
+        case "logic":
+            return dtypes == {BOOL} == {dtype}
+        case "where":
+            return args[0].dtype == BOOL and args[1].dtype == args[2].dtype == dtype
+        case "gather":
+            return args[0].kind == "capture" and args[0].dtype == dtype
+        case cast_to:
+            return dtype == cast_to
+
+
 def make(name: str, *args: Expr) -> Expr:
     """The node `name(*args)`, with the casts that the row's signature asks for.
 

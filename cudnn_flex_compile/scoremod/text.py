@@ -10,10 +10,11 @@ one item per node, numbered in the order of `ir.walk`, which depends on structur
 """
 
 import math
+from itertools import zip_longest
 
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import BOOL, DTYPES, F32, Expr, Program
-from cudnn_flex_compile.scoremod.optable import TABLE
+from cudnn_flex_compile.scoremod.optable import TABLE, well_typed
 
 HEADER, SEPARATOR = "cudnn_flex 1", "; "
 LEAVES = ("score", "grad", "index", "const", "capture", "operand", "scalar")
@@ -51,7 +52,7 @@ def _number(dtype: str, word: str) -> int | float | bool:
 
 def _node(dtype: str, kind: str, rest: list[str], nodes: list[Expr]) -> Expr:
     if kind == "const":
-        return ir.intern("const", dtype, value=_number(dtype, *rest))
+        return ir.const(_number(dtype, *rest), dtype)
     if kind == "index":
         return ir.index(*rest)
     if kind == "operand":
@@ -61,10 +62,10 @@ def _node(dtype: str, kind: str, rest: list[str], nodes: list[Expr]) -> Expr:
         return ir.intern(kind, dtype, value=int(rest[0]))
     if kind in ("score", "grad"):
         return ir.intern(kind, F32)
-    arity = TABLE[kind].arity
-    if arity not in (-1, len(rest)):
-        raise ValueError(f"{kind} takes {arity} arguments, got {len(rest)}")
-    return ir.intern(kind, dtype, tuple(nodes[int(i)] for i in rest))
+    args = tuple(nodes[int(i)] for i in rest)
+    if not well_typed(kind, dtype, args):
+        raise ValueError(f"no {dtype} {kind} of {', '.join(a.dtype for a in args) or 'nothing'}")
+    return ir.intern(kind, dtype, args)
 
 
 def parse(source: str) -> Program:
@@ -84,11 +85,18 @@ def parse(source: str) -> Program:
             if int(number) != len(nodes) or dtype not in DTYPES:
                 raise ValueError("out of order, or an unknown dtype")
             nodes.append(_node(dtype, kind, rest, nodes))
-        except (ValueError, IndexError, KeyError, TypeError) as error:
+        except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"bad program item {line!r}: {error}") from error
     if roots.keys() != {"score", "mask"}:
         raise ValueError("a program ends with its score and its mask")
-    return ir.program(roots["score"], roots["mask"])
+    try:
+        program = ir.program(roots["score"], roots["mask"])
+    except TypeError as error:
+        raise ValueError(f"bad program item {lines[-1]!r}: {error}") from error
+    for given, canonical in zip_longest(lines, text(program).split(SEPARATOR)[1:]):
+        if given != canonical:  # a second spelling would be a second key for the same computation
+            raise ValueError(f"bad program item {given!r}: expected {canonical!r}")
+    return program
 
 
 def infix(root: Expr) -> str:
@@ -96,7 +104,10 @@ def infix(root: Expr) -> str:
     done: dict[Expr, str] = {}
     for node in ir.walk(root):
         done[node] = _infix(node, [done[a] for a in node.args])
-    spelled = done[root]
+    return _bare(done[root])
+
+
+def _bare(spelled: str) -> str:
     outer = spelled.startswith("(") and spelled.endswith(")") and _closes_at_end(spelled)
     return spelled[1:-1] if outer else spelled
 
@@ -126,4 +137,4 @@ def _infix(node: Expr, args: list[str]) -> str:
     if node.kind in ("f32", "i32", "i64"):
         return args[0]
     spelling = TABLE[node.kind].infix
-    return spelling.format(*args) if spelling else f"{node.kind}({', '.join(args)})"
+    return spelling.format(*args) if spelling else f"{node.kind}({', '.join(map(_bare, args))})"

@@ -107,6 +107,15 @@ def test_lse_is_natural_for_the_user():
         torch._dynamo.reset()
 
 
+def test_an_lse_that_reaches_nothing_is_not_asked_for():
+    def call(q, k, v):
+        out, lse = flex_attention(q, k, v, softcap(2.0), return_lse=True)
+        lse.to(q.dtype).mul(2)
+        return out
+
+    check(call, *qkv(), codes=[None])
+
+
 def test_queries_of_a_larger_batch_than_keys():
     mask = mask_of(causal, B=3)
     check(lambda q, k, v: flex_attention(q, k, v, block_mask=mask), draw(batch=3), draw(batch=1), draw(batch=1), codes=[None])

@@ -111,8 +111,7 @@ def test_layouts_of_inputs_and_gradients():
         assert_right(out, [t.detach() for t in views], softcap(2.0), None, grad, gradients)
     odd = torch.randn(2 * 4 * 256 * 64 + 1, device="cuda", dtype=torch.bfloat16)[1:].view(2, 4, 256, 64)
     strided = torch.randn(2, 4, 64, 256, device="cuda", dtype=torch.bfloat16).transpose(2, 3)
-    with torch.no_grad():
-        assert_right(function(odd, strided, strided), (odd, strided, strided), softcap(2.0))
+    assert_right(function(odd, strided, strided), (odd, strided, strided), softcap(2.0))
 
 
 def test_queries_of_a_larger_batch_than_keys():
@@ -219,7 +218,7 @@ def test_checkpointed_regions():
 
     with collect() as report:
         out = compiled(lambda *t: checkpoint(block, *t, use_reentrant=False))(*qkv)
-    assert len(report.lowered) == 1
+    assert [str(c.reason) for c in report.kept] == []
     plain = compiled(block)(*qkv)
     grad = torch.randn_like(out)
     assert torch.equal(out, plain)

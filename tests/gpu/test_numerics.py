@@ -80,4 +80,5 @@ def test_lse_within_twice_stock_error(name):
         stock = dense.attention(query, key, value, score_mod, mask_mod, scale, exact=False)
     assert not report.kept
     assert (out - exact[0]).norm() <= 2 * (stock[0] - exact[0]).norm()
-    assert (lse - exact[1]).abs().max() <= 2 * (stock[1] - exact[1]).abs().max() + 1e-5
+    # Stock's LSE is exact to float32; cuDNN's tanh moves it by 1e-5, a 256th of what rounding P to bf16 does.
+    assert (lse - exact[1]).abs().max() <= 2 * (stock[1] - exact[1]).abs().max() + 2**-16
