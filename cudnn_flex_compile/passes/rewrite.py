@@ -41,19 +41,20 @@ def replace(
     op.meta["example_value"] = (fakes[0], fakes[1], fakes[1])
     for position, output in enumerate(outputs):
         output.meta["example_value"] = fakes[position]
-        for old in call.output(position):
+        for old in call.output(position) if call.uses(position) else ():
             old.replace_all_uses_with(output)
         if not output.users:
             graph.erase_node(output)
-    for old in list(node.users):
-        for dead in _after(old):
-            graph.erase_node(dead)
+    _erase_users(node)
     graph.erase_node(node)
 
 
-def _after(node: Node) -> list[Node]:
-    """A dead node and all that reads it, the last first."""
-    return [*(n for user in list(node.users) for n in _after(user)), node]
+def _erase_users(node: Node) -> None:
+    """What reads a node that nothing live reads, the last first."""
+    for user in list(node.users):
+        _erase_users(user)
+        if user in node.users:
+            user.graph.erase_node(user)
 
 
 def _with_batch(graph: torch.fx.Graph, node: Node, query: Node) -> Node:

@@ -75,9 +75,11 @@ def test_any_order_of_dimensions(order: list[int], sizes: list[int]) -> None:
     st.lists(st.sampled_from([1, 2, 3, 5]), min_size=4, max_size=4),
 )
 def test_any_strides_ties_included(strides: list[int], sizes: list[int]) -> None:
+    """Every element is at the same place; the stride of a dimension of size 1, which addresses nothing, may differ."""
     query = torch.empty(0, device="meta").new_empty_strided(sizes, strides)
     got, expected = strides_like(tuple(sizes), tuple(strides)), by_torch(tuple(sizes), query)
-    assert got == expected
+    assert [s for s, n in zip(got, sizes, strict=True) if n > 1] == [s for s, n in zip(expected, sizes, strict=True) if n > 1]
+    assert got[-1] == 1
 
 
 @pytest.mark.parametrize(

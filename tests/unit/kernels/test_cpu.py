@@ -1,0 +1,207 @@
+"""The CPU kernels against dense attention in float64 with autograd, for generated and for everyday functions."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from cudnn_flex_compile.kernels import cpu
+from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod.ir import F32, I32, TRUE
+from cudnn_flex_compile.scoremod.optable import make
+from cudnn_flex_compile.scoremod.partition import partition
+from cudnn_flex_compile.scoremod.simplify import normalize
+from cudnn_flex_compile.scoremod.text import text
+from cudnn_flex_compile.scoremod.trace import trace
+from tests.unit.evaluate import CPU, SIZES, direct, operands_of, program_of
+from tests.unit.generate import B, H, K, Mod, Q, mask_mods, score_mods
+
+Masked = Callable[[torch.Tensor], torch.Tensor]  # [B, H, Sq, Skv] scores -> modified, -inf where masked
+
+
+def inputs(batch: int, heads: int, kv_heads: int, rows: int, columns: int, dims: tuple[int, int] = (8, 8), seed: int = 0):
+    """query, key, value and the output's gradient; scores are multiples of 1/32, exact in float32."""
+    random = torch.Generator().manual_seed(seed)
+
+    def grid(*shape: int) -> torch.Tensor:
+        return torch.randint(-4, 5, shape, generator=random) / 4
+
+    (dim, value_dim), n = dims, (batch, kv_heads, columns)
+    return grid(batch, heads, rows, dim), grid(*n, dim), grid(*n, value_dim), grid(batch, heads, rows, value_dim)
+
+
+def reference(query, key, value, grad, masked: Masked, scale: float, dtype: torch.dtype, grad_lse=None):
+    """out, natural log-sum-exp, dQ, dK, dV: plain dense attention, rows without a visible key giving zeros."""
+    leaves = [t.to(dtype).requires_grad_() for t in (query, key, value)]
+    group = query.shape[1] // key.shape[1]
+    keys, values = (t.repeat_interleave(group, 1) for t in leaves[1:])
+    scores = masked(leaves[0] @ keys.transpose(-2, -1) * scale)
+    seen = (scores > -math.inf).any(-1, keepdim=True)
+    weights = torch.softmax(torch.where(seen, scores, 0.0), -1) * seen
+    out = weights @ values
+    lse = torch.where(seen, torch.where(seen, scores, 0.0), 0.0).logsumexp(-1)
+    loss = (out * grad.to(dtype)).sum()
+    if grad_lse is not None:
+        loss = loss + (lse * grad_lse.to(dtype) * seen.squeeze(-1)).sum()
+    found = torch.autograd.grad(loss, leaves, allow_unused=True)
+    gradients = [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, found, strict=True)]
+    return [out.detach(), torch.where(seen.squeeze(-1), lse, -math.inf).detach(), *gradients]
+
+
+def computed(query, key, value, grad, program: str, operands, scale: float, ints=(), floats=(), grad_lse=None):
+    out = torch.full((*query.shape[:3], value.shape[3]), math.nan, dtype=query.dtype)
+    stats = torch.full(query.shape[:3], math.nan)
+    cpu.forward(query, key, value, operands, ints, floats, program, scale, out, stats)
+    gradients = cpu.backward(grad, grad_lse, query, key, value, out, stats, operands, ints, floats, program, scale)
+    return [out, stats, *gradients]
+
+
+def assert_right(got: list[torch.Tensor], tensors, masked: Masked, scale: float, **extra) -> None:
+    """No further from float64 than twice what float32 is."""
+    exact = reference(*tensors, masked, scale, torch.float64, **extra)
+    stock = reference(*tensors, masked, scale, torch.float32, **extra)
+    for name, mine, right, low in zip(("out", "lse", "dq", "dk", "dv"), got, exact, stock, strict=True):
+        assert mine.shape == right.shape
+        assert torch.equal(mine.isinf(), right.isinf()), name
+        finite = right.isfinite()
+        error, allowed = ((x.double() - right)[finite].abs().max().item() for x in (mine, low))
+        assert error <= 2 * allowed + 2e-6 * (1 + right[finite].abs().max().item()), name
+
+
+def blocks_of(monkeypatch: pytest.MonkeyPatch, rows: int, per_row: int) -> None:
+    monkeypatch.setattr(cpu, "BLOCK_ELEMENTS", rows * per_row)
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 2, 100])
+def test_generated_functions(monkeypatch: pytest.MonkeyPatch, rows_at_once: int) -> None:
+    blocks_of(monkeypatch, rows_at_once, B * H * K)
+    tensors = inputs(B, H, 1, Q, K, seed=rows_at_once)
+
+    @settings(max_examples=100)
+    @given(score_mods(), mask_mods())
+    def check(score_mod: Mod, mask_mod: Mod) -> None:
+        visible = direct(mask_mod).view(SIZES)
+
+        def masked(scores: torch.Tensor) -> torch.Tensor:
+            modified = direct(score_mod, scores.reshape(-1)).view(SIZES)
+            return torch.where(visible, modified, -math.inf)
+
+        program, hoisted = partition(normalize(program_of(score_mod, mask_mod)))
+        assert_right(computed(*tensors, text(program), operands_of(hoisted), 0.5), tensors, masked, 0.5)
+
+    check()
+
+
+SCORE_MODS = {
+    "none": None,
+    "softcap": lambda s, b, h, q, kv: torch.tanh(s / 2) * 2,
+    "relative": lambda s, b, h, q, kv: s + (q - kv) * 0.25,
+    "alibi": lambda s, b, h, q, kv: s - torch.exp2(-8.0 * (h + 1) / 4) * (q - kv) if False else s - 0.5 * (h + 1) * (q - kv),
+    "clamp": lambda s, b, h, q, kv: s.clamp(-0.5, 0.5),
+    "constant": lambda s, b, h, q, kv: torch.zeros_like(s) + kv * 0.125,
+    "per batch": lambda s, b, h, q, kv: s * (b + 1),
+    "where": lambda s, b, h, q, kv: torch.where(q >= kv, s, s * 0.5),
+    "inner infinity": lambda s, b, h, q, kv: torch.where(kv == 1, float("-inf"), s) + 1,
+}
+MASK_MODS = {
+    "none": None,
+    "causal": lambda b, h, q, kv: q >= kv,
+    "window": lambda b, h, q, kv: (q >= kv) & (q - kv <= 2),
+    "some rows see nothing": lambda b, h, q, kv: (q % 2 == 1) & (kv <= q),
+    "one batch sees nothing": lambda b, h, q, kv: (b == 1) & (q >= kv),
+    "nothing": lambda b, h, q, kv: q < 0,
+    "per head": lambda b, h, q, kv: kv % (h + 1) == 0,
+}
+SHAPES = {
+    "plain": (2, 4, 4, 6, 6), "grouped": (2, 4, 2, 6, 7), "multi-query": (2, 4, 1, 3, 9), "one row": (2, 4, 2, 1, 9),
+    "one column": (2, 4, 2, 9, 1), "one of each": (1, 1, 1, 1, 1), "more rows": (2, 2, 2, 9, 3),
+}  # fmt: skip
+
+
+def traced_program(score_mod, mask_mod) -> ir.Program:
+    score = ir.SCORE if score_mod is None else trace(score_mod, True, [], CPU)
+    mask = TRUE if mask_mod is None else trace(mask_mod, False, [], CPU)
+    return normalize(ir.program(score, mask))
+
+
+def masked_by(score_mod, mask_mod) -> Masked:
+    def masked(scores: torch.Tensor) -> torch.Tensor:
+        where = [torch.arange(n).view([-1 if i == d else 1 for i in range(4)]) for d, n in enumerate(scores.shape)]
+        modified = scores if score_mod is None else score_mod(scores, *where).to(scores.dtype)
+        return modified if mask_mod is None else torch.where(mask_mod(*where), modified, -math.inf)
+
+    return masked
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("mask_name", MASK_MODS)
+@pytest.mark.parametrize("score_name", SCORE_MODS)
+def test_everyday_functions(score_name: str, mask_name: str, shape: str) -> None:
+    score_mod, mask_mod = SCORE_MODS[score_name], MASK_MODS[mask_name]
+    program, hoisted = partition(traced_program(score_mod, mask_mod))
+    tensors = inputs(*SHAPES[shape], dims=(8, 16))
+    operands = [_operand(h, tensors) for h in hoisted]
+    got = computed(*tensors, text(program), operands, 0.5)
+    assert_right(got, tensors, masked_by(score_mod, mask_mod), 0.5)
+
+
+def _operand(hoisted, tensors) -> torch.Tensor:
+    from cudnn_flex_compile.passes.hoist import operand_value
+
+    return operand_value(hoisted, {}.__getitem__, (*tensors[0].shape[:3], tensors[1].shape[2]), CPU)
+
+
+@pytest.mark.parametrize("mask_name", MASK_MODS)
+def test_the_gradient_of_the_log_sum_exp(mask_name: str) -> None:
+    score_mod, mask_mod = SCORE_MODS["softcap"], MASK_MODS[mask_name]
+    tensors = inputs(2, 4, 2, 6, 7)
+    grad_lse = torch.linspace(-1, 1, 48).view(2, 4, 6)
+    got = computed(*tensors, text(traced_program(score_mod, mask_mod)), [], 0.5, grad_lse=grad_lse)
+    assert_right(got, tensors, masked_by(score_mod, mask_mod), 0.5, grad_lse=grad_lse)
+
+
+def test_scalars_and_operands_of_every_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks_of(monkeypatch, 2, 2 * 4 * 7)
+    tensors, random = inputs(2, 4, 2, 6, 7), torch.Generator().manual_seed(3)
+    full = (2, 4, 6, 7)
+    score, operands, factors = ir.SCORE * ir.scalar(0, F32), [], []
+    for dims in ("b", "h", "q", "k", "bh", "bq", "hk", "bhq", "qk", "bhqk"):
+        shape = [n if axis in dims else 1 for axis, n in zip("bhqk", full, strict=True)]
+        factors.append(torch.randint(1, 5, shape, generator=random) / 2)
+        score = score * ir.operand(len(operands), F32, dims) if len(dims) < 2 else score + ir.operand(len(operands), F32, dims)
+        operands.append(factors[-1])
+    mask = make("ge", ir.index("q") + ir.scalar(0, I32), ir.index("k"))
+
+    def masked(scores: torch.Tensor) -> torch.Tensor:
+        modified = scores * 1.5
+        for i, factor in enumerate(factors):
+            modified = modified * factor if i < 4 else modified + factor
+        return torch.where(torch.arange(6).view(-1, 1) + 2 >= torch.arange(7), modified, -math.inf)
+
+    floats = [torch.tensor(1.5, dtype=torch.float64)]
+    got = computed(*tensors, text(ir.program(score, mask)), operands, 0.5, ints=[2], floats=floats)
+    assert_right(got, tensors, masked, 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_good_as_stock(dtype: torch.dtype) -> None:
+    random = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(2, h, 33, 16, generator=random).to(dtype) for h in (4, 2, 2, 4)]
+    masked = masked_by(SCORE_MODS["softcap"], MASK_MODS["causal"])
+    got = computed(*tensors, text(traced_program(SCORE_MODS["softcap"], MASK_MODS["causal"])), [], 0.25)
+    exact = reference(*tensors, masked, 0.25, torch.float64)
+    stock = reference(*tensors, masked, 0.25, dtype)
+    assert got[0].dtype == dtype
+    for mine, right, low in zip(got, exact, stock, strict=True):
+        assert (mine.double() - right).norm() <= 2 * (low.double() - right).norm()
+
+
+def test_no_columns() -> None:
+    query, key = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 0, 8)
+    out, lse, dq, dk, _ = computed(query, key, key, query, text(ir.program()), [], 1.0)
+    assert torch.equal(out, torch.zeros(1, 2, 3, 8))
+    assert torch.equal(lse, torch.full((1, 2, 3), -math.inf))
+    assert torch.equal(dq, torch.zeros(1, 2, 3, 8))
+    assert dk.shape == key.shape
