@@ -31,7 +31,7 @@ def poison():
 
 
 @pytest.mark.parametrize("name", MODS)
-@pytest.mark.parametrize(("head_dim", "length", "dtype", "group"), SHAPES)
+@pytest.mark.parametrize(("head_dim", "length", "dtype", "group"), SHAPES, ids=lambda v: str(v).removeprefix("torch."))
 def test_within_twice_stock_error(name, head_dim, length, dtype, group):
     query, key, value, grad = inputs(head_dim, length, dtype, group)
     score_mod, mask_mod = MODS[name](query.shape[1], length, "cuda")

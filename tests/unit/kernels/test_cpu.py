@@ -66,8 +66,8 @@ def assert_right(got: list[torch.Tensor], tensors, masked: Masked, scale: float,
         assert mine.shape == right.shape
         assert torch.equal(mine.isinf(), right.isinf()), name
         finite = right.isfinite()
-        error, allowed = ((x.double() - right)[finite].abs().max().item() for x in (mine, low))
-        assert error <= 2 * allowed + 2e-6 * (1 + right[finite].abs().max().item()), name
+        error, allowed, size = ([*x[finite].abs().tolist(), 0.0] for x in (mine - right, low - right, right))
+        assert max(error) <= 2 * max(allowed) + 2e-6 * (1 + max(size)), name
 
 
 def blocks_of(monkeypatch: pytest.MonkeyPatch, rows: int, per_row: int) -> None:
@@ -98,7 +98,7 @@ SCORE_MODS = {
     "none": None,
     "softcap": lambda s, b, h, q, kv: torch.tanh(s / 2) * 2,
     "relative": lambda s, b, h, q, kv: s + (q - kv) * 0.25,
-    "alibi": lambda s, b, h, q, kv: s - torch.exp2(-8.0 * (h + 1) / 4) * (q - kv) if False else s - 0.5 * (h + 1) * (q - kv),
+    "alibi": lambda s, b, h, q, kv: s - 0.5 * (h + 1) * (q - kv),
     "clamp": lambda s, b, h, q, kv: s.clamp(-0.5, 0.5),
     "constant": lambda s, b, h, q, kv: torch.zeros_like(s) + kv * 0.125,
     "per batch": lambda s, b, h, q, kv: s * (b + 1),
@@ -169,7 +169,7 @@ def test_scalars_and_operands_of_every_shape(monkeypatch: pytest.MonkeyPatch) ->
     score, operands, factors = ir.SCORE * ir.scalar(0, F32), [], []
     for dims in ("b", "h", "q", "k", "bh", "bq", "hk", "bhq", "qk", "bhqk"):
         shape = [n if axis in dims else 1 for axis, n in zip("bhqk", full, strict=True)]
-        factors.append(torch.randint(1, 5, shape, generator=random) / 2)
+        factors.append(torch.randint(1, 3, shape, generator=random) / 2)
         score = score * ir.operand(len(operands), F32, dims) if len(dims) < 2 else score + ir.operand(len(operands), F32, dims)
         operands.append(factors[-1])
     mask = make("ge", ir.index("q") + ir.scalar(0, I32), ir.index("k"))
