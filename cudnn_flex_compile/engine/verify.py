@@ -20,8 +20,10 @@ from cudnn_flex_compile.reasons import Code, Reason
 SEED = 20240817
 ROWS, HEADS = 24, 3
 REGIMES = {"unit normal": 0.0, "scores shifted by -100": -100.0, "scores shifted by +100": 100.0}
-# A plan may be this much further from float64 than stock precision is, in total.
-TOTAL_FACTOR = 2.0
+# A plan may be this much further from float64 than stock precision is, in total. The few sampled rows of few keys
+# weigh much in the total, and differ from kernel to kernel: plans that are within 2 on all rows (tests/gpu) were seen
+# at 2.3 here. Wrong ones were seen at 20 and more.
+TOTAL_FACTOR = 3.0
 # One row may be off by this many rounding steps of the magnitudes that it sums: where they cancel, as dQ does in a
 # row of two keys, rounding is large beside the sum, and differs from kernel to kernel.
 ROW_STEPS = 8.0
@@ -290,7 +292,8 @@ def compare(name: str, found: torch.Tensor, exact: Block, stock: Block, noisy: b
     error, allowed = (values - right).norm(), TOTAL_FACTOR * (low - right).norm() + 1e-2 * epsilon * scale
     if error > allowed + noise.norm():
         return f"{name} is off by {_ratio(error, scale)}, stock precision by {_ratio((low - right).norm(), scale)}"
-    steps = exact.step[judged] + epsilon * right.norm(dim=-1)
+    usual = scale / math.sqrt(len(right))  # rows that are nothing beside the usual one may underflow
+    steps = exact.step[judged] + epsilon * (right.norm(dim=-1) + 0.1 * usual)
     over = (values - right).norm(dim=-1) - ROW_STEPS * (steps + noise.norm(dim=-1))
     row = int(over.argmax())
     if over[row] <= 0:

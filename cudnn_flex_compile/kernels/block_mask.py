@@ -6,11 +6,12 @@ pair; blocks that are listed needlessly do no harm.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.interpret import environment, evaluate
@@ -23,8 +24,8 @@ MISMATCH = (
     " omitted, or a block listed as full has masked pairs. Build it with create_block_mask from the same mask_mod, or"
     " compile again (torch.compiler.reset()) with this BlockMask, whose calls are then kept on the inner backend."
 )
-# What each kv_indices tensor was found to agree with; a tensor that is freed takes its entries with it.
-_agreed: "WeakIdKeyDictionary[Tensor, set[tuple[Any, ...]]]" = WeakIdKeyDictionary()
+# What each kv_indices tensor was last found to agree with; one that is freed takes its entries with it.
+_agreed: "WeakIdKeyDictionary[Tensor, dict[tuple[Any, ...], Verdict]]" = WeakIdKeyDictionary()
 
 
 def check(
@@ -34,7 +35,8 @@ def check(
     """Raises RuntimeError on a mismatch; under CUDA graph capture, asserts on the device at every replay.
 
     Args:
-        blocks: kv_num_blocks, kv_indices, then pairs of full_kv_*, q_* and full_q_*, as far as there are any.
+        blocks: kv_num_blocks and kv_indices alone; these and q_num_blocks, q_indices; or the pairs of kv_*,
+            full_kv_*, q_* and full_q_*.
         operands, ints, floats, program: as the attention op takes them; only the mask is evaluated.
         sizes: of b, h, q, k. block_sizes: of q, k.
     """
@@ -42,25 +44,27 @@ def check(
     if capturing:
         torch._assert_async(agree(blocks, operands, ints, floats, parse(program), sizes, block_sizes))
         return
-    state = _state(blocks, operands, ints, floats, program, sizes)
-    known = _agreed.setdefault(blocks[1], set())
-    if state is not None and state in known:
+    known, question = _agreed.setdefault(blocks[1], {}), (program, len(blocks), *sizes, *block_sizes)
+    if question in known and known[question].holds(blocks, ints):
         return
     if not bool(agree(blocks, operands, ints, floats, parse(program), sizes, block_sizes)):
         raise RuntimeError(MISMATCH)
-    if state is not None:
-        known.add(state)
+    if not (operands or floats or any(t.is_inference() for t in blocks)):
+        known[question] = Verdict([(TensorWeakRef(t), t._version) for t in blocks], tuple(ints))
 
 
-def _state(
-    blocks: Sequence[Tensor], operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor],
-    program: str, sizes: Sequence[int],
-) -> tuple[Any, ...] | None:  # fmt: skip
-    """What the verdict depends on, or None where tensors other than kv_indices cannot vouch for themselves."""
-    if operands or floats or any(t.is_inference() for t in blocks):
-        return None
-    rest = tuple((t.data_ptr(), t._version, tuple(t.shape)) for t in blocks)
-    return program, rest, tuple(ints), tuple(sizes)
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Which tensors, as they were, agreed under which integers. A freed tensor's address may be another's: none
+    is known by it.
+    """
+
+    tensors: list[tuple[TensorWeakRef, int]]
+    ints: tuple[int, ...]
+
+    def holds(self, blocks: Sequence[Tensor], ints: Sequence[int]) -> bool:
+        known = zip(self.tensors, blocks, strict=True)
+        return tuple(ints) == self.ints and all(ref() is t and version == t._version for (ref, version), t in known)
 
 
 def agree(
@@ -71,7 +75,8 @@ def agree(
     q_block, kv_block = (int(min(b, n)) for b, n in zip(block_sizes, sizes[2:], strict=True))
     rows, columns = -(-sizes[2] // q_block), -(-sizes[3] // kv_block)
     partial = listed(blocks[0], blocks[1], columns)
-    full = listed(blocks[2], blocks[3], columns) if len(blocks) % 4 == 0 else torch.zeros_like(partial)
+    every_pair = len(blocks) == 8
+    full = listed(blocks[2], blocks[3], columns) if every_pair else torch.zeros_like(partial)
     good = torch.ones((), dtype=torch.bool, device=partial.device)
     for start, visible in _visible(program, operands, ints, floats, sizes, q_block, partial.device):
         some = _per_block(visible, q_block, kv_block, fill=False).flatten(-2).any(-1)
@@ -79,7 +84,7 @@ def agree(
         here = slice(start // q_block, start // q_block + some.shape[-2])
         omitted = some & ~partial[:, :, here, :columns] & ~full[:, :, here, :columns]
         good &= ~(omitted | (full[:, :, here, :columns] & ~every)).any()
-    transposed = blocks[4:] if len(blocks) % 4 == 0 else blocks[2:]
+    transposed = blocks[4:] if every_pair else blocks[2:]
     for mine, pair in zip((partial, full), (transposed[:2], transposed[2:]), strict=True):
         if len(pair) == 2:
             good &= (listed(pair[0], pair[1], rows).transpose(-2, -1) == mine[:, :, :rows]).all()
@@ -108,7 +113,8 @@ def _visible(
         rows = slice(start, start + step)
         near = {i: t[:, :, rows] if t.shape[2] > 1 else t for i, t in enumerate(operands)}
         indices = {
-            "b": span["b"].view(-1, 1, 1, 1), "h": span["h"].view(-1, 1, 1), "q": span["q"][rows].view(-1, 1), "k": span["k"],
+            "b": span["b"].view(-1, 1, 1, 1), "h": span["h"].view(-1, 1, 1), "q": span["q"][rows].view(-1, 1),
+            "k": span["k"],
         }  # fmt: skip
         leaf = environment(torch.zeros((), device=device), indices, near, *numbers)
         shape = (batch, heads, len(range(sizes[2])[rows]), sizes[3])

@@ -142,7 +142,8 @@ ROWS: tuple[Row, ...] = (
     Row("floor", "float", 1, torch.floor, _zero, "floor", UNARY),
     Row("ceil", "float", 1, torch.ceil, _zero, "ceil", UNARY),
     # integers
-    Row("idiv", "integer", 2, lambda a, b: torch.div(a, b, rounding_mode="floor"), None, "div", BINARY, "({0} // {1})", ("floor_divide",)),
+    Row("idiv", "integer", 2, lambda a, b: torch.div(a, b, rounding_mode="floor"), None, "div", BINARY,
+        "({0} // {1})", ("floor_divide",)),
     Row("mod", "integer", 2, torch.remainder, None, "mod", MINMAX, "({0} % {1})", ("remainder",)),
     # predicates
     Row("ge", "compare", 2, torch.ge, None, "cmp_ge", COMPARE, "({0} >= {1})"),

@@ -84,8 +84,6 @@ def _narrowed(node: Expr, args: tuple[Expr, ...]) -> Expr:
         small = ir.intern(node.kind, I32, args)
         if magnitude(small) <= INT32_LIMIT:
             return small
-    if wide:  # the arguments of one op have one dtype
-        args = tuple(ir.cast(a, I64) if a.dtype == I32 else a for a in args)
-    elif node.dtype == I64:
+    if wide or node.dtype == I64:  # the arguments of one op have one dtype
         args = tuple(ir.cast(a, I64) if a.dtype == I32 else a for a in args)
     return ir.intern(node.kind, node.dtype, args, node.value, node.dims)

@@ -191,7 +191,8 @@ def _typed(name: str, result: Expr, example: torch.Tensor) -> Expr:
 
 
 DIRECT = {aten: row.name for row in ROWS for aten in (row.aten or (row.name,))}
-for _name in ("gather", "sign", "bool", F32, I32, I64, "clamp_min", "clamp_max", "relu_grad", "pow", "gelu", "softplus"):
+NOT_DIRECT = ("gather", "sign", "bool", F32, I32, I64, "clamp_min", "clamp_max", "relu_grad", "pow", "gelu", "softplus")
+for _name in NOT_DIRECT:
     DIRECT.pop(_name, None)
 DIRECT["sign"] = DIRECT["sgn"] = "sign"
 

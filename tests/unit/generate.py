@@ -85,7 +85,10 @@ COMPARISONS = (">=", ">", "<=", "<", "==", "!=")
 TORCH_COMPARISONS = ("ge", "gt", "le", "lt", "eq", "ne")
 
 # {f} is a float expression, {i} an integer one, {p} a predicate, {c} a float constant, {n} an integer constant.
-FLOAT_LEAVES = ("score", "score", "score", "fh[h]", "fbk[b, kv]", "fk[q]", "f0", "half[h].to(torch.float32)", "{i}.to(torch.float32)")
+FLOAT_LEAVES = (
+    "score", "score", "score", "fh[h]", "fbk[b, kv]", "fk[q]", "f0", "half[h].to(torch.float32)",
+    "{i}.to(torch.float32)",
+)  # fmt: skip
 FLOAT_OPS = (
     "({f} + {f})", "({f} - {f})", "({f} * {f})", "({c} + {f})", "({f} + {c})", "({c} - {f})", "({f} - {c})",
     "({f} * {c})", "({c} * {f})", "({f} + {i})", "({f} * {i})", "({i} - {f})", "-{f}", "torch.abs({f})",
@@ -94,35 +97,44 @@ FLOAT_OPS = (
     "torch.minimum({f}, {f})", "{f}.clamp({c}, {c})", "torch.clamp({f}, min={c})", "{f}.clamp(max={c})",
     "torch.clamp_min({f}, {c})", "{f}.clamp(min=fh[h])", "torch.where({p}, {f}, {f})", "torch.where({p}, {f}, {c})",
     "torch.where({p}, {c}, {f})", "torch.where({p}, {c}, {c}).to(torch.float32)", "{f}.masked_fill({p}, {c})",
-    "torch.floor({f})", "torch.ceil({f})", "torch.sign({f})",
-    "({i} / {m})", "{p}.to(torch.float32)", "torch.zeros_like({f})",
-    "torch.full_like({f}, {c})", "torch.full((), {c}, dtype=torch.float32)",
+    "torch.floor({f})", "torch.ceil({f})", "torch.sign({f})", "({i} / {m})", "{p}.to(torch.float32)",
+    "torch.zeros_like({f})", "torch.full_like({f}, {c})", "torch.full((), {c}, dtype=torch.float32)",
 )  # fmt: skip
 SMOOTH_OPS = (
     "torch.square({f})", "({f} ** 2)", "({f} ** 3)", "torch.add({f}, {f}, alpha={c})",
     "({f} / (torch.abs({f}) + 0.5))", "({f} / 20)", "({c} / (1 + torch.abs({f})))", "torch.exp({f}.clamp(max=2.0))",
     "torch.exp(-torch.abs({f}))", "torch.log(torch.abs({f}) + 0.25)", "torch.sqrt(torch.abs({f}) + 0.25)",
-    "torch.rsqrt(torch.square({f}) + 0.5)", "torch.reciprocal(torch.abs({f}) + 0.5)", "((torch.abs({f}) + 0.5) ** 1.5)",
+    "torch.rsqrt(torch.square({f}) + 0.5)", "torch.reciprocal(torch.abs({f}) + 0.5)",
+    "((torch.abs({f}) + 0.5) ** 1.5)",
 )  # fmt: skip
 WILD_OPS = (
-    "({f} / {f})", "({c} / {f})", "({f} / {c})", "({f} / {i})", "torch.exp({f})", "torch.log({f})", "torch.sqrt({f})",
-    "torch.rsqrt({f})", "torch.reciprocal({f})", "torch.erf({f})", "({f} * inf)", "torch.where({p}, {f}, -inf)",
+    "({f} / {f})", "({c} / {f})", "({f} / {c})", "({f} / {i})", "torch.exp({f})", "torch.log({f})",
+    "torch.sqrt({f})", "torch.rsqrt({f})", "torch.reciprocal({f})", "torch.erf({f})", "({f} * inf)",
+    "torch.where({p}, {f}, -inf)",
 )  # fmt: skip
-INTEGER_LEAVES = ("q", "kv", "q", "kv", "b", "h", "(q - kv)", "(kv - q)", "iq[q]", "ik[kv]", "ik[q]", "ib[b]", "jk[b, kv]", "i0", "u8[kv].to(torch.int32)")
+INTEGER_LEAVES = (
+    "q", "kv", "q", "kv", "b", "h", "(q - kv)", "(kv - q)", "iq[q]", "ik[kv]", "ik[q]", "ib[b]", "jk[b, kv]", "i0",
+    "u8[kv].to(torch.int32)",
+)  # fmt: skip
 INTEGER_OPS = (
-    "({i} + {i})", "({i} - {i})", "({i} + {n})", "({n} - {i})", "({i} - {n})", "({i} * {n})", "({n} * {i})", "({i} * {i})",
-    "({i} // {m})", "({i} % {m})", "({i} // -3)", "torch.abs({i})", "{i}.abs()", "torch.minimum({i}, {i})", "torch.maximum({i}, {i})",
-    "torch.clamp({i}, {n}, {n})", "torch.where({p}, {i}, {i})", "torch.where({p}, {i}, {n})", "torch.where({p}, {n}, {n})",
-    "-{i}", "({p} * {i})", "({p} + {n})", "{p}.to(torch.int32)", "{i}.to(torch.int64)", "{i}.int()", "{p}.long()",
+    "({i} + {i})", "({i} - {i})", "({i} + {n})", "({n} - {i})", "({i} - {n})", "({i} * {n})", "({n} * {i})",
+    "({i} * {i})", "({i} // {m})", "({i} % {m})", "({i} // -3)", "torch.abs({i})", "{i}.abs()",
+    "torch.minimum({i}, {i})", "torch.maximum({i}, {i})", "torch.clamp({i}, {n}, {n})",
+    "torch.where({p}, {i}, {i})", "torch.where({p}, {i}, {n})", "torch.where({p}, {n}, {n})", "-{i}", "({p} * {i})",
+    "({p} + {n})", "{p}.to(torch.int32)", "{i}.to(torch.int64)", "{i}.int()", "{p}.long()",
     "torch.div({i}, {m}, rounding_mode='floor')", "torch.sub({i}, {i}, alpha={m})", "torch.rsub({i}, {i})",
 )  # fmt: skip
-PREDICATE_LEAVES = ("pk[kv]", "pbk[b, kv]", "pk[q]", "({i} {o} {i})", "({i} {o} {n})", "({n} {o} {i})", "(q {o} kv)", "(q - kv {o} {n})", "(kv {o} ib[b])")
+PREDICATE_LEAVES = (
+    "pk[kv]", "pbk[b, kv]", "pk[q]", "({i} {o} {i})", "({i} {o} {n})", "({n} {o} {i})", "(q {o} kv)",
+    "(q - kv {o} {n})", "(kv {o} ib[b])",
+)  # fmt: skip
 PREDICATE_OPS = (
     "({p} & {p})", "({p} & {p})", "({p} | {p})", "(~{p})", "({p} ^ {p})", "torch.logical_and({p}, {p})",
-    "torch.logical_or({p}, {p})", "torch.logical_not({p})", "({p} == {p})", "({p} != {p})", "torch.where({p}, {p}, {p})",
-    "((q - kv).abs() {o} {n})", "(torch.abs({i}) {o} {i})", "({n} {o} torch.abs(q - kv + {n}))", "torch.{t}({i}, {i})",
-    "({i}).bool()", "({i}).to(torch.bool)", "(q.new_ones((), dtype=torch.bool) & {p})", "((q // {m}) {o} (kv // {m}))",
-    "(ik[q] {o} ik[kv])", "(u8[q] {o} u8[kv])", "(fbk[b, kv] {o} {c})", "((q % {m}) {o} {n})", "({i} {o} 2 ** 20)",
+    "torch.logical_or({p}, {p})", "torch.logical_not({p})", "({p} == {p})", "({p} != {p})",
+    "torch.where({p}, {p}, {p})", "((q - kv).abs() {o} {n})", "(torch.abs({i}) {o} {i})",
+    "({n} {o} torch.abs(q - kv + {n}))", "torch.{t}({i}, {i})", "({i}).bool()", "({i}).to(torch.bool)",
+    "(q.new_ones((), dtype=torch.bool) & {p})", "((q // {m}) {o} (kv // {m}))", "(ik[q] {o} ik[kv])",
+    "(u8[q] {o} u8[kv])", "(fbk[b, kv] {o} {c})", "((q % {m}) {o} {n})", "({i} {o} 2 ** 20)",
     "(fh[h] * (q - kv) {o} {c})", "torch.where({p}, {n}, {n}).to(torch.bool)", "torch.logical_xor({p}, {i})",
 )  # fmt: skip
 
@@ -163,7 +175,7 @@ def _expression(draw: Draw, kind: str, grammar: Grammar, depth: int, of_score: b
 
 
 @st.composite
-def score_mods(draw: Draw, grammar: Grammar = Grammar(), depth: int = 4) -> Mod:  # noqa: B008
+def score_mods(draw: Draw, grammar: Grammar = Grammar(), depth: int = 4) -> Mod:
     source = _fill(draw, draw(st.sampled_from(("{f}", "({f} + score)", "({f} * score)"))), grammar, depth, True)
     if draw(st.booleans()):
         source = _fill(draw, draw(st.sampled_from(MASKED_SCORES)).replace("SCORE", source), grammar, 2, False)
@@ -177,8 +189,10 @@ MASKED_SCORES = (
 
 
 @st.composite
-def mask_mods(draw: Draw, grammar: Grammar = Grammar(), depth: int = 3) -> Mod:  # noqa: B008
+def mask_mods(draw: Draw, grammar: Grammar = Grammar(), depth: int = 3) -> Mod:
     """Half of them conjunctions, as most masks are."""
-    joined = draw(st.sampled_from(["{p}", "{p} & {p}", "({p}) & {p} & {p}", "(q >= kv) & {p}", "(kv <= q) & (q - kv < {n}) & {p}"]))
-    source = _fill(draw, joined, grammar, depth, False)
+    source = _fill(draw, draw(st.sampled_from(CONJUNCTIONS)), grammar, depth, False)
     return Mod(f"({source})", False)
+
+
+CONJUNCTIONS = ("{p}", "{p} & {p}", "({p}) & {p} & {p}", "(q >= kv) & {p}", "(kv <= q) & (q - kv < {n}) & {p}")

@@ -32,7 +32,8 @@ def test_unknown_keys_are_all_named_with_the_valid_ones() -> None:
 
 @pytest.mark.parametrize(
     ("given", "valid"),
-    [({"certify": "twice"}, "'once', 'off'"), ({"mode": "fast"}, "'max-autotune'"), ({"plan_cache_size": 0}, "1 and more"),
+    [({"certify": "twice"}, "'once', 'off'"), ({"mode": "fast"}, "'max-autotune'"),
+     ({"plan_cache_size": 0}, "1 and more"),
      ({"certify": None}, "'once'"), ({"plan_cache_size": -4}, "1 and more")],
 )  # fmt: skip
 def test_wrong_values_are_named_with_the_valid_ones(given: dict[str, object], valid: str) -> None:
@@ -46,7 +47,8 @@ def test_wrong_values_are_named_with_the_valid_ones(given: dict[str, object], va
 @pytest.mark.parametrize(
     ("given", "expected"),
     [({"plan_cache_size": "256"}, "int"), ({"plan_cache_size": 2.5}, "int"), ({"plan_cache_size": True}, "int"),
-     ({"verbose": 1}, "bool"), ({"verbose": "yes"}, "bool"), ({"inner_backend": None}, "str"), ({"inner_options": 3}, "Mapping"),
+     ({"verbose": 1}, "bool"), ({"verbose": "yes"}, "bool"), ({"inner_backend": None}, "str"),
+     ({"inner_options": 3}, "Mapping"),
      ({"inner_options": [("a", 1)]}, "Mapping")],
 )  # fmt: skip
 def test_wrong_types_are_named_with_the_expected_one(given: dict[str, object], expected: str) -> None:

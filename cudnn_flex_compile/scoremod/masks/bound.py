@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import I32, Expr
-from cudnn_flex_compile.scoremod.masks.linear import KV, Q, Linear
+from cudnn_flex_compile.scoremod.masks.linear import KV, Linear, Q
 from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.ranges import INT32_LIMIT, magnitude
 

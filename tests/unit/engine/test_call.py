@@ -28,7 +28,8 @@ CHANGES = [
     {"query": tensor(3, 4, 16, 64)}, {"query": tensor(2, 4, 16, 64, order="bshd")},
     {"query": tensor(2, 4, 16, 64, dtype=torch.float16)},
     {"query": tensor(2, 4, 16, 64, device=torch.device("cuda", 1))},
-    {"key": tensor(2, 2, 25, 64)}, {"key": tensor(2, 2, 24, 64, order="bshd")}, {"key": tensor(2, 2, 24, 64, dtype=torch.float16)},
+    {"key": tensor(2, 2, 25, 64)}, {"key": tensor(2, 2, 24, 64, order="bshd")},
+    {"key": tensor(2, 2, 24, 64, dtype=torch.float16)},
     {"value": tensor(2, 2, 24, 64)}, {"value": tensor(2, 2, 24, 32, order="bshd")},
     {"value": tensor(2, 2, 24, 32, dtype=torch.float16)},
     {"operands": ()}, {"operands": BASE["operands"] * 2}, {"operands": (tensor(2, 4, 1, 1, dtype=torch.float32),)},
@@ -95,7 +96,11 @@ def test_the_problem_is_the_call() -> None:
     problem = problem_of(key())
     assert problem.program == BASE["program"]
     assert problem.direction == FORWARD
-    assert (problem.query.shape, problem.key.shape, problem.value.shape) == ((2, 4, 16, 64), (2, 2, 24, 64), (2, 2, 24, 32))
+    assert (problem.query.shape, problem.key.shape, problem.value.shape) == (
+        (2, 4, 16, 64),
+        (2, 2, 24, 64),
+        (2, 2, 24, 32),
+    )
     assert problem.out == TensorSpec((2, 4, 16, 32), (2048, 512, 32, 1), torch.bfloat16)
     assert problem.operands == (TensorSpec((1, 4, 1, 1), (4, 1, 1, 1), torch.float32),)
     assert (problem.scale, problem.device, problem.stats, problem.grad) == (0.125, 0, True, None)

@@ -78,7 +78,9 @@ def test_any_strides_ties_included(strides: list[int], sizes: list[int]) -> None
     """Every element is at the same place; the stride of a dimension of size 1, which addresses nothing, may differ."""
     query = torch.empty(0, device="meta").new_empty_strided(sizes, strides)
     got, expected = strides_like(tuple(sizes), tuple(strides)), by_torch(tuple(sizes), query)
-    assert [s for s, n in zip(got, sizes, strict=True) if n > 1] == [s for s, n in zip(expected, sizes, strict=True) if n > 1]
+    assert [s for s, n in zip(got, sizes, strict=True) if n > 1] == [
+        s for s, n in zip(expected, sizes, strict=True) if n > 1
+    ]
     assert got[-1] == 1
 
 
@@ -117,7 +119,10 @@ def test_specs_describe_tensors() -> None:
 
 
 def problem() -> Problem:
-    query, value = (TensorSpec(s, t, torch.bfloat16) for s, t in (((2, 4, 9, 64), (2304, 64, 256, 1)), ((2, 2, 7, 32), (448, 224, 32, 1))))
+    query, value = (
+        TensorSpec(s, t, torch.bfloat16)
+        for s, t in (((2, 4, 9, 64), (2304, 64, 256, 1)), ((2, 2, 7, 32), (448, 224, 32, 1)))
+    )
     key = TensorSpec((2, 2, 7, 64), (896, 448, 64, 1), torch.bfloat16)
     return Problem("text", FORWARD, query, key, value, out_spec(query, value), (), 0.125, 0, stats=False)
 
@@ -138,7 +143,8 @@ def test_problems_that_differ_are_unequal() -> None:
     base = _fields(problem())
     other = TensorSpec((2, 4, 9, 64), (2304, 576, 64, 1), torch.bfloat16)
     changes = {
-        "program": "other", "direction": BACKWARD, "query": other, "key": other, "value": other, "out": other, "operands": (other,),
+        "program": "other", "direction": BACKWARD, "query": other, "key": other, "value": other, "out": other,
+        "operands": (other,),
         "scale": 0.25, "device": 1, "stats": True, "grad": other, "deterministic": True,
     }  # fmt: skip
     assert set(changes) == set(base)

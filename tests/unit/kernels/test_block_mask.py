@@ -1,5 +1,6 @@
 """The BlockMask contract against brute force over every block and pair: agreeing masks pass, others are caught."""
 
+import functools
 import gc
 import itertools
 
@@ -37,6 +38,7 @@ SIZES = [(2, 2, 256, 256), (2, 1, 200, 256), (1, 2, 130, 77), (2, 2, 128, 300), 
 BLOCKS = [(128, 128), (64, 64), (128, 64), (64, 128)]
 
 
+@functools.cache
 def compiled(name: str, sizes: tuple[int, ...]):
     """The program of a mask, and its operands."""
     from cudnn_flex_compile.passes.hoist import operand_value
@@ -49,6 +51,7 @@ def compiled(name: str, sizes: tuple[int, ...]):
     return program, [operand_value(h, lambda leaf: tensors[leaf.value], sizes, CPU) for h in hoisted]
 
 
+@functools.cache
 def dense(name: str, sizes: tuple[int, ...]) -> torch.Tensor:
     """[B, H, Sq, Skv] by the user's own function."""
     function, tensors = MASKS[name]
@@ -59,7 +62,9 @@ def dense(name: str, sizes: tuple[int, ...]) -> torch.Tensor:
 def stock(name: str, sizes: tuple[int, ...], block: tuple[int, int], broadcast: bool = False) -> BlockMask:
     function, tensors = MASKS[name]
     batch, heads = (None, None) if broadcast else sizes[:2]
-    return create_block_mask(lambda *i: function(*i, *tensors), batch, heads, *sizes[2:], "cpu", BLOCK_SIZE=block)
+    return create_block_mask(
+        lambda b, h, q, kv: function(b, h, q, kv, *tensors), batch, heads, *sizes[2:], "cpu", BLOCK_SIZE=block
+    )
 
 
 NAMES = (
@@ -79,7 +84,10 @@ def brute_force(mask: BlockMask, visible: torch.Tensor, block: tuple[int, int]) 
     rows, cols = -(-length // block[0]), -(-columns // block[1])
     for b, h, i in itertools.product(range(batch), range(heads), range(rows)):
         kinds = {}
-        for kind, count, index in (("partial", "kv_num_blocks", "kv_indices"), ("full", "full_kv_num_blocks", "full_kv_indices")):
+        for kind, count, index in (
+            ("partial", "kv_num_blocks", "kv_indices"),
+            ("full", "full_kv_num_blocks", "full_kv_indices"),
+        ):
             if getattr(mask, count) is not None:
                 near = [min(x, n - 1) for x, n in zip((b, h), getattr(mask, count).shape, strict=False)]
                 listed = getattr(mask, index)[near[0], near[1], i, : int(getattr(mask, count)[near[0], near[1], i])]
@@ -204,7 +212,11 @@ def test_check_raises_where_they_disagree() -> None:
     checked(mask, "causal")
     checked(mask, "causal")
     for other in ("everything", "per batch", "every other"):
-        with pytest.raises(RuntimeError, match="do not agree with its mask_mod") if other == "everything" else _nothing(other):
+        with (
+            pytest.raises(RuntimeError, match="do not agree with its mask_mod")
+            if other == "everything"
+            else _nothing(other)
+        ):
             checked(mask, other)
 
 
@@ -225,7 +237,7 @@ def test_a_verdict_is_remembered_for_the_same_tensors_only(monkeypatch: pytest.M
     assert len(calls) == 1
     checked(stock("causal", (1, 1, 256, 256), (128, 128)), "causal")
     assert len(calls) == 2
-    checked(mask, "window")
+    checked(mask, "per head")  # the same for one head, but another program
     assert len(calls) == 3
 
 

@@ -21,7 +21,9 @@ from tests.unit.generate import B, H, K, Mod, Q, mask_mods, score_mods
 Masked = Callable[[torch.Tensor], torch.Tensor]  # [B, H, Sq, Skv] scores -> modified, -inf where masked
 
 
-def inputs(batch: int, heads: int, kv_heads: int, rows: int, columns: int, dims: tuple[int, int] = (8, 8), seed: int = 0):
+def inputs(
+    batch: int, heads: int, kv_heads: int, rows: int, columns: int, dims: tuple[int, int] = (8, 8), seed: int = 0
+):
     """query, key, value and the output's gradient; scores are multiples of 1/32, exact in float32."""
     random = torch.Generator().manual_seed(seed)
 
@@ -170,7 +172,11 @@ def test_scalars_and_operands_of_every_shape(monkeypatch: pytest.MonkeyPatch) ->
     for dims in ("b", "h", "q", "k", "bh", "bq", "hk", "bhq", "qk", "bhqk"):
         shape = [n if axis in dims else 1 for axis, n in zip("bhqk", full, strict=True)]
         factors.append(torch.randint(1, 3, shape, generator=random) / 2)
-        score = score * ir.operand(len(operands), F32, dims) if len(dims) < 2 else score + ir.operand(len(operands), F32, dims)
+        score = (
+            score * ir.operand(len(operands), F32, dims)
+            if len(dims) < 2
+            else score + ir.operand(len(operands), F32, dims)
+        )
         operands.append(factors[-1])
     mask = make("ge", ir.index("q") + ir.scalar(0, I32), ir.index("k"))
 

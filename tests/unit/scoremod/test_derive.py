@@ -83,7 +83,7 @@ FUNCTIONS = {
     "subtraction from a constant": lambda s: 1 - s,
     "division of a constant": lambda s: 2 / (s * s + 0.5),
     "a constant": lambda s: torch.zeros_like(s) + 3,
-    "negation": lambda s: -(-s) - s * 2,
+    "negation": lambda s: -torch.neg(s) - s * 2,
     "the identity": lambda s: s,
 }  # fmt: skip
 
@@ -131,4 +131,6 @@ def test_what_has_no_derivative_is_named(root: ir.Expr, op: str) -> None:
 
 def test_integers_carry_no_gradient() -> None:
     root = SCORE * ir.cast(make("abs", ir.index("q") - ir.const(3, I32)), F32)
-    torch.testing.assert_close(by_derive(root, scores(high=True)), WEIGHTS * interpreted(root, torch.ones(PAIRS)).double())
+    torch.testing.assert_close(
+        by_derive(root, scores(high=True)), WEIGHTS * interpreted(root, torch.ones(PAIRS)).double()
+    )

@@ -21,7 +21,7 @@ def test_equal_structure_is_the_same_object() -> None:
 
 
 def test_every_field_matters() -> None:
-    base = dict(kind="operand", dtype=F32, args=(), value=0, dims="q")
+    base = {"kind": "operand", "dtype": F32, "args": (), "value": 0, "dims": "q"}
     others = [{}, {"kind": "scalar"}, {"dtype": I32}, {"args": (SCORE,)}, {"value": 1}, {"value": False}, {"dims": "k"}]
     nodes = [ir.intern(**{**base, **other}) for other in others]
     assert len(set(nodes)) == len(others)

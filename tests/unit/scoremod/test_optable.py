@@ -24,7 +24,8 @@ OUTSIDE = {"gather", I64, BOOL}
 REFERENCES = {
     "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b, "div": lambda a, b: a / b,
     "neg": lambda a: -a, "abs": torch.abs, "sign": torch.sign, "reciprocal": lambda a: 1 / a, "min": torch.minimum,
-    "max": torch.maximum, "clamp_min": lambda a, b: torch.clamp(a, min=b), "clamp_max": lambda a, b: torch.clamp(a, max=b),
+    "max": torch.maximum, "clamp_min": lambda a, b: torch.clamp(a, min=b),
+    "clamp_max": lambda a, b: torch.clamp(a, max=b),
     "exp": torch.exp, "log": torch.log, "sqrt": torch.sqrt, "rsqrt": lambda a: 1 / a.sqrt(), "pow": lambda a, b: a**b,
     "sin": torch.sin, "cos": torch.cos, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "erf": torch.erf,
     "relu": torch.nn.functional.relu, "gelu": torch.nn.functional.gelu, "silu": torch.nn.functional.silu,
@@ -97,7 +98,8 @@ def test_values(name: str) -> None:
         ("idiv", (-7, 2), -4), ("idiv", (7, -2), -4), ("idiv", (-7, -2), 3), ("mod", (-7, 3), 2), ("mod", (7, -3), -2),
         ("and", (True, False), False), ("or", (True, False), True), ("not", (False,), True), ("ge", (2, 2), True),
         ("gt", (2, 2), False), ("le", (2, 2), True), ("lt", (2, 2), False), ("eq", (2, 2), True), ("ne", (2, 2), False),
-        ("bool", (-3,), True), ("bool", (0,), False), ("f32", (True,), 1.0), ("i32", (2**32 + 1,), 1), ("i64", (True,), 1),
+        ("bool", (-3,), True), ("bool", (0,), False), ("f32", (True,), 1.0), ("i32", (2**32 + 1,), 1),
+        ("i64", (True,), 1),
         ("relu_grad", (5.0, 0.0), 0.0), ("relu_grad", (5.0, 1e-9), 5.0),
     ],
 )  # fmt: skip
@@ -107,7 +109,9 @@ def test_values_of_integers_and_predicates(name: str, args: tuple[float, ...], e
     assert name not in CASTS or value.dtype == TORCH_DTYPE[name]
 
 
-@pytest.mark.parametrize("row", [r for r in ROWS if r.backward is not None and r.name not in CASTS], ids=lambda r: r.name)
+@pytest.mark.parametrize(
+    "row", [r for r in ROWS if r.backward is not None and r.name not in CASTS], ids=lambda r: r.name
+)
 def test_derivatives_are_those_of_autograd(row: Row) -> None:
     """Every argument on its own, at random points; ties for those that have them."""
     leaves, values = example(row)
@@ -143,7 +147,9 @@ def test_every_row_can_be_made_written_and_read(row: Row) -> None:
     assert node.args == tuple(leaves)
     result = row.evaluate(*values)
     assert {torch.float64: F32, torch.int32: I32, torch.bool: BOOL}[result.dtype] == node.dtype
-    program = ir.program(mask=node) if node.dtype == BOOL else ir.program(mask=make("ne", node, ir.const(0, node.dtype)))
+    program = (
+        ir.program(mask=node) if node.dtype == BOOL else ir.program(mask=make("ne", node, ir.const(0, node.dtype)))
+    )
     assert parse(text(program)) is program
     assert infix(node)
 

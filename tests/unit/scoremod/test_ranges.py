@@ -56,9 +56,7 @@ def exact(root: Expr, leaves: dict[Expr, int]) -> dict[Expr, int]:
 def points(count: int) -> list[dict[Expr, int]]:
     draw = random.Random(0)
     limits = (VALUE_LIMIT, -VALUE_LIMIT, 0, 5, -5)
-    return [
-        {leaf: draw.choice(EXTREMES if leaf.kind == "index" else limits) for leaf in LEAVES} for _ in range(count)
-    ]
+    return [{leaf: draw.choice(EXTREMES if leaf.kind == "index" else limits) for leaf in LEAVES} for _ in range(count)]
 
 
 POINTS = points(60)

@@ -49,7 +49,8 @@ def test_different_programs_have_different_texts() -> None:
 
 NUMBERS = [
     (1, I32), (1, I64), (1.0, F32), (True, BOOL), (0, I32), (0, I64), (0.0, F32), (-0.0, F32), (False, BOOL),
-    (math.inf, F32), (-math.inf, F32), (math.nan, F32), (-1, I32), (0.1, F32), (1e-45, F32), (3.4e38, F32), (2**40, I64),
+    (math.inf, F32), (-math.inf, F32), (math.nan, F32), (-1, I32), (0.1, F32), (1e-45, F32), (3.4e38, F32),
+    (2**40, I64),
 ]  # fmt: skip
 
 
@@ -140,7 +141,10 @@ def test_misspelled_texts_are_refused(what: str) -> None:
         parse(GOOD.replace(old, new))
 
 
-@pytest.mark.parametrize("what", ["an unknown op", "a number too large", "an unknown axis", "a later argument", "an index that is no integer"])
+@pytest.mark.parametrize(
+    "what",
+    ["an unknown op", "a number too large", "an unknown axis", "a later argument", "an index that is no integer"],
+)
 def test_the_wrong_item_is_named(what: str) -> None:
     bad = GOOD.replace(*BAD[what])
     item = next(item for item in bad.split("; ") if item not in GOOD.split("; "))

@@ -103,14 +103,19 @@ def test_scores_that_are_easily_got_wrong(source: str) -> None:
 @pytest.mark.parametrize(
     ("source", "op"),
     [
-        ("score.int().float()", "cast from float"), ("score.to(torch.bfloat16).float()", "cast"), ("score.double()", "float64"),
+        ("score.int().float()", "cast from float"), ("score.to(torch.bfloat16).float()", "cast"),
+        ("score.double()", "float64"),
         ("score % 2", "remainder"), ("score // 2", "floor_divide"), ("torch.fmod(score, 2.0)", "fmod"),
-        ("torch.lgamma(score)", "lgamma"), ("score ** score", "pow"), ("2 ** score", "pow"), ("torch.round(score)", "round"),
+        ("torch.lgamma(score)", "lgamma"), ("score ** score", "pow"), ("2 ** score", "pow"),
+        ("torch.round(score)", "round"),
         ("score.clamp(min=score * 2)", "clamp"), ("score + fh.sum()", "sum"), ("score + fbk[b][kv]", "dimensions"),
         ("torch.nn.functional.softplus(score, beta=2)", "softplus"), ("torch.rand(()) + score", "rand"),
-        ("torch.relu(q - kv) + score", "relu"), ("torch.sign(q - kv) + score", "sign"), ("score.to(torch.float16)", "float16"),
-        ("torch.div(score, 2.0, rounding_mode='floor')", "div"), ("torch.div(q, 2, rounding_mode='trunc') + score", "div"),
-        ("(q ** 2) * score", "pow"), ("q - kv", "dtype"), ("q >= kv", "dtype"), ("fh[h].to(torch.float64) + score", "float64"),
+        ("torch.relu(q - kv) + score", "relu"), ("torch.sign(q - kv) + score", "sign"),
+        ("score.to(torch.float16)", "float16"),
+        ("torch.div(score, 2.0, rounding_mode='floor')", "div"),
+        ("torch.div(q, 2, rounding_mode='trunc') + score", "div"),
+        ("(q ** 2) * score", "pow"), ("q - kv", "dtype"), ("q >= kv", "dtype"),
+        ("fh[h].to(torch.float64) + score", "float64"),
     ],
 )  # fmt: skip
 def test_untraceable_scores(source: str, op: str) -> None:
@@ -122,9 +127,11 @@ def test_untraceable_scores(source: str, op: str) -> None:
     ("source", "op"),
     [
         ("q < 2**31", "beyond"), ("q + 2**31 > kv", "beyond"), ("q >= -2**31 - 1", "beyond"), ("kv == 2**32", "beyond"),
-        ("u8[kv] > -1", "beyond"), ("u8[kv] < 300", "beyond"), ("(u8[q] - u8[kv]) >= 0", "uint8"), ("u8[kv] + 1 > 0", "uint8"),
+        ("u8[kv] > -1", "beyond"), ("u8[kv] < 300", "beyond"), ("(u8[q] - u8[kv]) >= 0", "uint8"),
+        ("u8[kv] + 1 > 0", "uint8"),
         ("q.to(torch.uint8) >= 3", "uint8"), ("kv.to(torch.int16) > q", "int16"), ("(q & 1) == 0", "and of integers"),
-        ("(q ^ kv) == 0", "xor of integers"), ("(q << 1) > kv", "lshift"), ("-u8[kv] > 3", "uint8"), ("q - kv", "dtype"),
+        ("(q ^ kv) == 0", "xor of integers"), ("(q << 1) > kv", "lshift"), ("-u8[kv] > 3", "uint8"),
+        ("q - kv", "dtype"),
         ("torch.isin(q, ik)", "dimensions|isin|any"), ("(~q) > kv", "not of integers"),
     ],
 )  # fmt: skip

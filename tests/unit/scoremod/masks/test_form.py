@@ -51,11 +51,13 @@ SPELLINGS = [
     ("torch.ge(q, kv)", {"lower": 0}), ("-kv >= -q", {"lower": 0}),
     ("torch.where(q >= kv, True, False)", {"lower": 0}), ("torch.where(q < kv, False, True)", {"lower": 0}),
     ("(q >= kv) & True", {"lower": 0}), ("q.to(torch.int64) >= kv.long()", {"lower": 0}),
-    ("q.new_ones((), dtype=torch.bool) & ((kv + 0) <= (q + 0))", {"lower": 0}), ("(q >= kv).to(torch.bool)", {"lower": 0}),
+    ("q.new_ones((), dtype=torch.bool) & ((kv + 0) <= (q + 0))", {"lower": 0}),
+    ("(q >= kv).to(torch.bool)", {"lower": 0}),
     ("2 * q - q >= kv", {"lower": 0}), ("(q >= kv) & (q >= kv)", {"lower": 0}), ("~~(q >= kv)", {"lower": 0}),
     # strict, shifted
     ("q > kv", {"lower": -1}), ("kv < q", {"lower": -1}), ("q >= kv + 1", {"lower": -1}), ("q + 5 >= kv", {"lower": 5}),
-    ("q + 5 > kv", {"lower": 4}), ("kv - q <= 3", {"lower": 3}), ("kv - q < 3", {"lower": 2}), ("kv - 3 <= q", {"lower": 3}),
+    ("q + 5 > kv", {"lower": 4}), ("kv - q <= 3", {"lower": 3}), ("kv - q < 3", {"lower": 2}),
+    ("kv - 3 <= q", {"lower": 3}),
     ("~(kv - 3 > q)", {"lower": 3}), ("kv - q - 3 <= 4", {"lower": 7}), ("kv > q - 64", {"upper": 63}),
     # windows
     ("q - kv <= 64", {"upper": 64}), ("q - kv < 64", {"upper": 63}), ("kv >= q - 64", {"upper": 64}),
@@ -83,8 +85,10 @@ def test_bounds(source: str, bounds: dict[str, int]) -> None:
 RESIDUALS = [
     "(q >= kv) | (kv < 4)", "q == kv", "q != kv", "(q % 2) == (kv % 2)", "q // 4 == kv // 4", "q // 4 >= kv // 4",
     "q >= 3", "b >= kv", "2 * q >= kv", "q >= 2 * kv", "2 * q >= 2 * kv", "q + kv >= 3", "(q - kv).abs() >= 3",
-    "q.float() >= kv.float()", "q * kv >= 3", "h >= q - kv", "torch.maximum(q, kv) >= 3", "~(q - kv <= 4) & (q != 7) | (q >= kv)",
-    "torch.abs(q - kv) <= torch.abs(kv)", "(q >= kv) ^ (kv < 3)", "q + (2**31 - 1) >= kv", "q - 2**30 - 2**30 >= kv - 2**30 - 2**30",
+    "q.float() >= kv.float()", "q * kv >= 3", "h >= q - kv", "torch.maximum(q, kv) >= 3",
+    "~(q - kv <= 4) & (q != 7) | (q >= kv)",
+    "torch.abs(q - kv) <= torch.abs(kv)", "(q >= kv) ^ (kv < 3)", "q + (2**31 - 1) >= kv",
+    "q - 2**30 - 2**30 >= kv - 2**30 - 2**30",
     "q + (2**31 - 5) > kv", "torch.abs(q - kv) <= 2**31 - 1", "q * 256 - q * 255 >= kv", "q / 1 >= kv",
 ]  # fmt: skip
 
@@ -165,7 +169,25 @@ def test_the_trivial_mask() -> None:
 
 
 EXTREME_ROWS = torch.tensor([0, 1, 255, 2**15, 2**22 + 3, AXIS_LIMIT - 2, AXIS_LIMIT - 1], dtype=torch.int32)
-CONSTANTS = [0, 1, -1, 2, 127, 128, 129, 2**15, -(2**24), 2**28, -(2**28), 2**29, 2**30, -(2**30), 2**31 - 1, -(2**31), 2**31 - 2**24]
+CONSTANTS = [
+    0,
+    1,
+    -1,
+    2,
+    127,
+    128,
+    129,
+    2**15,
+    -(2**24),
+    2**28,
+    -(2**28),
+    2**29,
+    2**30,
+    -(2**30),
+    2**31 - 1,
+    -(2**31),
+    2**31 - 2**24,
+]
 
 
 @st.composite
@@ -185,7 +207,9 @@ def test_overflow_is_no_bound() -> None:
     bounded = 0
 
     @settings(max_examples=600)
-    @given(sums(), sums(), st.sampled_from(["ge", "gt", "le", "lt"]), st.sampled_from([0, 5, VALUE_LIMIT, -VALUE_LIMIT]))
+    @given(
+        sums(), sums(), st.sampled_from(["ge", "gt", "le", "lt"]), st.sampled_from([0, 5, VALUE_LIMIT, -VALUE_LIMIT])
+    )
     def check(left: Expr, right: Expr, compare: str, number: int) -> None:
         nonlocal bounded
         mask = make(compare, left, right)
