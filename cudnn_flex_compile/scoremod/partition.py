@@ -70,7 +70,9 @@ def _outside(node: Expr) -> bool:
     """Whether to compute it outside: it reads a captured tensor, or is float work on batch and head alone."""
     if not node.args or not _one_sided(node):
         return False
-    return _captures(node) or (node.dtype == F32 and set(ir.axes_of(node)) and not set(ir.axes_of(node)) - set("bh"))
+    axes = set(ir.axes_of(node))
+    computes = node.dtype == F32 and node.kind != F32  # a cast costs nothing inside
+    return _captures(node) or (computes and bool(axes) and axes <= set("bh"))
 
 
 def _inside(root: Expr, parts: Partition) -> Expr:

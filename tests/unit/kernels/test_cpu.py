@@ -81,7 +81,7 @@ def test_generated_functions(monkeypatch: pytest.MonkeyPatch, rows_at_once: int)
     blocks_of(monkeypatch, rows_at_once, B * H * K)
     tensors = inputs(B, H, 1, Q, K, seed=rows_at_once)
 
-    @settings(max_examples=100)
+    @settings(max_examples=50)
     @given(score_mods(), mask_mods())
     def check(score_mod: Mod, mask_mod: Mod) -> None:
         visible = direct(mask_mod).view(SIZES)

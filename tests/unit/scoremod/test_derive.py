@@ -28,7 +28,7 @@ def by_derive(root: ir.Expr, score: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(score) if gradient is None else interpreted(gradient, score, (), WEIGHTS)
 
 
-@settings(max_examples=400)
+@settings(max_examples=300)
 @given(score_mods())
 def test_generated_scores(mod: Mod) -> None:
     """Every fourth score is a multiple of a quarter, as the constants are: ties and clamps at their bounds."""

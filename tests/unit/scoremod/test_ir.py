@@ -60,7 +60,8 @@ def test_a_freed_expression_comes_back_whole() -> None:
         node = make("exp", SCORE * 77.25)
         assert node.args[0].args == (SCORE, ir.const(77.25, F32))
         del node
-        gc.collect()
+    gc.collect()
+    assert make("exp", SCORE * 77.25) is make("exp", SCORE * 77.25)
 
 
 def test_threads_get_the_same_objects() -> None:
