@@ -20,8 +20,8 @@ SCHEMAS = {
         " float scale, bool return_lse, bool stats, Tensor? guard) -> (Tensor out, Tensor lse, Tensor stats)"
     ),
     "attention_backward": (
-        "(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor stats, Tensor[] operands,"
-        " SymInt[] ints, Tensor[] floats, str program, float scale) -> (Tensor dq, Tensor dk, Tensor dv)"
+        "(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor stats,"
+        " Tensor[] operands, SymInt[] ints, Tensor[] floats, str program, float scale) -> (Tensor dq, Tensor dk, Tensor dv)"
     ),
     "check_block_mask": (
         "(Tensor[] blocks, Tensor[] operands, SymInt[] ints, Tensor[] floats, str program, SymInt[] sizes,"
@@ -84,7 +84,6 @@ def _attention_cpu(
     return out, lse, natural if stats else _new_stats(query, False)
 
 
-@torch.library.register_fake("cudnn_flex::attention", lib=library)
 def _attention_fake(
     query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], ints: list[int], floats: list[Tensor],
     program: str, scale: float, return_lse: bool, stats: bool, guard: Tensor | None,
@@ -101,9 +100,7 @@ def _backward_cuda(
     from cudnn_flex_compile.kernels import cuda
 
     natural = None if grad_lse is None else grad_lse * LOG2E
-    dq, dk, dv = cuda.backward(
-        grad_out, natural, query, key, value, out, stats, operands, ints, floats, program, scale
-    )
+    dq, dk, dv = cuda.backward(grad_out, natural, query, key, value, out, stats, operands, ints, floats, program, scale)
     return dq, dk, dv
 
 
@@ -115,14 +112,11 @@ def _backward_cpu(
     from cudnn_flex_compile.kernels import cpu
 
     natural = None if grad_lse is None else grad_lse * LOG2E
-    gradients = cpu.backward(
-        grad_out, natural, query, key, value, out, stats, operands, ints, floats, program, scale
-    )
+    gradients = cpu.backward(grad_out, natural, query, key, value, out, stats, operands, ints, floats, program, scale)
     dq, dk, dv = (torch.empty_like(t).copy_(g) for t, g in zip((query, key, value), gradients, strict=True))
     return dq, dk, dv
 
 
-@torch.library.register_fake("cudnn_flex::attention_backward", lib=library)
 def _backward_fake(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
     operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str, scale: float,
@@ -156,9 +150,7 @@ def _autograd_backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | Non
     return (dq, dk, dv, *rest_of_inputs)
 
 
-torch.library.register_autograd(
-    "cudnn_flex::attention", _autograd_backward, setup_context=_setup_context, lib=library
-)
+torch.library.register_autograd("cudnn_flex::attention", _autograd_backward, setup_context=_setup_context, lib=library)
 
 
 def _check_block_mask(
@@ -176,13 +168,19 @@ for _device in ("CPU", "CUDA"):
     library.impl("check_block_mask", _check_block_mask, _device)
 
 
-@torch.library.register_fake("cudnn_flex::check_block_mask", lib=library)
 def _check_fake(
     blocks: list[Tensor], operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str,
     sizes: list[int], block_sizes: list[int],
 ) -> Tensor:  # fmt: skip
     return blocks[0].new_empty(0, dtype=torch.int32)
 
+
+for _name, _fake in {
+    "attention": _attention_fake,
+    "attention_backward": _backward_fake,
+    "check_block_mask": _check_fake,
+}.items():
+    torch.library.register_fake(f"cudnn_flex::{_name}", _fake, lib=library)
 
 attention = torch.ops.cudnn_flex.attention.default
 attention_backward = torch.ops.cudnn_flex.attention_backward.default

@@ -58,7 +58,10 @@ def test_opcheck_backward(case):
     query, key, value, operands, ints, floats, program, scale, *_ = arguments(case, requires_grad=False)
     out, _, stats = ops.attention(query, key, value, operands, ints, floats, program, scale, False, True, None)
     grad = torch.randn_like(out)
-    opcheck(ops.attention_backward, (grad, torch.randn_like(stats), query, key, value, out, stats, operands, ints, floats, program, scale))
+    opcheck(
+        ops.attention_backward,
+        (grad, torch.randn_like(stats), query, key, value, out, stats, operands, ints, floats, program, scale),
+    )
 
 
 def test_opcheck_block_mask():

@@ -37,26 +37,25 @@ class Callbacks:
     callback that led back to the graph would keep both alive for ever (the cycle runs through C++).
     """
 
-    inputs: Inputs | None = None
-    lowering: Lowering | None = None
+    building: list[tuple[Inputs, Lowering]]
     emitters: list[Emitter] = field(default_factory=list[Emitter])
 
     def clear(self) -> None:
-        self.inputs = self.lowering = None
+        self.building.clear()
         self.emitters.clear()
 
     def score_mod(self, graph: Any, score: Any) -> Any:
-        assert self.inputs is not None and self.lowering is not None and self.lowering.score_mod is not None
-        self.emitters.append(Emitter(graph, self.inputs, score))
-        return self.lowering.score_mod(self.emitters[-1])
+        inputs, lowering = self.building[0]
+        self.emitters.append(Emitter(graph, inputs, score))
+        return score if lowering.score_mod is None else lowering.score_mod(self.emitters[-1])
 
     def score_mod_bprop(self, graph: Any, grad: Any) -> Any:
-        assert self.inputs is not None and self.lowering is not None
-        if self.lowering.score_mod_bprop is None:
+        inputs, lowering = self.building[0]
+        if lowering.score_mod_bprop is None:
             return grad
         emitter = self.emitters[-1]  # the forward's nodes are in the same graph: what it computed is reused
-        emitter.grad = _shaped(grad, self.inputs.problem)
-        return self.lowering.score_mod_bprop(emitter)
+        emitter.grad = _shaped(grad, inputs.problem)
+        return lowering.score_mod_bprop(emitter)
 
 
 def stats_spec(problem: Problem) -> TensorSpec:
@@ -75,7 +74,7 @@ def assemble(problem: Problem, lowering: Lowering, **graph_arguments: Any) -> At
     inputs = Inputs(graph, problem)
     roles = {name: _declare(graph, getattr(problem, name)) for name in ("query", "key", "value")}
     inputs.declare(*lowering.leaves)
-    callbacks = Callbacks(inputs, lowering)
+    callbacks = Callbacks([(inputs, lowering)])
     add = _forward if problem.direction == FORWARD else _backward
     add(graph, problem, callbacks, roles)
     return AttentionGraph(graph, roles, inputs, callbacks)
@@ -93,8 +92,8 @@ def _output(tensor: Any, spec: TensorSpec) -> Any:
 
 def _arguments(callbacks: Callbacks) -> tuple[dict[str, Any], bool]:
     """Native arguments, and whether there is a score_mod."""
-    assert callbacks.lowering is not None
-    return dict(callbacks.lowering.native), callbacks.lowering.score_mod is not None
+    _, lowering = callbacks.building[0]
+    return dict(lowering.native), lowering.score_mod is not None
 
 
 def _forward(graph: Any, problem: Problem, callbacks: Callbacks, roles: dict[str, Any]) -> None:
@@ -145,9 +144,7 @@ def _shaped(grad: Any, problem: Problem) -> Any:
     """The gradient arrives without a shape, and a node would take that of its other input, a scalar maybe."""
     batch, heads, rows = problem.lse_shape
     columns = problem.key.shape[2]
-    return grad.set_dim([batch, heads, rows, columns]).set_stride(
-        [heads * rows * columns, rows * columns, columns, 1]
-    )
+    return grad.set_dim([batch, heads, rows, columns]).set_stride([heads * rows * columns, rows * columns, columns, 1])
 
 
 def gradient_spec(spec: TensorSpec) -> TensorSpec:

@@ -6,9 +6,10 @@ Knows nothing of what a key or a plan is.
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, Literal, NamedTuple, TypeVar, get_args
 
 Value = TypeVar("Value")
+Counter = Literal["hits", "misses", "builds", "certifications", "rejections", "evictions"]
 
 
 class CacheInfo(NamedTuple):
@@ -32,7 +33,7 @@ class Cache(Generic[Value]):
         self._entries: OrderedDict[Hashable, Value] = OrderedDict()
         self._lock = threading.Lock()
         self.bound = bound
-        self.counts = dict.fromkeys(("hits", "misses", "builds", "certifications", "rejections", "evictions"), 0)
+        self.counts: dict[Counter, int] = dict.fromkeys(get_args(Counter), 0)
 
     def get(self, key: Hashable) -> Value | None:
         with self._lock:
@@ -56,7 +57,7 @@ class Cache(Generic[Value]):
             self._shrink()
             return value
 
-    def count(self, what: str) -> None:
+    def count(self, what: Counter) -> None:
         with self._lock:
             self.counts[what] += 1
 

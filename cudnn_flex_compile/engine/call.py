@@ -40,9 +40,7 @@ def backward_key(forward: Key, grad: Any) -> Key:
 def problem_of(call: Key) -> Problem:
     """The problem: layouts that cuDNN cannot read are replaced by dense ones, into which the op copies."""
     direction, program, qs, qt, qd, ks, kt, kd, vs, vt, vd, device, scale, stats, deterministic, operands = call[:16]
-    query, key, value = (
-        TensorSpec(tuple(s), tuple(t), d) for s, t, d in ((qs, qt, qd), (ks, kt, kd), (vs, vt, vd))
-    )
+    query, key, value = (TensorSpec(tuple(s), tuple(t), d) for s, t, d in ((qs, qt, qd), (ks, kt, kd), (vs, vt, vd)))
     out = out_spec(query, value)
     grad = TensorSpec(out.shape, tuple(call[16]), out.dtype) if direction == BACKWARD else None
     return Problem(

@@ -5,7 +5,7 @@ neither. All of that state belongs to a thread, so a thread of ours has none of 
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
@@ -32,7 +32,7 @@ def run_clean(function: Callable[[], Result], device: int) -> Result:
 
 
 @contextmanager
-def above_autograd() -> Iterator[None]:
+def above_autograd() -> Generator[None]:
     """Lets a kernel, which runs below autograd, use autograd itself, in its own thread."""
     keys = torch._C.DispatchKey
     exclude = torch._C._dispatch_tls_local_exclude_set()

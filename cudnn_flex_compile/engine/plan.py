@@ -96,9 +96,7 @@ class Plan:
 
 def _drop_python_engines(graph: Any) -> None:
     """The frontend also offers kernels that it compiles from Python: seconds to compile, and slow to launch."""
-    names = [
-        graph.get_plan_name_at_index(i) for i, plan in enumerate(graph.plans) if plan.engine_id >= PYTHON_ENGINES
-    ]
+    names = [graph.get_plan_name_at_index(i) for i, plan in enumerate(graph.plans) if plan.engine_id >= PYTHON_ENGINES]
     if names:
         graph.deselect_engines(names)
 

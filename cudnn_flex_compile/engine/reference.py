@@ -65,9 +65,7 @@ class ProgramReference:
 
         def masked(scores: torch.Tensor, b: int, h: int, rows: torch.Tensor, cols: torch.Tensor) -> torch.Tensor:
             where = {"b": b, "h": h, "q": rows[:, None], "k": cols[None, :]}
-            indices = {
-                axis: torch.as_tensor(i, dtype=torch.int32, device=scores.device) for axis, i in where.items()
-            }
+            indices = {axis: torch.as_tensor(i, dtype=torch.int32, device=scores.device) for axis, i in where.items()}
             near = {i: slice_operand(t, b, h, rows, cols) for i, t in enumerate(operands)}
             numbers = {i: float(t) for i, t in enumerate(floats)}
             leaf = environment(scores, indices, near, dict(enumerate(ints)), numbers)
@@ -127,7 +125,7 @@ class SubgraphReference:
 
     def sample(self, problem: Problem, generator: torch.Generator) -> Sample:
         values = [self._draw(c, generator) for c in self.captured]
-        sizes = (*problem.query.shape[:3], problem.key.shape[2])
+        sizes = (*problem.lse_shape, problem.lengths[1])
         operands = self.operands(values, sizes, generator.device)
         for_score = [values[i] for i in self.score_captured]
         for_mask = [values[i] for i in self.mask_captured]

@@ -139,7 +139,9 @@ def _first_right(problem: Problem, forward: "Plan | None") -> "Plan | Reason":
     reasons: list[Reason] = []
     for variant, strategy in itertools.product(variants, STRATEGIES):
         lowering = strategy.lower(variant, problem.direction == BACKWARD)
-        found = lowering if isinstance(lowering, Reason) else _try(build, certify, problem, lowering, forward, reference)
+        found = (
+            lowering if isinstance(lowering, Reason) else _try(build, certify, problem, lowering, forward, reference)
+        )
         if not isinstance(found, Reason):
             return found
         reasons.append(found)

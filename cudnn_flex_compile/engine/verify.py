@@ -214,7 +214,10 @@ def _columns(
     work = torch.float32 if low else torch.float64
     narrow = problem.query.dtype
     k, v = t.key[b, kv_head, columns].to(work), t.value[b, kv_head, columns].to(work)
-    dk, dv = Block(torch.zeros_like(k), k.new_zeros(len(k)), torch.zeros_like(k)), Block(torch.zeros_like(v), v.new_zeros(len(v)))
+    dk, dv = (
+        Block(torch.zeros_like(k), k.new_zeros(len(k)), torch.zeros_like(k)),
+        Block(torch.zeros_like(v), v.new_zeros(len(v))),
+    )
     rows = torch.arange(problem.lengths[0], device=k.device, dtype=torch.int32)
     for h in range(kv_head * group, (kv_head + 1) * group):
         q, grad, out = (x[b, h].to(work) for x in (t.query, t.grad, t.out))
@@ -263,9 +266,7 @@ def _check_backward(plan: Runnable, t: Tensors, sample: Sample) -> str | None:
     for b, h in _heads(problem):
         high, low = (_rows(problem, t, sample, b, h, rows, low=flag) for flag in (False, True))
         wrong = compare("dQ", gradients[0][b, h, rows], high.dq, low.dq, bool(t.shift))
-        kv_high, kv_low = (
-            _columns(problem, t, sample, b, h // group, columns, low=flag) for flag in (False, True)
-        )
+        kv_high, kv_low = (_columns(problem, t, sample, b, h // group, columns, low=flag) for flag in (False, True))
         for i, name in ((0, "dK"), (1, "dV")):
             found = gradients[i + 1][b, h // group, columns]
             wrong = wrong or compare(name, found, kv_high[i], kv_low[i], bool(t.shift) and name == "dK")

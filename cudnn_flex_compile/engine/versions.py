@@ -4,6 +4,7 @@ Knows nothing of programs. Imports cudnn lazily: a machine without it can still 
 """
 
 import functools
+import importlib
 
 import torch
 
@@ -17,8 +18,7 @@ MINIMUM_CAPABILITY = (8, 0)
 def cudnn_missing() -> str | None:
     """Why cudnn cannot be imported, or None."""
     try:
-        import cudnn  # noqa: F401
-
+        importlib.import_module("cudnn")
         return None
     except Exception as error:  # the frontend raises ImportError, RuntimeError or OSError, by what is missing
         return f"{type(error).__name__}: {error}"

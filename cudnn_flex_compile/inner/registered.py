@@ -19,7 +19,9 @@ def compile(graph_module: GraphModule, example_inputs: Sequence[Any], options: O
     if options.inner_backend == "cudnn_flex":
         raise ValueError("inner_backend='cudnn_flex': the inner backend must be another one")
     if options.mode not in (None, "default"):
-        raise ValueError(f"mode={options.mode!r} is an option of inductor; the inner backend is {options.inner_backend!r}")
+        raise ValueError(
+            f"mode={options.mode!r} is an option of inductor; the inner backend is {options.inner_backend!r}"
+        )
     try:
         backend: Callable[..., Any] = lookup_backend(options.inner_backend)
     except InvalidBackend:

@@ -25,7 +25,7 @@ MISMATCH = (
     " compile again (torch.compiler.reset()) with this BlockMask, whose calls are then kept on the inner backend."
 )
 # What each kv_indices tensor was last found to agree with; one that is freed takes its entries with it.
-_agreed: "WeakIdKeyDictionary[Tensor, dict[tuple[Any, ...], Verdict]]" = WeakIdKeyDictionary()
+_agreed = WeakIdKeyDictionary()  # to dictionaries of verdicts, by question
 
 
 def check(
@@ -44,7 +44,8 @@ def check(
     if capturing:
         torch._assert_async(agree(blocks, operands, ints, floats, parse(program), sizes, block_sizes))
         return
-    known, question = _agreed.setdefault(blocks[1], {}), (program, len(blocks), *sizes, *block_sizes)
+    known: dict[tuple[Any, ...], Verdict] = _agreed.setdefault(blocks[1], {})  # pyright: ignore[reportAssignmentType]
+    question = (program, len(blocks), *sizes, *block_sizes)
     if question in known and known[question].holds(blocks, ints):
         return
     if not bool(agree(blocks, operands, ints, floats, parse(program), sizes, block_sizes)):

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from cudnn_flex_compile.passes.find import Call, example
+from cudnn_flex_compile import ops
+from cudnn_flex_compile.passes.find import Call, example, hint
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import TRUE, Program
@@ -51,11 +52,7 @@ def disagreement(
 
 def _sizes(call: Call) -> list[int]:
     query, key = example(call.query), example(call.key)
-    return [_hint(n) for n in (*query.shape[:3], key.shape[2])]
-
-
-def _hint(size: Any) -> int:
-    return size if isinstance(size, int) else int(size.node.hint)
+    return [hint(n) for n in (*query.shape[:3], key.shape[2])]
 
 
 @dataclass(slots=True)
@@ -75,8 +72,10 @@ class InputCheck:
         """Raises RuntimeError if the tensors are others than last time and do not agree with the mask."""
         tensors = [inputs[i] for i in self.positions]
         capturing = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
-        if not capturing and self._seen and all(
-            ref() is t and version == t._version for (ref, version), t in zip(self._seen, tensors, strict=True)
+        if (
+            not capturing
+            and self._seen
+            and all(ref() is t and version == t._version for (ref, version), t in zip(self._seen, tensors, strict=True))
         ):
             return
         from cudnn_flex_compile.kernels.block_mask import check
@@ -132,7 +131,7 @@ class Guards:
                 for size, (node, dim) in zip(shapes, _size_sources(call), strict=True)
             ]
             arguments = (blocks, list(operands), list(ints), list(floats), mask, sizes, list(call.block_sizes))
-            node = graph.call_function(torch.ops.cudnn_flex.check_block_mask.default, arguments)
+            node = graph.call_function(ops.check_block_mask, arguments)
         node.meta["example_value"] = example(call.query).new_empty((0,), dtype=torch.int32)
         return node
 

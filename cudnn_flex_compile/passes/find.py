@@ -91,6 +91,11 @@ def scale_of(call: Call) -> float | None:
         return None
 
 
+def hint(size: Any) -> int:
+    """A size as it is in the call that is being compiled; makes no guard."""
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
 def example(value: Any) -> Any:
     """The fake tensor or symbolic number that Dynamo recorded for a node; other values as they are."""
     return value.meta["example_value"] if isinstance(value, Node) else value

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from cudnn_flex_compile import ops as _ops  # noqa: F401  (registers the op that the pass writes)
 from cudnn_flex_compile.passes import block_mask, speed
 from cudnn_flex_compile.passes.capture import Captures, read_captures
-from cudnn_flex_compile.passes.find import Call, example, find_calls, scale_of
+from cudnn_flex_compile.passes.find import Call, example, find_calls, hint, scale_of
 from cudnn_flex_compile.passes.hoist import Writer, operand_value
 from cudnn_flex_compile.passes.rewrite import replace
 from cudnn_flex_compile.passes.target import Target, judge
@@ -144,22 +143,19 @@ def _real_values(
     values = {leaf: context.real.get(node) if isinstance(node, Node) else node for leaf, node in captures.nodes.items()}
     if any(v is None for v in values.values()):
         return None
-    sizes = (*example(call.query).shape[:3], example(call.key).shape[2])
-    hints = tuple(n if isinstance(n, int) else int(n.node.hint) for n in sizes)
-    numbers = [int(v if isinstance(v, int) else v.node.hint) for v in (values[leaf] for leaf in captures.ints)]
+    sizes = tuple(hint(n) for n in (*example(call.query).shape[:3], example(call.key).shape[2]))
+    numbers = [hint(values[leaf]) for leaf in captures.ints]
     for leaf, number in zip(captures.ints, numbers, strict=True):
         values[leaf] = number
     with torch.no_grad():
-        operands = [operand_value(h, values.__getitem__, hints, example(call.query).device) for h in hoisted]
+        operands = [operand_value(h, values.__getitem__, sizes, example(call.query).device) for h in hoisted]
     return operands, numbers, [values[leaf] for leaf in captures.floats]
 
 
 def _rewrite(
     call: Call, captures: Captures, program: Program, hoisted: list[Hoisted], training: bool, context: Context
 ) -> None:
-    operands = [
-        context.operands.write(h, captures.nodes, call.query, call.key, call.node) for h in hoisted
-    ]
+    operands = [context.operands.write(h, captures.nodes, call.query, call.key, call.node) for h in hoisted]
     ints = [captures.nodes[leaf] for leaf in captures.ints]
     floats = [captures.nodes[leaf] for leaf in captures.floats]
     guard = context.guards.write(call, ir.program(mask=program.mask), operands, ints, floats)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from cudnn_flex_compile import ops
 from cudnn_flex_compile.passes.find import Call, example, scale_of
 
 
@@ -31,10 +32,10 @@ def replace(
     with graph.inserting_before(node):
         key, value = (_with_batch(graph, n, call.query) for n in (call.key, call.value))
         arguments = (
-            call.query, key, value, list(operands), list(ints), list(floats), program, scale_of(call) or 0.0, call.uses(1),
-            training, guard,
+            call.query, key, value, list(operands), list(ints), list(floats), program, scale_of(call) or 0.0,
+            call.uses(1), training, guard,
         )  # fmt: skip
-        op = graph.call_function(torch.ops.cudnn_flex.attention.default, arguments)
+        op = graph.call_function(ops.attention, arguments)
         op.meta.update({k: v for k, v in node.meta.items() if k != "example_value"})
         outputs = [graph.call_function(operator.getitem, (op, i)) for i in range(2)]
     fakes = example(node)

@@ -16,7 +16,7 @@ from cudnn_flex_compile.engine.reference import CapturedValue, SubgraphReference
 from cudnn_flex_compile.engine.strategies import STRATEGIES
 from cudnn_flex_compile.engine.support import refused
 from cudnn_flex_compile.passes.capture import Captures
-from cudnn_flex_compile.passes.find import Call, example, scale_of
+from cudnn_flex_compile.passes.find import Call, example, hint, scale_of
 from cudnn_flex_compile.passes.hoist import operand_value
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod.interpret import TORCH_DTYPE
@@ -99,7 +99,7 @@ def _spec(tensor: torch.Tensor) -> TensorSpec:
 
 
 def _hints(sizes: Sequence[Any]) -> tuple[int, ...]:
-    return tuple(n if isinstance(n, int) else int(n.node.hint) for n in sizes)
+    return tuple(hint(n) for n in sizes)
 
 
 def _operand_spec(hoisted: Hoisted, sizes: tuple[int, ...]) -> TensorSpec:

@@ -40,7 +40,7 @@ def evaluate(root: Expr, leaf: Callable[[Expr], Any], high: bool = False) -> Any
 
 def const_tensor(node: Expr, device: torch.device | str = "cpu", high: bool = False) -> torch.Tensor:
     dtype = torch.float64 if high and node.dtype == F32 else TORCH_DTYPE[node.dtype]
-    return torch.full((), node.value, dtype=dtype, device=device)  # pyright: ignore[reportArgumentType]
+    return torch.full((), node.value, dtype=dtype, device=device)  # pyright: ignore
 
 
 def fold(node: Expr) -> Expr:

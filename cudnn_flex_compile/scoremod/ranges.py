@@ -53,6 +53,8 @@ def _own(node: Expr, largest: dict[Expr, int]) -> int:
             return args[0] * args[1]
         case "scalar" | "operand":
             return VALUE_LIMIT
+        case _ if node.dtype == BOOL:
+            return 1
         case _ if args:
             return max(args)
         case _:

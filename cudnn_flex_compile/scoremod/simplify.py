@@ -24,11 +24,6 @@ def _unit(value: float) -> Rule:
     return lambda n: n.args[0] if is_const(n.args[1], value) else None
 
 
-def _left_unit(value: float) -> Rule:
-    """value op x -> x"""
-    return lambda n: n.args[1] if is_const(n.args[0], value) else None
-
-
 def _integer_zero(n: Expr) -> Expr | None:
     """x * 0 -> 0, on integers only: a float x may be NaN or infinite"""
     zero = next((a for a in n.args if is_const(a, 0)), None)
@@ -245,5 +240,3 @@ def normalize(program: Program) -> Program:
     """The simplified program; -inf that the score_mod itself returns has become a mask."""
     score, mask = simplify(powers(program.score)), simplify(program.mask)
     return split_infinity(score, mask)
-
-

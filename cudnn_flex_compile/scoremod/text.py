@@ -126,7 +126,7 @@ def _infix(node: Expr, args: list[str]) -> str:
         return {"b": "b", "h": "h", "q": "q", "k": "kv"}[str(node.value)]
     if node.kind == "const":
         value = node.value
-        if isinstance(value, float) and math.isfinite(value) and value == int(value) and abs(value) < 1e15:
+        if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
             return str(int(value))
         return f"{value:.7g}" if isinstance(value, float) else str(value).lower()
     if node.kind == "operand":

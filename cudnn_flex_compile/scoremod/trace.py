@@ -12,6 +12,7 @@ import torch
 from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import _disable_current_modes
 
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import BOOL, F32, I32, I64, SCORE, Expr
@@ -129,7 +130,7 @@ class _Reader:
     def _constant(self, tensor: torch.Tensor) -> Expr:
         if tensor.numel() != 1:
             raise Untraceable("a tensor constant of several elements")
-        with torch.utils._python_dispatch._disable_current_modes():
+        with _disable_current_modes():
             return ir.const(tensor.item(), dtype_of(tensor.dtype))
 
     def _value(self, arg: Any) -> Any:

@@ -14,9 +14,7 @@ import pytest
 
 from .harness import SMS, device_properties, judge
 
-BF16, FLOAT, INT, BOOL = (
-    getattr(cudnn.data_type, name) for name in ("BFLOAT16", "FLOAT", "INT32", "BOOLEAN")
-)
+BF16, FLOAT, INT, BOOL = (getattr(cudnn.data_type, name) for name in ("BFLOAT16", "FLOAT", "INT32", "BOOLEAN"))
 B, H, S, D = 2, 16, 4096, 128
 BSHD = {"dim": [B, H, S, D], "stride": [S * H * D, D, H * D, 1]}  # laid out as [B, S, H, D]
 ROWS = {"dim": [B, H, S, 1], "stride": [H * S, S, 1, 1]}
@@ -120,9 +118,7 @@ def backward(**mods: ScoreMod) -> Callable[[dict[str, Any]], Any]:
         graph, (q, k, v, out, grad) = start(device, 5)
         stats = graph.tensor(**ROWS, data_type=FLOAT)
         extra: dict[str, Any] = callbacks(graph, **mods) if mods else {"use_causal_mask": True}
-        grads = graph.sdpa_backward(
-            q=q, k=k, v=v, o=out, dO=grad, stats=stats, attn_scale=0.1, **extra
-        )
+        grads = graph.sdpa_backward(q=q, k=k, v=v, o=out, dO=grad, stats=stats, attn_scale=0.1, **extra)
         for node in grads:
             emit(node, BSHD, BF16)
         return graph

@@ -1,6 +1,6 @@
 """Host time of one op call beside torch's own cuDNN SDPA op: enqueue only, interleaved, microseconds.
 
-    python3 -m tests.gpu.host_time
+python3 -m tests.gpu.host_time
 """
 
 import statistics
@@ -24,7 +24,9 @@ def main():
         "torch cuDNN SDPA": lambda: sdpa(q, k, v, None, True, 0.0, True, False, scale=0.125),
         "native causal": lambda: ops.attention(q, k, v, [], [], [], causal, 0.125, False, True, None),
         "soft cap + causal": lambda: ops.attention(q, k, v, [], [], [], capped, 0.125, False, True, None),
-        "soft cap + causal, backward": lambda: ops.attention_backward(out, None, q, k, v, out, stats, [], [], [], capped, 0.125),
+        "soft cap + causal, backward": lambda: ops.attention_backward(
+            out, None, q, k, v, out, stats, [], [], [], capped, 0.125
+        ),
     }
     times = {name: [] for name in calls}
     with torch.no_grad():

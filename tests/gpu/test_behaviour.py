@@ -123,9 +123,7 @@ def test_queries_of_a_larger_batch_than_keys():
     grad = torch.randn_like(out)
     gradients = torch.autograd.grad(out, (query, key, value), grad)
     wide = [t.detach().expand(3, -1, -1, -1) for t in (key, value)]
-    exact, stock = (
-        dense.with_gradients(query, *wide, None, causal, 0.125, grad, exact=e)[2:] for e in (True, False)
-    )
+    exact, stock = (dense.with_gradients(query, *wide, None, causal, 0.125, grad, exact=e)[2:] for e in (True, False))
     for f, e, s in zip(gradients, exact, stock, strict=True):
         summed = [t.sum(0, keepdim=True) if f.shape[0] == 1 else t for t in (e, s.double())]
         assert (f - summed[0]).norm() <= 2 * (summed[1] - summed[0]).norm() + 4e-3 * summed[0].norm()

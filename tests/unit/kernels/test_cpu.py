@@ -41,9 +41,9 @@ def reference(query, key, value, grad, masked: Masked, scale: float, dtype: torc
     keys, values = (t.repeat_interleave(group, 1) for t in leaves[1:])
     scores = masked(leaves[0] @ keys.transpose(-2, -1) * scale)
     seen = (scores > -math.inf).any(-1, keepdim=True)
-    weights = torch.softmax(torch.where(seen, scores, 0.0), -1) * seen
-    out = weights @ values
-    lse = torch.where(seen, torch.where(seen, scores, 0.0), 0.0).logsumexp(-1)
+    safe = torch.where(seen, scores, 0.0)
+    lse = safe.logsumexp(-1)
+    out = torch.exp(safe - lse.unsqueeze(-1)) * seen @ values  # from the log-sum-exp, as flash attention's backward
     loss = (out * grad.to(dtype)).sum()
     if grad_lse is not None:
         loss = loss + (lse * grad_lse.to(dtype) * seen.squeeze(-1)).sum()
