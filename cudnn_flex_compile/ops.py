@@ -21,7 +21,8 @@ SCHEMAS = {
     ),
     "attention_backward": (
         "(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor stats,"
-        " Tensor[] operands, SymInt[] ints, Tensor[] floats, str program, float scale) -> (Tensor dq, Tensor dk, Tensor dv)"
+        " Tensor[] operands, SymInt[] ints, Tensor[] floats, str program, float scale)"
+        " -> (Tensor dq, Tensor dk, Tensor dv)"
     ),
     "check_block_mask": (
         "(Tensor[] blocks, Tensor[] operands, SymInt[] ints, Tensor[] floats, str program, SymInt[] sizes,"

@@ -60,9 +60,22 @@ def _tie_backward(g: Expr, ahead: Expr, behind: Expr) -> Expr:
     return (g + wins - loses) * 0.5
 
 
-def _clamp_backward(g: Expr, beyond: Expr) -> Expr:
-    """g where `beyond` <= 0: clamp's gradient passes at the bound itself."""
-    return g - make("relu_grad", g, beyond)
+def _passes_at_bound() -> bool:
+    """Whether torch's clamp passes its gradient at the bound itself: torch 2.13 does, 2.15 does not."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.utils._python_dispatch._disable_current_modes():
+        x = torch.zeros((), requires_grad=True, device="cpu")
+        return bool(torch.autograd.grad(x.clamp(min=0.0), x)[0])
+
+
+PASSES_AT_BOUND = _passes_at_bound()
+
+
+def _clamp_backward(g: Expr, ahead: Expr, behind: Expr, bound: Expr) -> Expr:
+    """g where ahead > behind; at a tie all of it, or none for a number as the bound and half for a tensor."""
+    if PASSES_AT_BOUND:
+        return g - make("relu_grad", g, behind - ahead)
+    number = bound.kind in ("const", "scalar")
+    return make("relu_grad", g, ahead - behind) if number else _tie_backward(g, ahead, behind)
 
 
 def _pow_backward(g: Expr, args: tuple[Expr, ...], out: Expr) -> Partials:
@@ -130,8 +143,8 @@ ROWS: tuple[Row, ...] = (
         ("maximum",),
     ),
     # clamps to a bound that does not depend on the score
-    Row("clamp_min", "number", 2, torch.maximum, lambda g, a, o: (_clamp_backward(g, a[1] - a[0]), None)),
-    Row("clamp_max", "number", 2, torch.minimum, lambda g, a, o: (_clamp_backward(g, a[0] - a[1]), None)),
+    Row("clamp_min", "number", 2, torch.maximum, lambda g, a, o: (_clamp_backward(g, a[0], a[1], a[1]), None)),
+    Row("clamp_max", "number", 2, torch.minimum, lambda g, a, o: (_clamp_backward(g, a[1], a[0], a[1]), None)),
     # powers and transcendental functions
     Row("exp", "float", 1, torch.exp, lambda g, a, o: (g * o,), "exp", UNARY),
     Row("log", "float", 1, torch.log, lambda g, a, o: (g / a[0],), "log", UNARY),

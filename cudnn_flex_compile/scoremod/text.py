@@ -9,7 +9,6 @@ one item per node, numbered in the order of `ir.walk`, which depends on structur
     cudnn_flex 1; 0 f32 score; 1 f32 const 0x1.4000000000000p+4; 2 f32 div 0 1; 3 bool const true; score 2; mask 3
 """
 
-import math
 from itertools import zip_longest
 
 from cudnn_flex_compile.scoremod import ir

@@ -71,13 +71,32 @@ def measure(name, shape, dtype, repeats, options):
     return medians, str(call.reason) if call.reason else "+".join(call.strategies)
 
 
+def plot(rows, path):
+    """Bars of the ratio Inductor / cudnn_flex by mod, forward and backward."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 3.6), layout="constrained")
+    for offset, column, label, color in ((-0.2, -3, "forward", "#8fb58a"), (0.2, -2, "backward", "#2f6f4f")):
+        places = [i + offset for i in range(len(rows))]
+        bars = axes.bar(places, [float(r[column]) for r in rows], 0.38, label=label, color=color)
+        axes.bar_label(bars, fmt="%.1f", fontsize=8)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(rows)), [r[1].replace(" + ", "\n+ ") for r in rows], fontsize=8)
+    axes.set_ylabel("times as fast as Inductor")
+    axes.set_title(f"flex_attention through torch.compile, B, H, Hkv, S, D = {rows[0][0]}, bfloat16", fontsize=10)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="*", default=["2,16,16,4096,128"])
     parser.add_argument("--mods", nargs="*", default=list(MODS), choices=list(MODS))
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--lower", default="when_faster", choices=("when_faster", "always"))
-    parser.add_argument("--csv")
+    parser.add_argument("--csv", help="file for the table")
+    parser.add_argument("--plot", help="file for a bar chart (PNG; needs matplotlib)")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("bench: no NVIDIA GPU here; speed is only measured on one")
@@ -96,6 +115,8 @@ def main():
             print("  ".join(row), flush=True)
     for part in ("fwd", "bwd", "both"):
         print(f"geometric mean {part}: {math.exp(statistics.fmean(math.log(r[part]) for r in ratios)):.2f}")
+    if arguments.plot:
+        plot(rows, arguments.plot)
     if arguments.csv:
         header = ["shape", "mod", "strategies"]
         header += [f"{b}_{p}_ms" for p in ("fwd", "bwd", "both") for b in BACKENDS] + ["fwd_x", "bwd_x", "both_x"]
