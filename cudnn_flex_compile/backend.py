@@ -38,11 +38,11 @@ def cudnn_flex(
     Raises:
         ValueError, TypeError: an unknown option, or a value that it does not take.
     """
-    from cudnn_flex_compile.engine.select import plans, policy
+    from cudnn_flex_compile.engine.select import plans, set_certify
     from cudnn_flex_compile.passes.lower_calls import lower_calls
 
     chosen = options_from(options, mode)
-    policy.certify = chosen.certify != "off"
+    set_certify(chosen.certify != "off")
     plans.resize(chosen.plan_cache_size)
     lowered = lower_calls(graph_module, example_inputs, only_faster=chosen.lower == "when_faster")
     publish(lowered.calls)

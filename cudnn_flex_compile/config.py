@@ -21,7 +21,8 @@ class Options:
         inner_options: `options` of the inner backend.
         mode: `mode` of the inner backend; `torch.compile(mode=...)` cannot be combined with options, so it is
             also an option of its own.
-        certify: whether plans are checked before they run user data. "off" is for debugging only.
+        certify: whether plans are checked before they run user data. "off", for debugging only, holds for the whole
+            process.
         lower: "when_faster" keeps calls that measurements say are slower on cuDNN; "always" lowers all it can.
         plan_cache_size: how many plans are kept (least recently used first out); each holds some host memory.
         verbose: log every call, not only one line a graph.
@@ -52,6 +53,17 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "certify": ("once", "off"),
     "lower": ("when_faster", "always"),
 }
+SWITCH = {
+    "": False,
+    "1": True,
+    "true": True,
+    "yes": True,
+    "on": True,
+    "0": False,
+    "false": False,
+    "no": False,
+    "off": False,
+}
 KINDS: dict[str, type] = {"inner_backend": str, "plan_cache_size": int, "verbose": bool, "inner_options": Mapping}
 
 
@@ -79,7 +91,10 @@ def _from_environment() -> dict[str, Any]:
             continue
         kind = KINDS.get(f.name, str)
         try:
-            found[f.name] = text.lower() in ("1", "true", "yes", "on") if kind is bool else kind(text)
+            found[f.name] = SWITCH[text.lower()] if kind is bool else kind(text)
+        except KeyError:
+            valid = ", ".join(filter(None, SWITCH))
+            raise ValueError(f"environment variable {PREFIX}{f.name.upper()}={text!r}; valid: {valid}") from None
         except ValueError as error:
             raise ValueError(f"environment variable {PREFIX}{f.name.upper()}={text!r}: {error}") from error
     return found

@@ -1,6 +1,6 @@
 """What was done with each flex_attention call: data that logs, `explain` and tests read.
 
-Knows nothing of how it is shown (explanation.py).
+Knows nothing of how it is shown (rendering.py).
 """
 
 import threading
@@ -75,12 +75,12 @@ class Report:
         return f"<Report of {self.summary}>"
 
     def __str__(self) -> str:
-        from cudnn_flex_compile.explanation import to_text
+        from cudnn_flex_compile.rendering import to_text
 
         return to_text(self)
 
     def __rich__(self) -> Any:
-        from cudnn_flex_compile.explanation import render
+        from cudnn_flex_compile.rendering import render
 
         return render(self)
 

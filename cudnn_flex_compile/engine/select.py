@@ -36,7 +36,7 @@ log = logging.getLogger("cudnn_flex_compile")
 
 @dataclass(slots=True)
 class Policy:
-    """What options say about plans; set by the backend."""
+    """What options say about plans."""
 
     certify: bool = True
 
@@ -49,11 +49,18 @@ class Ready:
     copies: tuple[bool, bool, bool, bool]
 
 
-policy = Policy()
+_policy = Policy()
 plans: Cache[Ready | Reason] = Cache(256)
 _building = threading.Lock()
 _references: OrderedDict[tuple[str, tuple[int, ...]], Reference] = OrderedDict()
 REFERENCES = 256
+
+
+def set_certify(certify: bool) -> None:
+    """Whether plans are checked, from now on and in the whole process; plans made under another rule go."""
+    if certify != _policy.certify:
+        _policy.certify = certify
+        plans.clear()
 
 
 def cache_info() -> CacheInfo:
@@ -166,7 +173,7 @@ def _try(
     """A plan that was built and certified, or why there is none."""
     plan = build(problem, lowering)
     plans.count("builds")
-    if isinstance(plan, Reason) or not policy.certify:
+    if isinstance(plan, Reason) or not _policy.certify:
         return plan
     plans.count("certifications")
     verdict = certify(plan, forward or plan, reference)

@@ -8,8 +8,8 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile import Reason, Report, collect, explain
-from cudnn_flex_compile.explanation import describe_mask, to_text
 from cudnn_flex_compile.reasons import Code
+from cudnn_flex_compile.rendering import describe_mask, to_text
 from cudnn_flex_compile.report import CallReport
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import I32, TRUE
