@@ -65,8 +65,8 @@ def test_a_freed_expression_comes_back_whole() -> None:
 
 
 def test_threads_get_the_same_objects() -> None:
-    """Eight threads build the same 300 expressions, again and again, while they are freed and made anew."""
-    threads, rounds, size = 8, 5, 300
+    """Eight threads build the same 60 expressions, again and again, while they are freed and made anew."""
+    threads, rounds, size = 8, 5, 60
     start, meet = threading.Barrier(threads), threading.Barrier(threads)
     made: list[list[ir.Program]] = [[] for _ in range(threads)]
     failures: list[str] = []

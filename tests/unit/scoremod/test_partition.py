@@ -19,7 +19,7 @@ from tests.unit.generate import Mod, mask_mods, score_mods
 B, H, Q, KV = (ir.index(axis) for axis in ir.AXES)
 
 
-@settings(max_examples=250)
+@settings(max_examples=200)
 @given(score_mods(), mask_mods())
 def test_parts_make_the_whole(score_mod: Mod, mask_mod: Mod) -> None:
     score, visible = scores(), direct(mask_mod)

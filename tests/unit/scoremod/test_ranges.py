@@ -73,7 +73,7 @@ def torch_values(root: Expr) -> list[int]:
     return evaluate(root, leaf).expand(len(POINTS)).tolist()
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(integers())
 def test_no_step_is_larger_than_its_magnitude(root: Expr) -> None:
     bounds = {node: magnitude(node) for node in ir.walk(root)}
@@ -82,7 +82,7 @@ def test_no_step_is_larger_than_its_magnitude(root: Expr) -> None:
             assert abs(value) <= bounds[node], infix(node)
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(integers())
 def test_what_is_nonnegative_is_never_negative(root: Expr) -> None:
     if nonnegative(root):
@@ -91,7 +91,7 @@ def test_what_is_nonnegative_is_never_negative(root: Expr) -> None:
             assert value >= 0, infix(root)
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(integers())
 def test_narrow_keeps_the_value(root: Expr) -> None:
     small = narrow(root)

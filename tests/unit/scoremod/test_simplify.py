@@ -23,7 +23,7 @@ def number(value: float, dtype: str = F32) -> ir.Expr:
     return ir.const(value, dtype)
 
 
-@settings(max_examples=200)
+@settings(max_examples=150)
 @given(score_mods(WILD), mask_mods(Grammar(pairs=True)))
 def test_normal_programs_have_the_same_masked_scores(score_mod: Mod, mask_mod: Mod) -> None:
     score = scores()

@@ -26,13 +26,13 @@ def assert_same(mod: Mod, score: torch.Tensor) -> None:
         assert all(well_typed(n.kind, n.dtype, n.args) for n in ir.walk(form) if n.args), infix(form)
 
 
-@settings(max_examples=300)
+@settings(max_examples=250)
 @given(score_mods(WILD))
 def test_score_mods_keep_their_value(mod: Mod) -> None:
     assert_same(mod, scores())
 
 
-@settings(max_examples=300)
+@settings(max_examples=250)
 @given(mask_mods(Grammar(pairs=True)))
 def test_mask_mods_keep_their_value(mod: Mod) -> None:
     assert_same(mod, scores())

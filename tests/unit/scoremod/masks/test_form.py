@@ -31,7 +31,7 @@ def found(form: MaskForm) -> dict[str, int]:
     return {b.side: b.constant for b in form.bounds}
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(mask_mods())
 def test_the_form_is_the_mask(mask_mod: Mod) -> None:
     program, hoisted = partition(normalize(program_of(None, mask_mod)))
