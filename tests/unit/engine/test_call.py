@@ -87,7 +87,7 @@ def test_the_forward_of_a_backward(stats: bool) -> None:
     assert problem_of(forward_of(backward)) == problem_of(backward).forward()
 
 
-@pytest.mark.parametrize("change", CHANGES[:-1], ids=str)
+@pytest.mark.parametrize("change", CHANGES[:-1], ids=[f"{next(iter(c))}{i}" for i, c in enumerate(CHANGES[:-1])])
 def test_the_forward_of_any_backward(change: dict[str, object]) -> None:
     assert forward_of(backward_key(key(**change), tensor(2, 4, 16, 32))) == key(**change)
 

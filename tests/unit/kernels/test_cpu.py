@@ -1,5 +1,6 @@
 """The CPU kernels against dense attention in float64 with autograd, for generated and for everyday functions."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -122,6 +123,7 @@ SHAPES = {
 }  # fmt: skip
 
 
+@functools.cache
 def traced_program(score_mod, mask_mod) -> ir.Program:
     score = ir.SCORE if score_mod is None else trace(score_mod, True, [], CPU)
     mask = TRUE if mask_mod is None else trace(mask_mod, False, [], CPU)
