@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from cudnn_flex_compile.report import CallReport, Report
 
 WIDTH = 100
+EXPLANATION = Path(__file__).with_name("explanation.py")
 LONGEST = 240  # characters of one expression in the table; to_dict has all of it
 NOTES = {
     "window": "window N: a query sees keys that are at most N before it",
@@ -97,9 +98,11 @@ def _outcome(call: "CallReport") -> str:
 def _place(source: str) -> str:
     """`gpt.py:12 forward` for `File "models/gpt.py", line 12, in forward: return ...`."""
     found = re.match(r'File "(.+?)", line (\d+), in ([^:]+)', source)
-    if found is None or found.group(1) == __file__:  # Dynamo leaves out code that is in no file
-        return "unknown source"
+    if found is None:
+        return source
     path, line, function = found.groups()
+    if Path(path) == EXPLANATION:  # Dynamo leaves out code that is in no file, and shows what called it
+        return "unknown source"
     named = Path(path).name != "__init__.py"
     return f"{'/'.join(Path(path).parts[-1 if named else -2 :])}:{line} {function.strip()}"
 

@@ -100,6 +100,14 @@ def test_brackets_are_no_markup():
     assert "operand0[h]" in str(Report([CallReport("?", program, ("chained",))]))
 
 
+def test_code_without_a_file_has_no_source():
+    scope = {"flex_attention": flex_attention}
+    exec("def layer(x): return flex_attention(x, x, x)", scope)
+    shown = str(explain(scope["layer"], qkv(), options=EAGER))
+    assert "unknown source" in shown
+    assert "explanation" not in shown
+
+
 def test_is_json(report):
     loaded = json.loads(json.dumps(report.to_dict()))
     assert (loaded["lowered"], loaded["kept"]) == (3, 1)
