@@ -44,7 +44,7 @@ def cudnn_flex(
     chosen = options_from(options, mode)
     set_certify(chosen.certify != "off")
     plans.resize(chosen.plan_cache_size)
-    lowered = lower_calls(graph_module, example_inputs, only_faster=chosen.lower == "when_faster")
+    lowered = lower_calls(graph_module, example_inputs, chosen.lower == "when_faster", chosen.bias_budget_mb)
     publish(lowered.calls)
     _log(lowered.calls, chosen)
     compiled = compile_inner(graph_module, example_inputs, chosen)

@@ -25,6 +25,8 @@ class Options:
             process.
         lower: "when_faster" keeps calls that measurements say are slower on cuDNN; "always" lowers all it can.
         plan_cache_size: how many plans are kept (least recently used first out); each holds some host memory.
+        bias_budget_mb: MiB that one bias over (q, kv) pairs may take; a call that needs more is kept. The default holds
+            a float32 bias of 16 heads at length 2048, or a mask for one head at length 11585; calls share biases.
         verbose: log every call, not only one line a graph.
     """
 
@@ -34,6 +36,7 @@ class Options:
     certify: str = "once"
     lower: str = "when_faster"
     plan_cache_size: int = 256
+    bias_budget_mb: int = 256
     verbose: bool = False
 
     def __post_init__(self) -> None:
@@ -46,6 +49,8 @@ class Options:
                 raise TypeError(f"option {name}={value!r} is a {type(value).__name__}, expected {kind.__name__}")
         if self.plan_cache_size < 1:
             raise ValueError(f"option plan_cache_size={self.plan_cache_size}; valid values: 1 and more")
+        if self.bias_budget_mb < 0:
+            raise ValueError(f"option bias_budget_mb={self.bias_budget_mb}; valid values: 0 and more")
 
 
 CHOICES: dict[str, tuple[str | None, ...]] = {
@@ -64,7 +69,9 @@ SWITCH = {
     "no": False,
     "off": False,
 }
-KINDS: dict[str, type] = {"inner_backend": str, "plan_cache_size": int, "verbose": bool, "inner_options": Mapping}
+KINDS: dict[str, type] = {
+    "inner_backend": str, "plan_cache_size": int, "bias_budget_mb": int, "verbose": bool, "inner_options": Mapping,
+}  # fmt: skip
 
 
 def options_from(given: Mapping[str, Any] | None, mode: str | None = None) -> Options:

@@ -1,14 +1,14 @@
-"""The custom ops, with their fakes and autograd: `cudnn_flex::attention` and `cudnn_flex::attention_backward`.
+"""The custom ops and their fakes: `cudnn_flex::attention`, made of `attention_forward` and `attention_backward`.
 
 Knows nothing of FX passes. Imports the kernels of a device when they first run.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from cudnn_flex_compile.engine.problem import strides_like
 
@@ -31,6 +31,7 @@ SCHEMAS = {
 }
 
 library = torch.library.Library("cudnn_flex", "DEF")
+SCHEMAS["attention_forward"] = SCHEMAS["attention"]
 for _name, _schema in SCHEMAS.items():
     library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
 
@@ -59,7 +60,7 @@ def _new_stats(query: Tensor, wanted: bool) -> Tensor:
     return query.new_empty(query.shape[:3] if wanted else (0,), dtype=torch.float32)
 
 
-@torch.library.impl(library, "attention", "CUDA")
+@torch.library.impl(library, "attention_forward", "CUDA")
 def _attention_cuda(
     query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], ints: list[int], floats: list[Tensor],
     program: str, scale: float, return_lse: bool, stats: bool, guard: Tensor | None,
@@ -71,7 +72,7 @@ def _attention_cuda(
     return out, lse, natural if stats and natural is not None else _new_stats(query, False)
 
 
-@torch.library.impl(library, "attention", "CPU")
+@torch.library.impl(library, "attention_forward", "CPU")
 def _attention_cpu(
     query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], ints: list[int], floats: list[Tensor],
     program: str, scale: float, return_lse: bool, stats: bool, guard: Tensor | None,
@@ -125,33 +126,56 @@ def _backward_fake(
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
-    query, key, value, operands, ints, floats, program, scale, _, has_stats, _ = inputs
-    out, _, stats = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(stats)
-    ctx.save_for_backward(query, key, value, out, stats, *operands, *floats)
-    ctx.operands, ctx.ints, ctx.program, ctx.scale, ctx.has_stats = len(operands), ints, program, scale, has_stats
+class _Attention(torch.autograd.Function):
+    """Attention that records a gradient, made of the two ops that compute."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], ints: list[int],
+        floats: list[Tensor], program: str, scale: float, return_lse: bool, stats: bool, guard: Tensor | None,
+    ) -> Outputs:  # fmt: skip
+        out, lse, natural = attention_forward(
+            query, key, value, operands, ints, floats, program, scale, return_lse, stats, guard
+        )
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(natural)
+        ctx.save_for_backward(query, key, value, out, natural, *operands, *floats)
+        ctx.operands, ctx.ints, ctx.program, ctx.scale, ctx.has_stats = len(operands), ints, program, scale, stats
+        return out, lse, natural
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _: Tensor | None
+    ) -> Any:
+        query, key, value, out, stats, *rest = ctx.saved_tensors
+        if not ctx.has_stats:
+            raise RuntimeError("cudnn_flex::attention was called with stats=False; a backward needs stats=True")
+        if grad_out is None and grad_lse is None:
+            return (None,) * 11
+        gradients = attention_backward(
+            torch.zeros_like(out) if grad_out is None else grad_out,
+            grad_lse if grad_lse is not None and grad_lse.numel() else None,
+            *(query, key, value, out, stats, rest[: ctx.operands], ctx.ints, rest[ctx.operands :]),
+            *(ctx.program, ctx.scale),
+        )
+        return (*gradients, *(None,) * 8)
 
 
-def _autograd_backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _: Tensor | None) -> Any:
-    query, key, value, out, stats, *rest = ctx.saved_tensors
-    operands, floats = rest[: ctx.operands], rest[ctx.operands :]
-    # One None an input, but lists for lists of tensors, for which torch takes an empty list of integers too.
-    rest_of_inputs = ([None] * len(operands), None if ctx.ints else [], [None] * len(floats), *(None,) * 5)
-    if not ctx.has_stats:
-        raise RuntimeError("cudnn_flex::attention was called with stats=False; a backward needs stats=True")
-    if grad_out is None and grad_lse is None:
-        return (None, None, None, *rest_of_inputs)
-    dq, dk, dv = torch.ops.cudnn_flex.attention_backward(
-        torch.zeros_like(out) if grad_out is None else grad_out,
-        grad_lse if grad_lse is not None and grad_lse.numel() else None,
-        *(query, key, value, out, stats, operands, ctx.ints, floats, ctx.program, ctx.scale),
-    )
-    return (dq, dk, dv, *rest_of_inputs)
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], ints: list[int], floats: list[Tensor],
+    program: str, scale: float, return_lse: bool, stats: bool, guard: Tensor | None,
+) -> Outputs:  # fmt: skip
+    """What compilers decompose: below it there is no autograd, whose bookkeeping a compiled graph need not pay."""
+    arguments = (query, key, value, operands, ints, floats, program, scale, return_lse, stats, guard)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
+        return _Attention.apply(*arguments)  # pyright: ignore
+    return attention_forward(*arguments)
 
 
-torch.library.register_autograd("cudnn_flex::attention", _autograd_backward, setup_context=_setup_context, lib=library)
+library.impl("attention", _attention, "CompositeImplicitAutograd")
+for _name in ("attention_forward", "attention_backward"):
+    library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 
 def _check_block_mask(
@@ -177,12 +201,13 @@ def _check_fake(
 
 
 for _name, _fake in {
-    "attention": _attention_fake,
+    "attention_forward": _attention_fake,
     "attention_backward": _backward_fake,
     "check_block_mask": _check_fake,
 }.items():
     torch.library.register_fake(f"cudnn_flex::{_name}", _fake, lib=library)
 
 attention = torch.ops.cudnn_flex.attention.default
+attention_forward = torch.ops.cudnn_flex.attention_forward.default
 attention_backward = torch.ops.cudnn_flex.attention_backward.default
 check_block_mask = torch.ops.cudnn_flex.check_block_mask.default

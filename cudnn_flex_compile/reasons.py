@@ -19,7 +19,7 @@ class Code(enum.Enum):
     UNKNOWN_OP = "rewrite the op in terms of those that README lists, or ask for a row in the op table"
     NO_BACKWARD = "run under torch.no_grad, or use ops that have a derivative"
     ILLEGAL_OP = "cuDNN computes no form of this op right; see the detail"
-    PAIR_GATHER = "a table read at (q, kv) needs a bias tensor, which is not supported yet"
+    BIAS_BUDGET = "raise options={'bias_budget_mb': ...}, or write the mask as bounds on q - kv and kv"
     CAPTURED_GRADIENT = "detach the captured tensor, or keep this call on stock flex_attention"
     LSE_GRADIENT = "detach the LSE where it takes part in no loss"
     MAX_SCORES = "ask for the LSE only"

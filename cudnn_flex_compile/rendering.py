@@ -118,6 +118,7 @@ def describe_mask(call: "CallReport") -> str:
         return "not traced"
     form = split(call.program.mask)
     terms = _bands(form.bounds)
+    terms += [infix(bias) for bias in form.biases]
     if form.residual is not TRUE:
         terms.append(infix(form.residual))
     terms.sort(key=lambda term: term != "causal")

@@ -73,7 +73,8 @@ def assemble(problem: Problem, lowering: Lowering, **graph_arguments: Any) -> At
     )
     inputs = Inputs(graph, problem)
     roles = {name: _declare(graph, getattr(problem, name)) for name in ("query", "key", "value")}
-    inputs.declare(*lowering.leaves)
+    if lowering.lengths is None:
+        inputs.declare(*lowering.leaves)
     callbacks = Callbacks([(inputs, lowering)])
     add = _forward if problem.direction == FORWARD else _backward
     add(graph, problem, callbacks, roles)
@@ -92,8 +93,13 @@ def _output(tensor: Any, spec: TensorSpec) -> Any:
 
 def _arguments(callbacks: Callbacks) -> tuple[dict[str, Any], bool]:
     """Native arguments, and whether there is a score_mod."""
-    _, lowering = callbacks.building[0]
-    return dict(lowering.native), lowering.score_mod is not None
+    inputs, lowering = callbacks.building[0]
+    arguments = dict(lowering.native)
+    if lowering.lengths is not None:
+        arguments["use_padding_mask"] = True
+        arguments["seq_len_q"] = inputs.length(inputs.problem.lengths[0])
+        arguments["seq_len_kv"] = inputs.length(operand=lowering.lengths)
+    return arguments, lowering.score_mod is not None
 
 
 def _forward(graph: Any, problem: Problem, callbacks: Callbacks, roles: dict[str, Any]) -> None:
@@ -136,8 +142,8 @@ def _backward(graph: Any, problem: Problem, callbacks: Callbacks, roles: dict[st
         attn_scale=problem.scale,
         **extra,
     )
-    for name, tensor, like in zip(("dq", "dk", "dv"), gradients, ("query", "key", "value"), strict=True):
-        roles[name] = _output(tensor, gradient_spec(getattr(problem, like)))
+    for name, tensor, spec in zip(("dq", "dk", "dv"), gradients, output_specs(problem), strict=True):
+        roles[name] = _output(tensor, spec)
 
 
 def _shaped(grad: Any, problem: Problem) -> Any:
@@ -145,6 +151,13 @@ def _shaped(grad: Any, problem: Problem) -> Any:
     batch, heads, rows = problem.lse_shape
     columns = problem.key.shape[2]
     return grad.set_dim([batch, heads, rows, columns]).set_stride([heads * rows * columns, rows * columns, columns, 1])
+
+
+def output_specs(problem: Problem) -> tuple[TensorSpec, ...]:
+    """The layouts of what a plan writes: out and stats, or dq, dk and dv."""
+    if problem.direction == FORWARD:
+        return problem.out, stats_spec(problem)
+    return problem.gradients or tuple(gradient_spec(s) for s in (problem.query, problem.key, problem.value))
 
 
 def gradient_spec(spec: TensorSpec) -> TensorSpec:

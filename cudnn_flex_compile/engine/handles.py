@@ -14,9 +14,12 @@ _local = threading.local()
 
 def current_handle(device: int) -> Any:
     """This thread's handle for the device, which must be the current one, on torch's current stream."""
-    handles: dict[int, Any] = _local.__dict__.setdefault("handles", {})
-    handle = handles.get(device)
+    streams: dict[int, tuple[Any, int]] = _local.__dict__.setdefault("handles", {})
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    handle, last = streams.get(device, (None, None))
     if handle is None:
-        handle = handles[device] = cudnn.create_handle()
-    cudnn.set_stream(handle, torch._C._cuda_getCurrentRawStream(device))
+        handle = cudnn.create_handle()
+    if last != stream:  # nobody else sets the stream of our handle
+        cudnn.set_stream(handle, stream)
+        streams[device] = handle, stream
     return handle

@@ -37,7 +37,8 @@ def typed(tensor: Any, dtype: Any) -> Any:
 class Inputs:
     """The graph tensors that expressions read: operands by position, scalars and constants by value.
 
-    `hosts` has a host buffer for each pass-by-value tensor; `operands`, `ints` and `floats` the tensors that get
+    `filled` has int32 [B, 1, 1, 1] device tensors of one number; `hosts` has a host buffer for each pass-by-value
+    tensor; `operands`, `ints` and `floats` the tensors that get
     their value at each call.
     """
 
@@ -48,6 +49,17 @@ class Inputs:
     floats: dict[int, Any] = field(default_factory=dict[int, Any])
     hosts: list[tuple[Any, torch.Tensor]] = field(default_factory=list[tuple[Any, torch.Tensor]])
     constants: dict[Expr, Any] = field(default_factory=dict[Expr, Any])
+    filled: list[tuple[Any, int]] = field(default_factory=list[tuple[Any, int]])
+
+    def length(self, number: int | None = None, operand: int | None = None) -> Any:
+        """An int32 [B, 1, 1, 1] tensor of lengths: one number, or an operand as it is."""
+        batch = self.problem.query.shape[0]
+        tensor = self.graph.tensor(dim=[batch, 1, 1, 1], stride=[1] * 4, data_type=INT32)
+        if operand is not None:
+            self.operands[operand] = tensor
+        else:
+            self.filled.append((tensor, number or 0))
+        return tensor
 
     def declare(self, *roots: Expr) -> None:
         """Makes the tensors of all leaves; they must exist before the callbacks run."""

@@ -23,6 +23,7 @@ class Lowering:
         score_mod: writes the modified, masked score, given an emitter on the raw score; None without one.
         score_mod_bprop: writes the gradient of the raw score, given the emitter of score_mod and one whose grad
             is set; None where the gradient passes unchanged.
+        lengths: the position of the operand that holds the number of visible keys, [B, 1, 1, 1]; None without.
         leaves: every expression whose leaves the callbacks read.
     """
 
@@ -31,3 +32,4 @@ class Lowering:
     score_mod: "Callable[[Emitter], Any] | None" = None
     score_mod_bprop: "Callable[[Emitter], Any] | None" = None
     leaves: tuple[Expr, ...] = ()
+    lengths: int | None = None

@@ -9,8 +9,9 @@ from typing import Any
 import cudnn
 import torch
 
-from cudnn_flex_compile.engine.attention_graph import assemble, gradient_spec, stats_spec
+from cudnn_flex_compile.engine.attention_graph import assemble, output_specs
 from cudnn_flex_compile.engine.handles import current_handle
+from cudnn_flex_compile.engine.launch import launcher
 from cudnn_flex_compile.engine.lowering import Lowering
 from cudnn_flex_compile.engine.problem import FORWARD, Problem
 from cudnn_flex_compile.reasons import Code, Reason
@@ -32,7 +33,7 @@ class Plan:
     """
 
     __slots__ = (
-        "_constants", "_floats", "_graph", "_ints", "_operands", "_uids",
+        "_constants", "_floats", "_graph", "_ints", "_launch", "_operands",
         "device", "outputs", "problem", "strategy", "workspace",
     )  # fmt: skip
 
@@ -51,25 +52,25 @@ class Plan:
         graph.build_plans(cudnn.build_plan_policy.HEURISTICS_CHOICE)
         built.callbacks.clear()
         self.problem, self.strategy, self._graph = problem, lowering.strategy, graph
-        self.workspace = max(int(graph.get_workspace_size()), 1)
+        self.workspace = int(graph.get_workspace_size())
         self.device = torch.device("cuda", problem.device)
         roles = FORWARD_ROLES if problem.direction == FORWARD else BACKWARD_ROLES
         self._constants = [host for _, host in built.inputs.hosts]
+        batch = problem.query.shape[0]
+        self._constants += [
+            torch.full((batch, 1, 1, 1), n, dtype=torch.int32, device=self.device) for _, n in built.inputs.filled
+        ]
         self._operands = sorted(built.inputs.operands)
         self._ints, self._floats = sorted(built.inputs.ints), sorted(built.inputs.floats)
         tensors = [
             *(built.roles[r] for r in roles if r in built.roles),
             *(built.inputs.operands[i] for i in self._operands),
-            *(tensor for tensor, _ in built.inputs.hosts),
+            *(tensor for tensor, _ in (*built.inputs.hosts, *built.inputs.filled)),
             *(built.inputs.ints[i] for i in self._ints),
             *(built.inputs.floats[i] for i in self._floats),
         ]
-        self._uids = tuple(tensor.get_uid() for tensor in tensors)
-        self.outputs = (
-            (problem.out, stats_spec(problem))
-            if problem.direction == FORWARD
-            else tuple(gradient_spec(spec) for spec in (problem.query, problem.key, problem.value))
-        )
+        self._launch = launcher(graph, [tensor.get_uid() for tensor in tensors])
+        self.outputs = output_specs(problem)
 
     def run(
         self,
@@ -89,9 +90,10 @@ class Plan:
         if self._ints or self._floats:
             buffers += [torch.tensor([ints[i]], dtype=torch.int32) for i in self._ints]
             buffers += [floats[i].to(torch.float32).reshape(1) for i in self._floats]
-        workspace = torch.empty(self.workspace, dtype=torch.uint8, device=self.device)
-        handle = current_handle(self.problem.device)
-        self._graph.execute(buffers, workspace, handle=handle, tensor_uids=self._uids)
+        addresses = [buffer.data_ptr() for buffer in buffers]
+        workspace = torch.empty(self.workspace, dtype=torch.uint8, device=self.device) if self.workspace else None
+        memory = 0 if workspace is None else workspace.data_ptr()
+        self._launch(addresses, memory, current_handle(self.problem.device))
 
 
 def _drop_python_engines(graph: Any) -> None:

@@ -41,6 +41,7 @@ class Problem:
         stats: whether the forward writes the log-sum-exp (natural, [B, Hq, Sq], float32).
         grad: layout of the gradient of the output, in the backward.
         deterministic: whether torch.use_deterministic_algorithms was on.
+        gradients: layouts of dq, dk and dv, if not those of torch.empty_like.
     """
 
     program: str
@@ -55,6 +56,7 @@ class Problem:
     stats: bool = True
     grad: TensorSpec | None = None
     deterministic: bool = False
+    gradients: tuple[TensorSpec, ...] | None = None
 
     @property
     def lse_shape(self) -> tuple[int, int, int]:

@@ -15,6 +15,7 @@ from cudnn_flex_compile.engine.problem import Problem, TensorSpec
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.interpret import environment, evaluate
 from cudnn_flex_compile.scoremod.ir import Program
+from cudnn_flex_compile.scoremod.masks.form import split
 
 Masked = Callable[[torch.Tensor, int, int, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -60,6 +61,9 @@ class ProgramReference:
 
     def sample(self, problem: Problem, generator: torch.Generator) -> Sample:
         operands = [random_like(spec, generator, problem.lengths[1]) for spec in problem.operands]
+        for bias in split(self.program.mask).biases:
+            position = int(bias.value or 0)
+            operands[position] = torch.where(operands[position] > 0, 0.0, float("-inf")).to(operands[position].dtype)
         ints = [max(1, problem.lengths[1] // 3)] * self.ints
         floats = [torch.tensor(1.5, dtype=torch.float64)] * self.floats
 

@@ -3,11 +3,12 @@
 Knows nothing of FX graphs or of the op that runs plans.
 """
 
+import functools
 import itertools
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,20 +17,24 @@ import torch
 from cudnn_flex_compile.engine.cache import Cache, CacheInfo
 from cudnn_flex_compile.engine.call import Key, forward_of, problem_of
 from cudnn_flex_compile.engine.clean import run_clean
-from cudnn_flex_compile.engine.lowering import Lowering
-from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem
+from cudnn_flex_compile.engine.parts import PartsPlan, assemble_parts, divided
+from cudnn_flex_compile.engine.problem import BACKWARD, Problem
 from cudnn_flex_compile.engine.reference import ProgramReference, Reference
-from cudnn_flex_compile.engine.strategies.scores import legal, legal_backward
+from cudnn_flex_compile.engine.strategies import STRATEGIES, Strategy
+from cudnn_flex_compile.engine.strategies.scores import biased, legal_backward
 from cudnn_flex_compile.engine.support import refused
 from cudnn_flex_compile.engine.tail import guarded, needs_guard
 from cudnn_flex_compile.engine.versions import cudnn_version, unusable_device
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import Program
+from cudnn_flex_compile.scoremod.masks.boxes import pruned
 from cudnn_flex_compile.scoremod.text import parse
 
 if TYPE_CHECKING:
     from cudnn_flex_compile.engine.plan import Plan
+
+    Runs = Plan | PartsPlan
 
 log = logging.getLogger("cudnn_flex_compile")
 
@@ -45,7 +50,7 @@ class Policy:
 class Ready:
     """A certified plan, and which of query, key, value and the output's gradient must be copied for it."""
 
-    plan: "Plan"
+    plan: "Runs"
     copies: tuple[bool, bool, bool, bool]
 
 
@@ -133,54 +138,80 @@ def _copies(call: Key, problem: Problem) -> tuple[bool, bool, bool, bool]:
     return q, k, v, problem.grad is not None and tuple(call[16]) != problem.grad.stride
 
 
-def _first_right(problem: Problem, forward: "Plan | None") -> "Plan | Reason":
-    from cudnn_flex_compile.engine.plan import build
-    from cudnn_flex_compile.engine.strategies import STRATEGIES
+def _first_right(problem: Problem, forward: "Runs | None") -> "Runs | Reason":
+    """The first plan that cuDNN builds and certification passes: parts where they are faster, then each strategy."""
     from cudnn_flex_compile.engine.verify import certify
 
-    program = parse(problem.program)
-    reference = _references.get(_reference_key(problem)) or ProgramReference(program)
-    variants = [guarded(program, problem.lengths)]
-    if problem.direction == FORWARD or not _needs_guard(program, problem):
-        variants.insert(0, program)
+    program = pruned(parse(problem.program), problem.lengths)
+    reference = _references.get(_reference_key(problem)) or ProgramReference(parse(problem.program))
     reasons: list[Reason] = []
-    for variant, strategy in itertools.product(variants, STRATEGIES):
-        lowering = strategy.lower(variant, problem.direction == BACKWARD)
-        found = (
-            lowering if isinstance(lowering, Reason) else _try(build, certify, problem, lowering, forward, reference)
-        )
-        if not isinstance(found, Reason):
-            return found
-        reasons.append(found)
+    for make in (_in_parts, *_strategies(program, problem)):
+        plan = make(program, problem)
+        if isinstance(plan, Reason):
+            reasons.append(plan)
+            continue
+        verdict = _certified(lambda plan=plan: certify(plan, forward or plan, reference))
+        if verdict is None:
+            return plan
+        reasons.append(verdict)
     return _most_telling(reasons)
 
 
+def _in_parts(program: Program, problem: Problem) -> "Runs | Reason":
+    from cudnn_flex_compile.engine.attention_graph import output_specs
+
+    found = divided(program, problem)
+    if found is None:
+        return Reason(Code.UNSUPPORTED_CALL, "one plan is as fast as several")
+    return assemble_parts(problem, program, found, output_specs(problem), _first_built)
+
+
+def _first_built(program: Program, problem: Problem) -> "Runs | Reason":
+    """The first plan that cuDNN builds; what it is part of is certified as a whole."""
+    reasons: list[Reason] = []
+    for make in _strategies(program, problem):
+        plan = make(program, problem)
+        if not isinstance(plan, Reason):
+            return plan
+        reasons.append(plan)
+    return _most_telling(reasons)
+
+
+def _strategies(program: Program, problem: Problem) -> "Iterator[Callable[[Program, Problem], Runs | Reason]]":
+    """What builds a plan, in order: every strategy for the program, and with its ends guarded (tail.py)."""
+    guards = [False, True]
+    if problem.direction == BACKWARD and _needs_guard(program, problem):
+        guards.remove(False)
+    for guard, strategy in itertools.product(guards, STRATEGIES):
+        yield functools.partial(_build_with, strategy, guard)
+
+
+def _build_with(strategy: Strategy, guard: bool, program: Program, problem: Problem) -> "Runs | Reason":
+    from cudnn_flex_compile.engine.plan import build
+
+    variant = guarded(program, problem.lengths) if guard else program
+    lowering = strategy.lower(variant, problem.direction == BACKWARD)
+    if isinstance(lowering, Reason):
+        return lowering
+    plans.count("builds")
+    return build(problem, lowering)
+
+
 def _needs_guard(program: Program, problem: Problem) -> bool:
-    score, gradient = legal(program.score), legal_backward(program)
+    score, gradient = biased(program), legal_backward(program)
     if isinstance(score, Reason) or isinstance(gradient, Reason):
         return False
     return needs_guard(ir.program(score, program.mask), gradient, problem.lengths)
 
 
-def _try(
-    build: "Callable[[Problem, Lowering], Plan | Reason]",
-    certify: "Callable[[Plan, Plan, Reference], Reason | None]",
-    problem: Problem,
-    lowering: Lowering,
-    forward: "Plan | None",
-    reference: Reference,
-) -> "Plan | Reason":
-    """A plan that was built and certified, or why there is none."""
-    plan = build(problem, lowering)
-    plans.count("builds")
-    if isinstance(plan, Reason) or not _policy.certify:
-        return plan
+def _certified(certify: "Callable[[], Reason | None]") -> Reason | None:
+    if not _policy.certify:
+        return None
     plans.count("certifications")
-    verdict = certify(plan, forward or plan, reference)
-    if verdict is None:
-        return plan
-    plans.count("rejections")
-    log.info("cudnn_flex: a plan was rejected by certification and is not used: %s", verdict)
+    verdict = certify()
+    if verdict is not None:
+        plans.count("rejections")
+        log.info("cudnn_flex: a plan was rejected by certification and is not used: %s", verdict)
     return verdict
 
 

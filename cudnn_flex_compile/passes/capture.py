@@ -13,7 +13,7 @@ from cudnn_flex_compile.passes.find import Call, example
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import F32, I32, Expr
-from cudnn_flex_compile.scoremod.trace import Captured, Untraceable, dtype_of
+from cudnn_flex_compile.scoremod.trace import HALVES, Captured, Untraceable, dtype_of
 
 
 @dataclass(slots=True)
@@ -31,6 +31,12 @@ class Captures:
     of_mask: list[Captured] = field(default_factory=list[Captured])
     ints: list[Expr] = field(default_factory=list[Expr])
     floats: list[Expr] = field(default_factory=list[Expr])
+
+    @property
+    def stored(self) -> dict[Expr, torch.dtype]:
+        """The dtypes of captured tensors of 16-bit floats."""
+        values = {leaf: example(value) for leaf, value in self.nodes.items() if leaf.kind == "capture"}
+        return {leaf: tensor.dtype for leaf, tensor in values.items() if tensor.dtype in HALVES}
 
     def leaf_of(self, value: Any, only_item: bool) -> Expr:
         for leaf, known in self.nodes.items():

@@ -14,10 +14,9 @@ from torch.fx.proxy import GraphAppendingTracer
 from cudnn_flex_compile.passes.find import example
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.interpret import TORCH_DTYPE, evaluate
-from cudnn_flex_compile.scoremod.ir import I32, I64, Expr
+from cudnn_flex_compile.scoremod.ir import Expr
 from cudnn_flex_compile.scoremod.partition import Hoisted
 
-INT32 = torch.iinfo(torch.int32)
 VIEWS = {"b": (-1, 1, 1, 1), "h": (1, -1, 1, 1), "q": (1, 1, -1, 1), "k": (1, 1, 1, -1)}
 
 
@@ -42,14 +41,14 @@ def operand_value(
             return span.view(VIEWS[axis])
         if node.kind == "const":
             number: Any = node.value
-            return torch.full((), number, dtype=TORCH_DTYPE[node.dtype], device=device)
+            return torch.full((1, 1, 1, 1), number, dtype=TORCH_DTYPE[node.dtype], device=device)
         return captured(node)
 
     value = evaluate(hoisted.expression, leaf)
-    if hoisted.expression.dtype == I64 and hoisted.dtype == I32:
-        value = value.clamp(INT32.min, INT32.max)
+    if hoisted.limit:
+        value = value.clamp(0, sizes[3])
     shape = [size if axis in hoisted.dims else 1 for axis, size in zip(ir.AXES, sizes, strict=True)]
-    return value.to(TORCH_DTYPE[hoisted.dtype]).expand(*shape).contiguous()
+    return value.to(hoisted.stored).expand(*shape).contiguous()
 
 
 class Writer:
@@ -62,7 +61,7 @@ class Writer:
         """The node of an operand, above `before`."""
         graph = before.graph
         leaves = tuple(n for n in ir.walk(hoisted.expression) if n.kind in ("capture", "scalar"))
-        shared = (graph, hoisted.dtype, hoisted.expression, *(captured[n] for n in leaves), query, key)
+        shared = (graph, hoisted, *(captured[n] for n in leaves), query, key)
         if shared not in self._written:
             first = before.prev
             with graph.inserting_before(before):

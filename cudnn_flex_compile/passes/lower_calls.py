@@ -4,6 +4,7 @@ Knows nothing of the inner backend. An exception in one call keeps that call; th
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.report import CallReport
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import Program
-from cudnn_flex_compile.scoremod.partition import Hoisted, PairGather, partition
+from cudnn_flex_compile.scoremod.partition import Hoisted, ScoreGather, partition
 from cudnn_flex_compile.scoremod.ranges import narrow
 from cudnn_flex_compile.scoremod.simplify import normalize
 from cudnn_flex_compile.scoremod.text import text
@@ -38,6 +39,7 @@ class Context:
     guards: block_mask.Guards
     real: dict[Node, Any]
     only_faster: bool
+    bias_budget: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +50,18 @@ class Lowered:
     checks: list[block_mask.InputCheck]
 
 
-def lower_calls(graph_module: GraphModule, example_inputs: Sequence[Any], only_faster: bool = True) -> Lowered:
-    """Rewrites the graph in place. With `only_faster`, calls that are slower on cuDNN are kept."""
+def lower_calls(
+    graph_module: GraphModule, example_inputs: Sequence[Any], only_faster: bool = True, bias_budget: int = 256
+) -> Lowered:
+    """Rewrites the graph in place.
+
+    Args:
+        only_faster: keep the calls that are slower on cuDNN.
+        bias_budget: MiB that one operand over (q, kv) pairs may take.
+    """
     inputs = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
     real = dict(zip(inputs, example_inputs, strict=False))
-    context = Context(Writer(), block_mask.Guards(inputs), real, only_faster)
+    context = Context(Writer(), block_mask.Guards(inputs), real, only_faster, bias_budget)
     reports: list[CallReport] = []
     changed: list[GraphModule] = []
     for call in find_calls(graph_module):  # lazily: each call is read after those before it were rewritten
@@ -88,6 +97,9 @@ def _lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason
         return traced
     program, hoisted = traced
     report.program = program
+    large = _over_budget(call, hoisted, context.bias_budget)
+    if large is not None:
+        return large
     training = bool(example(call.node)[0].requires_grad)
     if training and call.uses(1):
         return Reason(Code.LSE_GRADIENT, "the LSE is used, and a gradient may flow through it")
@@ -129,11 +141,26 @@ def _trace(call: Call, captures: Captures) -> tuple[Program, list[Hoisted]] | Re
     try:
         score = trace(call.score_mod, True, captures.of_score, device)
         mask = trace(call.mask_mod, False, captures.of_mask, device)
-        return partition(normalize(ir.program(narrow(score), narrow(mask))))
+        return partition(normalize(ir.program(narrow(score), narrow(mask))), captures.stored)
     except Untraceable as error:
         return Reason(Code.UNKNOWN_OP, str(error))
-    except PairGather:
-        return Reason(Code.PAIR_GATHER, "a captured tensor is read at an index that depends on q and kv")
+    except ScoreGather:
+        return Reason(Code.UNKNOWN_OP, "a captured tensor read at an index that depends on the score")
+
+
+MIB = 2**20
+
+
+def _over_budget(call: Call, hoisted: list[Hoisted], budget: int) -> Reason | None:
+    """A reason if an operand over (q, kv) pairs takes more memory than the option allows."""
+    sizes = [hint(n) for n in (*example(call.query).shape[:3], example(call.key).shape[2])]
+    for part in hoisted:
+        count = math.prod(n for axis, n in zip(ir.AXES, sizes, strict=True) if axis in part.dims)
+        mib = count * part.stored.itemsize / MIB
+        if {"q", "k"} <= set(part.dims) and mib > budget:
+            detail = f"a bias over (q, kv) pairs takes {mib:.0f} MiB, more than bias_budget_mb={budget}"
+            return Reason(Code.BIAS_BUDGET, detail)
+    return None
 
 
 def _real_values(

@@ -19,7 +19,6 @@ from cudnn_flex_compile.passes.capture import Captures
 from cudnn_flex_compile.passes.find import Call, example, hint, scale_of
 from cudnn_flex_compile.passes.hoist import operand_value
 from cudnn_flex_compile.reasons import Code, Reason
-from cudnn_flex_compile.scoremod.interpret import TORCH_DTYPE
 from cudnn_flex_compile.scoremod.ir import AXES, Expr, Program
 from cudnn_flex_compile.scoremod.partition import Hoisted
 from cudnn_flex_compile.scoremod.text import text
@@ -105,7 +104,7 @@ def _hints(sizes: Sequence[Any]) -> tuple[int, ...]:
 def _operand_spec(hoisted: Hoisted, sizes: tuple[int, ...]) -> TensorSpec:
     shape = tuple(n if axis in hoisted.dims else 1 for axis, n in zip(AXES, sizes, strict=True))
     stride = tuple(torch.empty(shape, device="meta").stride())
-    return TensorSpec(shape, stride, TORCH_DTYPE[hoisted.dtype])
+    return TensorSpec(shape, stride, hoisted.stored)
 
 
 def _reference(target: Target) -> SubgraphReference:

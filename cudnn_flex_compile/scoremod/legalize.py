@@ -11,7 +11,7 @@ from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.interpret import fold
 from cudnn_flex_compile.scoremod.ir import BOOL, F32, I32, I64, SCORE, Expr
 from cudnn_flex_compile.scoremod.optable import TABLE, make
-from cudnn_flex_compile.scoremod.ranges import INT32_LIMIT, magnitude, nonnegative
+from cudnn_flex_compile.scoremod.ranges import INT32_LIMIT, interval, magnitude, nonnegative
 from cudnn_flex_compile.scoremod.simplify import simplify
 
 TINY = 1e-30
@@ -85,6 +85,11 @@ def _clamp(kind: str) -> Callable[[Expr], Expr]:
     return rewrite
 
 
+def _exp2(n: Expr) -> Expr:
+    """exp2(x) -> exp(x * log(2))"""
+    return make("exp", n.args[0] * math.log(2))
+
+
 def _sign(n: Expr) -> Expr:
     """sign(x) -> x / (|x| + tiny): comparing the saved score with a scalar is refused in the backward"""
     (x,) = n.args
@@ -113,12 +118,21 @@ def _operand_right(n: Expr) -> Expr:
 
 
 def _integer_division(n: Expr) -> Expr:
-    """// and % round down in torch and toward zero in cuDNN: the same where nothing is negative"""
+    """// and % round down in torch and toward zero in cuDNN: the same where nothing is negative
+
+    x // d -> (x + m * d) // d - m;  x % d -> (x + m * d) % d, with m * d no less than any -x
+    """
     left, right = n.args
-    negative = not nonnegative(left) or magnitude(left) > INT32_LIMIT
-    if negative or right.kind != "const" or int(right.value or 0) <= 0:
-        raise Illegal(n.kind, "the dividend may be negative, or the divisor is no positive constant")
-    return n
+    divisor = int(right.value or 0) if right.kind == "const" else 0
+    if divisor <= 0:
+        raise Illegal(n.kind, "the divisor is no positive constant")
+    if nonnegative(left) and magnitude(left) <= INT32_LIMIT:
+        return n
+    multiple = -(interval(left)[0] // divisor)
+    if magnitude(left) + multiple * divisor > INT32_LIMIT:
+        raise Illegal(n.kind, "the dividend may be negative, and as large as 32-bit integers are")
+    raised = ir.intern(n.kind, I32, (left + ir.const(multiple * divisor, I32), right))
+    return raised if n.kind == "mod" else raised + ir.const(-multiple, I32)
 
 
 def _number_of_bool(n: Expr) -> Expr:
@@ -149,7 +163,7 @@ def _compare(n: Expr) -> Expr:
 
 
 RULES: dict[str, Callable[[Expr], Expr]] = {
-    "sub": _sub, "div": _div, "neg": _neg, "max": _max, "min": _min, "sign": _sign,
+    "sub": _sub, "div": _div, "neg": _neg, "max": _max, "min": _min, "sign": _sign, "exp2": _exp2,
     "clamp_min": _clamp("max"), "clamp_max": _clamp("min"), "idiv": _integer_division, "mod": _integer_division,
     "f32": _number_of_bool, "i32": _number_of_bool, "where": _where,
     "ge": _compare, "gt": _compare, "eq": _compare, "ne": _compare,
@@ -183,3 +197,20 @@ def unsupported(root: Expr) -> str | None:
         if row is not None and row.cudnn is None and node.kind not in (F32, I32):
             return node.kind
     return None
+
+
+def computes(root: Expr) -> bool:
+    """Whether the kernel can compute it: it has a legal form, in which every node descends from the score or an index.
+
+    (A node that is fed by operands alone is refused.)
+    """
+    try:
+        legal = legalize(root)
+    except Illegal:
+        return False
+    descends: dict[Expr, bool] = {}
+    for node in ir.walk(legal):
+        descends[node] = node.kind in ("score", "index") or any(descends[a] for a in node.args)
+        if node.args and not descends[node]:
+            return False
+    return unsupported(legal) is None and (legal.kind != "const" or legal.dtype != BOOL)

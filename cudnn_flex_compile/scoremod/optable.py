@@ -148,6 +148,7 @@ ROWS: tuple[Row, ...] = (
     Row("clamp_max", "number", 2, torch.minimum, lambda g, a, o: (_clamp_backward(g, a[1], a[0], a[1]), None)),
     # powers and transcendental functions
     Row("exp", "float", 1, torch.exp, lambda g, a, o: (g * o,), "exp", UNARY),
+    Row("exp2", "float", 1, torch.exp2, lambda g, a, o: (g * o * math.log(2),)),
     Row("log", "float", 1, torch.log, lambda g, a, o: (g / a[0],), "log", UNARY),
     Row("sqrt", "float", 1, torch.sqrt, lambda g, a, o: (g / o * 0.5,), "sqrt", UNARY),
     Row("rsqrt", "float", 1, torch.rsqrt, lambda g, a, o: (g * (o * o * o) * -0.5,), "rsqrt", UNARY),

@@ -1,28 +1,55 @@
-"""Splits a traced program by what its parts depend on: what needs no (q, kv) pair is computed outside, once.
+"""Splits a traced program by what its parts depend on: what needs no score is computed outside, once, where it must.
 
 Knows nothing of FX or tensors. A part that is computed outside becomes an operand of the program; the caller
-evaluates it in the surrounding graph.
+evaluates it in the surrounding graph. Outside go
+
+    what reads a captured tensor, and depends on one of (b, h, q) or (b, h, kv) only;
+    the limits of row intervals, kv < end[b, h, q], in 64 bits and clamped to the keys that there are: no clamped
+        limit hides or shows another key, and nothing overflows;
+    predicates of the columns and, where the kernel cannot compute them, of (q, kv) pairs, as biases of 0 and -inf;
+    whatever else of a score depends on (q, kv) pairs and reads captured tensors at them, or has no legal form.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
+
 from cudnn_flex_compile.scoremod import ir
-from cudnn_flex_compile.scoremod.ir import BOOL, F32, I32, I64, SCORE, Expr, Program
-from cudnn_flex_compile.scoremod.masks.linear import KV, linear
+from cudnn_flex_compile.scoremod.interpret import TORCH_DTYPE
+from cudnn_flex_compile.scoremod.ir import BOOL, F32, I32, I64, SCORE, TRUE, Expr, Program
+from cudnn_flex_compile.scoremod.legalize import computes
+from cudnn_flex_compile.scoremod.masks.form import hides, split
+from cudnn_flex_compile.scoremod.masks.linear import KV
+from cudnn_flex_compile.scoremod.masks.solve import solve
 from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.ranges import VALUE_LIMIT, magnitude
+from cudnn_flex_compile.scoremod.simplify import simplify
+
+HALF = torch.bfloat16  # holds 0 and -inf
+Stored = Mapping[Expr, torch.dtype]
 
 
-class PairGather(Exception):
-    """A captured tensor is read at an index that depends on both q and kv."""
+class ScoreGather(Exception):
+    """A captured tensor is read at an index that depends on the score."""
+
+
+PairGather = ScoreGather  # XXX
 
 
 @dataclass(frozen=True, slots=True)
 class Hoisted:
-    """One operand: its expression over captures, indices and scalars, and the dtype in which it is stored."""
+    """One operand.
+
+    Attributes:
+        expression: over captures, indices and scalars.
+        stored: the dtype in which the operand is computed and kept.
+        limit: whether it is a limit of kv, to be clamped to the number of keys.
+    """
 
     expression: Expr
-    dtype: str
+    stored: torch.dtype
+    limit: bool = False
 
     @property
     def dims(self) -> str:
@@ -31,48 +58,100 @@ class Hoisted:
 
 @dataclass(slots=True)
 class Partition:
-    """operands: what to compute outside, by operand position."""
+    """operands: what to compute outside, by operand position. stored: the dtypes of 16-bit captures."""
 
+    stored: Stored
     operands: list[Hoisted] = field(default_factory=list[Hoisted])
 
-    def operand(self, expression: Expr, dtype: str) -> Expr:
-        hoisted = Hoisted(expression, dtype)
+    def operand(self, expression: Expr, dtype: str, stored: torch.dtype | None = None, limit: bool = False) -> Expr:
+        hoisted = Hoisted(expression, stored or TORCH_DTYPE[dtype], limit)
         if hoisted not in self.operands:
             self.operands.append(hoisted)
         return ir.operand(self.operands.index(hoisted), dtype, hoisted.dims)
 
+    def value(self, node: Expr) -> Expr:
+        """The operand that holds a part, a predicate as kv < (everything or nothing)."""
+        if node.dtype == BOOL:
+            ends = (ir.const(n, I32) for n in (VALUE_LIMIT, 0))
+            return make("gt", self.operand(make("where", node, *ends), I32), KV)
+        if node.dtype == I64:
+            raise ScoreGather(node)
+        return self.operand(node, node.dtype, self._exactly(node) if node.dtype == F32 else None)
 
-ORDER = ("ge", "gt", "le", "lt")
+    def _exactly(self, node: Expr) -> torch.dtype | None:
+        """The 16-bit dtype that holds every value of a pair operand, which is large, if one does."""
+        if not {"q", "k"} <= set(ir.axes_of(node)):
+            return None
+        if node.kind == "gather":
+            return self.stored.get(node.args[0])
+        if node.kind == "where":
+            values = [a for a in node.args[1:] if a.kind != "const" or a.value not in (0.0, float("-inf"))]
+            kinds = {self._exactly(a) for a in values}
+            return kinds.pop() if len(kinds) == 1 else None
+        return None
+
+    def bias(self, predicate: Expr) -> Expr:
+        """The predicate, held as 0 where it is true and -inf elsewhere."""
+        shown, hidden = ir.const(0.0, F32), ir.const(float("-inf"), F32)
+        return hides(self.operand(make("where", predicate, shown, hidden), F32, HALF))
 
 
-def partition(program: Program) -> tuple[Program, list[Hoisted]]:
+def partition(program: Program, stored: Stored | None = None) -> tuple[Program, list[Hoisted]]:
     """The program with operands in place of captures, and the operands.
 
+    Args:
+        program: normalized, over captures.
+        stored: the dtypes of the captures that are 16-bit floats.
+
     Raises:
-        PairGather: for a gather that needs a (q, kv) pair.
+        ScoreGather: for a gather at an index that depends on the score, or 64-bit integers beside the score.
     """
-    parts = Partition()
+    parts = Partition(stored or {})
     score = _inside(program.score, parts)
-    mask = _inside(program.mask, parts)
-    return ir.program(score, mask), parts.operands
+    return ir.program(score, _mask(program.mask, parts)), parts.operands
+
+
+def _mask(mask: Expr, parts: Partition) -> Expr:
+    solved = solve(mask)
+    terms = [bound.predicate() for bound in solved.bounds]
+    terms += [make("ge", KV, parts.operand(start, I32, limit=True)) for start in solved.starts]
+    terms += [make("gt", parts.operand(end, I32, limit=True), KV) for end in solved.ends]
+    if solved.columns is not TRUE:
+        terms.append(parts.bias(solved.columns))
+    if solved.residual is not TRUE:
+        # Beside a band, by which tiles are skipped, a bias is the faster one, unless the parts are bounds themselves.
+        inside = not _captures(solved.residual) and computes(solved.residual)
+        inside = inside and (_of_bounds(solved.residual) or not any(b.side in BANDS for b in solved.bounds))
+        terms.append(solved.residual if inside else parts.bias(solved.residual))
+    result = TRUE
+    for term in terms:
+        result = make("and", result, term)
+    return simplify(result)
+
+
+BANDS = ("lower", "upper")
+
+
+def _of_bounds(residual: Expr) -> bool:
+    """Whether it is clauses of integer bounds alone."""
+    if residual.kind in ("and", "or"):
+        return all(_of_bounds(a) for a in residual.args)
+    return bool(split(residual).bounds)
 
 
 def _captures(root: Expr) -> bool:
     return any(n.kind == "capture" for n in ir.walk(root))
 
 
-def _one_sided(root: Expr) -> bool:
-    axes = ir.axes_of(root)
-    return not ("q" in axes and "k" in axes) and not ir.depends_on(root, SCORE)
-
-
 def _outside(node: Expr) -> bool:
     """Whether to compute it outside: it reads a captured tensor, or is float work on batch and head alone."""
-    if not node.args or not _one_sided(node):
+    if not node.args or node.dtype == I64 or ir.depends_on(node, SCORE):
         return False
     axes = set(ir.axes_of(node))
-    computes = node.dtype == F32 and node.kind != F32  # a cast costs nothing inside
-    return _captures(node) or (computes and bool(axes) and axes <= set("bh"))
+    if {"q", "k"} <= axes:
+        return False
+    computed = node.dtype == F32 and node.kind != F32  # a cast costs nothing inside
+    return _captures(node) or (computed and bool(axes) and axes <= set("bh"))
 
 
 def _inside(root: Expr, parts: Partition) -> Expr:
@@ -84,58 +163,58 @@ def _inside(root: Expr, parts: Partition) -> Expr:
         return done[node]
 
     def _visited(node: Expr) -> Expr:
-        if _outside(node) and not _bounds_kv(node):
-            return _as_operand(node, parts)
-        if node.kind in ORDER:
-            node = _limited(node, parts)
-        if node.kind == "gather":
-            raise PairGather(node)
         if not node.args:
             return node
+        if not ir.depends_on(node, SCORE) and node.dtype != I64:
+            return _beside_score(node, parts)
+        if node.kind == "gather":
+            raise ScoreGather(node)
         args = tuple(visit(a) for a in node.args)
         return ir.intern(node.kind, node.dtype, args, node.value, node.dims)
 
     return visit(root)
 
 
-def _as_operand(node: Expr, parts: Partition) -> Expr:
-    """The operand that holds `node`; a predicate is held as an integer."""
-    if node.dtype == BOOL:
-        return make("ne", parts.operand(ir.cast(node, I32), I32), ir.const(0, I32))
-    return parts.operand(node, node.dtype)
+def _beside_score(node: Expr, parts: Partition) -> Expr:
+    """A part that needs no score: as the kernel computes it from operands, or else as one operand as a whole."""
+    trial = Partition(parts.stored, list(parts.operands))
+    candidate = _with_operands(node, trial)
+    if candidate is None or not computes(candidate):
+        return parts.value(node)
+    parts.operands = trial.operands
+    return candidate
 
 
-def _bounds_kv(node: Expr) -> bool:
-    """Whether it is a bound on kv by a captured limit of b and h: as one operand along kv it would be no bound."""
-    if node.kind == "and":
-        return any(_bounds_kv(a) for a in node.args)
-    sides = _sides(node)
-    if sides is None or "k" in ir.axes_of(sides[1]):
-        return False
-    factors = linear(sides[0]).factors
-    return set(factors) == {KV} and abs(factors[KV]) == 1
+def _with_operands(node: Expr, parts: Partition) -> Expr | None:
+    if _outside(node):
+        return parts.value(node)
+    if node.kind == "gather":
+        return None
+    limited = _limited(node, parts)
+    if limited is not None:
+        return limited
+    args = [_with_operands(a, parts) for a in node.args]
+    if any(a is None for a in args):
+        return None
+    rebuilt = tuple(a for a in args if a is not None)
+    return ir.intern(node.kind, node.dtype, rebuilt, node.value, node.dims) if rebuilt else node
 
 
-def _sides(node: Expr) -> tuple[Expr, Expr] | None:
-    """The position, I32, and the captured limit of a comparison of integers by order, if it is one."""
+ORDER = ("ge", "gt", "le", "lt")
+
+
+def _limited(node: Expr, parts: Partition) -> Expr | None:
+    """position >= limit with a captured limit, clamped: as good as the limit itself, and nothing overflows."""
     if node.kind not in ORDER or node.args[0].dtype not in (I32, I64):
         return None
     position, limit = sorted(node.args, key=_captures)
     position = position.args[0] if position.kind == "i64" else position
-    if _captures(position) or not _outside(limit) or position.dtype != I32 or magnitude(position) >= VALUE_LIMIT:
+    axes = set(ir.axes_of(limit))
+    if _captures(position) or not _captures(limit) or {"q", "k"} <= axes:
         return None
-    return position, limit
-
-
-def _limited(node: Expr, parts: Partition) -> Expr:
-    """position >= limit -> position >= i32(clamp(limit)): a limit beyond every position is as good as the clamped
-    one, with which nothing overflows
-    """
-    sides = _sides(node)
-    if sides is None:
-        return node
-    position, limit = sides
+    if position.dtype != I32 or magnitude(position) >= VALUE_LIMIT:
+        return None
     least, most = (ir.const(n, limit.dtype) for n in (-VALUE_LIMIT, VALUE_LIMIT))
     operand = parts.operand(ir.cast(make("min", make("max", limit, least), most), I32), I32)
-    ordered = (operand, position) if node.args[0] is limit else (position, operand)
+    ordered = (operand, position) if node.args[1] is not limit else (position, operand)
     return ir.intern(node.kind, BOOL, ordered)

@@ -5,6 +5,8 @@ is beyond VALUE_LIMIT; the op checks the former and the scalars when it runs. (A
 means "no bound"; partition.py clamps it. Within a sum, 32-bit numbers of that size overflow in torch already.)
 """
 
+from collections.abc import Callable
+
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import BOOL, I32, I64, Expr
 
@@ -14,29 +16,67 @@ INT32_LIMIT = 2**31 - 1
 
 
 def nonnegative(node: Expr) -> bool:
-    """True only where no value of the leaves makes the expression negative."""
+    """True only where no value of the leaves makes the integer expression negative."""
+    return interval(node)[0] >= 0
+
+
+def interval(root: Expr) -> tuple[int, int]:
+    """Bounds of the value of an integer or boolean expression that does not overflow."""
+    found: dict[Expr, tuple[int, int]] = {}
+    for node in ir.walk(root):
+        found[node] = _interval(node, [found[a] for a in node.args])
+    return found[root]
+
+
+def _interval(node: Expr, args: list[tuple[int, int]]) -> tuple[int, int]:
+    value = node.value
+    if node.dtype == BOOL:
+        return 0, 1
+    if node.kind == "const" and isinstance(value, int):
+        return value, value
     match node.kind:
-        case "index" | "abs":
-            return True
-        case "const":
-            return int(node.value or 0) >= 0
-        case "add" | "mul" | "idiv" | "min":
-            return all(nonnegative(a) for a in node.args)
-        case "max":
-            return any(nonnegative(a) for a in node.args)
-        case "mod":
-            return nonnegative(node.args[1])
-        case "i32" | "i64":
-            return node.args[0].dtype == BOOL or nonnegative(node.args[0])
+        case "index":
+            return 0, AXIS_LIMIT - 1
+        case "scalar" | "operand":
+            return -VALUE_LIMIT, VALUE_LIMIT
+        case "i32" | "i64" if node.args[0].dtype != ir.F32:
+            return args[0]
+        case "neg":
+            return -args[0][1], -args[0][0]
+        case "abs":
+            low, high = args[0]
+            return max(0, low, -high), max(-low, high)
+        case "where":
+            return min(args[1][0], args[2][0]), max(args[1][1], args[2][1])
+        case _ if node.kind in ENDS and node.dtype != ir.F32:
+            ends = [ENDS[node.kind](x, y) for x in args[0] for y in args[1]]
+            return min(ends), max(ends)
+        case "idiv" | "mod" if args[1][0] > 0:
+            (low, high), (least, most) = args
+            if node.kind == "mod":
+                return 0, min(high, most - 1) if low >= 0 else most - 1
+            return min(low // least, low // most), max(high // least, high // most)
         case _:
-            return False
+            return -(2**63), 2**63
 
 
-def magnitude(root: Expr) -> int:
-    """An upper bound of |value| of an integer or boolean expression, at every step of its evaluation."""
+ENDS: dict[str, Callable[[int, int], int]] = {  # monotone in each argument, so that extremes are at the ends
+    "add": lambda x, y: x + y, "sub": lambda x, y: x - y, "mul": lambda x, y: x * y, "min": min, "max": max,
+    "clamp_min": max, "clamp_max": min,
+}  # fmt: skip
+
+
+def magnitude(root: Expr, captured: int = INT32_LIMIT + 1) -> int:
+    """An upper bound of |value| of an integer or boolean expression, at every step of its evaluation.
+
+    `captured` bounds what captured tensors hold.
+    """
     largest: dict[Expr, int] = {}
     for node in ir.walk(root):
-        largest[node] = max([_own(node, largest), *(largest[a] for a in node.args)])
+        if node.kind in ("gather", "capture"):  # the index into a captured tensor is in its range
+            largest[node] = 1 if node.dtype == BOOL else captured
+        else:
+            largest[node] = max([_own(node, largest), *(largest[a] for a in node.args)])
     return largest[root]
 
 

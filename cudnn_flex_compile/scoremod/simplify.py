@@ -9,8 +9,9 @@ from collections.abc import Callable
 
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.interpret import fold
-from cudnn_flex_compile.scoremod.ir import BOOL, F32, FALSE, TRUE, Expr, Program
+from cudnn_flex_compile.scoremod.ir import BOOL, F32, FALSE, I32, I64, TRUE, Expr, Program
 from cudnn_flex_compile.scoremod.optable import make
+from cudnn_flex_compile.scoremod.ranges import magnitude
 
 Rule = Callable[[Expr], Expr | None]
 
@@ -133,6 +134,22 @@ def _reflexive(n: Expr) -> Expr | None:
     return None
 
 
+FLOAT_EXACT = 2**24  # up to it, every integer is a float32
+
+
+def _whole(n: Expr) -> Expr | None:
+    """f32(x) >= f32(y) -> x >= y for integers that float32 holds"""
+    sides = [_integer(a) for a in n.args]
+    return None if sides[0] is None or sides[1] is None else make(n.kind, sides[0], sides[1])
+
+
+def _integer(node: Expr) -> Expr | None:
+    if node.kind == "f32" and node.args[0].dtype in (I32, I64):
+        return node.args[0] if magnitude(node.args[0]) <= FLOAT_EXACT else None
+    exact = node.dtype == F32 and isinstance(node.value, float) and abs(node.value) <= FLOAT_EXACT
+    return ir.const(int(node.value), I32) if exact and node.value == int(node.value) else None  # pyright: ignore
+
+
 def _minus_negative(n: Expr) -> Expr | None:
     """x - c -> x + (-c) on integers, so that constants gather"""
     x, c = n.args
@@ -159,12 +176,12 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "bool": (_cast_of_cast, _as_predicate),
     "f32": (_cast_of_cast,),
     "i32": (_cast_of_cast,),
-    "ge": (_reflexive,),
-    "gt": (_reflexive,),
+    "ge": (_reflexive, _whole),
+    "gt": (_reflexive, _whole),
     "le": (_turn_less,),
     "lt": (_turn_less,),
-    "eq": (_reflexive, _constant_last, _numeric_bool),
-    "ne": (_reflexive, _constant_last, _numeric_bool),
+    "eq": (_reflexive, _constant_last, _numeric_bool, _whole),
+    "ne": (_reflexive, _constant_last, _numeric_bool, _whole),
 }
 
 
@@ -223,20 +240,30 @@ def _product(x: Expr, exponent: float) -> Expr | None:
     return known.get(exponent, make("reciprocal", x) if exponent == -1.0 else None)
 
 
-def split_infinity(score: Expr, mask: Expr) -> Program:
-    """where(p, x, -inf) as a score -> x, with p in the mask: -inf is what a masked score is."""
-    while score.kind == "where" and not ir.depends_on(score.args[0], ir.SCORE):
-        condition, x, y = score.args
-        if is_const(y, -math.inf):
-            score, mask = x, make("and", mask, condition)
-        elif is_const(x, -math.inf):
-            score, mask = y, make("and", mask, make("not", condition))
-        else:
-            break
-    return ir.program(score, simplify(mask))
+def split_infinity(score: Expr) -> tuple[Expr, Expr]:
+    """(score, mask) with the score's own -inf as a mask: where(p, x, -inf) is x under p, in any tree of choices.
+
+    In sums, too: x + where(p, y, -inf) is x + y under p. (Only with an x of +inf or NaN, which no finite query and
+    key give, is that sum NaN where the masked score is not.)
+    """
+    if score.kind == "where" and not ir.depends_on(score.args[0], ir.SCORE):
+        condition = score.args[0]
+        (x, p), (y, r) = (split_infinity(a) for a in score.args[1:])
+        if p is TRUE and r is TRUE:
+            return score, TRUE
+        mask = simplify(make("or", make("and", condition, p), make("and", make("not", condition), r)))
+        if p is FALSE or r is FALSE:
+            return (y if p is FALSE else x), mask
+        return make("where", condition, x, y), mask
+    if is_const(score, -math.inf):
+        return score, FALSE
+    if score.kind == "add":
+        (x, p), (y, r) = (split_infinity(a) for a in score.args)
+        return (score if p is TRUE and r is TRUE else x + y), simplify(make("and", p, r))
+    return score, TRUE
 
 
 def normalize(program: Program) -> Program:
     """The simplified program; -inf that the score_mod itself returns has become a mask."""
-    score, mask = simplify(powers(program.score)), simplify(program.mask)
-    return split_infinity(score, mask)
+    score, hidden = split_infinity(simplify(powers(program.score)))
+    return ir.program(simplify(score), simplify(make("and", program.mask, hidden)))

@@ -157,14 +157,14 @@ KEPT = {
     Code.UNKNOWN_OP: lambda: (lambda q, k, v: flex_attention(q, k, v, lambda s, *_: torch.special.i0(s)), qkv()),
     Code.ILLEGAL_OP: lambda: (
         lambda q, k, v: flex_attention(q, k, v, lambda s, *_: torch.where(s > 0, s, s * 0.5)), qkv()),
-    Code.PAIR_GATHER: lambda: _pair_gather(),
+    Code.BIAS_BUDGET: lambda: (_pair_gather(), qkv(batch=1, length=1000)),
     Code.BLOCK_MASK: lambda: _blocks_of_its_own(),
 }  # fmt: skip
 
 
-def _pair_gather():
-    bias = torch.randn(160, 160)
-    return lambda q, k, v: flex_attention(q, k, v, lambda s, b, h, i, j: s + bias[i, j]), qkv()
+def _pair_gather(length=1000):
+    bias = torch.randn(length, length)
+    return lambda q, k, v: flex_attention(q, k, v, lambda s, b, h, i, j: s + bias[i, j])
 
 
 def _blocks_of_its_own():
@@ -176,10 +176,27 @@ def _blocks_of_its_own():
 @pytest.mark.parametrize("code", KEPT, ids=lambda c: c.name)
 def test_kept_calls_have_a_reason_and_run(code):
     function, args = KEPT[code]()
-    found, calls = run(function, *args)
+    found, calls = run(function, *args, bias_budget_mb=1)
     assert [c.reason.code for c in calls] == [code], [str(c.reason) for c in calls]
     assert calls[0].reason.remedy
     assert torch.isfinite(found).all()
+
+
+def test_biases_over_pairs():
+    table, distances = torch.randn(4, 400), torch.randint(0, 6, (2, 160, 160))
+    half = torch.randn(160, 160, dtype=torch.bfloat16)
+    ids = torch.randint(0, 3, (2, 160))
+    mods = {
+        "relative": (lambda s, b, h, q, kv: s + table[h, q - kv + 200], None),
+        "graph distances": (lambda s, b, h, q, kv: s + table[h, distances[b, q, kv]] * 0.5, causal),
+        "bfloat16": (lambda s, b, h, q, kv: s + half[q, kv], causal),
+        "documents": (None, lambda b, h, q, kv: (ids[b, q] == ids[b, kv]) & (q >= kv)),
+        "constant index": (lambda s, b, h, q, kv: s + distances[b, q, 3] * 0.1, None),
+    }
+    for score_mod, mask_mod in mods.values():
+        check(lambda q, k, v, s=score_mod, m=mask_mod: flex_attention(q, k, v, s, mask_of(m, B=2)), *qkv(),
+              codes=[None], lower="always")  # fmt: skip
+        torch._dynamo.reset()
 
 
 def test_an_exception_in_the_pass_keeps_that_call(monkeypatch):

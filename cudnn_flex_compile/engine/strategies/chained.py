@@ -7,7 +7,7 @@ taken from the running tensor; in any other form the mask is right but dense.
 from typing import TYPE_CHECKING, Any
 
 from cudnn_flex_compile.engine.lowering import Lowering
-from cudnn_flex_compile.engine.strategies.scores import backward_writer, legal, legal_backward
+from cudnn_flex_compile.engine.strategies.scores import backward_writer, biased, legal_backward
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import BOOL, F32, GRAD, I32, TRUE, Expr, Program
@@ -25,7 +25,7 @@ def lower(program: Program, training: bool) -> Lowering | Reason:
     form = split(program.mask)
     if form.residual is not TRUE:
         return Reason(Code.UNSUPPORTED_CALL, "chained takes integer bounds only")
-    score = legal(program.score)
+    score = biased(program)
     gradient = legal_backward(program) if training else GRAD
     if isinstance(score, Reason) or isinstance(gradient, Reason):
         return score if isinstance(score, Reason) else gradient  # pyright: ignore[reportReturnType]
@@ -59,7 +59,8 @@ def _select(emitter: "Emitter", running: Any, bound: Bound) -> Any:
     left = emitter.index(near, running)
     right = emitter.index(far, running) if far else None
     shift = _shift(bound)
-    if shift:
+    strict = bound.side == "end" and shift == 1  # kv < end, in one node
+    if shift and not strict:
         left = emitter.node("add", I32, left, inputs.constants[ir.const(shift, I32)])
     sign_on_left = -1 if bound.side == "end" else 1
     for sign, term in bound.terms:
@@ -70,5 +71,6 @@ def _select(emitter: "Emitter", running: Any, bound: Bound) -> Any:
             left = emitter.node("add" if sign * sign_on_left > 0 else "sub", I32, left, tensor)
     if right is None:
         right = inputs.constants[ZERO]
-    mask = emitter.node("le" if bound.side == "end" else "ge", BOOL, left, right)
+    kind = "lt" if strict else "le" if bound.side == "end" else "ge"
+    mask = emitter.node(kind, BOOL, left, right)
     return emitter.node("where", F32, mask, running, inputs.constants[FILL])

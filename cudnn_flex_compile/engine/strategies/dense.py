@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from cudnn_flex_compile.engine.lowering import Lowering
 from cudnn_flex_compile.engine.strategies.chained import FILL
-from cudnn_flex_compile.engine.strategies.scores import backward_writer, legal, legal_backward
+from cudnn_flex_compile.engine.strategies.scores import backward_writer, biased, legal, legal_backward
 from cudnn_flex_compile.reasons import Reason
 from cudnn_flex_compile.scoremod.ir import F32, GRAD, TRUE, Program
+from cudnn_flex_compile.scoremod.masks.form import MaskForm, as_predicate, split
 
 if TYPE_CHECKING:
     from cudnn_flex_compile.engine.lower import Emitter
@@ -18,7 +19,8 @@ NAME = "dense"
 
 
 def lower(program: Program, training: bool) -> Lowering | Reason:
-    score, mask = legal(program.score), legal(program.mask)
+    form = split(program.mask)
+    score, mask = biased(program), legal(as_predicate(MaskForm(form.bounds, residual=form.residual)))
     gradient = legal_backward(program) if training else GRAD
     for found in (score, mask, gradient):
         if isinstance(found, Reason):

@@ -1,4 +1,4 @@
-"""Plain scores under a causal mask, a causal window or none: cuDNN's own arguments, its fastest kernels.
+"""Plain scores under a causal mask, a causal window, a length for each batch entry or none: cuDNN's own arguments.
 
 Knows nothing of score_mods.
 """
@@ -8,6 +8,7 @@ from typing import Any
 from cudnn_flex_compile.engine.lowering import Lowering
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod.ir import SCORE, TRUE, Program
+from cudnn_flex_compile.scoremod.masks.bound import Bound
 from cudnn_flex_compile.scoremod.masks.form import split
 
 NAME = "native"
@@ -15,14 +16,23 @@ NAME = "native"
 
 def lower(program: Program, training: bool) -> Lowering | Reason:
     form = split(program.mask)
-    if program.score is not SCORE or form.residual is not TRUE or any(b.terms for b in form.bounds):
-        return Reason(Code.UNSUPPORTED_CALL, "native takes plain scores and constant bands only")
-    bands = {b.side: b.constant for b in form.bounds}
-    if not bands:
-        return Lowering(NAME)
-    if bands.keys() - {"lower", "upper"} or bands.get("lower") != 0 or bands.get("upper", 0) < 0:
+    if program.score is not SCORE or form.residual is not TRUE or form.biases:
+        return Reason(Code.UNSUPPORTED_CALL, "native takes plain scores and bounds only")
+    bands = {b.side: b.constant for b in form.bounds if not b.terms}
+    lengths = [b for b in form.bounds if b.terms]
+    if len(bands) + len(lengths) < len(form.bounds) or len(lengths) > 1 or not all(map(_is_length, lengths)):
+        return Reason(Code.UNSUPPORTED_CALL, "native takes constant bands and one length a batch entry only")
+    if bands.keys() - {"lower", "upper"} or (bands and bands.get("lower") != 0) or bands.get("upper", 0) < 0:
         return Reason(Code.UNSUPPORTED_CALL, "native takes causal masks, with a window or not")
-    arguments: dict[str, Any] = {"use_causal_mask": True}
+    arguments: dict[str, Any] = {"use_causal_mask": True} if bands else {}
     if "upper" in bands:  # cuDNN counts the query itself: q - left < kv <= q
         arguments["sliding_window_length"] = bands["upper"] + 1
-    return Lowering(NAME, native=arguments)
+    operands = [term for bound in lengths for _, term in bound.terms]
+    position = int(operands[0].value or 0) if operands else None
+    return Lowering(NAME, native=arguments, lengths=position, leaves=tuple(operands))
+
+
+def _is_length(bound: Bound) -> bool:
+    """kv < operand[b]"""
+    plain = bound.side == "end" and bound.constant == -1 and len(bound.terms) == 1
+    return plain and bound.terms[0][1].kind == "operand" and bound.terms[0][1].dims == "b"

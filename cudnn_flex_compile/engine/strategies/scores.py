@@ -11,6 +11,7 @@ from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.derive import NoDerivative, derive
 from cudnn_flex_compile.scoremod.ir import GRAD, Expr, Program
 from cudnn_flex_compile.scoremod.legalize import Illegal, legalize, unsupported
+from cudnn_flex_compile.scoremod.masks.form import split
 from cudnn_flex_compile.scoremod.simplify import simplify
 
 if TYPE_CHECKING:
@@ -25,6 +26,14 @@ def legal(root: Expr) -> Expr | Reason:
         return Reason(Code.ILLEGAL_OP, str(error))
     missing = unsupported(done)
     return done if missing is None else Reason(Code.ILLEGAL_OP, f"{missing} has no cuDNN op")
+
+
+def biased(program: Program) -> Expr | Reason:
+    """The legal score, with the mask's biases added: what is hidden becomes -inf."""
+    score = program.score
+    for bias in split(program.mask).biases:
+        score = score + bias
+    return legal(score)
 
 
 def legal_backward(program: Program) -> Expr | Reason:

@@ -1,28 +1,37 @@
-"""The normal form of a mask: integer bounds that every visible key meets, and a residual predicate.
+"""The normal form of a program's mask: integer bounds, biases that hide, and a residual predicate.
 
-Knows nothing of cuDNN. A mask class is one file with `match(predicate) -> bounds | None`, listed in CLASSES.
+Knows nothing of cuDNN, nor of how a user's mask became these parts (solve.py, partition.py).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from cudnn_flex_compile.scoremod import ir
-from cudnn_flex_compile.scoremod.ir import TRUE, Expr
-from cudnn_flex_compile.scoremod.masks import band, row_interval
-from cudnn_flex_compile.scoremod.masks.bound import Bound
+from cudnn_flex_compile.scoremod.ir import F32, TRUE, Expr
+from cudnn_flex_compile.scoremod.masks.bound import Bound, bound_of
+from cudnn_flex_compile.scoremod.masks.linear import nonnegative_form
 from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.simplify import simplify
-
-Match = Callable[[Expr], tuple[Bound, ...] | None]
-CLASSES: tuple[Match, ...] = (band.match, row_interval.match)
 
 
 @dataclass(frozen=True, slots=True)
 class MaskForm:
-    """The mask is the conjunction of all bounds and the residual."""
+    """The mask is the conjunction of all bounds, all biases and the residual.
+
+    Attributes:
+        biases: operands of 0 and -inf: visible where they are not negative. Added to a score, they hide it.
+    """
 
     bounds: tuple[Bound, ...] = ()
+    biases: tuple[Expr, ...] = ()
     residual: Expr = TRUE
+
+
+ZERO = ir.const(0.0, F32)
+
+
+def hides(bias: Expr) -> Expr:
+    """The predicate of a bias."""
+    return make("ge", bias, ZERO)
 
 
 def conjuncts(mask: Expr) -> list[Expr]:
@@ -32,16 +41,20 @@ def conjuncts(mask: Expr) -> list[Expr]:
 
 
 def split(mask: Expr) -> MaskForm:
-    """The normal form of a simplified mask; what is not provably a bound stays in the residual."""
+    """The normal form of a program's mask; what is not plainly a bound or a bias stays in the residual."""
     bounds: list[Bound] = []
+    biases: list[Expr] = []
     residual = TRUE
     for term in conjuncts(mask):
-        found = next((b for match in CLASSES if (b := match(term)) is not None), None)
-        if found is None:
-            residual = simplify(make("and", residual, term))
+        form = nonnegative_form(term)
+        bound = bound_of(form) if form is not None else None
+        if bound is not None:
+            bounds.append(bound)
+        elif term.kind == "ge" and term.args[0].kind == "operand" and term.args[1] is ZERO:
+            biases.append(term.args[0])
         else:
-            bounds.extend(found)
-    return MaskForm(tightest(bounds), residual)
+            residual = simplify(make("and", residual, term))
+    return MaskForm(tightest(bounds), tuple(biases), residual)
 
 
 def tightest(bounds: list[Bound]) -> tuple[Bound, ...]:
@@ -57,6 +70,6 @@ def tightest(bounds: list[Bound]) -> tuple[Bound, ...]:
 def as_predicate(form: MaskForm) -> Expr:
     """The mask again, as one expression."""
     mask = form.residual
-    for bound in form.bounds:
-        mask = make("and", mask, bound.predicate())
-    return simplify(mask) if mask is not ir.TRUE else mask
+    for part in (*map(Bound.predicate, form.bounds), *map(hides, form.biases)):
+        mask = make("and", mask, part)
+    return simplify(mask)

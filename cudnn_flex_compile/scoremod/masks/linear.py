@@ -1,12 +1,12 @@
 """Linear forms of integer expressions: a constant plus whole multiples of atoms.
 
-Knows nothing of masks. Exact where no step of the original overflows int32, which `ranges.magnitude` proves.
+Knows nothing of masks. Exact where no step of the original overflows, which `exact` proves.
 """
 
 from dataclasses import dataclass, field
 
 from cudnn_flex_compile.scoremod import ir
-from cudnn_flex_compile.scoremod.ir import I32, Expr
+from cudnn_flex_compile.scoremod.ir import BOOL, I32, I64, Expr
 from cudnn_flex_compile.scoremod.ranges import INT32_LIMIT, VALUE_LIMIT, magnitude
 
 Q, KV = ir.index("q"), ir.index("k")
@@ -29,9 +29,23 @@ class Linear:
     def times(self, factor: int) -> "Linear":
         return Linear({a: f * factor for a, f in self.factors.items() if factor}, self.constant * factor)
 
+    def shifted(self, constant: int) -> "Linear":
+        return Linear(self.factors, self.constant + constant)
+
+    def without(self, atom: Expr) -> "Linear":
+        return Linear({a: f for a, f in self.factors.items() if a is not atom}, self.constant)
+
+    def expression(self, dtype: str = I64) -> Expr:
+        """The form as an integer expression."""
+        total = ir.const(self.constant, dtype)
+        for atom, factor in self.factors.items():
+            term = ir.cast(atom, dtype)
+            total = term * factor + total if factor != 1 else term + total
+        return total
+
 
 def linear(node: Expr) -> Linear:
-    """The linear form of an I32 expression; whatever is not a sum or a multiple is an atom."""
+    """The linear form of an integer expression; whatever is not a sum or a multiple is an atom."""
     if node.kind == "const":
         return Linear(constant=int(node.value or 0))
     if node.kind in ("add", "sub"):
@@ -40,14 +54,58 @@ def linear(node: Expr) -> Linear:
         return linear(node.args[0]).times(-1)
     if node.kind == "mul" and node.args[1].kind == "const":
         return linear(node.args[0]).times(int(node.args[1].value or 0))
+    if node.kind == "i64" and node.args[0].dtype == I32:
+        return linear(node.args[0])
     return Linear({node: 1})
 
 
+# A captured 32-bit integer is taken to be below this where it is part of a 32-bit sum: beyond, torch's own sum may
+# wrap. A 64-bit sum does not wrap for any number that is an index or a length.
+CAPTURED_LIMIT = 2**30
+
+
+def exact(side: Expr) -> bool:
+    """Whether no step of an integer expression overflows, so that it means what its linear form means."""
+    return side.dtype == I64 or magnitude(side, CAPTURED_LIMIT) <= INT32_LIMIT
+
+
 def nonnegative_form(predicate: Expr) -> Linear | None:
-    """L with `predicate` equivalent to L >= 0: for `a >= b` and, on integers, `a > b`."""
-    if predicate.kind not in ("ge", "gt") or predicate.args[0].dtype != I32:
+    """L with `predicate` equivalent to L >= 0: for `a >= b` and, on integers, `a > b`.
+
+    Also for a comparison of an exact integer with a number that has a fraction: n >= 2.5 is n - 3 >= 0.
+    """
+    if predicate.kind not in ("ge", "gt"):
         return None
+    if predicate.args[0].dtype not in (I32, I64):
+        return _against_fraction(predicate)
     form = linear(predicate.args[0]).plus(linear(predicate.args[1]), -1)
-    exact = all(magnitude(side) <= INT32_LIMIT for side in predicate.args)
-    form = form if predicate.kind == "ge" else form.plus(Linear(constant=1), -1)
-    return form if exact and abs(form.constant) <= VALUE_LIMIT // 2 else None
+    form = form if predicate.kind == "ge" else form.shifted(-1)
+    right = all(exact(side) for side in predicate.args)
+    return form if right and abs(form.constant) <= VALUE_LIMIT // 2 else None
+
+
+FLOAT_EXACT = 2**24  # below it, every integer is a float32
+
+
+def _against_fraction(predicate: Expr) -> Linear | None:
+    left, right = predicate.args
+    for number, other, sign in ((right, left, 1), (left, right, -1)):
+        whole = other.args[0] if other.kind == "f32" else other
+        integer = whole is not other and whole.dtype in (I32, I64, BOOL) and whole.dtype != BOOL
+        if number.kind != "const" or not integer or not isinstance(number.value, float):
+            continue
+        if not abs(number.value) < FLOAT_EXACT // 2 or magnitude(whole) > INT32_LIMIT:
+            return None
+        # n >= c is n >= ceil(c); n > c is n >= floor(c) + 1; c >= n is n <= floor(c); c > n is n <= ceil(c) - 1.
+        # Rounding n to float32 keeps its order, and moves no n across a number below 2**24.
+        strict = predicate.kind == "gt"
+        if sign > 0:
+            limit = _floor(number.value) + 1 if strict else -_floor(-number.value)
+            return linear(whole).shifted(-limit)
+        limit = -_floor(-number.value) - 1 if strict else _floor(number.value)
+        return linear(whole).times(-1).shifted(limit)
+    return None
+
+
+def _floor(value: float) -> int:
+    return int(value // 1)

@@ -1,0 +1,198 @@
+"""Runs one problem as several plans over disjoint boxes of its pairs.
+
+Knows nothing of how boxes are found (scoremod/masks/boxes.py). The forward merges the parts by their log-sum-exps.
+In the backward every part gets the whole output and log-sum-exp, with which its weights and gradients are those of
+the whole row: the sums over parts are exact.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from cudnn_flex_compile.engine.merge import merge
+from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem, TensorSpec, dense
+from cudnn_flex_compile.reasons import Reason
+from cudnn_flex_compile.scoremod.ir import TRUE, Program
+from cudnn_flex_compile.scoremod.masks.boxes import Box, boxes, unshifted
+from cudnn_flex_compile.scoremod.masks.form import MaskForm, split
+from cudnn_flex_compile.scoremod.text import text
+
+# What a further plan costs, a query row, in pairs: launches, merging, and reading and writing of the row. Measured
+# with 10 keys and 3839 rows (python3 -m tests.gpu.bench --mods sinks --lower always).
+ROW_COST = 700
+WORTH = 0.85
+
+Interval = tuple[int, int]
+
+
+def divided(program: Program, problem: Problem) -> list[Box] | None:
+    """The boxes as which a problem runs faster than as one plan, or None."""
+    form = split(program.mask)
+    if any(axis in _operand_dims(problem) for axis in (2, 3)):
+        return None
+    found = boxes(form, problem.lengths)
+    if found is None:
+        return None
+    if problem.direction == BACKWARD:
+        found = unshifted(found)
+    cost = sum(box.pairs() for box in found) + ROW_COST * sum(box.bottom - box.top for box in found[1:])
+    return found if len(found) > 1 and cost < WORTH * computed_pairs(form, problem.lengths, problem.direction) else None
+
+
+def _operand_dims(problem: Problem) -> set[int]:
+    return {d for spec in problem.operands for d in range(4) if spec.shape[d] > 1}
+
+
+def computed_pairs(form: MaskForm, lengths: tuple[int, int], direction: str) -> int:
+    """How many pairs one plan computes, with the tiles that it skips."""
+    whole = Box(0, lengths[0], 0, lengths[1])
+    if form.residual is not TRUE:
+        return whole.pairs()
+    for bound in form.bounds:
+        if not bound.terms and bound.side in ("lower", "upper"):
+            whole = whole.with_bound(bound)
+    whole = whole.tight()
+    if direction == BACKWARD and whole.lower is not None and (whole.local()[0] or 0) > 0:
+        whole = replace(whole, lower=None)  # skipped in the forward only
+    return whole.pairs()
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One plan. rows_own, columns_own: whether no earlier part writes them, so that this one writes in place."""
+
+    box: Box
+    plan: Any
+    rows_own: bool
+    columns_own: bool
+
+
+class PartsPlan:
+    """Several plans that behave as one (engine/plan.py)."""
+
+    __slots__ = ("_bare_columns", "_bare_rows", "_parts", "device", "outputs", "problem", "strategy")
+
+    def __init__(self, problem: Problem, parts: Sequence[Part], outputs: tuple[TensorSpec, ...]) -> None:
+        self.problem, self.outputs, self._parts = problem, outputs, tuple(parts)
+        self.strategy = f"parts ({', '.join(part.plan.strategy for part in parts)})"
+        self.device = torch.device("cuda", problem.device)
+        own = [[(p.box.top, p.box.bottom) for p in parts if p.rows_own]]
+        own.append([(p.box.left, p.box.right) for p in parts if p.columns_own])
+        self._bare_rows, self._bare_columns = map(_gaps, own, problem.lengths)
+
+    def run(
+        self, tensors: Sequence[torch.Tensor], operands: Sequence[torch.Tensor], ints: Sequence[int],
+        floats: Sequence[torch.Tensor],
+    ) -> None:  # fmt: skip
+        """As Plan.run."""
+        if self.problem.direction == FORWARD:
+            self._forward(*tensors, rest=(operands, ints, floats))
+        else:
+            self._backward(*tensors, rest=(operands, ints, floats))
+
+    def _forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor,
+        stats: torch.Tensor | None = None, *, rest: tuple[Any, ...],
+    ) -> None:  # fmt: skip
+        lse = _stats_like(query) if stats is None else stats
+        for top, bottom in self._bare_rows:
+            out[:, :, top:bottom].zero_()
+            lse[:, :, top:bottom].fill_(float("-inf"))
+        for part in self._parts:
+            rows, columns = part.box.rows, part.box.columns
+            near, inputs = query[:, :, rows], (key[:, :, columns], value[:, :, columns])
+            here, here_lse = out[:, :, rows], lse[:, :, rows]
+            if part.rows_own:
+                own_lse = here_lse if here_lse.is_contiguous() else _stats_like(near)
+                part.plan.run((near, *inputs, here, own_lse), *rest)
+                if own_lse is not here_lse:
+                    here_lse.copy_(own_lse)
+                continue
+            extra, extra_lse = part.plan.outputs[0].empty(out.device), _stats_like(near)
+            part.plan.run((near, *inputs, extra, extra_lse), *rest)
+            merge(here, here_lse, extra, extra_lse)
+
+    def _backward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, stats: torch.Tensor,
+        grad: torch.Tensor, *gradients: torch.Tensor, rest: tuple[Any, ...],
+    ) -> None:  # fmt: skip
+        bare = (self._bare_rows, self._bare_columns, self._bare_columns)
+        for gradient, gaps in zip(gradients, bare, strict=True):
+            for start, end in gaps:
+                gradient[:, :, start:end].zero_()
+        for part in self._parts:
+            rows, columns = part.box.rows, part.box.columns
+            whole = [gradients[0][:, :, rows], gradients[1][:, :, columns], gradients[2][:, :, columns]]
+            own = (part.rows_own, part.columns_own, part.columns_own)
+            specs = part.plan.outputs
+            made = [g if mine else s.empty(g.device) for g, mine, s in zip(whole, own, specs, strict=True)]
+            inputs = (query[:, :, rows], key[:, :, columns], value[:, :, columns], out[:, :, rows])
+            part.plan.run((*inputs, stats[:, :, rows].contiguous(), grad[:, :, rows], *made), *rest)
+            for gradient, extra in zip(whole, made, strict=True):
+                if extra is not gradient:
+                    gradient.add_(extra)
+
+
+def _stats_like(query: torch.Tensor) -> torch.Tensor:
+    return torch.empty((*query.shape[:3], 1), dtype=torch.float32, device=query.device)
+
+
+def _gaps(covered: list[Interval], length: int) -> list[Interval]:
+    """What is left of [0, length)."""
+    gaps: list[Interval] = []
+    start = 0
+    for low, high in sorted(covered):
+        if low > start:
+            gaps.append((start, low))
+        start = max(start, high)
+    return [*gaps, (start, length)] if start < length else gaps
+
+
+def assemble_parts(
+    problem: Problem,
+    program: Program,
+    found: Sequence[Box],
+    outputs: tuple[TensorSpec, ...],
+    build: Callable[[Program, Problem], "Any | Reason"],
+) -> "PartsPlan | Reason":
+    """Builds a plan for each box.
+
+    Args:
+        outputs: the layouts of what the whole problem writes.
+        build: a plan for a program and a problem.
+    """
+    parts: list[Part] = []
+    for box in found:
+        rows_own = all(p.box.bottom <= box.top or box.bottom <= p.box.top for p in parts)
+        columns_own = all(p.box.right <= box.left or box.right <= p.box.left for p in parts)
+        local = box.program(program.score)
+        plan = build(local, _cut(problem, local, box, outputs, rows_own, columns_own))
+        if isinstance(plan, Reason):
+            return plan
+        parts.append(Part(box, plan, rows_own, columns_own))
+    return PartsPlan(problem, parts, outputs)
+
+
+def _cut(
+    problem: Problem, local: Program, box: Box, outputs: tuple[TensorSpec, ...], rows_own: bool, columns_own: bool
+) -> Problem:
+    """The problem of one box, on views of the whole problem's tensors."""
+    rows, columns = box.bottom - box.top, box.right - box.left
+    near = {name: _resized(getattr(problem, name), rows) for name in ("query", "out")}
+    far = {name: _resized(getattr(problem, name), columns) for name in ("key", "value")}
+    common: dict[str, Any] = {**near, **far, "program": text(local), "stats": True}
+    if problem.direction == FORWARD:
+        out = near["out"] if rows_own else dense(near["out"])
+        return replace(problem, **{**common, "out": out})
+    own = (rows_own, columns_own, columns_own)
+    sizes = (rows, columns, columns)
+    cut = [_resized(s, n) for s, n in zip(outputs, sizes, strict=True)]
+    layouts = [s if mine else dense(s) for s, mine in zip(cut, own, strict=True)]
+    grad = None if problem.grad is None else _resized(problem.grad, rows)
+    return replace(problem, **common, grad=grad, gradients=tuple(layouts))
+
+
+def _resized(spec: TensorSpec, length: int) -> TensorSpec:
+    return TensorSpec((*spec.shape[:2], length, spec.shape[3]), spec.stride, spec.dtype)
