@@ -24,6 +24,7 @@ SCHEMAS = {
         " Tensor[] operands, SymInt[] ints, Tensor[] floats, str program, float scale)"
         " -> (Tensor dq, Tensor dk, Tensor dv)"
     ),
+    "permute_keys": "(Tensor keys, Tensor order, Tensor slots) -> Tensor",
     "check_block_mask": (
         "(Tensor[] blocks, Tensor[] operands, SymInt[] ints, Tensor[] floats, str program, SymInt[] sizes,"
         " SymInt[] block_sizes) -> Tensor"
@@ -178,6 +179,33 @@ for _name in ("attention_forward", "attention_backward"):
     library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 
+class _PermuteKeys(torch.autograd.Function):
+    """A gather whose gradient is the gather by the inverse, where autograd would add up atomically."""
+
+    @staticmethod
+    def forward(ctx: Any, keys: Tensor, order: Tensor, slots: Tensor) -> Tensor:  # pyright: ignore
+        ctx.save_for_backward(order, slots)
+        return _gathered(keys, order)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore
+        order, slots = ctx.saved_tensors
+        return _PermuteKeys.apply(grad, slots, order), None, None
+
+
+def _gathered(keys: Tensor, order: Tensor) -> Tensor:
+    return torch.gather(keys, 2, order[:, None, :, None].expand(keys.shape))
+
+
+def _permute_keys(keys: Tensor, order: Tensor, slots: Tensor) -> Tensor:
+    """keys[b, h, order[b, i], d], for `slots` the inverse of the permutation `order` [B or 1, Skv]."""
+    return _PermuteKeys.apply(keys, order, slots)  # pyright: ignore
+
+
+library.impl("permute_keys", _permute_keys, "CompositeImplicitAutograd")
+
+
 def _check_block_mask(
     blocks: list[Tensor], operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str,
     sizes: list[int], block_sizes: list[int],
@@ -210,4 +238,5 @@ for _name, _fake in {
 attention = torch.ops.cudnn_flex.attention.default
 attention_forward = torch.ops.cudnn_flex.attention_forward.default
 attention_backward = torch.ops.cudnn_flex.attention_backward.default
+permute_keys = torch.ops.cudnn_flex.permute_keys.default
 check_block_mask = torch.ops.cudnn_flex.check_block_mask.default

@@ -14,6 +14,7 @@ import torch
 from cudnn_flex_compile.engine.merge import merge
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem, TensorSpec, dense
 from cudnn_flex_compile.reasons import Reason
+from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import TRUE, Program
 from cudnn_flex_compile.scoremod.masks.boxes import Box, boxes, unshifted
 from cudnn_flex_compile.scoremod.masks.form import MaskForm, split
@@ -27,26 +28,31 @@ WORTH = 0.85
 Interval = tuple[int, int]
 
 
-def divided(program: Program, problem: Problem) -> list[Box] | None:
-    """The boxes as which a problem runs faster than as one plan, or None."""
+def divided(program: Program, lengths: tuple[int, int], direction: str) -> list[Box] | None:
+    """The boxes as which a program runs faster than as one plan, or None.
+
+    Not for programs with operands along q or kv, of which every part would need a copy of its own.
+    """
     form = split(program.mask)
-    if any(axis in _operand_dims(problem) for axis in (2, 3)):
-        return None
-    found = boxes(form, problem.lengths)
+    operands = [n for n in ir.walk(program.score, program.mask) if n.kind == "operand"]
+    found = None if any(set(n.dims) & set("qk") for n in operands) else boxes(form, lengths)
     if found is None:
         return None
-    if problem.direction == BACKWARD:
-        found = unshifted(found)
-    cost = sum(box.pairs() for box in found) + ROW_COST * sum(box.bottom - box.top for box in found[1:])
-    return found if len(found) > 1 and cost < WORTH * computed_pairs(form, problem.lengths, problem.direction) else None
+    found = unshifted(found) if direction == BACKWARD else found
+    return found if len(found) > 1 and _cost(found) < WORTH * _whole_cost(form, lengths, direction) else None
 
 
-def _operand_dims(problem: Problem) -> set[int]:
-    return {d for spec in problem.operands for d in range(4) if spec.shape[d] > 1}
+def cost(program: Program, lengths: tuple[int, int], direction: str) -> int:
+    """About how many pairs the plans of a program compute, with the tiles that they skip."""
+    found = divided(program, lengths, direction)
+    return _cost(found) if found else _whole_cost(split(program.mask), lengths, direction)
 
 
-def computed_pairs(form: MaskForm, lengths: tuple[int, int], direction: str) -> int:
-    """How many pairs one plan computes, with the tiles that it skips."""
+def _cost(found: Sequence[Box]) -> int:
+    return sum(box.pairs() for box in found) + ROW_COST * sum(box.bottom - box.top for box in found[1:])
+
+
+def _whole_cost(form: MaskForm, lengths: tuple[int, int], direction: str) -> int:
     whole = Box(0, lengths[0], 0, lengths[1])
     if form.residual is not TRUE:
         return whole.pairs()

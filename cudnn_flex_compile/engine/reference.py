@@ -114,7 +114,8 @@ class SubgraphReference:
         score_mod, mask_mod: take (score, b, h, q, kv, *captured) and (b, h, q, kv, *captured).
         score_captured, mask_captured: positions in `captured` of each one's last arguments.
         captured: all captured inputs.
-        operands: computes the op's operands from the captured tensors and sizes (b, h, sq, skv).
+        operands: computes the op's operands from the captured tensors and sizes (b, h, sq, skv), and the order in
+            which the op gets the keys, [B or 1, Skv], where it is another.
         ints, floats: positions in `captured` of the op's scalars.
     """
 
@@ -123,18 +124,22 @@ class SubgraphReference:
     score_captured: tuple[int, ...]
     mask_captured: tuple[int, ...]
     captured: tuple[CapturedValue, ...]
-    operands: Callable[[Sequence[Any], tuple[int, int, int, int], torch.device], list[torch.Tensor]]
+    operands: Callable[
+        [Sequence[Any], tuple[int, int, int, int], torch.device], tuple[list[torch.Tensor], torch.Tensor | None]
+    ]
     ints: tuple[int, ...] = ()
     floats: tuple[int, ...] = ()
 
     def sample(self, problem: Problem, generator: torch.Generator) -> Sample:
         values = [self._draw(c, generator) for c in self.captured]
         sizes = (*problem.lse_shape, problem.lengths[1])
-        operands = self.operands(values, sizes, generator.device)
+        operands, order = self.operands(values, sizes, generator.device)
         for_score = [values[i] for i in self.score_captured]
         for_mask = [values[i] for i in self.mask_captured]
 
         def masked(scores: torch.Tensor, b: int, h: int, rows: torch.Tensor, cols: torch.Tensor) -> torch.Tensor:
+            if order is not None:
+                cols = order[b if len(order) > 1 else 0][cols.long()].to(torch.int32)
             place = [torch.as_tensor(i, dtype=torch.int32, device=scores.device) for i in (b, h)]
             with IndexByTensors():
                 modified = _over_pairs(self.score_mod, True, for_score)(scores, *place, rows, cols, *for_score)

@@ -160,7 +160,7 @@ def _first_right(problem: Problem, forward: "Runs | None") -> "Runs | Reason":
 def _in_parts(program: Program, problem: Problem) -> "Runs | Reason":
     from cudnn_flex_compile.engine.attention_graph import output_specs
 
-    found = divided(program, problem)
+    found = divided(program, problem.lengths, problem.direction)
     if found is None:
         return Reason(Code.UNSUPPORTED_CALL, "one plan is as fast as several")
     return assemble_parts(problem, program, found, output_specs(problem), _first_built)

@@ -4,6 +4,7 @@ Knows nothing of cuDNN. Each node is written once per graph: calls that need the
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,10 +12,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
+from cudnn_flex_compile import ops
+from cudnn_flex_compile.passes.compact import LENGTH, counts_of, order_of, slots_of
 from cudnn_flex_compile.passes.find import example
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.interpret import TORCH_DTYPE, evaluate
-from cudnn_flex_compile.scoremod.ir import Expr
+from cudnn_flex_compile.scoremod.ir import I32, Expr
 from cudnn_flex_compile.scoremod.partition import Hoisted
 
 VIEWS = {"b": (-1, 1, 1, 1), "h": (1, -1, 1, 1), "q": (1, 1, -1, 1), "k": (1, 1, 1, -1)}
@@ -42,6 +45,10 @@ def operand_value(
         if node.kind == "const":
             number: Any = node.value
             return torch.full((1, 1, 1, 1), number, dtype=TORCH_DTYPE[node.dtype], device=device)
+        if node is LENGTH:
+            return torch.full((1, 1, 1, 1), sizes[3], dtype=torch.int32, device=device)
+        if node.kind == "scalar" and node.dtype == I32:
+            return torch.full((1, 1, 1, 1), captured(node), dtype=torch.int64, device=device)
         return captured(node)
 
     value = evaluate(hoisted.expression, leaf)
@@ -51,16 +58,54 @@ def operand_value(
     return value.to(hoisted.stored).expand(*shape).contiguous()
 
 
+@dataclass(frozen=True, slots=True)
+class KeyOrder:
+    """Nodes: COUNTS, the key that comes to each place, and the place to which each key goes (compact.py)."""
+
+    counts: Node
+    order: Node
+    slots: Node
+
+
 class Writer:
     """Writes operands into graphs, each once."""
 
     def __init__(self) -> None:
         self._written: dict[tuple[Any, ...], Node] = {}
+        self._orders: dict[tuple[Any, ...], KeyOrder] = {}
+        self._permuted: dict[tuple[Any, ...], Node] = {}
+
+    def write_order(self, columns: Node, query: Node, key: Node, before: Node) -> KeyOrder:
+        """How the keys that `columns` shows come to the front, above `before`."""
+        shared = (before.graph, columns)
+        if shared not in self._orders:
+            first = before.prev
+            with before.graph.inserting_before(before):
+                tracer = GraphAppendingTracer(before.graph)
+                with _ProxyFactories(tracer):
+                    bias, length = Proxy(columns, tracer), _size(Proxy(key, tracer), key, 2)
+                    span = torch.arange(length, dtype=torch.int64, device=example(query).device)
+                    counts = counts_of(bias)
+                    slots = slots_of(bias, counts, span)
+                    order = order_of(slots, span)
+            _annotate(first.next, before, example(query).fake_mode)
+            self._orders[shared] = KeyOrder(counts.node, order.node, slots.node)
+        return self._orders[shared]
+
+    def permute(self, tensor: Node, order: KeyOrder, before: Node) -> Node:
+        """Keys or values in that order."""
+        shared = (before.graph, tensor, order)
+        if shared not in self._permuted:
+            with before.graph.inserting_before(before):
+                node = before.graph.call_function(ops.permute_keys, (tensor, order.order, order.slots))
+            _annotate(node, before, example(tensor).fake_mode)
+            self._permuted[shared] = node
+        return self._permuted[shared]
 
     def write(self, hoisted: Hoisted, captured: dict[Expr, Any], query: Node, key: Node, before: Node) -> Node:
         """The node of an operand, above `before`."""
         graph = before.graph
-        leaves = tuple(n for n in ir.walk(hoisted.expression) if n.kind in ("capture", "scalar"))
+        leaves = tuple(n for n in ir.walk(hoisted.expression) if n.kind in ("capture", "scalar") and n is not LENGTH)
         shared = (graph, hoisted, *(captured[n] for n in leaves), query, key)
         if shared not in self._written:
             first = before.prev

@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 
 from cudnn_flex_compile.passes import block_mask, speed
 from cudnn_flex_compile.passes.capture import Captures, read_captures
+from cudnn_flex_compile.passes.compact import COUNTS, compacted
 from cudnn_flex_compile.passes.find import Call, example, find_calls, hint, scale_of
 from cudnn_flex_compile.passes.hoist import Writer, operand_value
 from cudnn_flex_compile.passes.rewrite import replace
@@ -107,15 +108,18 @@ def _lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason
     wrong = block_mask.disagreement(call, program, context.real.get, values)  # pyright: ignore[reportArgumentType]
     if wrong is not None:
         return wrong
+    compact = compacted(program, hoisted)
     if context.only_faster:
-        slower = speed.slower(call, program, context.real.get)  # pyright: ignore[reportArgumentType]
+        runs = program if compact is None else compact.program
+        slower = speed.slower(call, runs, training, context.real.get)  # pyright: ignore[reportArgumentType]
         if slower is not None:
             return slower
-    verdict = judge(Target(call, program, tuple(hoisted), captures, training, context.real))
+    target = Target(call, program, tuple(hoisted), captures, training, context.real, compact)
+    verdict = judge(target)
     if isinstance(verdict, Reason):
         return verdict
     report.strategies = verdict
-    _rewrite(call, captures, program, hoisted, training, context)
+    _rewrite(target, context)
     return None
 
 
@@ -179,11 +183,22 @@ def _real_values(
     return operands, numbers, [values[leaf] for leaf in captures.floats]
 
 
-def _rewrite(
-    call: Call, captures: Captures, program: Program, hoisted: list[Hoisted], training: bool, context: Context
-) -> None:
-    operands = [context.operands.write(h, captures.nodes, call.query, call.key, call.node) for h in hoisted]
-    ints = [captures.nodes[leaf] for leaf in captures.ints]
-    floats = [captures.nodes[leaf] for leaf in captures.floats]
-    guard = context.guards.write(call, ir.program(mask=program.mask), operands, ints, floats)
-    replace(call, operands, ints, floats, text(program), training, guard)
+def _rewrite(target: Target, context: Context) -> None:
+    call, nodes, writer = target.call, dict(target.captures.nodes), context.operands
+    ints = [nodes[leaf] for leaf in target.captures.ints]
+    floats = [nodes[leaf] for leaf in target.captures.floats]
+    key, value = call.key, call.value
+    if target.compact is not None:
+        columns = writer.write(target.compact.columns, nodes, call.query, key, call.node)
+        order = writer.write_order(columns, call.query, key, call.node)
+        nodes[COUNTS] = order.counts
+        key, value = (writer.permute(n, order, call.node) for n in (key, value))
+    program, hoisted = target.running
+    operands = [writer.write(h, nodes, call.query, call.key, call.node) for h in hoisted]
+    guard = None
+    if call.blocks:
+        checked = operands if target.compact is None else [
+            writer.write(h, nodes, call.query, call.key, call.node) for h in target.hoisted
+        ]  # fmt: skip
+        guard = context.guards.write(call, ir.program(mask=target.program.mask), checked, ints, floats)
+    replace(call, key, value, operands, ints, floats, text(program), target.training, guard)

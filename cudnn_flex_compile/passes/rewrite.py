@@ -15,13 +15,14 @@ from cudnn_flex_compile.passes.find import Call, example, scale_of
 
 
 def replace(
-    call: Call, operands: Sequence[Node], ints: Sequence[Any], floats: Sequence[Node], program: str, training: bool,
-    guard: Node | None,
+    call: Call, key: Node, value: Node, operands: Sequence[Node], ints: Sequence[Any], floats: Sequence[Node],
+    program: str, training: bool, guard: Node | None,
 ) -> None:  # fmt: skip
     """Rewrites the call's users to the op's outputs; the node itself goes.
 
     Args:
         call: the call.
+        key, value: its own, or these in another order.
         operands: [B or 1, H or 1, Sq or 1, Skv or 1] tensors.
         ints: nodes or integers. floats: nodes of 0-d host tensors.
         program: canonical text.
@@ -30,7 +31,7 @@ def replace(
     """
     graph, node = call.node.graph, call.node
     with graph.inserting_before(node):
-        key, value = (_with_batch(graph, n, call.query) for n in (call.key, call.value))
+        key, value = (_with_batch(graph, n, call.query) for n in (key, value))
         arguments = (
             call.query, key, value, list(operands), list(ints), list(floats), program, scale_of(call) or 0.0,
             call.uses(1), training, guard,

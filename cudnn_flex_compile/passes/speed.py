@@ -1,6 +1,6 @@
 """Which calls stock flex_attention runs faster, as measured.
 
-Knows nothing of numbers' correctness. Each rule states the command that shows it.
+Knows nothing of numbers' correctness. Each number states the command that shows it.
 """
 
 from collections.abc import Callable
@@ -8,29 +8,60 @@ from collections.abc import Callable
 import torch
 from torch.fx import Node
 
+from cudnn_flex_compile.engine.parts import cost
+from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD
 from cudnn_flex_compile.kernels.block_mask import listed
-from cudnn_flex_compile.passes.find import Call
+from cudnn_flex_compile.passes.find import Call, example, hint
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod.ir import TRUE, Program
+from cudnn_flex_compile.scoremod.masks.boxes import pruned
 from cudnn_flex_compile.scoremod.masks.form import split
 
-# A mask that is no conjunction of bounds is computed in every tile, while stock flex_attention skips the blocks
-# that its BlockMask omits. Below this share of listed blocks, skipping wins.
-# (python3 -m tests.gpu.bench --mods prefix-LM --lower always)
-DENSE_SHARE = 0.75
+# A (q, kv) pair costs cuDNN this share of what it costs Inductor's kernel. cuDNN skips only what bands rule out,
+# Inductor all blocks that the BlockMask omits.
+# (python3 -m tests.gpu.bench --mods causal prefix-LM packed-documents --lower always)
+PAIR_COST = 0.75
+# What hiding pairs by a bias costs. (python3 -m tests.gpu.bench --mods dilated-window --lower always)
+BIAS_COST = 1.65
+BACKWARD_WEIGHT = 2.7  # of a pair in the backward, where it is 1 in the forward
 
 
-def slower(call: Call, program: Program, real: Callable[[Node], torch.Tensor | None]) -> Reason | None:
+def slower(
+    call: Call, program: Program, training: bool, real: Callable[[Node], torch.Tensor | None]
+) -> Reason | None:
     """A reason to keep the call, or None. `real` gives the tensor of an input of the graph."""
-    if not call.blocks or split(program.mask).residual is TRUE:
+    if not call.blocks:
         return None
+    sizes = hint(example(call.query).shape[2]), hint(example(call.key).shape[2])
+    ours = _pairs(program, sizes, training)
+    share = _share(call, real)
+    if share is None:
+        form = split(program.mask)
+        known = form.residual is TRUE and not any("q" in bias.dims for bias in form.biases)
+        unknown = Reason(Code.SLOWER, "a mask without tile skipping, under a BlockMask made in the graph")
+        return None if known else unknown
+    theirs = share * sizes[0] * sizes[1]
+    if ours * PAIR_COST <= theirs:
+        return None
+    percent = ours / (sizes[0] * sizes[1])
+    return Reason(Code.SLOWER, f"cuDNN would compute {percent:.0%} of the pairs, the BlockMask lists {share:.0%}")
+
+
+def _pairs(program: Program, lengths: tuple[int, int], training: bool) -> float:
+    """How many pairs the plans of forward and backward compute, on average."""
+    program = pruned(program, lengths)
+    total = float(cost(program, lengths, FORWARD))
+    if training:
+        total = (total + BACKWARD_WEIGHT * cost(program, lengths, BACKWARD)) / (1 + BACKWARD_WEIGHT)
+    return total * (BIAS_COST if split(program.mask).biases else 1.0)
+
+
+def _share(call: Call, real: Callable[[Node], torch.Tensor | None]) -> float | None:
+    """The share of blocks that the BlockMask lists, if its tensors are at hand."""
     pairs = [pair for pair in (call.blocks[:2], call.blocks[2:4]) if None not in pair]
     tensors = [[real(block) for block in pair] for pair in pairs]  # pyright: ignore[reportArgumentType]
     if any(t is None for pair in tensors for t in pair):
-        return Reason(Code.SLOWER, "a mask without tile skipping, under a BlockMask made in the graph")
+        return None
     with torch.no_grad():
         masks = [listed(count, indices, indices.shape[-1]) for count, indices in tensors]  # pyright: ignore
-        share = float(sum(float(m.float().mean()) for m in masks))
-    if share >= DENSE_SHARE:
-        return None
-    return Reason(Code.SLOWER, f"a mask without tile skipping, of which the BlockMask lists {share:.0%} of the blocks")
+        return sum(float(m.float().mean()) for m in masks)

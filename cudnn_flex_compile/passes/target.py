@@ -11,11 +11,12 @@ import torch
 from torch.fx import Node
 
 from cudnn_flex_compile.engine.call import Meta, backward_key, forward_key, problem_of
-from cudnn_flex_compile.engine.problem import Problem, TensorSpec
+from cudnn_flex_compile.engine.problem import Problem, TensorSpec, dense
 from cudnn_flex_compile.engine.reference import CapturedValue, SubgraphReference
 from cudnn_flex_compile.engine.strategies import STRATEGIES
 from cudnn_flex_compile.engine.support import refused
 from cudnn_flex_compile.passes.capture import Captures
+from cudnn_flex_compile.passes.compact import COUNTS, Compact, counts_of, order_of, slots_of
 from cudnn_flex_compile.passes.find import Call, example, hint, scale_of
 from cudnn_flex_compile.passes.hoist import operand_value
 from cudnn_flex_compile.reasons import Code, Reason
@@ -34,6 +35,7 @@ class Target:
         captures: its captured inputs.
         training: whether a gradient may be asked for.
         real: the graph's inputs, by placeholder.
+        compact: the program over permuted keys that runs in place of `program`, if there is one.
     """
 
     call: Call
@@ -42,6 +44,12 @@ class Target:
     captures: Captures
     training: bool
     real: dict[Node, Any]
+    compact: Compact | None = None
+
+    @property
+    def running(self) -> tuple[Program, tuple[Hoisted, ...]]:
+        """The program of the plans, and its operands."""
+        return (self.program, self.hoisted) if self.compact is None else (self.compact.program, self.compact.hoisted)
 
 
 def judge(target: Target) -> tuple[str, ...] | Reason:
@@ -51,12 +59,13 @@ def judge(target: Target) -> tuple[str, ...] | Reason:
     problem = problem_of(call)
     if device.type == "cuda":
         return _certified(target, call, problem)
-    reason = refused(problem.backward() if target.training else problem, target.program, _any_version())
+    program, _ = target.running
+    reason = refused(problem.backward() if target.training else problem, program, _any_version())
     if reason is not None:
         return reason
     reasons: list[Reason] = []
     for strategy in STRATEGIES:
-        lowering = strategy.lower(target.program, target.training)
+        lowering = strategy.lower(program, target.training)
         if not isinstance(lowering, Reason):
             return (strategy.name,)
         reasons.append(lowering)
@@ -88,9 +97,12 @@ def _key(target: Target, device: torch.device) -> tuple[Any, ...]:
             spec = TensorSpec((query.shape[0], *tensor.shape[1:]), (0, *tensor.stride()[1:]), tensor.dtype)
             tensor.__init__(spec, device)
     sizes = (*query.shape[:3], key.shape[2])
-    operands = [Meta(_operand_spec(h, sizes), device) for h in target.hoisted]
+    program, hoisted = target.running
+    if target.compact is not None:  # the op gets permuted copies
+        key, value = (Meta(dense(TensorSpec(t.shape, t.stride(), t.dtype)), device) for t in (key, value))
+    operands = [Meta(_operand_spec(h, sizes), device) for h in hoisted]
     stats = target.training or call.uses(1)
-    return forward_key(text(target.program), query, key, value, operands, scale_of(call) or 0.0, stats)
+    return forward_key(text(program), query, key, value, operands, scale_of(call) or 0.0, stats)
 
 
 def _spec(tensor: torch.Tensor) -> TensorSpec:
@@ -112,9 +124,17 @@ def _reference(target: Target) -> SubgraphReference:
     limit = min((n for t in leaves for n in _shape(target, t)), default=2) - 1
     captured = tuple(_captured(target, leaf, max(limit, 0)) for leaf in leaves)
 
-    def operands(values: Sequence[Any], sizes: tuple[int, int, int, int], device: torch.device) -> list[torch.Tensor]:
+    def operands(
+        values: Sequence[Any], sizes: tuple[int, int, int, int], device: torch.device
+    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         by_leaf = dict(zip(leaves, values, strict=True))
-        return [operand_value(h, by_leaf.__getitem__, sizes, device) for h in target.hoisted]
+        order = None
+        if target.compact is not None:
+            bias = operand_value(target.compact.columns, by_leaf.__getitem__, sizes, device)
+            span = torch.arange(sizes[3], device=device)
+            by_leaf[COUNTS] = counts_of(bias)
+            order = order_of(slots_of(bias, by_leaf[COUNTS], span), span)
+        return [operand_value(h, by_leaf.__getitem__, sizes, device) for h in target.running[1]], order
 
     return SubgraphReference(
         score_mod=without_items(target.call.score_mod),

@@ -1,0 +1,128 @@
+"""Moves the keys that are visible at all to the front, where a mask hides columns: padding becomes a row interval.
+
+Knows nothing of plans. A mask such as `causal & padding[b, kv]`, with padding of any content, hides the same keys from
+every query. With the visible keys first, in their order, query q sees the keys below the count of visible ones that
+its other bounds admit: a limit of its row, exact for any content, without a look at the data by the host. Keys and
+values are permuted, and their gradients permuted back; attention does not depend on the order of keys, and no score is
+taken that reads it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod.ir import I32, I64, TRUE, Expr, Program
+from cudnn_flex_compile.scoremod.masks.bound import Bound
+from cudnn_flex_compile.scoremod.masks.form import split
+from cudnn_flex_compile.scoremod.masks.linear import KV, Linear, Q
+from cudnn_flex_compile.scoremod.optable import make
+from cudnn_flex_compile.scoremod.partition import Hoisted
+from cudnn_flex_compile.scoremod.ranges import VALUE_LIMIT
+from cudnn_flex_compile.scoremod.simplify import simplify
+
+
+@dataclass(frozen=True, slots=True)
+class Compact:
+    """A program over permuted keys.
+
+    Attributes:
+        program: with row limits in place of the columns' bias.
+        hoisted: its operands; they read COUNTS.
+        columns: the bias that tells which keys are visible.
+    """
+
+    program: Program
+    hoisted: tuple[Hoisted, ...]
+    columns: Hoisted
+
+
+COUNTS = ir.capture(-1, I64)  # [B or 1, Skv + 1]: how many of the keys before each position are visible
+
+
+def compacted(program: Program, hoisted: list[Hoisted]) -> Compact | None:
+    """The program over permuted keys, or None where a bias is the better form.
+
+    That is: where anything reads the key's position, and under a window, whose tiles are skipped only in place.
+    """
+    form = split(program.mask)
+    in_place = form.residual is not TRUE or len(form.biases) != 1 or any(b.side == "upper" for b in form.bounds)
+    if in_place or "q" in form.biases[0].dims or "h" in form.biases[0].dims or "k" in ir.axes_of(program.score):
+        return None
+    columns = hoisted[int(form.biases[0].value or 0)]
+    used = [n for n in ir.walk(program.score) if n.kind == "operand"]
+    kept = sorted({int(n.value or 0) for n in used})
+    operands = [hoisted[i] for i in kept]
+    moved = {n: ir.operand(kept.index(int(n.value or 0)), n.dtype, n.dims) for n in used}
+    limits = {"start": _limit(form.bounds, hoisted, "start"), "end": _limit(form.bounds, hoisted, "end")}
+    mask = TRUE
+    for bound in form.bounds:  # kv' <= kv: what bounds kv from above bounds the permuted key, and skips tiles
+        if bound.side == "lower" and not any(t.kind == "operand" for _, t in bound.terms):
+            mask = make("and", mask, bound.predicate())
+    for side, limit in limits.items():
+        if limit is None:
+            continue
+        found = make("gather", COUNTS, _batch(columns), limit)
+        operands.append(Hoisted(found, torch.int32, limit=True))
+        operand = ir.operand(len(operands) - 1, I32, operands[-1].dims)
+        mask = make("and", mask, make("ge", KV, operand) if side == "start" else make("gt", operand, KV))
+    score = ir.rebuild(program.score, dict(moved))
+    return Compact(ir.program(score, simplify(mask)), tuple(operands), columns)
+
+
+def _batch(columns: Hoisted) -> Expr:
+    return ir.index("b") if "b" in columns.dims else ir.const(0, I64)
+
+
+def _limit(bounds: tuple[Bound, ...], hoisted: list[Hoisted], kind: str) -> Expr | None:
+    """The position from which, or before which, keys are visible to a query by its bounds; LENGTH stands for all."""
+    sides = ("start",) if kind == "start" else ("lower", "end")
+    found = [_position(b, hoisted) for b in bounds if b.side in sides]
+    if kind == "start" and not found:
+        return None
+    limit = LENGTH if kind == "end" else ir.const(0, I64)
+    for position in found:
+        limit = make("max" if kind == "start" else "min", limit, position)
+    return make("min", make("max", limit, ir.const(0, I64)), LENGTH)
+
+
+LENGTH = ir.intern("scalar", I32, value=-1)  # the number of keys; the caller knows it
+
+
+def _position(bound: Bound, hoisted: list[Hoisted]) -> Expr:
+    """kv >= start: -c - terms; kv < end: c + terms + 1, with q beside them for a diagonal."""
+    form = Linear({Q: 1} if bound.side == "lower" else {}, bound.constant + 1)
+    if bound.side == "start":
+        form = Linear({}, -bound.constant)
+    sign = -1 if bound.side == "start" else 1
+    for factor, term in bound.terms:
+        inner = _clamped(hoisted[int(term.value or 0)].expression) if term.kind == "operand" else term
+        form = form.plus(Linear({inner: sign * factor}))
+    return form.expression()
+
+
+def _clamped(expression: Expr) -> Expr:
+    least, most = (ir.const(n, I64) for n in (-VALUE_LIMIT, VALUE_LIMIT))
+    return make("min", make("max", ir.cast(expression, I64), least), most)
+
+
+def counts_of(bias: Any) -> Any:
+    """COUNTS, from the columns' bias [B or 1, 1, 1, Skv]. Works on proxies, too."""
+    running = (bias >= 0).to(torch.int64).cumsum(-1).flatten(0, 2)
+    return torch.nn.functional.pad(running, (1, 0))
+
+
+def slots_of(bias: Any, counts: Any, span: Any) -> Any:
+    """[B or 1, Skv]: the place to which each key goes, visible ones first, in their order.
+
+    Args:
+        span: 0, 1, ... Skv - 1.
+    """
+    before = counts[:, :-1]
+    return torch.where((bias >= 0).flatten(0, 2), before, counts[:, -1:] + span - before)
+
+
+def order_of(slots: Any, span: Any) -> Any:
+    """The inverse: which key comes to each place."""
+    return torch.zeros_like(slots).scatter(-1, slots, span.expand_as(slots))
