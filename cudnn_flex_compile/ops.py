@@ -3,6 +3,7 @@
 Knows nothing of FX passes. Imports the kernels of a device when they first run.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -19,8 +20,12 @@ SCHEMAS = {
         "(Tensor query, Tensor key, Tensor value, Tensor[] operands, SymInt[] ints, Tensor[] floats, str program,"
         " float scale, bool return_lse, bool stats, Tensor? guard) -> (Tensor out, Tensor lse, Tensor stats)"
     ),
+    "attention_forward": (
+        "(Tensor query, Tensor key, Tensor value, Tensor[] operands, SymInt[] ints, Tensor[] floats, str program,"
+        " float scale, bool stats, Tensor? guard) -> (Tensor out, Tensor stats)"
+    ),
     "attention_backward": (
-        "(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor stats,"
+        "(Tensor grad_out, Tensor? grad_stats, Tensor query, Tensor key, Tensor value, Tensor out, Tensor stats,"
         " Tensor[] operands, SymInt[] ints, Tensor[] floats, str program, float scale)"
         " -> (Tensor dq, Tensor dk, Tensor dv)"
     ),
@@ -32,11 +37,11 @@ SCHEMAS = {
 }
 
 library = torch.library.Library("cudnn_flex", "DEF")
-SCHEMAS["attention_forward"] = SCHEMAS["attention"]
 for _name, _schema in SCHEMAS.items():
     library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
 
-Outputs = tuple[Tensor, Tensor, Tensor]
+
+Gradients = tuple[Tensor, Tensor, Tensor]
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -62,68 +67,68 @@ def _new_stats(query: Tensor, wanted: bool) -> Tensor:
 
 
 @torch.library.impl(library, "attention_forward", "CUDA")
-def _attention_cuda(
+def _forward_cuda(
     query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], ints: list[int], floats: list[Tensor],
-    program: str, scale: float, return_lse: bool, stats: bool, guard: Tensor | None,
-) -> Outputs:  # fmt: skip
+    program: str, scale: float, stats: bool, guard: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _cuda().forward(query, key, value, operands, ints, floats, program, scale, stats)
+
+
+@functools.cache
+def _cuda() -> Any:
     from cudnn_flex_compile.kernels import cuda
 
-    out, natural = cuda.forward(query, key, value, operands, ints, floats, program, scale, stats or return_lse)
-    lse = natural * LOG2E if return_lse and natural is not None else _new_stats(query, False)
-    return out, lse, natural if stats and natural is not None else _new_stats(query, False)
+    return cuda
 
 
 @torch.library.impl(library, "attention_forward", "CPU")
-def _attention_cpu(
+def _forward_cpu(
     query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], ints: list[int], floats: list[Tensor],
-    program: str, scale: float, return_lse: bool, stats: bool, guard: Tensor | None,
-) -> Outputs:  # fmt: skip
+    program: str, scale: float, stats: bool, guard: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     from cudnn_flex_compile.kernels import cpu
 
     _check(query, key, value)
     out, natural = _new_out(query, value), _new_stats(query, True)
     cpu.forward(query, key, value, operands, ints, floats, program, scale, out, natural)
-    lse = natural * LOG2E if return_lse else _new_stats(query, False)
-    return out, lse, natural if stats else _new_stats(query, False)
+    return out, natural if stats else _new_stats(query, False)
 
 
-def _attention_fake(
+def _forward_fake(
     query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], ints: list[int], floats: list[Tensor],
-    program: str, scale: float, return_lse: bool, stats: bool, guard: Tensor | None,
-) -> Outputs:  # fmt: skip
+    program: str, scale: float, stats: bool, guard: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     _check(query, key, value)
-    return _new_out(query, value), _new_stats(query, return_lse), _new_stats(query, stats)
+    return _new_out(query, value), _new_stats(query, stats)
 
 
 @torch.library.impl(library, "attention_backward", "CUDA")
 def _backward_cuda(
-    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
+    grad_out: Tensor, grad_stats: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
     operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str, scale: float,
-) -> Outputs:  # fmt: skip
-    from cudnn_flex_compile.kernels import cuda
-
-    natural = None if grad_lse is None else grad_lse * LOG2E
-    dq, dk, dv = cuda.backward(grad_out, natural, query, key, value, out, stats, operands, ints, floats, program, scale)
-    return dq, dk, dv
+) -> Gradients:  # fmt: skip
+    return _cuda().backward(
+        grad_out, grad_stats, query, key, value, out, stats, operands, ints, floats, program, scale
+    )
 
 
 @torch.library.impl(library, "attention_backward", "CPU")
 def _backward_cpu(
-    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
+    grad_out: Tensor, grad_stats: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
     operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str, scale: float,
-) -> Outputs:  # fmt: skip
+) -> Gradients:  # fmt: skip
     from cudnn_flex_compile.kernels import cpu
 
-    natural = None if grad_lse is None else grad_lse * LOG2E
-    gradients = cpu.backward(grad_out, natural, query, key, value, out, stats, operands, ints, floats, program, scale)
+    rest = (operands, ints, floats, program, scale)
+    gradients = cpu.backward(grad_out, grad_stats, query, key, value, out, stats, *rest)
     dq, dk, dv = (torch.empty_like(t).copy_(g) for t, g in zip((query, key, value), gradients, strict=True))
     return dq, dk, dv
 
 
 def _backward_fake(
-    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
+    grad_out: Tensor, grad_stats: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
     operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str, scale: float,
-) -> Outputs:  # fmt: skip
+) -> Gradients:  # fmt: skip
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
@@ -133,45 +138,44 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], ints: list[int],
-        floats: list[Tensor], program: str, scale: float, return_lse: bool, stats: bool, guard: Tensor | None,
-    ) -> Outputs:  # fmt: skip
-        out, lse, natural = attention_forward(
-            query, key, value, operands, ints, floats, program, scale, return_lse, stats, guard
-        )
+        floats: list[Tensor], program: str, scale: float, return_lse: bool, guard: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        out, stats = attention_forward(query, key, value, operands, ints, floats, program, scale, True, guard)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(natural)
-        ctx.save_for_backward(query, key, value, out, natural, *operands, *floats)
-        ctx.operands, ctx.ints, ctx.program, ctx.scale, ctx.has_stats = len(operands), ints, program, scale, stats
-        return out, lse, natural
+        if not return_lse:
+            ctx.mark_non_differentiable(stats)
+        ctx.save_for_backward(query, key, value, out, stats, *operands, *floats)
+        ctx.operands, ctx.ints, ctx.program, ctx.scale = len(operands), ints, program, scale
+        return out, stats
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _: Tensor | None
+        ctx: Any, grad_out: Tensor | None, grad_stats: Tensor | None
     ) -> Any:
         query, key, value, out, stats, *rest = ctx.saved_tensors
-        if not ctx.has_stats:
-            raise RuntimeError("cudnn_flex::attention was called with stats=False; a backward needs stats=True")
-        if grad_out is None and grad_lse is None:
-            return (None,) * 11
+        if grad_out is None and grad_stats is None:
+            return (None,) * 10
         gradients = attention_backward(
             torch.zeros_like(out) if grad_out is None else grad_out,
-            grad_lse if grad_lse is not None and grad_lse.numel() else None,
-            *(query, key, value, out, stats, rest[: ctx.operands], ctx.ints, rest[ctx.operands :]),
+            *(grad_stats, query, key, value, out, stats, rest[: ctx.operands], ctx.ints, rest[ctx.operands :]),
             *(ctx.program, ctx.scale),
         )
-        return (*gradients, *(None,) * 8)
+        return (*gradients, *(None,) * 7)
 
 
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], ints: list[int], floats: list[Tensor],
     program: str, scale: float, return_lse: bool, stats: bool, guard: Tensor | None,
-) -> Outputs:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """What compilers decompose: below it there is no autograd, whose bookkeeping a compiled graph need not pay."""
-    arguments = (query, key, value, operands, ints, floats, program, scale, return_lse, stats, guard)
+    arguments = (query, key, value, operands, ints, floats, program, scale)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
-        return _Attention.apply(*arguments)  # pyright: ignore
-    return attention_forward(*arguments)
+        out, natural = _Attention.apply(*arguments, return_lse, guard)  # pyright: ignore
+    else:
+        out, natural = attention_forward(*arguments, stats or return_lse, guard)
+    lse = natural * LOG2E if return_lse else _new_stats(query, False)
+    return out, lse, natural.detach() if stats else _new_stats(query, False)
 
 
 library.impl("attention", _attention, "CompositeImplicitAutograd")
@@ -229,7 +233,7 @@ def _check_fake(
 
 
 for _name, _fake in {
-    "attention_forward": _attention_fake,
+    "attention_forward": _forward_fake,
     "attention_backward": _backward_fake,
     "check_block_mask": _check_fake,
 }.items():

@@ -44,6 +44,80 @@ def prefix_lm(prefix):
     return mask_mod
 
 
+def symmetric(window):
+    def mask_mod(b, h, q, kv):
+        return torch.abs(q - kv) <= window
+
+    return mask_mod
+
+
+def sinks(count, window):
+    def mask_mod(b, h, q, kv):
+        return (q >= kv) & ((q - kv <= window) | (kv < count))
+
+    return mask_mod
+
+
+def shifted(keys):
+    def mask_mod(b, h, q, kv):
+        return q + keys >= kv
+
+    return mask_mod
+
+
+def dilated(window, step):
+    def mask_mod(b, h, q, kv):
+        return (q >= kv) & (q - kv <= window) & ((q - kv) % step == 0)
+
+    return mask_mod
+
+
+def block_causal(size):
+    def mask_mod(b, h, q, kv):
+        return q // size >= kv // size
+
+    return mask_mod
+
+
+def padded(lengths):
+    def mask_mod(b, h, q, kv):
+        return kv < lengths[b]
+
+    return mask_mod
+
+
+def causal_padding(padding):
+    """As transformers writes it."""
+
+    def mask_mod(b, h, q, kv):
+        visible = q.new_ones((), dtype=torch.bool)
+        visible = visible & (kv <= q)
+        return visible & padding[b, kv]
+
+    return mask_mod
+
+
+def documents(ids):
+    def mask_mod(b, h, q, kv):
+        return (ids[q] == ids[kv]) & (q >= kv)
+
+    return mask_mod
+
+
+def relative_table(table, offset):
+    def score_mod(score, b, h, q, kv):
+        return score + table[h, q - kv + offset]
+
+    return score_mod
+
+
+def added(bias):
+    def score_mod(score, b, h, q, kv):
+        return score + bias[h, q, kv]
+
+    return score_mod
+
+
 def head_scale(heads, device):
     scales = torch.linspace(0.5, 1.5, heads, device=device)
 
@@ -65,3 +139,51 @@ MODS = {
     "prefix-LM": lambda heads, length, device: (None, prefix_lm(length // 8)),
     "head scale": lambda heads, length, device: (head_scale(heads, device), None),
 }
+
+
+def _lengths(length, device):
+    """Of up to eight batch entries: 7/8, 5/8, 7/8, ... of the keys."""
+    return torch.tensor([length - length // 8, length - 3 * length // 8] * 4, device=device)
+
+
+def _padding(kind, length, device):
+    valid = torch.arange(length, device=device) < _lengths(length, device)[:, None]
+    generator = torch.Generator(device).manual_seed(0)
+    scattered = torch.rand(8, length, generator=generator, device=device) > 0.3
+    return {"right": valid, "left": valid.flip(1), "scattered": scattered}[kind]
+
+
+def _ids(length, device):
+    return torch.arange(length, device=device) * 8 // length
+
+
+def _table(heads, length, device):
+    generator = torch.Generator(device).manual_seed(0)
+    return torch.randn(heads, 2 * length, generator=generator, device=device)
+
+
+def _bias(heads, length, device):
+    generator = torch.Generator(device).manual_seed(0)
+    return torch.randn(heads, length, length, generator=generator, device=device).bfloat16()
+
+
+# More masks and captured tensors, of the same signature.
+MASKS = {
+    "sink tokens + window": lambda heads, length, device: (None, sinks(10, length // 4)),
+    "sink tokens + small window": lambda heads, length, device: (None, sinks(10, length // 16)),
+    "symmetric window": lambda heads, length, device: (None, symmetric(length // 16)),
+    "shifted causal": lambda heads, length, device: (None, shifted(length // 8)),
+    "strict causal": lambda heads, length, device: (None, shifted(-1)),
+    "block causal": lambda heads, length, device: (None, block_causal(64)),
+    "dilated window": lambda heads, length, device: (None, dilated(length // 4, 2)),
+    "padded lengths": lambda heads, length, device: (None, padded(_lengths(length, device))),
+    "causal + padding, right": lambda heads, length, device: (None, causal_padding(_padding("right", length, device))),
+    "causal + padding, left": lambda heads, length, device: (None, causal_padding(_padding("left", length, device))),
+    "causal + padding, scattered": lambda heads, length, device: (
+        None, causal_padding(_padding("scattered", length, device))),
+    "documents": lambda heads, length, device: (None, documents(_ids(length, device))),
+    "relative table": lambda heads, length, device: (relative_table(_table(heads, length, device), length), None),
+    "bias tensor": lambda heads, length, device: (added(_bias(heads, length, device)), None),
+}  # fmt: skip
+BY_BATCH = {name for name in MASKS if "padd" in name}
+ALL = {**MODS, **MASKS}

@@ -119,11 +119,21 @@ def test_gradients_of_the_lse(with_out):
         assert (f - e).norm() <= 2 * (s - e).norm() if e is not None else not f.any()
 
 
-def test_backward_without_stats_is_refused():
+def test_a_backward_needs_no_stats_that_the_caller_asked_for():
     *rest, _, guard = arguments("soft cap", return_lse=False)
-    out, _, _ = ops.attention(*rest, False, guard)
-    with pytest.raises(RuntimeError, match="stats=True"):
-        out.sum().backward()
+    gradients = []
+    for stats in (True, False):
+        out, _, kept = ops.attention(*rest, stats, guard)
+        assert kept.numel() == (out.shape[:3].numel() if stats else 0)
+        gradients.append(torch.autograd.grad(out.sum(), rest[:3]))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_a_second_derivative_is_refused():
+    query, *rest = arguments("soft cap", return_lse=False)
+    grad = torch.autograd.grad(ops.attention(query, *rest)[0].sum(), query, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
+        grad.sum().backward()
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def divided(program: Program, lengths: tuple[int, int], direction: str) -> list[
     if found is None:
         return None
     found = unshifted(found) if direction == BACKWARD else found
-    return found if len(found) > 1 and _cost(found) < WORTH * _whole_cost(form, lengths, direction) else None
+    return found if _cost(found) < WORTH * _whole_cost(form, lengths, direction) else None
 
 
 def cost(program: Program, lengths: tuple[int, int], direction: str) -> int:
@@ -53,16 +53,13 @@ def _cost(found: Sequence[Box]) -> int:
 
 
 def _whole_cost(form: MaskForm, lengths: tuple[int, int], direction: str) -> int:
+    """Of one plan: the backward skips no tiles for a shifted diagonal."""
     whole = Box(0, lengths[0], 0, lengths[1])
-    if form.residual is not TRUE:
-        return whole.pairs()
-    for bound in form.bounds:
-        if not bound.terms and bound.side in ("lower", "upper"):
+    for bound in form.bounds if form.residual is TRUE else ():
+        shifted = bound.side == "lower" and bound.constant != 0 and direction == BACKWARD
+        if not bound.terms and bound.side in ("lower", "upper") and not shifted:
             whole = whole.with_bound(bound)
-    whole = whole.tight()
-    if direction == BACKWARD and whole.lower is not None and (whole.local()[0] or 0) > 0:
-        whole = replace(whole, lower=None)  # skipped in the forward only
-    return whole.pairs()
+    return whole.tight().pairs()
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +99,7 @@ class PartsPlan:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor,
         stats: torch.Tensor | None = None, *, rest: tuple[Any, ...],
     ) -> None:  # fmt: skip
-        lse = _stats_like(query) if stats is None else stats
+        lse = _stats_like(query) if stats is None else stats.view(*query.shape[:3], 1)
         for top, bottom in self._bare_rows:
             out[:, :, top:bottom].zero_()
             lse[:, :, top:bottom].fill_(float("-inf"))
@@ -124,6 +121,7 @@ class PartsPlan:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, stats: torch.Tensor,
         grad: torch.Tensor, *gradients: torch.Tensor, rest: tuple[Any, ...],
     ) -> None:  # fmt: skip
+        stats = stats.view(*query.shape[:3], 1)
         bare = (self._bare_rows, self._bare_columns, self._bare_columns)
         for gradient, gaps in zip(gradients, bare, strict=True):
             for start, end in gaps:

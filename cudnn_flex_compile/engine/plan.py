@@ -82,7 +82,8 @@ class Plan:
         """Enqueues the graph on the current stream.
 
         Args:
-            tensors: by FORWARD_ROLES (stats only if the problem asks for them) or BACKWARD_ROLES.
+            tensors: by FORWARD_ROLES (stats only if the problem asks for them) or BACKWARD_ROLES; stats are
+                contiguous, [B, H, Sq] or [B, H, Sq, 1].
             operands: as in the problem.
             ints, floats: all scalars of the program; the floats are 0-d host tensors.
         """

@@ -46,12 +46,16 @@ class Policy:
     certify: bool = True
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Ready:
     """A certified plan, and which of query, key, value and the output's gradient must be copied for it."""
 
     plan: "Runs"
     copies: tuple[bool, bool, bool, bool]
+
+    @functools.cached_property
+    def copied(self) -> bool:
+        return any(self.copies)
 
 
 _policy = Policy()

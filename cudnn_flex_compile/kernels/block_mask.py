@@ -15,7 +15,8 @@ from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.interpret import environment, evaluate
-from cudnn_flex_compile.scoremod.ir import Program
+from cudnn_flex_compile.scoremod.ir import TRUE, Program
+from cudnn_flex_compile.scoremod.masks.form import split
 from cudnn_flex_compile.scoremod.text import parse
 
 CHUNK = 2**25
@@ -79,9 +80,10 @@ def agree(
     every_pair = len(blocks) == 8
     full = listed(blocks[2], blocks[3], columns) if every_pair else torch.zeros_like(partial)
     good = torch.ones((), dtype=torch.bool, device=partial.device)
-    for start, visible in _visible(program, operands, ints, floats, sizes, q_block, partial.device):
-        some = _per_block(visible, q_block, kv_block, fill=False).flatten(-2).any(-1)
-        every = _per_block(visible, q_block, kv_block, fill=True).flatten(-2).all(-1)
+    limits = row_limits(program, operands, ints, sizes, partial.device)
+    pairs = _visible(program, operands, ints, floats, sizes, q_block, partial.device)
+    found = _by_pairs(pairs, q_block, kv_block) if limits is None else [limits.blocks(q_block, kv_block)]
+    for start, some, every in found:
         here = slice(start // q_block, start // q_block + some.shape[-2])
         omitted = some & ~partial[:, :, here, :columns] & ~full[:, :, here, :columns]
         good &= ~(omitted | (full[:, :, here, :columns] & ~every)).any()
@@ -90,6 +92,80 @@ def agree(
         if len(pair) == 2:
             good &= (listed(pair[0], pair[1], rows).transpose(-2, -1) == mine[:, :, :rows]).all()
     return good
+
+
+Blocks = tuple[int, Tensor, Tensor]  # the first row; per block, whether it has a visible pair, and a hidden one
+
+
+def _by_pairs(chunks: Iterator[tuple[int, Tensor]], q_block: int, kv_block: int) -> Iterator[Blocks]:
+    for start, visible in chunks:
+        some = _per_block(visible, q_block, kv_block, fill=False).flatten(-2).any(-1)
+        yield start, some, _per_block(visible, q_block, kv_block, fill=True).flatten(-2).all(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class RowLimits:
+    """A mask as start <= kv < end for each row, among the keys that are visible at all.
+
+    Attributes:
+        start, end: [B or 1, H or 1, Sq], int32, in [0, Skv].
+        counts: [B or 1, H or 1, Skv + 1]: how many keys before each position are visible.
+    """
+
+    start: Tensor
+    end: Tensor
+    counts: Tensor
+
+    def blocks(self, q_block: int, kv_block: int) -> Blocks:
+        """All of them, in work and memory of Sq x Skv / kv_block."""
+        length = self.counts.shape[-1] - 1
+        edges = torch.arange(0, length + kv_block, kv_block, dtype=torch.int32, device=self.start.device)
+        edges = edges.clamp(max=length)
+        low = torch.maximum(self.start.unsqueeze(-1), edges[:-1])
+        high = torch.maximum(torch.minimum(self.end.unsqueeze(-1), edges[1:]), low)
+        seen = self._counted(high) - self._counted(low)
+        padded = -seen.shape[-2] % q_block
+        some, every = (
+            torch.nn.functional.pad(t, (0, 0, 0, padded), value=fill).unflatten(2, (-1, q_block))
+            for t, fill in ((seen > 0, False), (seen == edges[1:] - edges[:-1], True))
+        )
+        return 0, some.any(3), every.all(3)
+
+    def _counted(self, position: Tensor) -> Tensor:
+        batch, heads = torch.broadcast_shapes(position.shape[:2], self.counts.shape[:2])
+        counts = self.counts.expand(batch, heads, -1)
+        return counts.gather(2, position.expand(batch, heads, -1, -1).flatten(2).long()).view(
+            batch, heads, *position.shape[2:]
+        )  # fmt: skip
+
+
+def row_limits(
+    program: Program, operands: Sequence[Tensor], ints: Sequence[int], sizes: Sequence[int], device: torch.device
+) -> RowLimits | None:
+    """The mask's rows as intervals, if it is made of bounds and hidden columns."""
+    form = split(program.mask)
+    if form.residual is not TRUE or any("q" in bias.dims for bias in form.biases):
+        return None
+    rows = torch.arange(sizes[2], dtype=torch.int64, device=device)
+    start, end = torch.zeros_like(rows)[None, None], torch.full_like(rows, sizes[3])[None, None]
+    for bound in form.bounds:
+        sign = 1 if bound.side in ("lower", "end") else -1
+        diagonal = bound.side in ("lower", "upper")
+        limit = (rows if diagonal else torch.zeros_like(rows))[None, None] + sign * bound.constant
+        for factor, term in bound.terms:
+            position = int(term.value or 0)
+            number = operands[position][..., 0].long() if term.kind == "operand" else ints[position]
+            limit = limit + sign * factor * number
+        if sign > 0:
+            end = torch.minimum(end, limit + 1)
+        else:
+            start = torch.maximum(start, limit)
+    visible = torch.ones(1, 1, sizes[3], dtype=torch.bool, device=device)
+    for bias in form.biases:
+        visible = visible & (operands[int(bias.value or 0)][:, :, 0] >= 0)
+    counts = torch.nn.functional.pad(visible.to(torch.int32).cumsum(-1, dtype=torch.int32), (1, 0))
+    start, end = (t.clamp(0, sizes[3]).to(torch.int32).expand(*t.shape[:2], sizes[2]) for t in (start, end))
+    return RowLimits(start, end, counts)
 
 
 def listed(count: Tensor, indices: Tensor, columns: int) -> Tensor:

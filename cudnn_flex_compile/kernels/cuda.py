@@ -25,20 +25,20 @@ LSE_GRADIENT = Reason(Code.LSE_GRADIENT, "the LSE takes part in the loss")
 def forward(
     query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor], ints: Sequence[int],
     floats: Sequence[Tensor], program: str, scale: float, stats: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The output in the query's order of strides, and the natural log-sum-exp [B, H, Sq] if `stats`."""
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The output in the query's order of strides, and the natural log-sum-exp [B, H, Sq], empty without `stats`."""
     call = forward_key(program, query, key, value, operands, scale, stats)
     found = plans.get(call) or _find(call, query)
     if isinstance(found, Reason) or not _in_range(ints):
         _explain(program, found)
-        return _fallback_forward(query, key, value, operands, ints, floats, program, scale)
-    if any(found.copies):
+        out, lse = _fallback_forward(query, key, value, operands, ints, floats, program, scale)
+        return out, lse if stats else lse.new_empty(0)
+    if found.copied:
         query, key, value = _copied(found, query, key, value)
     out = _new(found.plan.outputs[0], query)
-    lse = _new(found.plan.outputs[1], query) if stats else None
-    tensors = (query, key, value, out) if lse is None else (query, key, value, out, lse)
-    _run(found, tensors, operands, ints, floats, query)
-    return out, lse.squeeze(-1) if lse is not None else None
+    lse = torch.empty(query.shape[:3] if stats else (0,), dtype=torch.float32, device=query.device)
+    _run(found, (query, key, value, out, lse) if stats else (query, key, value, out), operands, ints, floats, query)
+    return out, lse
 
 
 def backward(
@@ -55,11 +55,11 @@ def backward(
         _explain(program, found)
         return _fallback_backward(grad_out, grad_lse, query, key, value, operands, ints, floats, program, scale)
     inputs = (query, key, value)
-    if any(found.copies):
+    if found.copied:
         inputs = _copied(found, query, key, value)
         grad_out = torch.empty_like(out).copy_(grad_out) if found.copies[3] else grad_out
     gradients = tuple([_new(spec, query) for spec in found.plan.outputs])
-    _run(found, (*inputs, out, stats.unsqueeze(-1), grad_out, *gradients), operands, ints, floats, query)
+    _run(found, (*inputs, out, stats, grad_out, *gradients), operands, ints, floats, query)
     return gradients
 
 
@@ -79,9 +79,7 @@ def _copied(found: Ready, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """cuDNN reads 16 bytes at a time; a view may start in between."""
-    if tensor.data_ptr() % 16 == 0:
-        return tensor
+    """A copy: cuDNN reads 16 bytes at a time, and a view may start in between."""
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
@@ -89,7 +87,7 @@ def _run(
     found: Ready, tensors: tuple[Tensor, ...], operands: Sequence[Tensor], ints: Sequence[int],
     floats: Sequence[Tensor], like: Tensor,
 ) -> None:  # fmt: skip
-    inputs = [_aligned(t) for t in tensors]
+    inputs = [t if t.data_ptr() % 16 == 0 else _aligned(t) for t in tensors]
     if like.device.index == torch.cuda.current_device():
         found.plan.run(inputs, operands, ints, floats)
     else:

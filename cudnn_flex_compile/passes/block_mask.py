@@ -3,9 +3,8 @@
 Knows nothing of the comparison itself (kernels/block_mask.py).
 """
 
-import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,9 +12,11 @@ from torch.fx import Node
 
 from cudnn_flex_compile import ops
 from cudnn_flex_compile.passes.find import Call, example, hint
+from cudnn_flex_compile.passes.hoist import Writer, operand_value
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
-from cudnn_flex_compile.scoremod.ir import TRUE, Program
+from cudnn_flex_compile.scoremod.ir import TRUE, Expr, Program
+from cudnn_flex_compile.scoremod.partition import Hoisted
 from cudnn_flex_compile.scoremod.text import text
 
 
@@ -57,80 +58,123 @@ def _sizes(call: Call) -> list[int]:
 
 @dataclass(slots=True)
 class InputCheck:
-    """The check of one BlockMask whose tensors are inputs of the graph: a few identity tests a step.
+    """The check of one BlockMask that is an input of the graph, like all that its mask_mod captured: a few identity
+    tests a step. It keeps the tensors that it saw last, so that no other one can have the identity of one of them.
 
     Attributes:
-        positions: of the block tensors among the graph's inputs.
-        arguments: of kernels.block_mask.check, after the tensors.
+        blocks, captured: positions among the graph's inputs.
+        operands: computes the mask's operands from the captured tensors.
+        arguments: of kernels.block_mask.check, after the operands.
     """
 
-    positions: tuple[int, ...]
+    blocks: tuple[int, ...]
+    captured: tuple[int, ...]
+    operands: Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]
     arguments: tuple[Any, ...]
-    _seen: list[tuple["weakref.ref[torch.Tensor]", int]] = field(default_factory=list)  # pyright: ignore
+    _seen: tuple[tuple[int, torch.Tensor, int], ...] = ()
 
     def __call__(self, inputs: Sequence[Any]) -> None:
         """Raises RuntimeError if the tensors are others than last time and do not agree with the mask."""
-        tensors = [inputs[i] for i in self.positions]
-        capturing = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
-        if (
-            not capturing
-            and self._seen
-            and all(ref() is t and version == t._version for (ref, version), t in zip(self._seen, tensors, strict=True))
-        ):
-            return
+        capturing = inputs[self.blocks[0]].is_cuda and torch.cuda.is_current_stream_capturing()
+        if self._seen and not capturing:
+            for position, tensor, version in self._seen:
+                if inputs[position] is not tensor or tensor._version != version:
+                    break
+            else:
+                return
         from cudnn_flex_compile.kernels.block_mask import check
 
-        check(tensors, *self.arguments)
-        if not capturing and not any(t.is_inference() for t in tensors):
-            self._seen = [(weakref.ref(t), t._version) for t in tensors]
+        with torch.no_grad():
+            check([inputs[i] for i in self.blocks], self.operands([inputs[i] for i in self.captured]), *self.arguments)
+        tensors = [(i, inputs[i]) for i in (*self.blocks, *self.captured)]
+        if not capturing and not any(t.is_inference() for _, t in tensors):
+            self._seen = tuple((i, t, t._version) for i, t in tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class MaskProgram:
+    """A call's mask: its program, what its operands are, and the nodes of what it captured.
+
+    Attributes:
+        program: of the mask alone.
+        hoisted: its operands.
+        nodes: of captures and scalars.
+        ints, floats: the scalar leaves, in the order of their positions.
+    """
+
+    program: Program
+    hoisted: tuple[Hoisted, ...]
+    nodes: dict[Expr, Any]
+    ints: Sequence[Expr]
+    floats: Sequence[Expr]
+
+    @property
+    def leaves(self) -> list[Expr]:
+        """The captures and scalars that it reads."""
+        roots = (self.program.mask, *(part.expression for part in self.hoisted))
+        return [n for n in ir.walk(*roots) if n.kind in ("capture", "scalar")]
 
 
 class Guards:
     """Sees to it that each distinct BlockMask of a graph is checked once a step, for all calls that use it.
 
-    Outside the graph where its tensors are inputs and the mask needs nothing else; in the graph otherwise.
+    Outside the graph where its tensors and all that the mask captured are inputs; in the graph otherwise.
 
     Args:
         inputs: the placeholders of the graph that Dynamo gave, in order.
+        writer: writes operands.
     """
 
-    def __init__(self, inputs: Sequence[Node]) -> None:
+    def __init__(self, inputs: Sequence[Node], writer: Writer) -> None:
         self._positions = {node: i for i, node in enumerate(inputs)}
+        self._writer = writer
         self._written: dict[tuple[Any, ...], Node | None] = {}
         self.outside: list[InputCheck] = []
 
-    def write(
-        self, call: Call, mask: Program, operands: Sequence[Node], ints: Sequence[Any], floats: Sequence[Node]
-    ) -> Node | None:
+    def write(self, call: Call, mask: MaskProgram) -> Node | None:
         """The node whose value the attention op takes as its guard, if the check is in the graph."""
         if not call.blocks:
             return None
-        kinds = {n.kind if n.kind != "scalar" else n.dtype for n in ir.walk(mask.mask)}
-        operands = operands if "operand" in kinds else ()
-        ints, floats = (ints if ir.I32 in kinds else ()), (floats if ir.F32 in kinds else ())
         blocks = present(call)
-        key = (call.node.graph, *blocks, *operands, *ints, *floats, mask, call.block_sizes)
+        captured = [mask.nodes[n] for n in mask.leaves]
+        key = (call.node.graph, *blocks, *captured, mask.program, mask.hoisted, call.block_sizes)
         if key not in self._written:
-            self._written[key] = self._check(call, blocks, operands, ints, floats, text(mask))
+            shapes = [example(n).shape[d] for n, d in _size_sources(call)]
+            outside = self._outside(call, mask, shapes)
+            self._written[key] = None if outside else self._inside(call, mask, shapes)
+            self.outside += [outside] if outside else []
         return self._written[key]
 
-    def _check(
-        self, call: Call, blocks: list[Node], operands: Sequence[Node], ints: Sequence[Any],
-        floats: Sequence[Node], mask: str,
-    ) -> Node | None:  # fmt: skip
-        shapes = [example(n).shape[d] for n, d in _size_sources(call)]
-        static = all(isinstance(n, int) for n in (*shapes, *call.block_sizes))
-        if static and not (operands or ints or floats) and all(b in self._positions for b in blocks):
-            positions = tuple(self._positions[b] for b in blocks)
-            self.outside.append(InputCheck(positions, ([], [], [], mask, shapes, list(call.block_sizes))))
+    def _outside(self, call: Call, mask: MaskProgram, sizes: list[Any]) -> InputCheck | None:
+        """A check of the graph's inputs, if they are all that it takes."""
+        blocks, leaves = present(call), mask.leaves
+        static = all(isinstance(n, int) for n in (*sizes, *call.block_sizes))
+        nodes = [*blocks, *(mask.nodes[n] for n in leaves)]
+        scalars = any(n.kind == "scalar" for n in leaves)
+        if not static or scalars or not all(n in self._positions for n in nodes):
             return None
+        device = example(call.query).device
+
+        def operands(captured: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+            by_leaf = dict(zip(leaves, captured, strict=True))
+            return [operand_value(part, by_leaf.__getitem__, tuple(sizes), device) for part in mask.hoisted]
+
+        positions = [self._positions[n] for n in nodes]
+        arguments = ([], [], text(mask.program), sizes, list(call.block_sizes))
+        return InputCheck(tuple(positions[: len(blocks)]), tuple(positions[len(blocks) :]), operands, arguments)
+
+    def _inside(self, call: Call, mask: MaskProgram, shapes: list[Any]) -> Node:
+        kinds = {n.dtype for n in ir.walk(mask.program.mask) if n.kind == "scalar"}
+        operands = [self._writer.write(h, mask.nodes, call.query, call.key, call.node) for h in mask.hoisted]
+        ints = [mask.nodes[n] for n in mask.ints] if ir.I32 in kinds else []
+        floats = [mask.nodes[n] for n in mask.floats] if ir.F32 in kinds else []
         graph = call.node.graph
         with graph.inserting_before(call.node):
             sizes = [
                 size if isinstance(size, int) else graph.call_method("size", (node, dim))
                 for size, (node, dim) in zip(shapes, _size_sources(call), strict=True)
             ]
-            arguments = (blocks, list(operands), list(ints), list(floats), mask, sizes, list(call.block_sizes))
+            arguments = (present(call), operands, ints, floats, text(mask.program), sizes, list(call.block_sizes))
             node = graph.call_function(ops.check_block_mask, arguments)
         node.meta["example_value"] = example(call.query).new_empty((0,), dtype=torch.int32)
         return node

@@ -13,6 +13,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from cudnn_flex_compile.passes import block_mask, speed
+from cudnn_flex_compile.passes.block_mask import MaskProgram
 from cudnn_flex_compile.passes.capture import Captures, read_captures
 from cudnn_flex_compile.passes.compact import COUNTS, compacted
 from cudnn_flex_compile.passes.find import Call, example, find_calls, hint, scale_of
@@ -62,7 +63,8 @@ def lower_calls(
     """
     inputs = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
     real = dict(zip(inputs, example_inputs, strict=False))
-    context = Context(Writer(), block_mask.Guards(inputs), real, only_faster, bias_budget)
+    writer = Writer()
+    context = Context(writer, block_mask.Guards(inputs, writer), real, only_faster, bias_budget)
     reports: list[CallReport] = []
     changed: list[GraphModule] = []
     for call in find_calls(graph_module):  # lazily: each call is read after those before it were rewritten
@@ -96,7 +98,7 @@ def _lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason
     traced = _trace(call, captures)
     if isinstance(traced, Reason):
         return traced
-    program, hoisted = traced
+    program, hoisted, checked = traced
     report.program = program
     large = _over_budget(call, hoisted, context.bias_budget)
     if large is not None:
@@ -104,10 +106,11 @@ def _lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason
     training = bool(example(call.node)[0].requires_grad)
     if training and call.uses(1):
         return Reason(Code.LSE_GRADIENT, "the LSE is used, and a gradient may flow through it")
-    values = _real_values(call, captures, hoisted, context)
-    wrong = block_mask.disagreement(call, program, context.real.get, values)  # pyright: ignore[reportArgumentType]
-    if wrong is not None:
-        return wrong
+    if checked is not None:
+        values = _real_values(call, captures, checked.hoisted, context)
+        wrong = block_mask.disagreement(call, checked.program, context.real.get, values)  # pyright: ignore
+        if wrong is not None:
+            return wrong
     compact = compacted(program, hoisted)
     if context.only_faster:
         runs = program if compact is None else compact.program
@@ -119,7 +122,8 @@ def _lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason
     if isinstance(verdict, Reason):
         return verdict
     report.strategies = verdict
-    _rewrite(target, context)
+    guard = None if checked is None else context.guards.write(call, checked)
+    _rewrite(target, context, guard)
     return None
 
 
@@ -140,12 +144,21 @@ def _unsuitable(call: Call) -> Reason | None:
     return None
 
 
-def _trace(call: Call, captures: Captures) -> tuple[Program, list[Hoisted]] | Reason:
+def _checked(call: Call, captures: Captures, mask: ir.Expr) -> MaskProgram | None:
+    """What the BlockMask is compared with: the mask_mod alone, for a score_mod masks in blocks of any kind."""
+    if not call.blocks:
+        return None
+    program, hoisted = partition(normalize(ir.program(mask=mask)))
+    return MaskProgram(program, tuple(hoisted), dict(captures.nodes), captures.ints, captures.floats)
+
+
+def _trace(call: Call, captures: Captures) -> tuple[Program, list[Hoisted], MaskProgram | None] | Reason:
     device = example(call.query).device
     try:
         score = trace(call.score_mod, True, captures.of_score, device)
         mask = trace(call.mask_mod, False, captures.of_mask, device)
-        return partition(normalize(ir.program(narrow(score), narrow(mask))), captures.stored)
+        whole = partition(normalize(ir.program(narrow(score), narrow(mask))), captures.stored)
+        return (*whole, _checked(call, captures, narrow(mask)))
     except Untraceable as error:
         return Reason(Code.UNKNOWN_OP, str(error))
     except ScoreGather:
@@ -168,7 +181,7 @@ def _over_budget(call: Call, hoisted: list[Hoisted], budget: int) -> Reason | No
 
 
 def _real_values(
-    call: Call, captures: Captures, hoisted: list[Hoisted], context: Context
+    call: Call, captures: Captures, hoisted: Sequence[Hoisted], context: Context
 ) -> tuple[list[torch.Tensor], list[int], list[Any]] | None:
     """Operands, integers and floats of the call that is being compiled, if its captured inputs are at hand."""
     values = {leaf: context.real.get(node) if isinstance(node, Node) else node for leaf, node in captures.nodes.items()}
@@ -183,7 +196,7 @@ def _real_values(
     return operands, numbers, [values[leaf] for leaf in captures.floats]
 
 
-def _rewrite(target: Target, context: Context) -> None:
+def _rewrite(target: Target, context: Context, guard: Node | None) -> None:
     call, nodes, writer = target.call, dict(target.captures.nodes), context.operands
     ints = [nodes[leaf] for leaf in target.captures.ints]
     floats = [nodes[leaf] for leaf in target.captures.floats]
@@ -195,10 +208,4 @@ def _rewrite(target: Target, context: Context) -> None:
         key, value = (writer.permute(n, order, call.node) for n in (key, value))
     program, hoisted = target.running
     operands = [writer.write(h, nodes, call.query, call.key, call.node) for h in hoisted]
-    guard = None
-    if call.blocks:
-        checked = operands if target.compact is None else [
-            writer.write(h, nodes, call.query, call.key, call.node) for h in target.hoisted
-        ]  # fmt: skip
-        guard = context.guards.write(call, ir.program(mask=target.program.mask), checked, ints, floats)
     replace(call, key, value, operands, ints, floats, text(program), target.training, guard)

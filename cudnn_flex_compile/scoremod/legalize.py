@@ -155,8 +155,16 @@ def _where(n: Expr) -> Expr:
 
 
 def _compare(n: Expr) -> Expr:
+    """p == r -> p & r | ~p & ~r for predicates: cuDNN compares 32-bit integers alone"""
     if _of_score(n):
         raise Illegal(n.kind, "a comparison of the score selects between branches, which cuDNN refuses")
+    if n.args[0].dtype == BOOL and n.kind in ("eq", "ne"):
+        left, right = n.args
+        opposite = simplify(make("not", right))
+        same = (right, opposite) if n.kind == "eq" else (opposite, right)
+        return make("or", make("and", left, same[0]), make("and", simplify(make("not", left)), same[1]))
+    if n.args[0].dtype != I32:
+        raise Illegal(n.kind, "cuDNN compares 32-bit integers alone")
     if n.kind == "gt" and all(a.kind in GIVEN for a in n.args):
         return make("not", make("ge", *reversed(n.args)))
     return _operand_right(_strict(n) if n.kind == "gt" else n)

@@ -34,9 +34,6 @@ class ScoreGather(Exception):
     """A captured tensor is read at an index that depends on the score."""
 
 
-PairGather = ScoreGather  # XXX
-
-
 @dataclass(frozen=True, slots=True)
 class Hoisted:
     """One operand.

@@ -126,7 +126,7 @@ def test_the_users_functions_are_the_reference_not_the_program():
     """A program that was traced wrongly is caught: here it has lost the score_mod's factor."""
     captured = torch.linspace(0.5, 1.5, 4)
     leaf = ir.capture(0, F32)
-    hoisted = Hoisted(make("gather", leaf, ir.index("h")), F32)
+    hoisted = Hoisted(make("gather", leaf, ir.index("h")), torch.float32)
     right = ir.program(ir.SCORE + ir.operand(0, F32, "h") * 2.0)
     reference = SubgraphReference(
         score_mod=lambda s, b, h, q, kv, table: s + table[h] * 2,
@@ -134,7 +134,7 @@ def test_the_users_functions_are_the_reference_not_the_program():
         score_captured=(0,),
         mask_captured=(),
         captured=(CapturedValue(TensorSpec.of(captured)),),
-        operands=lambda values, sizes, device: [operand_value(hoisted, lambda _: values[0], sizes, device)],
+        operands=lambda values, sizes, device: ([operand_value(hoisted, lambda _: values[0], sizes, device)], None),
     )
     operands = (TensorSpec((1, 4, 1, 1), (4, 1, 1, 1), torch.float32),)
     for direction in (FORWARD, BACKWARD):

@@ -17,7 +17,7 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile.report import collect
-from tests.mods import MODS
+from tests.mods import ALL, BY_BATCH, MODS
 
 BACKENDS = ("inductor", "cudnn_flex")
 CALLS = 10
@@ -35,8 +35,9 @@ def timed(runs):
 
 def compiled(name, shape, dtype, options):
     batch, heads, kv_heads, length, head_dim = shape
-    score_mod, mask_mod = MODS[name](heads, length, "cuda")
-    block_mask = create_block_mask(mask_mod, None, None, length, length, device="cuda") if mask_mod else None
+    score_mod, mask_mod = ALL[name](heads, length, "cuda")
+    entries = batch if name in BY_BATCH else None
+    block_mask = create_block_mask(mask_mod, entries, None, length, length, device="cuda") if mask_mod else None
 
     def call(q, k, v):
         return flex_attention(q, k, v, score_mod, block_mask, enable_gqa=heads != kv_heads)
@@ -92,7 +93,7 @@ def plot(rows, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="*", default=["2,16,16,4096,128"])
-    parser.add_argument("--mods", nargs="*", default=list(MODS), choices=list(MODS))
+    parser.add_argument("--mods", nargs="*", default=list(MODS), choices=list(ALL))
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--lower", default="when_faster", choices=("when_faster", "always"))
     parser.add_argument("--csv", help="file for the table")

@@ -9,7 +9,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile.report import collect
 from tests import dense
-from tests.mods import MODS
+from tests.mods import BY_BATCH, MASKS, MODS
 
 SHAPES = list(itertools.product((64, 128, 256), (512, 1000, 4096), (torch.float16, torch.bfloat16), (1, 4)))
 NAMES = ("out", "lse", "dQ", "dK", "dV")
@@ -30,12 +30,29 @@ def poison():
     torch.full((2**27,), math.nan, device="cuda")
 
 
+MASK_SHAPES = list(itertools.product((64, 128), (500, 1000, 2048), (torch.float16, torch.bfloat16), (1, 4)))
+
+
+def spelled(value):
+    return str(value).removeprefix("torch.")
+
+
 @pytest.mark.parametrize("name", MODS)
-@pytest.mark.parametrize(("head_dim", "length", "dtype", "group"), SHAPES, ids=lambda v: str(v).removeprefix("torch."))
+@pytest.mark.parametrize(("head_dim", "length", "dtype", "group"), SHAPES, ids=spelled)
 def test_within_twice_stock_error(name, head_dim, length, dtype, group):
+    check(MODS[name], None, head_dim, length, dtype, group)
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize(("head_dim", "length", "dtype", "group"), MASK_SHAPES, ids=spelled)
+def test_masks_within_twice_stock_error(name, head_dim, length, dtype, group):
+    check(MASKS[name], 2 if name in BY_BATCH else None, head_dim, length, dtype, group)
+
+
+def check(make, entries, head_dim, length, dtype, group):
     query, key, value, grad = inputs(head_dim, length, dtype, group)
-    score_mod, mask_mod = MODS[name](query.shape[1], length, "cuda")
-    block_mask = create_block_mask(mask_mod, None, None, length, length, device="cuda") if mask_mod else None
+    score_mod, mask_mod = make(query.shape[1], length, "cuda")
+    block_mask = create_block_mask(mask_mod, entries, None, length, length, device="cuda") if mask_mod else None
     torch._dynamo.reset()
 
     def call(q, k, v):

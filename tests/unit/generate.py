@@ -40,19 +40,23 @@ CAPTURE = re.compile(rf"\b({'|'.join(CAPTURED)})\b")
 
 @dataclass(frozen=True)
 class Mod:
-    """source: an expression over b, h, q, kv, the names in CAPTURED and, for a score_mod, score."""
+    """source: an expression over b, h, q, kv, the names in `captured` and, for a score_mod, score."""
 
     source: str
     takes_score: bool
 
     @property
+    def captured(self) -> dict[str, torch.Tensor]:
+        return CAPTURED
+
+    @property
     def names(self) -> tuple[str, ...]:
         words = set(re.findall(r"\w+", self.source))
-        return tuple(name for name in CAPTURED if name in words)
+        return tuple(name for name in self.captured if name in words)
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        return tuple(CAPTURED[name] for name in self.names)
+        return tuple(self.captured[name] for name in self.names)
 
     def function(self, high: bool = False) -> Callable[..., torch.Tensor]:
         """Takes ([score,] b, h, q, kv, *tensors); with `high`, its own casts are to float64."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import BOOL, I32, I64, Expr
+from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.ranges import INT32_LIMIT, VALUE_LIMIT, magnitude
 
 Q, KV = ir.index("q"), ir.index("k")
@@ -35,13 +36,23 @@ class Linear:
     def without(self, atom: Expr) -> "Linear":
         return Linear({a: f for a, f in self.factors.items() if a is not atom}, self.constant)
 
-    def expression(self, dtype: str = I64) -> Expr:
-        """The form as an integer expression."""
-        total = ir.const(self.constant, dtype)
+    def expression(self) -> Expr:
+        """The form as a 64-bit expression that does not wrap: its 64-bit atoms, which may be the largest integer and
+        mean none, are clamped so that their sum is in range; beyond every sum of indices, another one is as good.
+        """
+        total = ir.const(self.constant, I64)
+        weight = sum(abs(factor) for atom, factor in self.factors.items() if atom.dtype == I64)
         for atom, factor in self.factors.items():
-            term = ir.cast(atom, dtype)
+            term = _clamped(atom, LARGE // weight) if atom.dtype == I64 else ir.cast(atom, I64)
             total = term * factor + total if factor != 1 else term + total
         return total
+
+
+LARGE = 2**62
+
+
+def _clamped(atom: Expr, limit: int) -> Expr:
+    return make("min", make("max", atom, ir.const(-limit, I64)), ir.const(limit, I64))
 
 
 def linear(node: Expr) -> Linear:

@@ -3,6 +3,7 @@
 Knows nothing of cuDNN. Every result is equivalent to the mask; whatever is not provably a bound stays a predicate.
 """
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from cudnn_flex_compile.scoremod.ir import FALSE, I64, SCORE, TRUE, Expr
 from cudnn_flex_compile.scoremod.masks.bound import Bound, bound_of
 from cudnn_flex_compile.scoremod.masks.clauses import Clause, Half, Literal, clauses
 from cudnn_flex_compile.scoremod.masks.form import tightest
-from cudnn_flex_compile.scoremod.masks.linear import KV, Linear
+from cudnn_flex_compile.scoremod.masks.linear import KV
 from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.ranges import VALUE_LIMIT
 from cudnn_flex_compile.scoremod.simplify import simplify
@@ -117,33 +118,16 @@ def limit_of(half: Half) -> Expr:
 
     k * n + r >= 0 for n > 0 is k >= ceil(-r / n) = -floor(r / n); r - k * n >= 0 is k <= floor(r / n).
     """
-    step, rest = half.step, _unwrapped(half.form.without(KV)).expression()
+    step, rest = half.step, half.form.without(KV).expression()
     size = ir.const(abs(step), I64)
     quotient = rest if abs(step) == 1 else make("idiv", rest, size)
     return -quotient if step > 0 else quotient + ir.const(1, I64)
 
 
-# A 64-bit limit may be the largest integer, meaning none: beyond every sum of indices, another one is as good.
-BEYOND = 2**40
-
-
-def _unwrapped(form: Linear) -> Linear:
-    """The form with its one 64-bit atom clamped, so that adding to it does not wrap."""
-    wide = [atom for atom in form.factors if atom.dtype == I64]
-    if len(wide) != 1:
-        return form
-    low, high = (ir.const(n, I64) for n in (-BEYOND, BEYOND))
-    clamped = make("min", make("max", wide[0], low), high)
-    return form.without(wide[0]).plus(Linear({clamped: form.factors[wide[0]]}))
-
-
 def _merged(limits: list[Expr], kind: str) -> tuple[Expr, ...]:
-    """One limit for each set of axes: the tightest of those that vary alike."""
-    by_axes: dict[str, Expr] = {}
-    for limit in limits:
-        axes = ir.axes_of(limit)
-        by_axes[axes] = make(kind, by_axes[axes], limit) if axes in by_axes else limit
-    return tuple(simplify(x) for x in by_axes.values())
+    """The tightest of all, as one: cuDNN takes few operands along the rows."""
+    merged = functools.reduce(lambda x, y: make(kind, x, y), limits) if limits else None
+    return () if merged is None else (simplify(merged),)
 
 
 def _reduced(found: list[Clause]) -> list[Clause]:

@@ -5,6 +5,7 @@ a non-strict one, and // and % round toward zero.
 """
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from hypothesis import strategies as st
 
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.derive import derive
+from cudnn_flex_compile.scoremod.interpret import environment, evaluate
 from cudnn_flex_compile.scoremod.ir import BOOL, F32, GRAD, I32, I64, SCORE, Expr
 from cudnn_flex_compile.scoremod.legalize import Illegal, legalize, unsupported
 from cudnn_flex_compile.scoremod.optable import TABLE, make
 from cudnn_flex_compile.scoremod.partition import partition
+from cudnn_flex_compile.scoremod.ranges import VALUE_LIMIT
 from cudnn_flex_compile.scoremod.simplify import normalize, simplify
 from cudnn_flex_compile.scoremod.text import infix
 from tests.unit.evaluate import PAIRS, differing, direct, interpreted, leaf_values, operands_of, program_of, scores
@@ -32,17 +35,20 @@ DIALECT = {
 
 
 def as_cudnn_computes(root: Expr, score: torch.Tensor, operands: list[torch.Tensor], grad: torch.Tensor | None = None):
-    leaf = leaf_values(score, operands, grad)
+    return in_dialect(root, leaf_values(score, operands, grad)).expand(PAIRS)
+
+
+def in_dialect(root: Expr, leaf: Callable[[Expr], torch.Tensor]) -> torch.Tensor:
     values: dict[Expr, torch.Tensor] = {}
     for node in ir.walk(root):
         args = [values[a] for a in node.args]
         if node.kind == F32:
-            values[node] = args[0].to(score.dtype)
+            values[node] = args[0].to(leaf(SCORE).dtype)
         elif node.args:
             values[node] = DIALECT.get(node.kind, TABLE[node.kind].evaluate)(*args)
         else:
             values[node] = leaf(node)
-    return values[root].expand(PAIRS)
+    return values[root]
 
 
 def assert_dialect(root: Expr) -> None:
@@ -122,16 +128,47 @@ def test_legal_masks_are_exact(captures: bool, least: int) -> None:
     assert count >= least, f"only {count} of the generated masks are legal"
 
 
-@settings(max_examples=200)
-@given(st.sampled_from(["idiv", "mod"]), st.integers(-40, 40), st.integers(1, 6), st.integers(1, 2**20))
-def test_division_is_legal_only_where_it_rounds_alike(kind: str, shift: int, divisor: int, factor: int) -> None:
-    """Both for negative dividends and for those that overflow to negative."""
-    dividend = (Q + ir.const(shift, I32)) * ir.const(factor, I32)
-    done = legal(make("ge", make(kind, dividend, ir.const(divisor, I32)), KV))
-    rows = torch.tensor([0, 1, 3, 39, 2047, 2**20, 2**24 - 1], dtype=torch.int32)
-    value = (rows + shift) * factor
-    if done is not None:
-        assert torch.equal(DIALECT[kind](value, divisor), TABLE[kind].evaluate(value, torch.tensor(divisor)))
+ENDS = torch.tensor([0, 1, 3, 39, 2047, 2**20, 2**24 - 2, 2**24 - 1], dtype=torch.int32)  # of an axis
+DIVIDENDS = {
+    "q": Q, "q - kv": Q - KV, "kv - q": KV - Q, "-q": -Q, "|q - kv|": make("abs", Q - KV), "scalar": ir.scalar(0, I32),
+    "operand": ir.operand(0, I32, "q"), "max": make("max", Q - KV, ir.const(-9, I32)),
+}  # fmt: skip
+
+
+def test_division_rounds_as_in_torch() -> None:
+    """With negative dividends, too; those that may overflow once they are raised have no legal form."""
+    count = {"legal": 0, "illegal": 0}
+
+    @settings(max_examples=600)
+    @given(
+        st.sampled_from(["idiv", "mod"]), st.sampled_from(list(DIVIDENDS)), st.integers(-40, 40),
+        st.sampled_from([1, 2, 3, 6, 64, 1000, 2**20, VALUE_LIMIT, 2**31 - 1]),
+        st.sampled_from([1, 1, 2, -1, -3, 7, 60, 127, 2**10, 2**20]),
+        st.sampled_from([0, 5, -5, VALUE_LIMIT, -VALUE_LIMIT]),
+    )  # fmt: skip
+    def check(kind: str, name: str, shift: int, divisor: int, factor: int, given_: int) -> None:
+        dividend = (DIVIDENDS[name] + ir.const(shift, I32)) * ir.const(factor, I32)
+        root = make(kind, dividend, ir.const(divisor, I32))
+        try:
+            done = legalize(root)
+        except Illegal:
+            count["illegal"] += 1
+            return
+        count["legal"] += 1
+        axes = {"q": ENDS.view(-1, 1), "k": ENDS}
+        leaf = environment(torch.zeros(()), axes, {0: torch.tensor(given_)}, {0: given_}, {})
+        got, expected = in_dialect(done, leaf), evaluate(root, leaf)
+        assert torch.equal(got.expand(8, 8), expected.expand(8, 8)), infix(done)
+
+    check()
+    assert count["legal"] >= 250, count
+    assert count["illegal"] >= 50, count
+
+
+def test_division_of_what_is_never_negative_is_left_alone() -> None:
+    for kind in ("idiv", "mod"):
+        root = make(kind, Q + ir.const(5, I32), ir.const(7, I32))
+        assert legalize(root) is root
 
 
 def number(value: float) -> Expr:
@@ -167,8 +204,9 @@ def test_the_sign_near_zero(value: float) -> None:
     [
         make("ge", SCORE, number(0.0)),
         make("where", make("gt", SCORE, number(0.0)), SCORE, SCORE * 2.0),
-        make("idiv", Q - KV, ir.const(2, I32)),
-        make("mod", Q - ir.const(1, I32), ir.const(2, I32)),
+        make("idiv", (Q - KV) * ir.const(2**10, I32), ir.const(2, I32)),
+        make("mod", (Q - ir.const(1, I32)) * ir.const(127, I32), ir.const(VALUE_LIMIT, I32)),
+        make("mod", Q - KV, ir.const(2**31 - 1, I32)),
         make("idiv", Q, ir.scalar(0, I32)),
         make("idiv", Q, ir.const(-2, I32)),
         make("eq", ir.operand(0, I64, "q"), ir.operand(1, I64, "k")),

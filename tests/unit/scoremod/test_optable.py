@@ -26,7 +26,8 @@ REFERENCES = {
     "neg": lambda a: -a, "abs": torch.abs, "sign": torch.sign, "reciprocal": lambda a: 1 / a, "min": torch.minimum,
     "max": torch.maximum, "clamp_min": lambda a, b: torch.clamp(a, min=b),
     "clamp_max": lambda a, b: torch.clamp(a, max=b),
-    "exp": torch.exp, "log": torch.log, "sqrt": torch.sqrt, "rsqrt": lambda a: 1 / a.sqrt(), "pow": lambda a, b: a**b,
+    "exp": torch.exp, "exp2": torch.exp2, "log": torch.log,
+    "sqrt": torch.sqrt, "rsqrt": lambda a: 1 / a.sqrt(), "pow": lambda a, b: a**b,
     "sin": torch.sin, "cos": torch.cos, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "erf": torch.erf,
     "relu": torch.nn.functional.relu, "gelu": torch.nn.functional.gelu, "silu": torch.nn.functional.silu,
     "gelu_tanh": lambda a: torch.nn.functional.gelu(a, approximate="tanh"), "softplus": torch.nn.functional.softplus,
@@ -124,7 +125,7 @@ def test_derivatives_are_those_of_autograd(row: Row) -> None:
         root = make(row.name, *(SCORE if j == i else other for j, other in enumerate(leaves)))
         gradient = derive(root)
         found = torch.zeros(64).double() if gradient is None else at(gradient, leaves, values, values[i], weights)
-        tolerance = 1e-6 if row.name == "erf" else 1e-11  # 2 / sqrt(pi) is a float32 constant
+        tolerance = 1e-6 if row.name in ("erf", "exp2") else 1e-11  # 2 / sqrt(pi) and log(2) are float32 constants
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 

@@ -8,9 +8,11 @@ import torch
 from hypothesis import given, settings
 
 from cudnn_flex_compile.scoremod import ir
-from cudnn_flex_compile.scoremod.ir import F32, I32, I64, SCORE
+from cudnn_flex_compile.scoremod.ir import BOOL, F32, I32, I64, SCORE
+from cudnn_flex_compile.scoremod.legalize import computes
+from cudnn_flex_compile.scoremod.masks.form import split
 from cudnn_flex_compile.scoremod.optable import make
-from cudnn_flex_compile.scoremod.partition import Hoisted, PairGather, partition
+from cudnn_flex_compile.scoremod.partition import HALF, Hoisted, ScoreGather, partition
 from cudnn_flex_compile.scoremod.simplify import normalize
 from cudnn_flex_compile.scoremod.text import infix
 from tests.unit.evaluate import SIZES, direct, masked, operands_of, program_of, scores
@@ -33,13 +35,16 @@ def test_parts_make_the_whole(score_mod: Mod, mask_mod: Mod) -> None:
 
 
 def assert_operands(program: ir.Program, hoisted: list[Hoisted], operands: list[torch.Tensor]) -> None:
-    """All are used, none varies along q and kv, and each is as small as can be."""
+    """All are used; none reads the score; each is as small as can be, and none of 64 bits or of predicates."""
     nodes = list(ir.walk(program.score, program.mask))
     assert not any(node.kind == "capture" for node in nodes)
     used = {(node.value, node.dtype, node.dims) for node in nodes if node.kind == "operand"}
-    assert used == {(i, part.dtype, part.dims) for i, part in enumerate(hoisted)}
+    dtypes = {torch.float32: F32, HALF: F32, torch.float16: F32, torch.int32: I32}
+    assert used == {(i, dtypes[part.stored], part.dims) for i, part in enumerate(hoisted)}
     for part, value in zip(hoisted, operands, strict=True):
-        assert not {"q", "k"} <= set(part.dims), infix(part.expression)
+        assert not ir.depends_on(part.expression, SCORE), infix(part.expression)
+        assert value.dtype == part.stored
+        assert not part.limit or (int(value.min()) >= 0 and int(value.max()) <= SIZES[3])
         assert value.shape == tuple(n if axis in part.dims else 1 for axis, n in zip("bhqk", SIZES, strict=True))
 
 
@@ -57,12 +62,71 @@ def test_what_needs_no_pair_is_hoisted_whole() -> None:
 def test_a_shared_part_is_hoisted_once() -> None:
     part = gathered(H) * 2.0
     program, hoisted = partition(ir.program(SCORE * part + part, make("ge", part, ir.const(0.5, F32))))
-    assert len(hoisted) == 1 + (infix(program.mask) != "operand0[h] >= 0.5")
+    assert infix(program.mask) == "operand1[h] > kv"  # every key or none
+    assert [part.dims for part in hoisted] == ["h", "h"]
 
 
-def test_a_gather_on_pairs_is_refused() -> None:
-    with pytest.raises(PairGather):
-        partition(ir.program(SCORE + gathered(Q - KV)))
+PAIRS = gathered(Q, KV)
+CHOSEN = make("where", gathered(KV, Q, dtype=BOOL, position=1), PAIRS, ir.const(0.0, F32))
+OF_SCORE = ir.cast(make("ge", SCORE, ir.const(0.0, F32)), I64)
+QUOTIENT = make("idiv", Q - KV, ir.const(3, I32))
+# Of a score: what it becomes, and the dims and dtypes of its operands where the captured tensor is bfloat16.
+SCORES = [
+    (SCORE + gathered(Q - KV), "score + operand0[q, kv]", [("qk", torch.bfloat16)]),
+    (SCORE + PAIRS, "score + operand0[q, kv]", [("qk", torch.bfloat16)]),
+    (SCORE + CHOSEN, "score + operand0[q, kv]", [("qk", torch.bfloat16)]),
+    (SCORE + PAIRS * 2.0, "score + operand0[q, kv]", [("qk", torch.float32)]),
+    (SCORE + gathered(H), "score + operand0[h]", [("h", torch.float32)]),
+    (SCORE + gathered(Q) * gathered(KV), "score + operand0[q, kv]", [("qk", torch.float32)]),
+    (SCORE + gathered(Q) + gathered(KV), "(score + operand0[q]) + operand1[kv]", [(a, torch.float32) for a in "qk"]),
+    (SCORE * gathered(gathered(Q, dtype=I64, position=1)), "score * operand0[q]", [("q", torch.float32)]),
+    (SCORE + ir.cast(gathered(Q, KV, dtype=I64), F32), "score + operand0[q, kv]", [("qk", torch.float32)]),
+    (SCORE + make("exp2", gathered(H)), "score + operand0[h]", [("h", torch.float32)]),
+    (SCORE + QUOTIENT, "score + ((q - kv) // 3)", []),
+    (SCORE + make("idiv", Q - KV, ir.const(-3, I32)), "score + operand0[q, kv]", [("qk", torch.float32)]),
+    (
+        make("where", make("ge", gathered(Q, dtype=I64), gathered(KV, dtype=I64)), SCORE, SCORE * 2.0),
+        "where(operand0[q, kv] > kv, score, score * 2)", [("qk", torch.int32)],
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("score", "inside", "outside"), SCORES, ids=lambda x: infix(x) if isinstance(x, ir.Expr) else ""
+)
+def test_what_becomes_an_operand(score: ir.Expr, inside: str, outside: list[tuple[str, torch.dtype]]) -> None:
+    program, hoisted = partition(normalize(ir.program(score)), {ir.capture(0, F32): torch.bfloat16})
+    assert infix(program.score) == inside
+    assert [(part.dims, part.stored) for part in hoisted] == outside
+    assert computes(program.score)
+
+
+@pytest.mark.parametrize("axes", ["k", "qk", "bhqk"])
+def test_predicates_become_biases_that_sixteen_bits_hold(axes: str) -> None:
+    flags = gathered(*(ir.index(a) for a in axes), dtype=BOOL)
+    program, (bias,) = partition(normalize(ir.program(mask=make("and", flags, make("ge", Q, KV)))))
+    assert (bias.stored, bias.limit, bias.dims) == (torch.bfloat16, False, axes)
+    form = split(program.mask)
+    assert [(b.side, b.constant) for b in form.bounds] == [("lower", 0)]
+    assert [(b.kind, b.dims) for b in form.biases] == [("operand", axes)]
+
+
+def test_what_the_kernel_computes_stays_inside_unless_tiles_are_skipped() -> None:
+    """Beside a band, a bias leaves the mask a band."""
+    odd, causal = make("eq", make("mod", Q - KV, ir.const(3, I32)), ir.const(0, I32)), make("ge", Q, KV)
+    program, hoisted = partition(normalize(ir.program(mask=odd)))
+    assert (program.mask, hoisted) == (odd, [])
+    program, hoisted = partition(normalize(ir.program(mask=make("and", odd, causal))))
+    assert [part.dims for part in hoisted] == ["qk"]
+    either = make("or", causal, make("gt", ir.const(4, I32), KV))
+    for mask in (either, make("and", either, make("ge", KV + ir.const(9, I32), Q))):
+        assert partition(normalize(ir.program(mask=mask)))[1] == []
+
+
+@pytest.mark.parametrize("index", [OF_SCORE, gathered(OF_SCORE, dtype=I64, position=1)], ids=infix)
+def test_a_gather_at_the_score_is_refused(index: ir.Expr) -> None:
+    with pytest.raises(ScoreGather):
+        partition(ir.program(SCORE + gathered(index)))
 
 
 I32_MAX, I32_MIN = 2**31 - 1, -(2**31)
@@ -98,7 +162,7 @@ def evaluated(mask: ir.Expr, captured: tuple[torch.Tensor, ...], n: int) -> torc
     from cudnn_flex_compile.passes.hoist import operand_value
     from cudnn_flex_compile.scoremod.interpret import environment, evaluate
     from cudnn_flex_compile.scoremod.legalize import Illegal, legalize
-    from cudnn_flex_compile.scoremod.masks.form import as_predicate, split
+    from cudnn_flex_compile.scoremod.masks.form import as_predicate
 
     program, hoisted = partition(normalize(ir.program(mask=mask)))
     sizes = (1, 1, n, n)

@@ -11,7 +11,7 @@ from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.interpret import const_tensor, evaluate
 from cudnn_flex_compile.scoremod.ir import BOOL, I32, I64, Expr
 from cudnn_flex_compile.scoremod.optable import make
-from cudnn_flex_compile.scoremod.ranges import AXIS_LIMIT, VALUE_LIMIT, magnitude, narrow, nonnegative
+from cudnn_flex_compile.scoremod.ranges import AXIS_LIMIT, VALUE_LIMIT, interval, magnitude, narrow, nonnegative
 from cudnn_flex_compile.scoremod.text import infix
 
 EXTREMES = (0, 1, 2, 7, 127, 4096, 2**20 + 1, AXIS_LIMIT - 1)
@@ -21,7 +21,7 @@ PYTHON = {
     "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b, "neg": lambda a: -a,
     "abs": abs, "min": min, "max": max, "idiv": lambda a, b: a // b, "mod": lambda a, b: a % b,
     "where": lambda c, a, b: a if c else b, "ge": lambda a, b: a >= b, "gt": lambda a, b: a > b,
-    "eq": lambda a, b: a == b, "i32": int, "i64": int,
+    "eq": lambda a, b: a == b, "i32": int, "i64": int, "clamp_min": max, "clamp_max": min,
 }  # fmt: skip
 
 
@@ -31,7 +31,11 @@ def integers(draw, depth: int = 4) -> Expr:
     if depth == 0 or draw(st.integers(0, 3)) == 0:
         leaf = draw(st.sampled_from([*LEAVES, *(ir.const(c, I32) for c in CONSTANTS), ir.const(2**40, I64)]))
         return ir.cast(leaf, I64) if draw(st.booleans()) else leaf
-    kind = draw(st.sampled_from(["add", "sub", "mul", "neg", "abs", "min", "max", "idiv", "mod", "where"]))
+    kind = draw(
+        st.sampled_from(
+            ["add", "sub", "mul", "neg", "abs", "min", "max", "clamp_min", "clamp_max", "idiv", "mod", "where"]
+        )
+    )
     left, right = draw(integers(depth - 1)), draw(integers(depth - 1))
     if kind in ("neg", "abs"):
         return make(kind, left)
@@ -80,6 +84,41 @@ def test_no_step_is_larger_than_its_magnitude(root: Expr) -> None:
     for point in POINTS:
         for node, value in exact(root, point).items():
             assert abs(value) <= bounds[node], infix(node)
+
+
+@settings(max_examples=300)
+@given(integers())
+def test_every_step_is_in_its_interval(root: Expr) -> None:
+    """As long as no step overflows, which Python's integers do not."""
+    bounds = {node: interval(node) for node in ir.walk(root)}
+    for point in POINTS:
+        for node, value in exact(root, point).items():
+            low, high = bounds[node]
+            assert low <= value <= high, infix(node)
+
+
+Q, KV = ir.index("q"), ir.index("k")
+LAST = AXIS_LIMIT - 1
+
+
+@pytest.mark.parametrize(
+    ("root", "expected"),
+    [
+        (Q, (0, LAST)), (Q - KV, (-LAST, LAST)), (-Q, (-LAST, 0)), (make("abs", Q - KV), (0, LAST)),
+        (make("abs", Q + ir.const(3, I32)), (3, LAST + 3)), (make("mod", Q - KV, ir.const(64, I32)), (0, 63)),
+        (make("mod", make("min", Q, ir.const(5, I32)), ir.const(64, I32)), (0, 5)),
+        (make("idiv", KV - Q, ir.const(2, I32)), (-(2**23), LAST // 2)),
+        (ir.scalar(0, I32), (-VALUE_LIMIT, VALUE_LIMIT)),
+        (Q * ir.const(-3, I32), (-3 * LAST, 0)), (make("clamp_min", Q - KV, ir.const(-9, I32)), (-9, LAST)),
+        (make("clamp_max", Q - KV, ir.const(9, I32)), (-LAST, 9)), (ir.cast(make("ge", Q, KV), I32), (0, 1)),
+        (make("where", make("ge", Q, KV), Q, ir.const(-7, I32)), (-7, LAST)), (ir.cast(Q, I64), (0, LAST)),
+        (make("mod", Q, ir.const(-3, I32)), (-(2**63), 2**63)), (ir.capture(0, I64), (-(2**63), 2**63)),
+    ],
+    ids=lambda x: infix(x) if isinstance(x, Expr) else "",
+)  # fmt: skip
+def test_intervals_are_tight(root: Expr, expected: tuple[int, int]) -> None:
+    assert interval(root) == expected
+    assert nonnegative(root) == (expected[0] >= 0)
 
 
 @settings(max_examples=200)

@@ -56,6 +56,13 @@ def test_normal_programs_have_the_same_masked_scores(score_mod: Mod, mask_mod: M
         ((SCORE + 0.1) + 0.2, (SCORE + 0.1) + 0.2),  # float addition rounds
         (make("ne", ir.cast(make("ge", Q, KV), I32), number(0, I32)), make("ge", Q, KV)),
         (make("bool", Q), make("ne", Q, number(0, I32))),
+        # floats of integers that float32 holds are compared as integers
+        (make("ge", ir.cast(Q, F32), ir.cast(KV, F32)), make("ge", Q, KV)),
+        (make("gt", ir.cast(Q, F32), number(3.0)), make("gt", Q, number(3, I32))),
+        (make("eq", ir.cast(ir.cast(Q, I64), F32), number(-0.0)), make("eq", ir.cast(Q, I64), number(0, I64))),
+        (make("gt", ir.cast(Q, F32), number(2.5)), make("gt", ir.cast(Q, F32), number(2.5))),
+        (make("ge", ir.cast(Q - KV, F32), number(3.0)), make("ge", ir.cast(Q - KV, F32), number(3.0))),  # 2 ** 25
+        (make("ge", ir.cast(Q, F32), number(math.inf)), make("ge", ir.cast(Q, F32), number(math.inf))),
         (make("exp", number(0.0)), number(1.0)),
         (make("idiv", number(-7, I32), number(2, I32)), number(-4, I32)),
         (make("mod", number(-7, I32), number(2, I32)), number(1, I32)),
@@ -90,9 +97,34 @@ def test_infinities_of_the_score_become_the_mask() -> None:
     assert infix(program.mask) == infix(make("and", causal, window))
 
 
-def test_infinities_that_depend_on_the_score_stay() -> None:
-    score = make("where", make("ge", SCORE, number(0.0)), SCORE, number(-math.inf))
-    assert normalize(ir.program(score, TRUE)).mask is TRUE
+CAUSAL, HIDDEN, ODD = make("ge", Q, KV), number(-math.inf), make("ne", make("mod", KV, number(2, I32)), number(0, I32))
+UNDER = make("where", CAUSAL, SCORE, HIDDEN)
+INFINITIES = {
+    "hidden elsewhere": (UNDER, SCORE, CAUSAL),
+    "hidden there": (make("where", CAUSAL, HIDDEN, SCORE), SCORE, make("not", CAUSAL)),
+    "in either branch": (
+        make("where", ODD, UNDER, SCORE * 2.0), make("where", ODD, SCORE, SCORE * 2.0),
+        make("or", make("and", ODD, CAUSAL), make("not", ODD)),
+    ),
+    "twice": (make("where", ODD, UNDER, HIDDEN), SCORE, make("and", ODD, CAUSAL)),
+    "a sum": (SCORE * 2.0 + make("where", CAUSAL, number(0.5), HIDDEN), SCORE * 2.0 + 0.5, CAUSAL),
+    "a sum of zeros": (SCORE + make("where", CAUSAL, number(0.0), HIDDEN), SCORE, CAUSAL),
+    "a sum of two": (UNDER + make("where", ODD, SCORE, HIDDEN), SCORE + SCORE, make("and", CAUSAL, ODD)),
+    "always": (make("where", CAUSAL, HIDDEN, HIDDEN), HIDDEN, FALSE),
+    "a factor": (UNDER * 0.5, UNDER * 0.5, TRUE),  # stays: as good in the score
+    "by the score": (make("where", make("ge", SCORE, number(0.0)), SCORE, HIDDEN), None, TRUE),
+    "below a choice by the score": (make("where", make("ge", SCORE, number(0.0)), UNDER, SCORE), None, TRUE),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", INFINITIES)
+def test_infinities_become_the_mask(name: str) -> None:
+    given_, score, mask = INFINITIES[name]
+    program = normalize(ir.program(given_))
+    assert program.score is (given_ if score is None else score), infix(program.score)
+    assert program.mask is simplify(mask), infix(program.mask)
+    values = scores()
+    assert differing(masked(program, values), interpreted(given_, values)) == 0
 
 
 def test_types() -> None:

@@ -1,4 +1,7 @@
-"""The normal form of masks: every spelling of a bound is found, nothing else is, and the mask stays what it was."""
+"""The normal form of masks: every spelling of a bound is found, nothing else is, and the mask stays what it was.
+
+Knows nothing of what else a mask can be solved into (test_solve.py).
+"""
 
 import pytest
 import torch
@@ -9,26 +12,18 @@ from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.interpret import environment, evaluate
 from cudnn_flex_compile.scoremod.ir import F32, I32, TRUE, Expr
 from cudnn_flex_compile.scoremod.masks.bound import Bound
-from cudnn_flex_compile.scoremod.masks.form import MaskForm, as_predicate, conjuncts, split, tightest
+from cudnn_flex_compile.scoremod.masks.form import MaskForm, as_predicate, conjuncts, hides, split, tightest
+from cudnn_flex_compile.scoremod.masks.solve import solve
 from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.partition import partition
-from cudnn_flex_compile.scoremod.ranges import AXIS_LIMIT, VALUE_LIMIT, narrow
+from cudnn_flex_compile.scoremod.ranges import AXIS_LIMIT, VALUE_LIMIT
 from cudnn_flex_compile.scoremod.simplify import normalize, simplify
 from cudnn_flex_compile.scoremod.text import infix
-from cudnn_flex_compile.scoremod.trace import trace
-from tests.unit.evaluate import CPU, differing, direct, interpreted, operands_of, program_of, scores
+from tests.unit.evaluate import differing, direct, interpreted, operands_of, program_of, scores
 from tests.unit.generate import Mod, mask_mods
+from tests.unit.mask_sources import assert_every_step_keeps, conjunction, normal
 
 Q, KV = ir.index("q"), ir.index("k")
-
-
-def form_of(function) -> MaskForm:
-    return split(simplify(narrow(trace(function, False, [], CPU))))
-
-
-def found(form: MaskForm) -> dict[str, int]:
-    assert not any(b.terms for b in form.bounds)
-    return {b.side: b.constant for b in form.bounds}
 
 
 @settings(max_examples=200)
@@ -38,7 +33,7 @@ def test_the_form_is_the_mask(mask_mod: Mod) -> None:
     form, score = split(program.mask), torch.zeros_like(scores())
     operands, expected = operands_of(hoisted), direct(mask_mod)
     assert differing(interpreted(as_predicate(form), score, operands), expected) == 0
-    parts = [b.predicate() for b in form.bounds] + [form.residual]
+    parts = [b.predicate() for b in form.bounds] + [hides(bias) for bias in form.biases] + [form.residual]
     together = torch.stack([interpreted(part, score, operands) for part in parts]).all(0)
     assert differing(together, expected) == 0
 
@@ -72,38 +67,28 @@ SPELLINGS = [
     ("kv < 100", {"end": 99}), ("kv <= 100", {"end": 100}), ("100 > kv", {"end": 99}), ("kv >= 7", {"start": -7}),
     ("kv > 7", {"start": -8}), ("(kv >= 2) & (kv < 9)", {"start": -2, "end": 8}), ("~(kv >= 9)", {"end": 8}),
     ("(q >= kv) & (kv < 100) & (kv >= 1)", {"start": -1, "end": 99, "lower": 0}),
+    # through a multiple, a difference of multiples, a float
+    ("2 * q >= 2 * kv", {"lower": 0}), ("3 * (q - kv) <= 10", {"upper": 3}), ("(q - kv) // 4 < 3", {"upper": 11}),
+    ("q.float() >= kv.float()", {"lower": 0}), ("q / 1 >= kv", {"lower": 0}), ("q - kv < 2.5", {"upper": 2}),
+    ("kv > 3.0", {"start": -4}), ("q == kv", {"lower": 0, "upper": 0}),
+    ("(q - kv).clamp(min=0) <= 5", {"upper": 5}), ("~((q < kv) ^ False)", {"lower": 0}),
+    ("torch.where(q >= kv, q - kv, 9) <= 8", {"lower": 0, "upper": 8}),
+    # what always holds, and what never does
+    ("(q >= kv) | (q < kv)", {}), ("(kv >= 0) & (q + kv >= 0)", {}), ("(q >= kv) & (q - kv >= -3)", {"lower": 0}),
+    ("(q > kv) & (q < kv)", {"lower": -1, "upper": -1}), ("(kv < 0) | (b < 0) & False", {"end": -1}),
+    ("((q >= kv) | (kv < 100)) & (kv < 50)", {"end": 49}), ("((q >= kv) & (kv < 9)) | (q >= kv)", {"lower": 0}),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("source", "bounds"), SPELLINGS, ids=[s for s, _ in SPELLINGS])
 def test_bounds(source: str, bounds: dict[str, int]) -> None:
-    form = form_of(eval(f"lambda b, h, q, kv: {source}", {"torch": torch}))
-    assert found(form) == bounds
-    assert form.residual is TRUE, infix(form.residual)
-
-
-RESIDUALS = [
-    "(q >= kv) | (kv < 4)", "q == kv", "q != kv", "(q % 2) == (kv % 2)", "q // 4 == kv // 4", "q // 4 >= kv // 4",
-    "q >= 3", "b >= kv", "2 * q >= kv", "q >= 2 * kv", "2 * q >= 2 * kv", "q + kv >= 3", "(q - kv).abs() >= 3",
-    "q.float() >= kv.float()", "q * kv >= 3", "h >= q - kv", "torch.maximum(q, kv) >= 3",
-    "~(q - kv <= 4) & (q != 7) | (q >= kv)",
-    "torch.abs(q - kv) <= torch.abs(kv)", "(q >= kv) ^ (kv < 3)", "q + (2**31 - 1) >= kv",
-    "q - 2**30 - 2**30 >= kv - 2**30 - 2**30",
-    "q + (2**31 - 5) > kv", "torch.abs(q - kv) <= 2**31 - 1", "q * 256 - q * 255 >= kv", "q / 1 >= kv",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("source", RESIDUALS)
-def test_what_is_no_bound_stays_residual(source: str) -> None:
-    form = form_of(eval(f"lambda b, h, q, kv: {source}", {"torch": torch}))
-    assert form.bounds == ()
-    assert form.residual is not TRUE
-
-
-def test_a_residual_does_not_hide_the_bounds_beside_it() -> None:
-    form = form_of(lambda b, h, q, kv: (q >= kv) & ((q % 2) == (kv % 2)) & (q - kv < 9) & (q != 4))
-    assert found(form) == {"lower": 0, "upper": 8}
-    assert infix(form.residual) == "((q % 2) == (kv % 2)) & (q != 4)"
+    """By the whole road, without an operand."""
+    program, hoisted = partition(normal(source))
+    form = split(program.mask)
+    assert {b.side: b.constant for b in form.bounds} == bounds
+    assert not any(b.terms for b in form.bounds)
+    assert (hoisted, form.biases, form.residual) == ([], (), TRUE), infix(program.mask)
+    assert_every_step_keeps(source, {}, (1, 1, 70, 110))
 
 
 ROW = ir.operand(0, I32, "bq")
@@ -170,24 +155,9 @@ def test_the_trivial_mask() -> None:
 
 EXTREME_ROWS = torch.tensor([0, 1, 255, 2**15, 2**22 + 3, AXIS_LIMIT - 2, AXIS_LIMIT - 1], dtype=torch.int32)
 CONSTANTS = [
-    0,
-    1,
-    -1,
-    2,
-    127,
-    128,
-    129,
-    2**15,
-    -(2**24),
-    2**28,
-    -(2**28),
-    2**29,
-    2**30,
-    -(2**30),
-    2**31 - 1,
-    -(2**31),
+    0, 1, -1, 2, 127, 128, 129, 2**15, -(2**24), 2**28, -(2**28), 2**29, 2**30, -(2**30), 2**31 - 1, -(2**31),
     2**31 - 2**24,
-]
+]  # fmt: skip
 
 
 @st.composite
@@ -224,8 +194,10 @@ def test_overflow_is_no_bound() -> None:
         leaf = environment(torch.zeros(()), indices, {}, {0: number}, {})
         form = split(simplify(mask))
         bounded += bool(form.bounds)
-        got, expected = (evaluate(m, leaf).expand(7, 7) for m in (as_predicate(form), mask))
-        assert torch.equal(got, expected), f"{infix(mask)}: {form}"
+        expected = evaluate(mask, leaf).expand(7, 7)
+        for found in (form, solve(simplify(mask))):
+            whole = as_predicate(found) if isinstance(found, MaskForm) else conjunction(found)
+            assert torch.equal(evaluate(whole, leaf).expand(7, 7), expected), f"{infix(mask)}: {found}"
 
     check()
     assert bounded >= 20, "too few generated masks are bounds"
