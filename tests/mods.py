@@ -127,6 +127,10 @@ def head_scale(heads, device):
     return score_mod
 
 
+def soft_cap_window_1024(heads, length, device):
+    return softcap(50.0), sliding(1024)
+
+
 MODS = {
     "full": lambda heads, length, device: (None, None),
     "causal": lambda heads, length, device: (None, causal),
@@ -186,4 +190,10 @@ MASKS = {
     "bias tensor": lambda heads, length, device: (added(_bias(heads, length, device)), None),
 }  # fmt: skip
 BY_BATCH = {name for name in MASKS if "padd" in name}
-ALL = {**MODS, **MASKS}
+ALL = {**MODS, **MASKS, "soft cap + window 1024": soft_cap_window_1024}
+# The cases that the README's second table is about, at its eight shapes B, H, Hkv, S, D.
+FIVE = ("full", "causal", "soft cap + causal", "soft cap + window 1024", "ALiBi + causal")
+EIGHT = (
+    "8,16,16,1024,128", "4,32,8,2048,128", "2,16,16,4096,64", "2,32,8,8192,128", "1,16,16,16384,128",
+    "2,8,4,4096,256", "16,12,12,512,64", "1,32,8,32768,128",
+)  # fmt: skip

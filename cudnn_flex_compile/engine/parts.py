@@ -104,39 +104,53 @@ class PartsPlan:
             out[:, :, top:bottom].zero_()
             lse[:, :, top:bottom].fill_(float("-inf"))
         for part in self._parts:
-            rows, columns = part.box.rows, part.box.columns
-            near, inputs = query[:, :, rows], (key[:, :, columns], value[:, :, columns])
-            here, here_lse = out[:, :, rows], lse[:, :, rows]
-            if part.rows_own:
-                own_lse = here_lse if here_lse.is_contiguous() else _stats_like(near)
-                part.plan.run((near, *inputs, here, own_lse), *rest)
-                if own_lse is not here_lse:
-                    here_lse.copy_(own_lse)
+            box = part.box
+            count = box.bottom - box.top
+            inputs = [_at(query, box.top), _at(key, box.left), _at(value, box.left)]
+            if part.rows_own and count == query.shape[2]:
+                part.plan.run_at([*inputs, _at(out, 0), _at(lse, 0)], *rest)
                 continue
-            extra, extra_lse = part.plan.outputs[0].empty(out.device), _stats_like(near)
-            part.plan.run((near, *inputs, extra, extra_lse), *rest)
+            here, here_lse = out.narrow(2, box.top, count), lse.narrow(2, box.top, count)
+            extra_lse = torch.empty((*query.shape[:2], count, 1), dtype=torch.float32, device=query.device)
+            if part.rows_own:
+                part.plan.run_at([*inputs, _at(here, 0), _at(extra_lse, 0)], *rest)
+                here_lse.copy_(extra_lse)
+                continue
+            extra = part.plan.outputs[0].empty(out.device)
+            part.plan.run_at([*inputs, _at(extra, 0), _at(extra_lse, 0)], *rest)
             merge(here, here_lse, extra, extra_lse)
 
     def _backward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, stats: torch.Tensor,
         grad: torch.Tensor, *gradients: torch.Tensor, rest: tuple[Any, ...],
     ) -> None:  # fmt: skip
-        stats = stats.view(*query.shape[:3], 1)
+        lse = stats.view(*query.shape[:3], 1)
         bare = (self._bare_rows, self._bare_columns, self._bare_columns)
         for gradient, gaps in zip(gradients, bare, strict=True):
             for start, end in gaps:
                 gradient[:, :, start:end].zero_()
         for part in self._parts:
-            rows, columns = part.box.rows, part.box.columns
-            whole = [gradients[0][:, :, rows], gradients[1][:, :, columns], gradients[2][:, :, columns]]
-            own = (part.rows_own, part.columns_own, part.columns_own)
-            specs = part.plan.outputs
-            made = [g if mine else s.empty(g.device) for g, mine, s in zip(whole, own, specs, strict=True)]
-            inputs = (query[:, :, rows], key[:, :, columns], value[:, :, columns], out[:, :, rows])
-            part.plan.run((*inputs, stats[:, :, rows].contiguous(), grad[:, :, rows], *made), *rest)
-            for gradient, extra in zip(whole, made, strict=True):
-                if extra is not gradient:
-                    gradient.add_(extra)
+            box = part.box
+            rows, columns = (box.top, box.bottom - box.top), (box.left, box.right - box.left)
+            near_lse = lse if rows[1] == lse.shape[2] else lse.narrow(2, *rows).contiguous()
+            addresses = [_at(query, box.top), _at(key, box.left), _at(value, box.left), _at(out, box.top)]
+            addresses += [_at(near_lse, 0), _at(grad, box.top)]
+            added: list[tuple[torch.Tensor, torch.Tensor]] = []
+            for gradient, place, spec in zip(gradients, (rows, columns, columns), part.plan.outputs, strict=True):
+                if part.rows_own if place is rows else part.columns_own:
+                    addresses.append(_at(gradient, place[0]))
+                    continue
+                extra = spec.empty(gradient.device)
+                addresses.append(_at(extra, 0))
+                added.append((gradient.narrow(2, *place), extra))
+            part.plan.run_at(addresses, *rest)
+            for gradient, extra in added:
+                gradient.add_(extra)
+
+
+def _at(tensor: torch.Tensor, row: int) -> int:
+    """The address of tensor[:, :, row:], without the cost of a view."""
+    return tensor.data_ptr() + row * tensor.stride(2) * tensor.element_size()
 
 
 def _stats_like(query: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,7 @@ class Plan:
     """
 
     __slots__ = (
-        "_constants", "_floats", "_graph", "_ints", "_launch", "_operands",
+        "_constant_addresses", "_constants", "_floats", "_graph", "_ints", "_launch", "_operands",
         "device", "outputs", "problem", "strategy", "workspace",
     )  # fmt: skip
 
@@ -60,6 +60,7 @@ class Plan:
         self._constants += [
             torch.full((batch, 1, 1, 1), n, dtype=torch.int32, device=self.device) for _, n in built.inputs.filled
         ]
+        self._constant_addresses = [constant.data_ptr() for constant in self._constants]
         self._operands = sorted(built.inputs.operands)
         self._ints, self._floats = sorted(built.inputs.ints), sorted(built.inputs.floats)
         tensors = [
@@ -87,11 +88,18 @@ class Plan:
             operands: as in the problem.
             ints, floats: all scalars of the program; the floats are 0-d host tensors.
         """
-        buffers = [*tensors, *[operands[i] for i in self._operands], *self._constants]
+        self.run_at([tensor.data_ptr() for tensor in tensors], operands, ints, floats)
+
+    def run_at(
+        self, tensors: list[int], operands: Sequence[torch.Tensor], ints: Sequence[int], floats: Sequence[torch.Tensor]
+    ) -> None:
+        """As run, with the addresses of the tensors."""
+        scalars: list[torch.Tensor] = []
         if self._ints or self._floats:
-            buffers += [torch.tensor([ints[i]], dtype=torch.int32) for i in self._ints]
-            buffers += [floats[i].to(torch.float32).reshape(1) for i in self._floats]
-        addresses = [buffer.data_ptr() for buffer in buffers]
+            scalars += [torch.tensor([ints[i]], dtype=torch.int32) for i in self._ints]
+            scalars += [floats[i].to(torch.float32).reshape(1) for i in self._floats]
+        rest = [operands[i].data_ptr() for i in self._operands] if self._operands else []
+        addresses = [*tensors, *rest, *self._constant_addresses, *[s.data_ptr() for s in scalars]]
         workspace = torch.empty(self.workspace, dtype=torch.uint8, device=self.device) if self.workspace else None
         memory = 0 if workspace is None else workspace.data_ptr()
         self._launch(addresses, memory, current_handle(self.problem.device))

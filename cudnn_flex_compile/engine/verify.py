@@ -174,9 +174,19 @@ def _rows(problem: Problem, t: Tensors, sample: Sample, b: int, h: int, rows: to
     d_scores = d_scores.to(narrow).to(work) if low else d_scores
     dq = d_scores @ k
     noise = (d_masked**2 @ k**2).sqrt() * (problem.scale * _slope_error(sample, scores - t.shift, *place))
-    before = weights * ((grad @ v.T).abs() + (grad * out).sum(-1, keepdim=True).abs()) * slope * problem.scale
+    before = weights * ((grad @ v.T).abs() + _row_term(grad, out)) * slope * problem.scale
     dq = dq.to(narrow).to(work) if low else dq
     return Row(Block(out, _summed(weights, v, narrow)), lse, Block(dq, _summed(before, k, narrow), noise))
+
+
+def _row_term(grad: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """The magnitude of sum(dO * O), which every score's gradient of a row subtracts: [R, 1].
+
+    O has been rounded, so the sum is off by rounding steps of its terms, however much they cancel: where a row sees
+    two keys, that may be all of dQ.
+    """
+    terms = grad * out
+    return terms.sum(-1, keepdim=True).abs() + terms.norm(dim=-1, keepdim=True)
 
 
 def _scores(q: torch.Tensor, k: torch.Tensor, scale: float, low: bool) -> torch.Tensor:
@@ -230,7 +240,7 @@ def _columns(
         d_scores = d_masked * slope * problem.scale
         if low:
             weights, d_scores = (x.to(narrow).to(work) for x in (weights, d_scores))
-        before = weights * ((grad @ v.T).abs() + (grad * out).sum(-1, keepdim=True).abs()) * slope * problem.scale
+        before = weights * ((grad @ v.T).abs() + _row_term(grad, out)) * slope * problem.scale
         dv.value += weights.T @ grad
         dv.step += _summed(weights.T, grad, narrow)
         dk.value += d_scores.T @ q

@@ -51,11 +51,35 @@ def operand_value(
             return torch.full((1, 1, 1, 1), captured(node), dtype=torch.int64, device=device)
         return captured(node)
 
+    plain = _as_it_is(hoisted, captured, sizes)
+    if plain is not None:
+        return plain
     value = evaluate(hoisted.expression, leaf)
     if hoisted.limit:
         value = value.clamp(0, sizes[3])
     shape = [size if axis in hoisted.dims else 1 for axis, size in zip(ir.AXES, sizes, strict=True)]
     return value.to(hoisted.stored).expand(*shape).contiguous()
+
+
+def _as_it_is(hoisted: Hoisted, captured: Callable[[Expr], Any], sizes: tuple[Any, ...]) -> Any:
+    """A view of the captured tensor, if the operand is one: slopes[h], bias[h, q, kv]. It needs no kernel."""
+    root = hoisted.expression
+    if hoisted.limit:
+        return None
+    axes = [str(a.value) for a in root.args[1:] if a.kind == "index"] if root.kind == "gather" else []
+    if not axes or len(axes) < len(root.args) - 1 or "".join(axes) != _in_order(axes):
+        return None
+    tensor = captured(root.args[0])
+    shape = [size if axis in axes else 1 for axis, size in zip(ir.AXES, sizes, strict=True)]
+    known = example(tensor.node) if isinstance(tensor, Proxy) else tensor
+    exact = [n for axis, n in zip(ir.AXES, shape, strict=True) if axis in axes]
+    static = all(isinstance(n, int) for n in (*exact, *known.shape))
+    same = static and list(known.shape) == exact and known.dtype == hoisted.stored and known.is_contiguous()
+    return tensor.view(*shape) if same else None
+
+
+def _in_order(axes: list[str]) -> str:
+    return "".join(a for a in ir.AXES if a in axes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,13 +3,14 @@
 Knows nothing of cuDNN: the plan of a box computes it in float64 on the CPU, from the program and the views it is given.
 """
 
+import ctypes
 import math
 from dataclasses import replace
 
 import pytest
 import torch
 
-from cudnn_flex_compile.engine.attention_graph import output_specs
+from cudnn_flex_compile.engine.attention_graph import output_specs, stats_spec
 from cudnn_flex_compile.engine.parts import PartsPlan, assemble_parts, divided
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem, TensorSpec, dense, out_spec
 from cudnn_flex_compile.passes.hoist import VIEWS
@@ -66,6 +67,13 @@ def attention(query, key, value, program):
     return weights @ value, lse, modified, key, value
 
 
+def tensor_at(address, spec):
+    """The memory at an address, in a layout."""
+    count = 1 + sum((n - 1) * step for n, step in zip(spec.shape, spec.stride, strict=True))
+    memory = (ctypes.c_byte * (count * spec.dtype.itemsize)).from_address(address)
+    return torch.frombuffer(memory, dtype=spec.dtype).as_strided(spec.shape, spec.stride)
+
+
 class StandIn:
     """The plan of a box. It insists on the layouts that it was built for, and on outputs that nobody else writes to."""
 
@@ -75,14 +83,14 @@ class StandIn:
         assert parse(problem.program) is program
         self.program, self.problem, self.outputs, self.runs = program, problem, output_specs(problem), 0
 
-    def run(self, tensors, operands, ints, floats):
+    def run_at(self, addresses, operands, ints, floats):
         assert (operands, ints, floats) == (OPERANDS, INTS, FLOATS)
         self.runs += 1
         p = self.problem
         inputs = [p.query, p.key, p.value]
-        specs = [*inputs, *self.outputs] if p.direction == FORWARD else [*inputs, p.out, None, p.grad, *self.outputs]
-        for tensor, spec in zip(tensors, specs, strict=True):
-            assert spec is None or TensorSpec.of(tensor) == spec
+        backward = [*inputs, p.out, stats_spec(p), p.grad, *self.outputs]
+        specs = [*inputs, *self.outputs] if p.direction == FORWARD else backward
+        tensors = [tensor_at(address, spec) for address, spec in zip(addresses, specs, strict=True)]
         (self.forward if p.direction == FORWARD else self.backward)(*tensors)
 
     def forward(self, query, key, value, out, stats):
@@ -92,7 +100,6 @@ class StandIn:
 
     def backward(self, query, key, value, out, stats, grad, *gradients):
         """As flash attention's: weights from the given log-sum-exp, row sums from the given output."""
-        assert TensorSpec.of(stats) == dense(TensorSpec.of(stats)), "row statistics are contiguous"
         leaves = [t.double().requires_grad_() for t in (query, key, value)]
         *_, modified, _, values = attention(*leaves, self.program)
         stats, grad = stats.double(), grad.double()

@@ -1,10 +1,12 @@
 """Times attention through torch.compile, cudnn_flex beside Inductor, in one run, interleaved.
 
     python3 -m tests.gpu.bench [--shape B,H,HKV,S,D ...] [--mods NAME ...] [--repeats N] [--csv FILE]
+    python3 -m tests.gpu.bench --forty [--csv FILE]      eight shapes x five mods
 
 Prints, for each mod, the milliseconds a call of forward, backward and both, and the ratio Inductor / cudnn_flex;
-last the geometric means. One sample is CUDA-event time around CALLS calls in a row, divided by CALLS, as in a
-training step; the median of many samples counts, the backends take turns.
+last the geometric means. One sample is CUDA-event time around up to CALLS calls in a row, divided by their number, as
+in a training step; the median of many samples counts, the backends take turns. Queries, keys and values are views of
+[B, S, H, D] tensors, as projections give them, and so are the output and its gradient.
 """
 
 import argparse
@@ -17,10 +19,10 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile.report import collect
-from tests.mods import ALL, BY_BATCH, MODS
+from tests.mods import ALL, BY_BATCH, EIGHT, FIVE, MODS
 
 BACKENDS = ("inductor", "cudnn_flex")
-CALLS = 10
+CALLS, LONGEST, WARM_UP = 10, 60, 6  # at most; milliseconds of a sample; samples that do not count
 
 
 def timed(runs):
@@ -40,10 +42,11 @@ def compiled(name, shape, dtype, options):
     block_mask = create_block_mask(mask_mod, entries, None, length, length, device="cuda") if mask_mod else None
 
     def call(q, k, v):
-        return flex_attention(q, k, v, score_mod, block_mask, enable_gqa=heads != kv_heads)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return flex_attention(q, k, v, score_mod, block_mask, enable_gqa=heads != kv_heads).transpose(1, 2)
 
     def draw(h):
-        return torch.randn(batch, length, h, head_dim, device="cuda", dtype=dtype).transpose(1, 2)
+        return torch.randn(batch, length, h, head_dim, device="cuda", dtype=dtype)
 
     qkv = tuple(draw(h).requires_grad_() for h in (heads, kv_heads, kv_heads))
     functions = {}
@@ -59,12 +62,15 @@ def compiled(name, shape, dtype, options):
 def measure(name, shape, dtype, repeats, options):
     functions, qkv, grad, report = compiled(name, shape, dtype, options)
     times = {(b, part): [] for b in BACKENDS for part in ("fwd", "bwd", "both")}
-    for repeat in range(repeats + 5):
+    calls = 1
+    for repeat in range(WARM_UP + repeats):
         for backend, function in functions.items():
-            fwd, outs = timed([lambda f=function: f(*qkv)] * CALLS)
+            fwd, outs = timed([lambda f=function: f(*qkv)] * calls)
             bwd, _ = timed([lambda o=out: torch.autograd.grad(o, qkv, grad) for out in outs])
-            both, _ = timed([lambda f=function: torch.autograd.grad(f(*qkv), qkv, grad)] * CALLS)
-            if repeat >= 5:
+            both, _ = timed([lambda f=function: torch.autograd.grad(f(*qkv), qkv, grad)] * calls)
+            if repeat == WARM_UP - 3:
+                calls = max(1, min(CALLS, round(LONGEST / both)))
+            if repeat >= WARM_UP:
                 for part, value in (("fwd", fwd), ("bwd", bwd), ("both", both)):
                     times[backend, part].append(value)
     medians = {key: statistics.median(values) for key, values in times.items()}
@@ -94,11 +100,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="*", default=["2,16,16,4096,128"])
     parser.add_argument("--mods", nargs="*", default=list(MODS), choices=list(ALL))
+    parser.add_argument("--forty", action="store_true", help="the five mods at the eight shapes of README's table")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--lower", default="when_faster", choices=("when_faster", "always"))
     parser.add_argument("--csv", help="file for the table")
     parser.add_argument("--plot", help="file for a bar chart (PNG; needs matplotlib)")
     arguments = parser.parse_args()
+    if arguments.forty:
+        arguments.shape, arguments.mods = EIGHT, FIVE
     if not torch.cuda.is_available():
         sys.exit("bench: no NVIDIA GPU here; speed is only measured on one")
     print(torch.cuda.get_device_name(), "torch", torch.__version__, "cuDNN", torch.backends.cudnn.version())
