@@ -1,6 +1,7 @@
-"""The ten score_mods and masks that every table of this project is about, as users write them.
+"""The score_mods and masks that the tables of this project are about, as users write them.
 
-Each is a function of (heads, kv length, device) that gives (score_mod, mask_mod), either of them None.
+MODS are the ten of every table, MASKS are more. Each is a function of (heads, kv length, device) that gives
+(score_mod, mask_mod), either of them None.
 """
 
 import torch

@@ -78,6 +78,9 @@ def agree(
     rows, columns = -(-sizes[2] // q_block), -(-sizes[3] // kv_block)
     partial = listed(blocks[0], blocks[1], columns)
     every_pair = len(blocks) == 8
+    transposed = blocks[4:] if every_pair else blocks[2:]
+    if partial.shape[2] < rows or any(t.shape[2] < columns for t in transposed):  # made for shorter lengths
+        return torch.zeros((), dtype=torch.bool, device=partial.device)
     full = listed(blocks[2], blocks[3], columns) if every_pair else torch.zeros_like(partial)
     good = torch.ones((), dtype=torch.bool, device=partial.device)
     limits = row_limits(program, operands, ints, sizes, partial.device)
@@ -87,10 +90,9 @@ def agree(
         here = slice(start // q_block, start // q_block + some.shape[-2])
         omitted = some & ~partial[:, :, here, :columns] & ~full[:, :, here, :columns]
         good &= ~(omitted | (full[:, :, here, :columns] & ~every)).any()
-    transposed = blocks[4:] if every_pair else blocks[2:]
     for mine, pair in zip((partial, full), (transposed[:2], transposed[2:]), strict=True):
         if len(pair) == 2:
-            good &= (listed(pair[0], pair[1], rows).transpose(-2, -1) == mine[:, :, :rows]).all()
+            good &= (listed(pair[0], pair[1], rows).transpose(-2, -1)[..., :columns] == mine[:, :, :rows]).all()
     return good
 
 

@@ -11,7 +11,7 @@ import torch
 from torch.fx import Node
 
 from cudnn_flex_compile import ops
-from cudnn_flex_compile.passes.find import Call, example, hint
+from cudnn_flex_compile.passes.find import Call, changes, example, hint
 from cudnn_flex_compile.passes.hoist import Writer, operand_value
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
@@ -47,7 +47,8 @@ def disagreement(
         return opaque if program.mask is TRUE else None
     operands, ints, floats = values
     with torch.no_grad():
-        same = agree(tensors, operands, ints, floats, program, _sizes(call), call.block_sizes)  # pyright: ignore
+        block_sizes = [hint(example(n)) for n in call.block_sizes]
+        same = agree(tensors, operands, ints, floats, program, _sizes(call), block_sizes)  # pyright: ignore
     return None if bool(same) else Reason(Code.BLOCK_MASK, "its blocks do not agree with its mask_mod")
 
 
@@ -131,16 +132,22 @@ class Guards:
         self._written: dict[tuple[Any, ...], Node | None] = {}
         self.outside: list[InputCheck] = []
 
+    def forget(self) -> None:
+        """Checks anew from now on."""
+        self._written.clear()
+
     def write(self, call: Call, mask: MaskProgram) -> Node | None:
         """The node whose value the attention op takes as its guard, if the check is in the graph."""
         if not call.blocks:
             return None
         blocks = present(call)
         captured = [mask.nodes[n] for n in mask.leaves]
-        key = (call.node.graph, *blocks, *captured, mask.program, mask.hoisted, call.block_sizes)
+        changed = changes([*blocks, *captured], call.node)
+        shapes = [example(n).shape[d] for n, d in _size_sources(call)]
+        sizes = tuple(n if isinstance(n, int) else n.node.expr for n in shapes)
+        key = (call.node.graph, *blocks, *captured, mask.program, mask.hoisted, call.block_sizes, sizes, changed)
         if key not in self._written:
-            shapes = [example(n).shape[d] for n, d in _size_sources(call)]
-            outside = self._outside(call, mask, shapes)
+            outside = None if changed else self._outside(call, mask, shapes)
             self._written[key] = None if outside else self._inside(call, mask, shapes)
             self.outside += [outside] if outside else []
         return self._written[key]

@@ -4,8 +4,9 @@ Knows nothing of what becomes of them. The node's signature differs between torc
 is the last element of the block mask tuple, the block sizes are the two before it, outputs go by position.
 """
 
+import itertools
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 FLEX_ATTENTION = torch.ops.higher_order.flex_attention
+IN_PLACE = {"setitem", "__setitem__", *(n for n in dir(operator) if n.startswith("i") and hasattr(operator, n[1:]))}
 NO_BLOCKS = 1 << 30  # the block size that flex_attention gives an absent BlockMask
 
 
@@ -99,6 +101,32 @@ def hint(size: Any) -> int:
 def example(value: Any) -> Any:
     """The fake tensor or symbolic number that Dynamo recorded for a node; other values as they are."""
     return value.meta["example_value"] if isinstance(value, Node) else value
+
+
+def changes(tensors: Sequence[Any], before: Node) -> tuple[Node, ...]:
+    """The nodes of the graph above `before` that change one of the tensors, or what it is a view of, in place."""
+    storages = {_storage(t) for t in tensors} - {None}
+    above = itertools.takewhile(lambda node: node is not before, before.graph.nodes)
+    return tuple(node for node in above if any(_storage(t) in storages for t in _written(node)))
+
+
+def _storage(value: Any) -> int | None:
+    tensor = value.meta.get("example_value") if isinstance(value, Node) else None
+    try:
+        return tensor.untyped_storage()._cdata if isinstance(tensor, torch.Tensor) else None
+    except NotImplementedError:  # inside vmap, as create_block_mask is
+        return None
+
+
+def _written(node: Node) -> list[Any]:
+    """The arguments that a node changes in place."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        arguments = node.target._schema.arguments
+        given = [node.kwargs.get(a.name, node.args[i] if i < len(node.args) else None) for i, a in enumerate(arguments)]
+        return [v for a, v in zip(arguments, given, strict=True) if a.is_write]
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    in_place = (name.endswith("_") and not name.endswith("__")) or name in IN_PLACE or node.kwargs.get("inplace")
+    return [*(node.args[:1] if in_place and node.op.startswith("call_") else ()), node.kwargs.get("out")]
 
 
 def find_calls(graph_module: GraphModule) -> Iterator[Call]:

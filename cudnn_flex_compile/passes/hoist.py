@@ -14,7 +14,7 @@ from torch.fx.proxy import GraphAppendingTracer
 
 from cudnn_flex_compile import ops
 from cudnn_flex_compile.passes.compact import LENGTH, counts_of, order_of, slots_of
-from cudnn_flex_compile.passes.find import example
+from cudnn_flex_compile.passes.find import changes, example
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.interpret import TORCH_DTYPE, evaluate
 from cudnn_flex_compile.scoremod.ir import I32, Expr
@@ -92,14 +92,33 @@ class KeyOrder:
 
 
 class Writer:
-    """Writes operands into graphs, each once."""
+    """Writes operands into graphs, each once for all calls that need the same value."""
 
     def __init__(self) -> None:
         self._written: dict[tuple[Any, ...], Node] = {}
         self._orders: dict[tuple[Any, ...], KeyOrder] = {}
-        self._permuted: dict[tuple[Any, ...], Node] = {}
 
-    def write_order(self, columns: Node, query: Node, key: Node, before: Node) -> KeyOrder:
+    def forget(self) -> None:
+        """Writes everything anew from now on; what was written stays for those that use it."""
+        self._written.clear()
+        self._orders.clear()
+
+    def write(self, hoisted: Hoisted, captured: dict[Expr, Any], query: Node, key: Node, before: Node) -> Node:
+        """The node of an operand, above `before`."""
+        graph = before.graph
+        leaves = [n for n in ir.walk(hoisted.expression) if n.kind in ("capture", "scalar") and n is not LENGTH]
+        nodes = [captured[n] for n in leaves]
+        sizes = tuple(_known(example(n).shape[d]) for n, d in ((query, 0), (query, 1), (query, 2), (key, 2)))
+        shared = (graph, hoisted, *nodes, *sizes, example(query).device, changes(nodes, before))
+        if shared not in self._written:
+            first = before.prev
+            with graph.inserting_before(before):
+                tracer = GraphAppendingTracer(graph)
+                self._written[shared] = self._trace(hoisted, captured, query, key, tracer)
+            _annotate(first.next, before, example(query).fake_mode)
+        return self._written[shared]
+
+    def write_order(self, columns: Node, key: Node, before: Node) -> KeyOrder:
         """How the keys that `columns` shows come to the front, above `before`."""
         shared = (before.graph, columns)
         if shared not in self._orders:
@@ -108,36 +127,20 @@ class Writer:
                 tracer = GraphAppendingTracer(before.graph)
                 with _ProxyFactories(tracer):
                     bias, length = Proxy(columns, tracer), _size(Proxy(key, tracer), key, 2)
-                    span = torch.arange(length, dtype=torch.int64, device=example(query).device)
+                    span = torch.arange(length, dtype=torch.int64, device=example(key).device)
                     counts = counts_of(bias)
                     slots = slots_of(bias, counts, span)
                     order = order_of(slots, span)
-            _annotate(first.next, before, example(query).fake_mode)
+            _annotate(first.next, before, example(key).fake_mode)
             self._orders[shared] = KeyOrder(counts.node, order.node, slots.node)
         return self._orders[shared]
 
     def permute(self, tensor: Node, order: KeyOrder, before: Node) -> Node:
-        """Keys or values in that order."""
-        shared = (before.graph, tensor, order)
-        if shared not in self._permuted:
-            with before.graph.inserting_before(before):
-                node = before.graph.call_function(ops.permute_keys, (tensor, order.order, order.slots))
-            _annotate(node, before, example(tensor).fake_mode)
-            self._permuted[shared] = node
-        return self._permuted[shared]
-
-    def write(self, hoisted: Hoisted, captured: dict[Expr, Any], query: Node, key: Node, before: Node) -> Node:
-        """The node of an operand, above `before`."""
-        graph = before.graph
-        leaves = tuple(n for n in ir.walk(hoisted.expression) if n.kind in ("capture", "scalar") and n is not LENGTH)
-        shared = (graph, hoisted, *(captured[n] for n in leaves), query, key)
-        if shared not in self._written:
-            first = before.prev
-            with graph.inserting_before(before):
-                tracer = GraphAppendingTracer(graph)
-                self._written[shared] = self._trace(hoisted, captured, query, key, tracer)
-            _annotate(first.next, before, example(query).fake_mode)
-        return self._written[shared]
+        """Keys or values in that order; anew for each call, for they may change in place."""
+        with before.graph.inserting_before(before):
+            node = before.graph.call_function(ops.permute_keys, (tensor, order.order, order.slots))
+        _annotate(node, before, example(tensor).fake_mode)
+        return node
 
     def _trace(
         self, hoisted: Hoisted, captured: dict[Expr, Any], query: Node, key: Node, tracer: GraphAppendingTracer
@@ -151,6 +154,11 @@ class Writer:
         graph = tracer.graph
         with _ProxyFactories(tracer):
             return operand_value(hoisted, proxy, sizes, device).node if graph else None  # pyright: ignore
+
+
+def _known(size: Any) -> Any:
+    """A size that can be compared without a guard."""
+    return size if isinstance(size, int) else size.node.expr
 
 
 def _size(proxy: Proxy, node: Node, dim: int) -> Any:

@@ -18,7 +18,7 @@ from cudnn_flex_compile.passes.capture import Captures, read_captures
 from cudnn_flex_compile.passes.compact import COUNTS, compacted
 from cudnn_flex_compile.passes.find import Call, example, find_calls, hint, scale_of
 from cudnn_flex_compile.passes.hoist import Writer, operand_value
-from cudnn_flex_compile.passes.rewrite import replace
+from cudnn_flex_compile.passes.rewrite import replace, with_batch
 from cudnn_flex_compile.passes.target import Target, judge
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.report import CallReport
@@ -80,12 +80,24 @@ def lower_calls(
 
 def _lower(call: Call, context: Context) -> CallReport:
     report = CallReport(source=call.source)
+    before = set(call.node.graph.nodes)
     try:
         report.reason = _lower_or_reason(call, context, report)
     except Exception as error:  # a bug of ours must not stop the model
         log.warning("cudnn_flex: the pass failed on %s; the call is kept", call.source, exc_info=True)
-        report.reason = Reason(Code.INTERNAL, f"{type(error).__name__}: {error}")
+        report.reason, report.strategies = Reason(Code.INTERNAL, f"{type(error).__name__}: {error}"), ()
+        _take_back(call, before, context)
     return report
+
+
+def _take_back(call: Call, before: set[Node], context: Context) -> None:
+    """Erases what was written for a call that is kept."""
+    graph = call.node.graph
+    for node in reversed(list(graph.nodes)):
+        if node not in before and not node.users:
+            graph.erase_node(node)
+    context.operands.forget()
+    context.guards.forget()
 
 
 def _lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason | None:
@@ -113,8 +125,8 @@ def _lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason
             return wrong
     compact = compacted(program, hoisted)
     if context.only_faster:
-        runs = program if compact is None else compact.program
-        slower = speed.slower(call, runs, training, context.real.get)  # pyright: ignore[reportArgumentType]
+        runs = (program, hoisted) if compact is None else (compact.program, compact.hoisted)
+        slower = speed.slower(call, *runs, training, context.real.get)  # pyright: ignore[reportArgumentType]
         if slower is not None:
             return slower
     target = Target(call, program, tuple(hoisted), captures, training, context.real, compact)
@@ -203,9 +215,9 @@ def _rewrite(target: Target, context: Context, guard: Node | None) -> None:
     key, value = call.key, call.value
     if target.compact is not None:
         columns = writer.write(target.compact.columns, nodes, call.query, key, call.node)
-        order = writer.write_order(columns, call.query, key, call.node)
+        order = writer.write_order(columns, key, call.node)
         nodes[COUNTS] = order.counts
-        key, value = (writer.permute(n, order, call.node) for n in (key, value))
+        key, value = (writer.permute(with_batch(n, call), order, call.node) for n in (key, value))
     program, hoisted = target.running
     operands = [writer.write(h, nodes, call.query, call.key, call.node) for h in hoisted]
     replace(call, key, value, operands, ints, floats, text(program), target.training, guard)

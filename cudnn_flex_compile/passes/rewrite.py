@@ -7,7 +7,6 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch.fx import Node
 
 from cudnn_flex_compile import ops
@@ -31,7 +30,7 @@ def replace(
     """
     graph, node = call.node.graph, call.node
     with graph.inserting_before(node):
-        key, value = (_with_batch(graph, n, call.query) for n in (key, value))
+        key, value = (with_batch(n, call) for n in (key, value))
         arguments = (
             call.query, key, value, list(operands), list(ints), list(floats), program, scale_of(call) or 0.0,
             call.uses(1), training, guard,
@@ -59,13 +58,14 @@ def _erase_users(node: Node) -> None:
             user.graph.erase_node(user)
 
 
-def _with_batch(graph: torch.fx.Graph, node: Node, query: Node) -> Node:
+def with_batch(node: Node, call: Call) -> Node:
     """Keys and values of batch 1 serve queries of any batch; autograd sums their gradients."""
-    tensor, wanted = example(node), example(query)
+    tensor, wanted, graph = example(node), example(call.query), call.node.graph
     if tensor.shape[0] == wanted.shape[0]:
         return node
     batch = wanted.shape[0]
-    size = batch if isinstance(batch, int) else graph.call_method("size", (query, 0))
-    expanded = graph.call_method("expand", (node, size, -1, -1, -1))
+    with graph.inserting_before(call.node):
+        size = batch if isinstance(batch, int) else graph.call_method("size", (call.query, 0))
+        expanded = graph.call_method("expand", (node, size, -1, -1, -1))
     expanded.meta["example_value"] = tensor.expand(batch, -1, -1, -1)
     return expanded

@@ -3,7 +3,7 @@
 Knows nothing of numbers' correctness. Each number states the command that shows it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.fx import Node
@@ -13,23 +13,32 @@ from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD
 from cudnn_flex_compile.kernels.block_mask import listed
 from cudnn_flex_compile.passes.find import Call, example, hint
 from cudnn_flex_compile.reasons import Code, Reason
+from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import TRUE, Program
 from cudnn_flex_compile.scoremod.masks.boxes import pruned
 from cudnn_flex_compile.scoremod.masks.form import split
+from cudnn_flex_compile.scoremod.partition import Hoisted
 
 # A (q, kv) pair costs cuDNN this share of what it costs Inductor's kernel. cuDNN skips only what bands rule out,
 # Inductor all blocks that the BlockMask omits.
-# (python3 -m tests.gpu.bench --mods causal prefix-LM packed-documents --lower always)
+# (python3 -m tests.gpu.bench --mods causal prefix-LM documents --mode reduce-overhead --lower always)
 PAIR_COST = 0.75
-# What hiding pairs by a bias costs. (python3 -m tests.gpu.bench --mods dilated-window --lower always)
-BIAS_COST = 1.65
+# What hiding pairs by a bias costs. (python3 -m tests.gpu.bench --mods "dilated window" documents --lower always)
+BIAS_COST = 1.8
+# A score's own bias over pairs: Inductor gathers it faster, but for float32 in the forward.
+# (python3 -m tests.gpu.bench --mods "relative table" "bias tensor" --lower always)
+FORWARD_ITEMSIZE = 4
 BACKWARD_WEIGHT = 2.7  # of a pair in the backward, where it is 1 in the forward
 
 
 def slower(
-    call: Call, program: Program, training: bool, real: Callable[[Node], torch.Tensor | None]
-) -> Reason | None:
+    call: Call, program: Program, hoisted: Sequence[Hoisted], training: bool,
+    real: Callable[[Node], torch.Tensor | None],
+) -> Reason | None:  # fmt: skip
     """A reason to keep the call, or None. `real` gives the tensor of an input of the graph."""
+    stored = _pair_operands(program, hoisted)
+    if stored and (training or min(d.itemsize for d in stored) < FORWARD_ITEMSIZE):
+        return Reason(Code.SLOWER, "a score over (q, kv) pairs is read from memory, which cuDNN does slower")
     if not call.blocks:
         return None
     sizes = hint(example(call.query).shape[2]), hint(example(call.key).shape[2])
@@ -45,6 +54,12 @@ def slower(
         return None
     percent = ours / (sizes[0] * sizes[1])
     return Reason(Code.SLOWER, f"cuDNN would compute {percent:.0%} of the pairs, the BlockMask lists {share:.0%}")
+
+
+def _pair_operands(program: Program, hoisted: Sequence[Hoisted]) -> list[torch.dtype]:
+    """The dtypes of the operands over (q, kv) pairs that the score reads."""
+    operands = [n for n in ir.walk(program.score) if n.kind == "operand" and {"q", "k"} <= set(n.dims)]
+    return [hoisted[int(n.value or 0)].stored for n in operands]
 
 
 def _pairs(program: Program, lengths: tuple[int, int], training: bool) -> float:

@@ -101,7 +101,7 @@ def partition(program: Program, stored: Stored | None = None) -> tuple[Program, 
         stored: the dtypes of the captures that are 16-bit floats.
 
     Raises:
-        ScoreGather: for a gather at an index that depends on the score, or 64-bit integers beside the score.
+        ScoreGather: for a gather at an index that depends on the score.
     """
     parts = Partition(stored or {})
     score = _inside(program.score, parts)

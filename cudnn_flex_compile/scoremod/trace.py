@@ -149,7 +149,7 @@ class _Reader:
         args, kwargs = self._value(node.args), {k: self._value(v) for k, v in node.kwargs.items()}
         example = node.meta["val"]
         if example.dim() != 0:
-            raise Untraceable(f"{name} of {example.dim()} dimensions")
+            raise Untraceable(f"{name} with a result of {example.dim()} dimensions, not a number,")
         if name not in ("index", "select"):
             args = tuple(self._tensor(a) for a in args)
         _check_integers(name, node)

@@ -35,7 +35,7 @@ def timed(runs):
     return start.elapsed_time(end) / len(results), results
 
 
-def compiled(name, shape, dtype, options):
+def compiled(name, shape, dtype, options, mode=None):
     batch, heads, kv_heads, length, head_dim = shape
     score_mod, mask_mod = ALL[name](heads, length, "cuda")
     entries = batch if name in BY_BATCH else None
@@ -48,26 +48,34 @@ def compiled(name, shape, dtype, options):
     def draw(h):
         return torch.randn(batch, length, h, head_dim, device="cuda", dtype=dtype)
 
-    qkv = tuple(draw(h).requires_grad_() for h in (heads, kv_heads, kv_heads))
+    qkv = tuple(torch.nn.Parameter(draw(h)) for h in (heads, kv_heads, kv_heads))
     functions = {}
     for backend in BACKENDS:
         torch._dynamo.reset()
         with collect() as report:
-            own = {"options": options} if backend == "cudnn_flex" else {}
-            functions[backend] = torch.compile(call, backend=backend, dynamic=False, **own)
-            functions[backend](*qkv).sum().backward()
+            how = {"options": {**options, "mode": mode}} if backend == "cudnn_flex" else {"mode": mode}
+            functions[backend] = torch.compile(call, backend=backend, dynamic=False, **how)
+            step(functions[backend], qkv, draw(heads))
     return functions, qkv, draw(heads), report
 
 
-def measure(name, shape, dtype, repeats, options):
-    functions, qkv, grad, report = compiled(name, shape, dtype, options)
+def step(function, qkv, grad):
+    torch.compiler.cudagraph_mark_step_begin()
+    torch.autograd.grad(function(*qkv), qkv, grad)
+
+
+def measure(name, shape, dtype, repeats, options, mode=None):
+    """Medians in milliseconds by backend and part, and what became of the call."""
+    functions, qkv, grad, report = compiled(name, shape, dtype, options, mode)
     times = {(b, part): [] for b in BACKENDS for part in ("fwd", "bwd", "both")}
     calls = 1
     for repeat in range(WARM_UP + repeats):
         for backend, function in functions.items():
-            fwd, outs = timed([lambda f=function: f(*qkv)] * calls)
-            bwd, _ = timed([lambda o=out: torch.autograd.grad(o, qkv, grad) for out in outs])
-            both, _ = timed([lambda f=function: torch.autograd.grad(f(*qkv), qkv, grad)] * calls)
+            fwd = bwd = math.nan
+            if mode != "reduce-overhead":  # under which an output is overwritten by the next call's
+                fwd, outs = timed([lambda f=function: f(*qkv)] * calls)
+                bwd, _ = timed([lambda o=out: torch.autograd.grad(o, qkv, grad) for out in outs])
+            both, _ = timed([lambda f=function: step(f, qkv, grad)] * calls)
             if repeat == WARM_UP - 3:
                 calls = max(1, min(CALLS, round(LONGEST / both)))
             if repeat >= WARM_UP:
@@ -102,6 +110,7 @@ def main():
     parser.add_argument("--mods", nargs="*", default=list(MODS), choices=list(ALL))
     parser.add_argument("--forty", action="store_true", help="the five mods at the eight shapes of README's table")
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--mode", choices=("reduce-overhead",), help="CUDA graphs, for both; forward + backward only")
     parser.add_argument("--lower", default="when_faster", choices=("when_faster", "always"))
     parser.add_argument("--csv", help="file for the table")
     parser.add_argument("--plot", help="file for a bar chart (PNG; needs matplotlib)")
@@ -115,7 +124,8 @@ def main():
     for text in arguments.shape:
         shape = tuple(map(int, text.split(",")))
         for name in arguments.mods:
-            medians, how = measure(name, shape, torch.bfloat16, arguments.repeats, {"lower": arguments.lower})
+            options = {"lower": arguments.lower}
+            medians, how = measure(name, shape, torch.bfloat16, arguments.repeats, options, arguments.mode)
             ratio = {p: medians["inductor", p] / medians["cudnn_flex", p] for p in ("fwd", "bwd", "both")}
             ratios.append(ratio)
             row = [text, name, how]

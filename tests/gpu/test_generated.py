@@ -42,7 +42,7 @@ def test_within_twice_stock_error(number):
     with collect() as report:
         out = attention(*leaves)
     if report.kept:
-        pytest.skip(f"kept: {report.kept[0].reason}")
+        pytest.skip(f"{number} kept: {report.kept[0].reason}")
     poison()
     gradients = torch.autograd.grad(out, leaves, grad)
     wrong = too_far(case, (out.detach(), *gradients), [t.detach() for t in qkv], grad)
