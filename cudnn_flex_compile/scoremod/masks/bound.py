@@ -32,12 +32,17 @@ class Bound:
     SIDES: ClassVar[tuple[str, ...]] = ("start", "end", "lower", "upper")
 
     def predicate(self) -> Expr:
-        """The bound as a boolean expression."""
-        anchor = {"lower": Q - KV, "upper": KV - Q, "start": KV, "end": -KV}[self.side]
-        total = anchor + ir.const(self.constant, I32)
+        """The bound as people write it: q + 2 >= kv, kv + 64 >= q, kv >= 3, 9 >= kv."""
+        near, far = {"lower": (Q, KV), "upper": (KV, Q), "start": (KV, None), "end": (None, KV)}[self.side]
+        if near is None:
+            near = ir.const(self.constant, I32)
+        elif far is None and not self.terms:
+            return make("ge", near, ir.const(-self.constant, I32))
+        elif self.constant:
+            near = near + ir.const(self.constant, I32)
         for sign, term in self.terms:
-            total = total + term if sign > 0 else total - term
-        return make("ge", total, ir.const(0, I32))
+            near = near + term if sign > 0 else near - term
+        return make("ge", near, ir.const(0, I32) if far is None else far)
 
 
 ANCHORS = {(1, -1): "lower", (-1, 1): "upper", (0, 1): "start", (0, -1): "end"}
