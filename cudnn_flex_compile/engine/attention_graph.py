@@ -71,7 +71,7 @@ def assemble(problem: Problem, lowering: Lowering, **graph_arguments: Any) -> At
         compute_data_type=FLOAT,
         **graph_arguments,
     )
-    inputs = Inputs(graph, problem)
+    inputs = Inputs(graph, problem, expanded=lowering.expanded)
     roles = {name: _declare(graph, getattr(problem, name)) for name in ("query", "key", "value")}
     if lowering.lengths is None:
         inputs.declare(*lowering.leaves)

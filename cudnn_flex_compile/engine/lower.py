@@ -37,9 +37,8 @@ def typed(tensor: Any, dtype: Any) -> Any:
 class Inputs:
     """The graph tensors that expressions read: operands by position, scalars and constants by value.
 
-    `filled` has int32 [B, 1, 1, 1] device tensors of one number; `hosts` has a host buffer for each pass-by-value
-    tensor; `operands`, `ints` and `floats` the tensors that get
-    their value at each call.
+    `expanded` is the lowering's; `filled` has int32 [B, 1, 1, 1] device tensors of one number; `hosts` has a host
+    buffer for each pass-by-value tensor; `operands`, `ints` and `floats` the tensors that get their value at each call.
     """
 
     graph: Any
@@ -49,6 +48,7 @@ class Inputs:
     floats: dict[int, Any] = field(default_factory=dict[int, Any])
     hosts: list[tuple[Any, torch.Tensor]] = field(default_factory=list[tuple[Any, torch.Tensor]])
     constants: dict[Expr, Any] = field(default_factory=dict[Expr, Any])
+    expanded: bool = False
     filled: list[tuple[Any, int]] = field(default_factory=list[tuple[Any, int]])
 
     def length(self, number: int | None = None, operand: int | None = None) -> Any:
@@ -86,19 +86,20 @@ class Inputs:
         return self.graph.tensor(dim=[1] * 4, stride=[1] * 4, is_pass_by_value=True, data_type=dtype)
 
     def _operand(self, node: Expr) -> Any:
-        spec = operand_view(node, self.problem)
+        spec = operand_view(node, self.problem, self.expanded)
         return self.graph.tensor(dim=spec.shape, stride=spec.stride, data_type=TENSOR_TYPES[spec.dtype])
 
 
-def operand_view(node: Expr, problem: Problem) -> TensorSpec:
+def operand_view(node: Expr, problem: Problem, expanded: bool = False) -> TensorSpec:
     """The dims and strides under which cuDNN reads an operand right (facts: "Operand tensors").
 
-    A stride-0 expansion costs no memory. Along kv alone it is needed in the backward; for [B, H, 1, 1], and for
-    integers without a query axis, in both directions.
+    With `expanded`, all operands have every batch entry and head: some graphs with operands of different dims were
+    computed wrongly on 9.19. A stride-0 expansion costs no memory. Along kv alone it is needed in the backward; for
+    [B, H, 1, 1], and for integers without a query axis, in both directions.
     """
     spec = problem.operands[int(node.value or 0)]
     full = (*problem.query.shape[:3], problem.key.shape[2])
-    widen: set[int] = set()
+    widen: set[int] = {d for d in (0, 1) if spec.shape[d] == 1} if expanded else set()
     if "k" in node.dims and "q" not in node.dims and problem.direction == BACKWARD:
         widen.add(2)
     if "q" not in node.dims and "k" not in node.dims and (node.dtype == I32 or node.dims == "bh"):

@@ -24,6 +24,7 @@ class Lowering:
         score_mod_bprop: writes the gradient of the raw score, given the emitter of score_mod and one whose grad
             is set; None where the gradient passes unchanged.
         lengths: the position of the operand that holds the number of visible keys, [B, 1, 1, 1]; None without.
+        expanded: whether operands are declared for all batch entries and heads, with stride 0 where these share them.
         leaves: every expression whose leaves the callbacks read.
     """
 
@@ -33,3 +34,4 @@ class Lowering:
     score_mod_bprop: "Callable[[Emitter], Any] | None" = None
     leaves: tuple[Expr, ...] = ()
     lengths: int | None = None
+    expanded: bool = False

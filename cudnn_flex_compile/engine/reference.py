@@ -41,13 +41,13 @@ class Reference(Protocol):
 
 
 def random_like(spec: TensorSpec, generator: torch.Generator, limit: int) -> torch.Tensor:
-    """Unit normal floats; integers in [0, limit]; coin flips for booleans."""
+    """Unit normal floats; integers in [0, limit], as far as the dtype goes; coin flips for booleans."""
     tensor = spec.empty(generator.device)
     if tensor.dtype.is_floating_point:
         return tensor.normal_(generator=generator)
     if tensor.dtype == torch.bool:
         return tensor.bernoulli_(0.5, generator=generator)
-    return tensor.random_(0, limit + 1, generator=generator)
+    return tensor.random_(0, min(limit + 1, torch.iinfo(tensor.dtype).max), generator=generator)
 
 
 class ProgramReference:

@@ -9,7 +9,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -182,21 +182,30 @@ def _first_built(program: Program, problem: Problem) -> "Runs | Reason":
 
 
 def _strategies(program: Program, problem: Problem) -> "Iterator[Callable[[Program, Problem], Runs | Reason]]":
-    """What builds a plan, in order: every strategy for the program, and with its ends guarded (tail.py)."""
+    """What builds a plan, in order: every strategy for the program, with its ends guarded (tail.py), and, where these
+    give none, with expanded operands.
+    """
     guards = [False, True]
     if problem.direction == BACKWARD and _needs_guard(program, problem):
         guards.remove(False)
-    for guard, strategy in itertools.product(guards, STRATEGIES):
-        yield functools.partial(_build_with, strategy, guard)
+    expanded = [False, True] if problem.operands else [False]
+    for expand, guard, strategy in itertools.product(expanded, guards, STRATEGIES):
+        yield functools.partial(_build_with, strategy, guard, expand)
 
 
-def _build_with(strategy: Strategy, guard: bool, program: Program, problem: Problem) -> "Runs | Reason":
+def _build_with(
+    strategy: Strategy, guard: bool, expand: bool, program: Program, problem: Problem
+) -> "Runs | Reason":  # fmt: skip
     from cudnn_flex_compile.engine.plan import build
 
     variant = guarded(program, problem.lengths) if guard else program
     lowering = strategy.lower(variant, problem.direction == BACKWARD)
     if isinstance(lowering, Reason):
         return lowering
+    if expand:
+        if lowering.lengths is not None:
+            return Reason(Code.UNSUPPORTED_CALL, "lengths are not expanded")
+        lowering = replace(lowering, expanded=True)
     plans.count("builds")
     return build(problem, lowering)
 

@@ -20,6 +20,7 @@ from cudnn_flex_compile.passes.compact import COUNTS, Compact, counts_of, order_
 from cudnn_flex_compile.passes.find import Call, example, hint, scale_of
 from cudnn_flex_compile.passes.hoist import operand_value
 from cudnn_flex_compile.reasons import Code, Reason
+from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import AXES, Expr, Program
 from cudnn_flex_compile.scoremod.partition import Hoisted
 from cudnn_flex_compile.scoremod.text import text
@@ -121,8 +122,10 @@ def _operand_spec(hoisted: Hoisted, sizes: tuple[int, ...]) -> TensorSpec:
 
 def _reference(target: Target) -> SubgraphReference:
     leaves = list(target.captures.nodes)
-    limit = min((n for t in leaves for n in _shape(target, t)), default=2) - 1
-    captured = tuple(_captured(target, leaf, max(limit, 0)) for leaf in leaves)
+    # Integers that are indices stay within every captured tensor; others, such as lengths, may be up to the length.
+    inside = max(min((n for t in leaves for n in _shape(target, t)), default=2) - 1, 0)
+    indices, length = _indices(target), hint(example(target.call.key).shape[2])
+    captured = tuple(_captured(target, leaf, inside if leaf in indices else length) for leaf in leaves)
 
     def operands(
         values: Sequence[Any], sizes: tuple[int, int, int, int], device: torch.device
@@ -146,6 +149,12 @@ def _reference(target: Target) -> SubgraphReference:
         ints=tuple(leaves.index(leaf) for leaf in target.captures.ints),
         floats=tuple(leaves.index(leaf) for leaf in target.captures.floats),
     )
+
+
+def _indices(target: Target) -> set[Expr]:
+    """The captures that are read to index another one."""
+    gathers = [n for h in target.hoisted for n in ir.walk(h.expression) if n.kind == "gather"]
+    return {leaf for n in gathers for leaf in ir.walk(*n.args[1:]) if leaf.kind == "capture"}
 
 
 def _shape(target: Target, leaf: Expr) -> tuple[int, ...]:

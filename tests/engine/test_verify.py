@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem, TensorSpec, out_spec
-from cudnn_flex_compile.engine.reference import CapturedValue, ProgramReference, SubgraphReference
+from cudnn_flex_compile.engine.reference import CapturedValue, ProgramReference, SubgraphReference, random_like
 from cudnn_flex_compile.engine.verify import certify
 from cudnn_flex_compile.kernels import cpu
 from cudnn_flex_compile.passes.hoist import operand_value
@@ -159,3 +159,12 @@ def test_a_backward_for_another_layout_of_the_gradient():
     contiguous = TensorSpec(backward.out.shape, (4 * 70 * 16, 70 * 16, 16, 1), torch.bfloat16)
     plan = StandIn(replace(backward, grad=contiguous))
     assert certify(plan, StandIn(problem(PROGRAM, FORWARD)), ProgramReference(PROGRAM)) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, torch.int64])
+def test_integers_are_drawn_within_their_dtype(dtype):
+    spec = TensorSpec((1000,), (1,), dtype)
+    drawn = random_like(spec, torch.Generator().manual_seed(0), 300)
+    largest = min(300, torch.iinfo(dtype).max - 1)
+    assert drawn.min() >= 0
+    assert largest - 10 <= drawn.max() <= largest

@@ -1,0 +1,29 @@
+"""What certification draws for the captured integers of a call: indices in range, lengths of any size.
+
+Knows nothing of plans: no GPU is needed to draw.
+"""
+
+import torch
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from cudnn_flex_compile.passes import lower_calls, target
+from tests.compile.test_backend import fresh, qkv, run
+
+__all__ = ["fresh"]
+
+
+def test_indices_stay_in_range_and_lengths_do_not(monkeypatch):
+    lengths, kinds, table = torch.tensor([150, 90]), torch.randint(0, 3, (160,)), torch.randn(4, 3)
+    mask = create_block_mask(lambda b, h, q, kv: kv < lengths[b], 2, None, 160, 160, device="cpu")
+    seen = []
+
+    def judge(found):
+        seen.append({c.spec.shape: c.limit for c in target._reference(found).captured if c.spec is not None})
+        return real(found)
+
+    real = lower_calls.judge
+    monkeypatch.setattr(lower_calls, "judge", judge)
+    _, calls = run(lambda q, k, v: flex_attention(q, k, v, lambda s, b, h, i, j: s + table[h, kinds[i]], mask), *qkv())
+    assert calls[0].reason is None, str(calls[0].reason)
+    assert seen[0][lengths.shape] == 160
+    assert seen[0][kinds.shape] == 1  # the smallest captured dimension is two
