@@ -33,12 +33,12 @@ class Bound:
 
     def predicate(self) -> Expr:
         """The bound as people write it: q + 2 >= kv, kv + 64 >= q, kv >= 3, 9 >= kv."""
-        near, far = {"lower": (Q, KV), "upper": (KV, Q), "start": (KV, None), "end": (None, KV)}[self.side]
-        if near is None:
-            near = ir.const(self.constant, I32)
-        elif far is None and not self.terms:
-            return make("ge", near, ir.const(-self.constant, I32))
-        elif self.constant:
+        if self.side in ("start", "end") and not self.terms:
+            last = ir.const(self.constant if self.side == "end" else -self.constant, I32)
+            return make("ge", last, KV) if self.side == "end" else make("ge", KV, last)
+        # Sums begin with an index: cuDNN refuses a sum of operands and constants alone.
+        near, far = {"lower": (Q, KV), "upper": (KV, Q), "start": (KV, None), "end": (-KV, None)}[self.side]
+        if self.constant:
             near = near + ir.const(self.constant, I32)
         for sign, term in self.terms:
             near = near + term if sign > 0 else near - term
