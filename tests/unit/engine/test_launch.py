@@ -1,0 +1,60 @@
+"""A launch hands the frontend the addresses in its own order, through its public entry where the quick one is missing.
+
+Knows nothing of attention: graphs are stand-ins that note what they get.
+"""
+
+import ctypes
+from types import SimpleNamespace
+
+import pytest
+
+from cudnn_flex_compile.engine.launch import launcher
+
+UIDS = [7, 3, 9, 5]
+ADDRESSES = [700, 300, 900, 500]
+HANDLE = SimpleNamespace(backend_handle=42)
+
+
+class Lowered:
+    def __init__(self, order):
+        self.order, self.got = order, None
+
+    def _prepare_variant_pack_template(self):
+        pass
+
+    def _get_variant_pack_uids_sorted(self):
+        return self.order
+
+    def _execute_with_raw_ptrs(self, address, count, workspace, handle, plan):
+        self.got = (list((ctypes.c_void_p * count).from_address(address)), workspace, handle, plan)
+
+
+class Graph:
+    _plan_index = 0
+
+    def __init__(self, lowered):
+        self._lowered_graph, self.executed = lowered, None
+
+    def _materialize_backend_plan(self, index):
+        return SimpleNamespace(cpp_index=index + 2)
+
+    def execute(self, buffers, workspace, handle):
+        self.executed = (buffers, workspace, handle)
+
+
+@pytest.mark.parametrize("order", [[3, 5, 7, 9], [3, 9]])
+def test_in_the_order_of_the_graph(order):
+    graph = Graph(Lowered(order))
+    launcher(graph, UIDS)(ADDRESSES, 11, HANDLE)
+    assert graph._lowered_graph.got == ([100 * uid for uid in order], 11, 42, 2)
+    assert graph.executed is None
+
+
+OTHERS = {"none": None, "other": object(), "empty": Lowered([]), "more": Lowered([3, 4])}
+
+
+@pytest.mark.parametrize("lowered", OTHERS.values(), ids=OTHERS)
+def test_through_the_public_entry(lowered):
+    graph = Graph(lowered)
+    launcher(graph, UIDS)(ADDRESSES, 11, HANDLE)
+    assert graph.executed == (dict(zip(UIDS, ADDRESSES, strict=True)), 11, HANDLE)
