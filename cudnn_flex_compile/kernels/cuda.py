@@ -88,6 +88,8 @@ def _run(
     floats: Sequence[Tensor], like: Tensor,
 ) -> None:  # fmt: skip
     inputs = [t if t.data_ptr() % 16 == 0 else _aligned(t) for t in tensors]
+    if operands:  # a captured tensor may be an operand as it is
+        operands = [t if t.data_ptr() % 16 == 0 else _aligned(t) for t in operands]
     if like.device.index == torch.cuda.current_device():
         found.plan.run(inputs, operands, ints, floats)
     else:
