@@ -6,12 +6,13 @@ is the last element of the block mask tuple, the block sizes are the two before 
 
 import itertools
 import operator
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 FLEX_ATTENTION = torch.ops.higher_order.flex_attention
@@ -105,9 +106,16 @@ def example(value: Any) -> Any:
 
 def changes(tensors: Sequence[Any], before: Node) -> tuple[Node, ...]:
     """The nodes of the graph above `before` that change one of the tensors, or what it is a view of, in place."""
+    graph = before.graph
+    if graph not in _writers:  # read once: the pass itself writes no such node
+        _writers[graph] = [node for node in graph.nodes if any(_storage(t) is not None for t in _written(node))]
     storages = {_storage(t) for t in tensors} - {None}
-    above = itertools.takewhile(lambda node: node is not before, before.graph.nodes)
-    return tuple(node for node in above if any(_storage(t) in storages for t in _written(node)))
+    found = {node for node in _writers[graph] if any(_storage(t) in storages for t in _written(node))}
+    above = itertools.takewhile(lambda node: node is not before, graph.nodes if found else ())
+    return tuple(node for node in above if node in found)
+
+
+_writers: "weakref.WeakKeyDictionary[Graph, list[Node]]" = weakref.WeakKeyDictionary()
 
 
 def _storage(value: Any) -> int | None:
