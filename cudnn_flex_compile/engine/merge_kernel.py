@@ -9,7 +9,7 @@ import triton.language as tl
 
 
 @triton.jit
-def merge_rows(  # pragma: no cover (compiled)
+def merge_rows(
     out, lse, part, part_lse, heads, rows, dim,
     out_b, out_h, out_r, lse_b, lse_h, lse_r, part_b, part_h, part_r, plse_b, plse_h, plse_r,
     ROWS: tl.constexpr, DIM: tl.constexpr,

@@ -80,13 +80,14 @@ def lower_calls(
 
 def _lower(call: Call, context: Context) -> CallReport:
     report = CallReport(source=call.source)
-    before = set(call.node.graph.nodes)
+    before, checks = set(call.node.graph.nodes), len(context.guards.outside)
     try:
         report.reason = _lower_or_reason(call, context, report)
     except Exception as error:  # a bug of ours must not stop the model
         log.warning("cudnn_flex: the pass failed on %s; the call is kept", call.source, exc_info=True)
         report.reason, report.strategies = Reason(Code.INTERNAL, f"{type(error).__name__}: {error}"), ()
         _take_back(call, before, context)
+        del context.guards.outside[checks:]  # stock flex_attention honours whatever blocks a kept call has
     return report
 
 

@@ -8,6 +8,7 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile import ops
+from cudnn_flex_compile.kernels import block_mask
 from cudnn_flex_compile.passes import lower_calls
 from cudnn_flex_compile.reasons import Code
 from tests.compile.test_backend import close, draw, fresh, qkv, run
@@ -119,6 +120,8 @@ def test_a_rewrite_that_fails_leaves_the_call_as_it_was(monkeypatch, step):
         return real(*args)
 
     monkeypatch.setattr(lower_calls, step, fails_once)
+    checked = []
+    monkeypatch.setattr(block_mask, "check", lambda *arguments: checked.append(arguments))
 
     def model(q, k, v):
         q = flex_attention(q, k, v, relative, mask) + 1
@@ -127,5 +130,6 @@ def test_a_rewrite_that_fails_leaves_the_call_as_it_was(monkeypatch, step):
     args = qkv()
     found, calls = run(model, *args, lower="always")
     first = 0 if step == "replace" else 1  # the first call's score reads positions: its keys stay in place
+    assert len(checked) == 1  # of the call that was lowered
     assert [c.reason and c.reason.code for c in calls] == [Code.INTERNAL if i == first else None for i in range(2)]
     close(found, model(*args))
