@@ -107,9 +107,7 @@ def _backward_cuda(
     grad_out: Tensor, grad_stats: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
     operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str, scale: float,
 ) -> Gradients:  # fmt: skip
-    return _cuda().backward(
-        grad_out, grad_stats, query, key, value, out, stats, operands, ints, floats, program, scale
-    )
+    return _cuda().backward(grad_out, grad_stats, query, key, value, out, stats, operands, ints, floats, program, scale)
 
 
 @torch.library.impl(library, "attention_backward", "CPU")
@@ -165,8 +163,17 @@ class _Attention(torch.autograd.Function):
 
 
 def _attention(
-    query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], ints: list[int], floats: list[Tensor],
-    program: str, scale: float, return_lse: bool, stats: bool, guard: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    operands: list[Tensor],
+    ints: list[int],
+    floats: list[Tensor],
+    program: str,
+    scale: float,
+    return_lse: bool,
+    stats: bool,
+    guard: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What compilers decompose: below it there is no autograd, whose bookkeeping a compiled graph need not pay."""
     arguments = (query, key, value, operands, ints, floats, program, scale)
