@@ -30,6 +30,7 @@ from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import Program
 from cudnn_flex_compile.scoremod.masks.boxes import pruned
+from cudnn_flex_compile.scoremod.switches import on
 from cudnn_flex_compile.scoremod.text import parse
 
 if TYPE_CHECKING:
@@ -199,7 +200,7 @@ def _strategies(program: Program, problem: Problem) -> "Iterator[Callable[[Progr
     guards = [False, True]
     if problem.direction == BACKWARD and _needs_guard(program, problem):
         guards.remove(False)
-    expanded = [False, True] if problem.operands else [False]
+    expanded = [False, True] if problem.operands and on("every head") else [False]
     for expand, guard, strategy in itertools.product(expanded, guards, STRATEGIES):
         yield functools.partial(_build_with, strategy, guard, expand)
 
