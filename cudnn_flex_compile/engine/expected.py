@@ -97,6 +97,9 @@ class Side:
 def masked_scores(sample: Sample, scores: torch.Tensor, *where: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Modified, masked scores and their derivative by the raw score, zero where masked.
 
+    Where a score_mod itself gives -inf the derivative is zero, too, if it is finite; else the gradient is not defined
+    (0 * inf in stock kernels), and stays infinite or NaN.
+
     By forward-mode differentiation: a reverse pass would wait for autograd's device thread, which may be the
     very one that waits for this certification.
     """
@@ -104,7 +107,7 @@ def masked_scores(sample: Sample, scores: torch.Tensor, *where: torch.Tensor) ->
         dual = sample.masked(fwAD.make_dual(scores, torch.ones_like(scores)), *where)
         masked, slope = fwAD.unpack_dual(dual)
     slope = torch.zeros_like(masked) if slope is None else slope
-    return masked, torch.where(masked == -math.inf, 0.0, slope)
+    return masked, torch.where((masked == -math.inf) & slope.isfinite(), 0.0, slope)
 
 
 def slope_error(problem: Problem, sample: Sample, t: Tensors, where: Places) -> torch.Tensor:
