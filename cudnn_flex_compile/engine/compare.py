@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from cudnn_flex_compile.engine.expected import EPSILON, Block, LogSums
-from cudnn_flex_compile.engine.regimes import Regime
+from cudnn_flex_compile.engine.regimes import Regime, overrun, unwritten
 
 # A plan may be this much further from float64 than stock precision is, in total. The few sampled rows of few keys
 # weigh much in the total, and differ from kernel to kernel: plans that are within 2 on all rows (tests/gpu) were seen
@@ -126,8 +126,13 @@ def _judge_log_sums(numbers: list[float]) -> str | None:
     return f"the LSE is off by up to {worst:.2g}" if beyond else None
 
 
-def of_memory(regime: Regime, name: str, count: torch.Tensor) -> Finding:
-    """Of how many entries of a whole tensor were not written to, 0-d."""
-    return Finding(
-        regime.name, count.view(1, 1), lambda n: f"{name} has {n[0]:.0f} unwritten entries" if n[0] else None
-    )
+def of_memory(regime: Regime, name: str, tensor: torch.Tensor) -> Finding:
+    """Of a whole tensor that was poisoned: all of it must be written to, and nothing beside it."""
+
+    def judge(numbers: list[float]) -> str | None:
+        missed, beyond = numbers
+        if missed:
+            return f"{name} has {missed:.0f} unwritten entries"
+        return f"{beyond:.0f} entries beside {name} were written to" if beyond else None
+
+    return Finding(regime.name, _numbers(unwritten(tensor), overrun(tensor))[None], judge)

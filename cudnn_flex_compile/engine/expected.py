@@ -62,7 +62,7 @@ class Side:
         low: as stock precision does it, else in float64.
         where: batches [P], heads [P], rows [R], columns [C].
         masked: modified, masked scores [P, R, C]. slope: their derivative by the raw scores, 0 where masked.
-        wobble: what float32 scores may move a score by, so a weight relatively.
+        wobble: what float32 scores may move a score by, so a weight relatively; 0 in stock precision.
     """
 
     problem: Problem
@@ -82,6 +82,9 @@ class Side:
             generator = torch.Generator(scores.device).manual_seed(SEED)
             scores = scores + torch.empty_like(scores).uniform_(-SUM_ERROR, SUM_ERROR, generator=generator) * sizes
         self.masked, self.slope = masked_scores(self.sample, scores, *self.where)
+        if self.low:
+            self.wobble = torch.zeros_like(scores)
+            return
         size = torch.where(self.masked == -math.inf, 0.0, self.masked.abs())
         slope = torch.where(self.slope.isfinite(), self.slope.abs(), 0.0)
         self.wobble = slope * (SUM_ERROR * sizes) + 2 * ROUNDING * size
@@ -187,6 +190,8 @@ def _gradient(
     d_masked = weights * (change - (grad * out).sum(-1, keepdim=True))
     d_scores = side.rounded(d_masked * side.slope * scale)  # scaled before it is rounded: fp16 underflows that later
     before = weights * (change.abs() + _row_term(grad, out)) * side.slope * scale
+    if side.low:
+        return Gradient(weights, side.wobble, d_scores, before, side.wobble)
     wobble = side.wobble + torch.where(lse.isfinite(), 2 * ROUNDING * lse.abs(), 0.0)
     wobble = torch.expm1(wobble.clamp(max=50.0))
     summed = SUM_ERROR * (grad.abs() @ value.abs().mT + (grad * out).abs().sum(-1, keepdim=True))

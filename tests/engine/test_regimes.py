@@ -174,6 +174,20 @@ def test_unwritten_memory_is_seen_in_rows_that_are_not_sampled(direction):
     assert f"{'dQ' if direction == BACKWARD else 'out'} has 16 unwritten entries" in found.detail
 
 
+def beyond_the_end(tensors):
+    """As a tile of 128 rows does that is written as a whole."""
+    memory = tensors[0].untyped_storage()
+    torch.empty(0, dtype=tensors[0].dtype).set_(memory)[-500] = 0.0
+
+
+@pytest.mark.parametrize("direction", [FORWARD, BACKWARD])
+def test_writing_beyond_the_end_is_seen(direction):
+    asked = ir.program(mask=CAUSAL)
+    plan = StandIn(problem(asked, direction), spoil=beyond_the_end)
+    found = certify(plan, StandIn(problem(asked, FORWARD)) if direction == BACKWARD else plan, ProgramReference(asked))
+    assert f"1 entries beside {'dQ' if direction == BACKWARD else 'out'} were written to" in found.detail
+
+
 def infinite(tensors):
     tensors[0][0, 0, 64, 3] = math.inf
 
