@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from cudnn_flex_compile.engine.expected import EPSILON, Block, LogSums
+from cudnn_flex_compile.engine.expected import Block, LogSums
+from cudnn_flex_compile.engine.pairs import EPSILON
 from cudnn_flex_compile.engine.regimes import Regime, overrun, unwritten
 
 # A plan may be this much further from float64 than stock precision is, in total. The few sampled rows of few keys
