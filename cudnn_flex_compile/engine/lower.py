@@ -102,12 +102,11 @@ def operand_view(node: Expr, problem: Problem, expanded: bool = False) -> Tensor
     full = (*problem.query.shape[:3], problem.key.shape[2])
     widen: set[int] = {d for d in (0, 1) if spec.shape[d] == 1} if expanded else set()
     single = "q" not in node.dims and "k" not in node.dims
-    rewrites = {
-        "columns expanded": "k" in node.dims and "q" not in node.dims and problem.direction == BACKWARD,
-        "heads expanded": single and node.dims == "bh",
-        "integers expanded": single and node.dtype == I32,
-    }
-    if any(applies and on(name) for name, applies in rewrites.items()):
+    if "k" in node.dims and "q" not in node.dims and problem.direction == BACKWARD and on("columns expanded"):
+        widen.add(2)
+    if single and node.dims == "bh" and on("heads expanded"):
+        widen.add(2)
+    if single and node.dtype == I32 and on("integers expanded"):
         widen.add(2)
     shape = tuple(full[d] if d in widen else n for d, n in enumerate(spec.shape))
     stride = tuple(0 if d in widen else s for d, s in enumerate(spec.stride))

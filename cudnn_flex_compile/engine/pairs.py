@@ -10,7 +10,7 @@ import torch
 import torch.autograd.forward_ad as fwAD
 
 from cudnn_flex_compile.engine.places import SEED
-from cudnn_flex_compile.engine.problem import Problem
+from cudnn_flex_compile.engine.problem import FORWARD, Problem
 from cudnn_flex_compile.engine.reference import Sample
 
 # A score_mod's derivative is a float32 function: it is asked to be this exact, relative to its largest value on
@@ -31,7 +31,8 @@ class Pairs:
     Attributes:
         low: as stock precision does it, else in float64.
         where: batches [P], heads [P], rows [R], columns [C].
-        masked: modified, masked scores [P, R, C]. slope: their derivative by the raw scores, 0 where masked.
+        masked: modified, masked scores [P, R, C].
+        slope: their derivative by the raw scores, 0 where masked. (In a forward in stock precision: 0.)
         wobble: what float32 scores may move a score by, so a weight relatively; 0 in stock precision.
     """
 
@@ -51,9 +52,13 @@ class Pairs:
         if self.low:
             generator = torch.Generator(scores.device).manual_seed(SEED)
             scores = scores + torch.empty_like(scores).uniform_(-SUM_ERROR, SUM_ERROR, generator=generator) * sizes
-        self.masked, self.slope = masked_scores(self.sample, scores, *self.where)
         if self.low:
             self.wobble = torch.zeros_like(scores)
+            if self.problem.direction == FORWARD:  # no gradient is asked for, nor how exact the scores are
+                self.masked, self.slope = self.sample.masked(scores, *self.where), self.wobble
+                return
+        self.masked, self.slope = masked_scores(self.sample, scores, *self.where)
+        if self.low:
             return
         size = torch.where(self.masked == -math.inf, 0.0, self.masked.abs())
         slope = torch.where(self.slope.isfinite(), self.slope.abs(), 0.0)

@@ -25,13 +25,14 @@ MAX_HEAD_DIM = 256
 @dataclass(frozen=True, slots=True)
 class Rule:
     """code: the reason. applies: what is wrong with this problem, or None. fixed: the first cuDNN that is right.
-    evidence: how it was measured.
+    evidence: how it was measured, and where.
     """
 
     code: Code
     applies: Callable[[Problem, Program], str | None]
     fixed: int | None = None
     evidence: str = ""
+    measured: str = "one H200 (SM90), cuDNN 9.19 and 9.28"
 
 
 def _dtype(problem: Problem, program: Program) -> str | None:
@@ -105,6 +106,7 @@ class Rewrite:
         where: what makes it.
         evidence: how it shows.
         switched: whether a test can switch it off; others are how programs are built in the first place.
+        measured: on what. The rewrite is made on every architecture.
     """
 
     name: str

@@ -3,8 +3,12 @@
 Knows nothing of their numbers (tests/gpu/test_wrong_classes.py). A class that cuDNN no longer accepts needs no rewrite.
 """
 
+import re
+from pathlib import Path
+
 import pytest
 
+import cudnn_flex_compile
 from cudnn_flex_compile.engine.problem import BACKWARD
 from cudnn_flex_compile.engine.strategies import STRATEGIES
 from cudnn_flex_compile.engine.support import REWRITES, rewrites_off
@@ -41,6 +45,19 @@ def test_accepted(name):
 def test_every_switched_rewrite_has_a_class():
     switched = {rewrite.name for rewrite in REWRITES if rewrite.switched}
     assert switched == {name for case in CLASSES.values() for name in case.off}
+
+
+def test_rows_name_what_makes_them():
+    """Each switch in the package is a row that can be switched off, and the row says where it is."""
+    package = Path(cudnn_flex_compile.__file__).parent
+    switches = {
+        (name, str(path.relative_to(package)))
+        for path in package.rglob("*.py")
+        for name in re.findall(r'\bon\("([^"]+)"\)', path.read_text())
+    }
+    assert switches == {(r.name, r.where) for r in REWRITES if r.switched}
+    for rewrite in REWRITES:
+        assert all((package / where).exists() for where in rewrite.where.split(", ")), rewrite.where
 
 
 def test_unknown_rewrites():
