@@ -17,8 +17,9 @@ import torch
 from cudnn_flex_compile.engine.cache import Cache, CacheInfo
 from cudnn_flex_compile.engine.call import Key, forward_of, problem_of
 from cudnn_flex_compile.engine.clean import run_clean
+from cudnn_flex_compile.engine.memory import Layout
 from cudnn_flex_compile.engine.parts import PartsPlan, assemble_parts, divided
-from cudnn_flex_compile.engine.problem import BACKWARD, Problem
+from cudnn_flex_compile.engine.problem import BACKWARD, Problem, TensorSpec, dense
 from cudnn_flex_compile.engine.reference import ProgramReference, Reference
 from cudnn_flex_compile.engine.strategies import STRATEGIES, Strategy
 from cudnn_flex_compile.engine.strategies.scores import biased, legal_backward
@@ -56,6 +57,15 @@ class Ready:
     @functools.cached_property
     def copied(self) -> bool:
         return any(self.copies)
+
+    @functools.cached_property
+    def layouts(self) -> tuple[Layout, ...]:
+        """Of what a call allocates: out and stats [B, H, Sq] (empty if the plan writes none), or dq, dk and dv."""
+        problem = self.plan.problem
+        if problem.direction == BACKWARD:
+            return tuple(spec.layout for spec in self.plan.outputs)
+        stats = dense(TensorSpec(problem.lse_shape if problem.stats else (0,), (), torch.float32))
+        return self.plan.outputs[0].layout, stats.layout
 
 
 _policy = Policy()
