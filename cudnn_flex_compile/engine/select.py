@@ -17,19 +17,22 @@ import torch
 from cudnn_flex_compile.engine.cache import Cache, CacheInfo
 from cudnn_flex_compile.engine.call import Key, forward_of, problem_of
 from cudnn_flex_compile.engine.clean import run_clean
+from cudnn_flex_compile.engine.lowering import Lowering
 from cudnn_flex_compile.engine.memory import Layout
 from cudnn_flex_compile.engine.parts import PartsPlan, assemble_parts, divided
 from cudnn_flex_compile.engine.problem import BACKWARD, Problem, TensorSpec, dense
 from cudnn_flex_compile.engine.reference import ProgramReference, Reference
 from cudnn_flex_compile.engine.strategies import STRATEGIES, Strategy
+from cudnn_flex_compile.engine.strategies.dense import NAME as DENSE
 from cudnn_flex_compile.engine.strategies.scores import biased, legal_backward
 from cudnn_flex_compile.engine.support import refused
 from cudnn_flex_compile.engine.tail import guarded, needs_guard
 from cudnn_flex_compile.engine.versions import cudnn_version, unusable_device
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
-from cudnn_flex_compile.scoremod.ir import Program
+from cudnn_flex_compile.scoremod.ir import TRUE, Program
 from cudnn_flex_compile.scoremod.masks.boxes import pruned
+from cudnn_flex_compile.scoremod.masks.form import split
 from cudnn_flex_compile.scoremod.text import parse
 
 if TYPE_CHECKING:
@@ -212,12 +215,27 @@ def _build_with(
     lowering = strategy.lower(variant, problem.direction == BACKWARD)
     if isinstance(lowering, Reason):
         return lowering
+    if strategy.name == DENSE and _unmasked(variant):
+        return Reason(Code.UNSUPPORTED_CALL, "without a mask, dense is the graph of chained")
     if expand:
-        if lowering.lengths is not None:
-            return Reason(Code.UNSUPPORTED_CALL, "lengths are not expanded")
+        if lowering.lengths is not None or not _expands(lowering, problem):
+            return Reason(Code.UNSUPPORTED_CALL, "no operand expands")
         lowering = replace(lowering, expanded=True)
     plans.count("builds")
     return build(problem, lowering)
+
+
+def _unmasked(program: Program) -> bool:
+    form = split(program.mask)
+    return not form.bounds and form.residual is TRUE
+
+
+def _expands(lowering: Lowering, problem: Problem) -> bool:
+    """Whether the graph with expanded operands is another one."""
+    from cudnn_flex_compile.engine.lower import operand_view
+
+    operands = [n for n in ir.walk(*lowering.leaves) if n.kind == "operand"]
+    return any(operand_view(n, problem) != operand_view(n, problem, expanded=True) for n in operands)
 
 
 def _needs_guard(program: Program, problem: Problem) -> bool:
