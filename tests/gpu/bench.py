@@ -1,7 +1,7 @@
 """Times attention through torch.compile, cudnn_flex beside Inductor, in one run, interleaved.
 
     python3 -m tests.gpu.bench [--shape B,H,HKV,S,D ...] [--mods NAME ...] [--repeats N] [--csv FILE]
-    python3 -m tests.gpu.bench --forty [--csv FILE]      eight shapes x five mods
+    python3 -m tests.gpu.bench --forty [--warm 12] [--csv FILE]      eight shapes x five mods
 
 Prints, for each mod, the milliseconds a call of forward, backward and both, and the ratio Inductor / cudnn_flex;
 last the geometric means. One sample is CUDA-event time around up to CALLS calls in a row, divided by their number, as
@@ -13,6 +13,7 @@ import argparse
 import csv
 import math
 import statistics
+import subprocess
 import sys
 
 import torch
@@ -22,7 +23,7 @@ from cudnn_flex_compile.report import collect
 from tests.mods import ALL, BY_BATCH, EIGHT, FIVE, MODS
 
 BACKENDS = ("inductor", "cudnn_flex")
-CALLS, LONGEST, WARM_UP = 10, 60, 6  # at most; milliseconds of a sample; samples that do not count
+CALLS, LONGEST, WARM_UP = 10, 30, 6  # at most; milliseconds of a sample; samples that do not count
 
 
 def timed(runs):
@@ -86,6 +87,21 @@ def measure(name, shape, dtype, repeats, options, mode=None):
     return medians, str(call.reason) if call.reason else "+".join(call.strategies)
 
 
+def warm(processes):
+    """Compiles all cases in other processes at once, for their caches' sake: this one measures alone."""
+    command = [sys.executable, "-m", "tests.gpu.bench", *sys.argv[1:], "--only-compile"]
+    running = [subprocess.Popen([*command, f"{i}/{processes}"]) for i in range(processes)]
+    if any([process.wait() for process in running]):
+        sys.exit("bench: a process that compiled ahead failed")
+
+
+def only_compile(arguments):
+    first, step_size = map(int, arguments.only_compile.split("/"))
+    cases = [(tuple(map(int, text.split(","))), name) for text in arguments.shape for name in arguments.mods]
+    for shape, name in cases[first::step_size]:
+        compiled(name, shape, torch.bfloat16, {"lower": arguments.lower}, arguments.mode)
+
+
 def plot(rows, path):
     """Bars of the ratio Inductor / cudnn_flex by mod, forward and backward."""
     from matplotlib import pyplot
@@ -114,11 +130,17 @@ def main():
     parser.add_argument("--lower", default="when_faster", choices=("when_faster", "always"))
     parser.add_argument("--csv", help="file for the table")
     parser.add_argument("--plot", help="file for a bar chart (PNG; needs matplotlib)")
+    parser.add_argument("--warm", type=int, default=0, help="processes that fill Inductor's caches before")
+    parser.add_argument("--only-compile", help=argparse.SUPPRESS)  # I/N: every N-th case from the I-th on
     arguments = parser.parse_args()
     if arguments.forty:
         arguments.shape, arguments.mods = EIGHT, FIVE
     if not torch.cuda.is_available():
         sys.exit("bench: no NVIDIA GPU here; speed is only measured on one")
+    if arguments.only_compile:
+        only_compile(arguments)
+        return
+    warm(arguments.warm)
     print(torch.cuda.get_device_name(), "torch", torch.__version__, "cuDNN", torch.backends.cudnn.version())
     rows, ratios = [], []
     for text in arguments.shape:

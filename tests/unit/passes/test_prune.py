@@ -40,7 +40,7 @@ def mapped(graph, x):
     return result
 
 
-DEAD = (functional, written_then_read, written_twice, mapped)
+DEAD = [functional, written_then_read, written_twice, mapped]
 
 
 def build(make, needed):
@@ -94,7 +94,7 @@ def by_what_was_computed(graph, x):
     return made
 
 
-@pytest.mark.parametrize("make", (into_the_input, into_a_view_of_the_input, by_a_method, by_what_was_computed))
+@pytest.mark.parametrize("make", [into_the_input, into_a_view_of_the_input, by_a_method, by_what_was_computed])
 def test_effects_on_the_living_stay(make):
     graph, before = build(make, needed=False)
     prune(graph, before)
