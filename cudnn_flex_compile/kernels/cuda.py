@@ -13,6 +13,7 @@ from cudnn_flex_compile.engine.call import backward_key, forward_key
 from cudnn_flex_compile.engine.clean import above_autograd
 from cudnn_flex_compile.engine.memory import empty
 from cudnn_flex_compile.engine.problem import TensorSpec, dense
+from cudnn_flex_compile.engine.repro import warned
 from cudnn_flex_compile.engine.select import Ready, find_plan, plans
 from cudnn_flex_compile.kernels import fallback
 from cudnn_flex_compile.reasons import Code, Reason
@@ -98,9 +99,11 @@ def _in_range(ints: Sequence[int]) -> bool:
 
 
 def _explain(program: str, found: Ready | Reason) -> None:
-    """Says once per program that, and why, cuDNN is not used."""
+    """Says once per program that, and why, cuDNN is not used; not again what certification has said."""
     if program not in _warned:
         _warned.add(program)
+        if isinstance(found, Reason) and found.code is Code.CERTIFICATION and warned(program):
+            return
         why = found if isinstance(found, Reason) else f"a captured integer is beyond {VALUE_LIMIT}"
         log.warning("cudnn_flex: a call runs on Inductor's flex_attention instead of cuDNN: %s", why)
 

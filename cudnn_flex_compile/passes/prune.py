@@ -27,7 +27,7 @@ def prune(graph: Graph, before: set[Node]) -> None:
 
 
 def live_nodes(graph: Graph) -> set[Node]:
-    """Inputs, what the output is computed from, every node with an effect on these, and what that one is computed from."""
+    """Inputs, what the output is computed from, and every node with an effect on these, with all that it reads."""
     live: set[Node] = set()
     _add([node for node in graph.nodes if node.op in ("placeholder", "output")], live)
     grown = True
