@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 from cudnn_flex_compile.engine.problem import BACKWARD
+from cudnn_flex_compile.engine.versions import cudnn_version
 from tests.deviceless import matrix
 from tests.deviceless.harness import SMS
 
 README = Path(__file__).parents[2] / "README.md"
 ONE_OF_EACH = (80, 90, 100, 120)  # kinds of engines
+DETERMINISTIC_ROW_VECTORS = 92800  # 9.19 takes none on SM100, 9.28 does; those between were not asked
 STALE = "tests/deviceless/matrices is out of date; regenerate it: python3 -m tests.deviceless.matrix --write"
 
 
@@ -59,7 +61,10 @@ def test_deterministic_backwards_are_accepted_where_others_are(name, monkeypatch
     plain = {sm: matrix.cell(name, sm, BACKWARD) for sm in ONE_OF_EACH}
     deterministic = replace(matrix.problem(name), deterministic=True)
     monkeypatch.setattr(matrix, "problem", lambda name: deterministic)
-    assert {sm: matrix.cell(name, sm, BACKWARD) for sm in ONE_OF_EACH} == plain
+    found = {sm: matrix.cell(name, sm, BACKWARD) for sm in ONE_OF_EACH}
+    if cudnn_version() < DETERMINISTIC_ROW_VECTORS and plain[80].text == "row vectors":
+        del plain[100], found[100]
+    assert found == plain
 
 
 @pytest.mark.parametrize("version", recorded())
