@@ -42,7 +42,7 @@ def cudnn_flex(
     from cudnn_flex_compile.passes.lower_calls import lower_calls
 
     chosen = options_from(options, mode)
-    set_certify(chosen.certify != "off")
+    set_certify(chosen.certify)
     plans.resize(chosen.plan_cache_size)
     lowered = lower_calls(graph_module, example_inputs, chosen.lower == "when_faster", chosen.bias_budget_mb)
     publish(lowered.calls)

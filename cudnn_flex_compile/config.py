@@ -21,8 +21,9 @@ class Options:
         inner_options: `options` of the inner backend.
         mode: `mode` of the inner backend; `torch.compile(mode=...)` cannot be combined with options, so it is
             also an option of its own.
-        certify: whether plans are checked before they run user data. "off", for debugging only, holds for the whole
-            process.
+        certify: when plans are checked before they run user data. "once" trusts a verdict that is stored for this
+            machine, driver and versions; "always" checks in each process anew; "off" is for debugging only. Holds for
+            the whole process.
         lower: "when_faster" keeps calls that measurements say are slower on cuDNN; "always" lowers all it can.
         plan_cache_size: how many plans are kept (least recently used first out); each holds some host memory.
         bias_budget_mb: MiB that one bias over (q, kv) pairs may take; a call that needs more is kept. The default holds
@@ -55,7 +56,7 @@ class Options:
 
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "mode": (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
-    "certify": ("once", "off"),
+    "certify": ("once", "always", "off"),
     "lower": ("when_faster", "always"),
 }
 SWITCH = {

@@ -9,12 +9,12 @@ from collections.abc import Hashable
 from typing import Generic, Literal, NamedTuple, TypeVar, get_args
 
 Value = TypeVar("Value")
-Counter = Literal["hits", "misses", "builds", "certifications", "rejections", "evictions"]
+Counter = Literal["hits", "misses", "builds", "certifications", "rejections", "evictions", "certify_seconds"]
 
 
 class CacheInfo(NamedTuple):
     """hits, misses: look-ups. builds: plans built. certifications: plans checked. rejections: checks failed.
-    evictions: plans dropped for room. size, bound: plans held, and at most."""
+    evictions: plans dropped for room. certify_seconds: what the checks took. size, bound: plans held, and at most."""
 
     hits: int
     misses: int
@@ -22,6 +22,7 @@ class CacheInfo(NamedTuple):
     certifications: int
     rejections: int
     evictions: int
+    certify_seconds: float
     size: int
     bound: int
 
@@ -33,7 +34,7 @@ class Cache(Generic[Value]):
         self._entries: OrderedDict[Hashable, Value] = OrderedDict()
         self._lock = threading.Lock()
         self.bound = bound
-        self.counts: dict[Counter, int] = dict.fromkeys(get_args(Counter), 0)
+        self.counts: dict[Counter, float] = dict.fromkeys(get_args(Counter), 0)
 
     def get(self, key: Hashable) -> Value | None:
         with self._lock:
@@ -57,9 +58,9 @@ class Cache(Generic[Value]):
             self._shrink()
             return value
 
-    def count(self, what: Counter) -> None:
+    def count(self, what: Counter, amount: float = 1) -> None:
         with self._lock:
-            self.counts[what] += 1
+            self.counts[what] += amount
 
     def resize(self, bound: int) -> None:
         with self._lock:
@@ -78,4 +79,4 @@ class Cache(Generic[Value]):
 
     def info(self) -> CacheInfo:
         with self._lock:
-            return CacheInfo(**self.counts, size=len(self._entries), bound=self.bound)
+            return CacheInfo(**self.counts, size=len(self._entries), bound=self.bound)  # pyright: ignore

@@ -108,9 +108,9 @@ def changes(tensors: Sequence[Any], before: Node) -> tuple[Node, ...]:
     """The nodes of the graph above `before` that change one of the tensors, or what it is a view of, in place."""
     graph = before.graph
     if graph not in _writers:  # read once: the pass itself writes no such node
-        _writers[graph] = [node for node in graph.nodes if any(_storage(t) is not None for t in _written(node))]
+        _writers[graph] = [node for node in graph.nodes if any(_storage(t) is not None for t in written(node))]
     storages = {_storage(t) for t in tensors} - {None}
-    found = {node for node in _writers[graph] if any(_storage(t) in storages for t in _written(node))}
+    found = {node for node in _writers[graph] if any(_storage(t) in storages for t in written(node))}
     above = itertools.takewhile(lambda node: node is not before, graph.nodes if found else ())
     return tuple(node for node in above if node in found)
 
@@ -126,7 +126,7 @@ def _storage(value: Any) -> int | None:
         return None
 
 
-def _written(node: Node) -> list[Any]:
+def written(node: Node) -> list[Any]:
     """The arguments that a node changes in place."""
     if isinstance(node.target, torch._ops.OpOverload):
         arguments = node.target._schema.arguments
