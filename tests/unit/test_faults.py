@@ -20,6 +20,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from cudnn_flex_compile.engine import plan, select, verify
 from cudnn_flex_compile.engine.call import backward_key, forward_key, problem_of
+from cudnn_flex_compile.engine.clean import any_algorithm
 from cudnn_flex_compile.engine.lowering import Lowering
 from cudnn_flex_compile.engine.problem import BACKWARD, TensorSpec
 from cudnn_flex_compile.kernels import cuda
@@ -311,3 +312,36 @@ print(unusable_device(0).code.name)
     if printed.startswith("the system has"):
         pytest.skip(printed)
     assert printed == "CUDNN_MISSING\n[None]\n"
+
+
+# Deterministic algorithms
+
+
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def forbidden() -> None:
+    torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
+
+
+def test_certification_may_use_any_algorithm(deterministic, recwarn) -> None:
+    with pytest.raises(RuntimeError, match="deterministic"):
+        forbidden()
+    with any_algorithm():
+        forbidden()
+        assert torch.are_deterministic_algorithms_enabled()  # it is part of the key of plans
+    assert not recwarn.list
+    with pytest.raises(RuntimeError, match="deterministic"):
+        forbidden()
+
+
+def test_deterministic_plans_are_others(deterministic) -> None:
+    asked = forward_key(PROGRAM, *qkv(), [], 0.125, True)
+    torch.use_deterministic_algorithms(False)
+    assert problem_of(asked).deterministic
+    assert problem_of(backward_key(asked, torch.empty(SHAPE))).deterministic
+    assert asked != forward_key(PROGRAM, *qkv(), [], 0.125, True)
