@@ -34,7 +34,7 @@ def run_clean(function: Callable[[], Result], device: int) -> Result:
 
 @contextmanager
 def any_algorithm() -> Generator[None]:
-    """Lets ops run that torch.use_deterministic_algorithms(True) forbids: cuBLAS, if CUBLAS_WORKSPACE_CONFIG is not set.
+    """Lets ops run that torch.use_deterministic_algorithms(True) forbids: cuBLAS without CUBLAS_WORKSPACE_CONFIG.
 
     A certification compares by a tolerance, and nothing of it reaches the user. That mode belongs to the process, so it
     stays on (and plans stay deterministic, whichever thread asks); it only warns meanwhile, and the warnings are ours.
