@@ -15,7 +15,7 @@ Counter = Literal["hits", "misses", "builds", "certifications", "rejections", "e
 
 class CacheInfo(NamedTuple):
     """hits, misses: look-ups. builds: plans built. certifications: plans checked. rejections: checks failed.
-    evictions: plans dropped for room. certify_seconds: what the checks took. size, bound: plans held, and at most."""
+    evictions: plans dropped for room. size, bound: plans held, and at most. certify_seconds: what the checks took."""
 
     hits: int
     misses: int
@@ -23,9 +23,9 @@ class CacheInfo(NamedTuple):
     certifications: int
     rejections: int
     evictions: int
-    certify_seconds: float
     size: int
     bound: int
+    certify_seconds: float = 0.0
 
 
 class Cache(Generic[Value]):

@@ -63,13 +63,13 @@ class Tensors:
 
 
 def drawn(problem: Problem, generator: torch.Generator) -> Tensors:
-    """Unit normal inputs, and outputs that hold anything."""
+    """Unit normal inputs, and outputs that are poisoned."""
     device = generator.device
     specs = (problem.query, problem.key, problem.value, problem.grad or problem.out)
     query, key, value, grad = (spec.empty(device).normal_(generator=generator) for spec in specs)
-    return Tensors(
-        query, key, value, grad, problem.out.empty(device), torch.empty((*problem.lse_shape, 1), device=device)
-    )
+    batch, heads, length = problem.lse_shape
+    stats = TensorSpec((batch, heads, length, 1), (heads * length, length, 1, 1), torch.float32)
+    return Tensors(query, key, value, grad, poisoned(problem.out, device), poisoned(stats, device))
 
 
 @contextmanager
@@ -108,18 +108,38 @@ POISON = {
 }
 
 
-def poison(tensor: torch.Tensor) -> None:
-    integers, pattern = POISON[tensor.dtype]
-    tensor.view(integers).fill_(pattern)
+# Elements before and after a poisoned tensor, which nobody may write to; a multiple of what cuDNN aligns to.
+MARGIN = 512
 
 
 def poisoned(spec: TensorSpec, device: torch.device) -> torch.Tensor:
-    tensor = spec.empty(device)
+    """A tensor of a layout, with margins."""
+    extent = 1 + sum((n - 1) * step for n, step in zip(spec.shape, spec.stride, strict=True))
+    memory = torch.empty(MARGIN + extent + MARGIN, dtype=spec.dtype, device=device)
+    tensor = memory.as_strided(spec.shape, spec.stride, MARGIN)
     poison(tensor)
     return tensor
 
 
+def poison(tensor: torch.Tensor) -> None:
+    """Anew, and its margins."""
+    _memory(tensor).fill_(POISON[tensor.dtype][1])
+
+
 def unwritten(tensor: torch.Tensor) -> torch.Tensor:
-    """How many entries of a poisoned tensor nobody wrote to."""
+    """How many entries of a poisoned tensor nobody wrote to, 0-d."""
     integers, pattern = POISON[tensor.dtype]
     return (tensor.view(integers) == pattern).sum()
+
+
+def overrun(tensor: torch.Tensor) -> torch.Tensor:
+    """How many entries of a poisoned tensor's margins somebody wrote to, 0-d."""
+    memory, pattern = _memory(tensor), POISON[tensor.dtype][1]
+    return (memory[:MARGIN] != pattern).sum() + (memory[-MARGIN:] != pattern).sum()
+
+
+def _memory(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor's memory, as integers."""
+    storage = tensor.untyped_storage()
+    memory = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage)  # pyright: ignore
+    return memory.view(POISON[tensor.dtype][0])

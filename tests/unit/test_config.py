@@ -32,7 +32,7 @@ def test_unknown_keys_are_all_named_with_the_valid_ones() -> None:
 
 @pytest.mark.parametrize(
     ("given", "valid"),
-    [({"certify": "twice"}, "'once', 'off'"), ({"mode": "fast"}, "'max-autotune'"),
+    [({"certify": "twice"}, "'once', 'always', 'off'"), ({"mode": "fast"}, "'max-autotune'"),
      ({"plan_cache_size": 0}, "1 and more"),
      ({"certify": None}, "'once'"), ({"plan_cache_size": -4}, "1 and more")],
 )  # fmt: skip
@@ -78,6 +78,7 @@ def test_the_given_mapping_is_not_changed() -> None:
 @pytest.mark.parametrize(
     ("name", "text", "value"),
     [("inner_backend", "eager", "eager"), ("mode", "reduce-overhead", "reduce-overhead"), ("certify", "off", "off"),
+     ("certify", "always", "always"),
      ("plan_cache_size", "17", 17), ("verbose", "1", True), ("verbose", "TRUE", True), ("verbose", "yes", True),
      ("verbose", "on", True), ("verbose", "0", False), ("verbose", "off", False), ("verbose", "", False)],
 )  # fmt: skip

@@ -76,6 +76,15 @@ def test_clear_forgets_everything() -> None:
     assert cache.info() == CacheInfo(0, 1, 0, 0, 0, 0, 0, 5)
 
 
+def test_seconds_add_up() -> None:
+    cache = Cache[str](5)
+    cache.count("certify_seconds", 0.25)
+    cache.count("certify_seconds", 0.5)
+    assert cache.info().certify_seconds == 0.75
+    cache.clear()
+    assert cache.info().certify_seconds == 0
+
+
 @pytest.mark.parametrize("what", ["builds", "certifications", "rejections"])
 def test_counters(what: str) -> None:
     cache = Cache[str](1)
