@@ -3,12 +3,12 @@
 Knows nothing of how it is shown (rendering.py).
 """
 
-import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from cudnn_flex_compile.locks import new_lock
 from cudnn_flex_compile.reasons import Reason
 from cudnn_flex_compile.scoremod.ir import Program
 from cudnn_flex_compile.scoremod.text import infix, text
@@ -86,7 +86,7 @@ class Report:
 
 
 _collecting: list[Report] = []
-_lock = threading.Lock()
+_lock = new_lock()
 
 
 @contextmanager

@@ -3,10 +3,11 @@
 Knows nothing of what a key or a plan is.
 """
 
-import threading
 from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Generic, Literal, NamedTuple, TypeVar, get_args
+
+from cudnn_flex_compile.locks import new_lock
 
 Value = TypeVar("Value")
 Counter = Literal["hits", "misses", "builds", "certifications", "rejections", "evictions", "certify_seconds"]
@@ -32,7 +33,8 @@ class Cache(Generic[Value]):
 
     def __init__(self, bound: int) -> None:
         self._entries: OrderedDict[Hashable, Value] = OrderedDict()
-        self._lock = threading.Lock()
+        self._forsaken: OrderedDict[Hashable, Value] = OrderedDict()
+        self._lock = new_lock()
         self.bound = bound
         self.counts: dict[Counter, float] = dict.fromkeys(get_args(Counter), 0)
 
@@ -71,6 +73,10 @@ class Cache(Generic[Value]):
         while len(self._entries) > self.bound:
             self._entries.popitem(last=False)
             self.counts["evictions"] += 1
+
+    def forsake(self) -> None:
+        """Lets go of all values without freeing them."""
+        self._forsaken, self._entries = self._entries, OrderedDict()
 
     def clear(self) -> None:
         with self._lock:

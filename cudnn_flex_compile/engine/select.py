@@ -3,9 +3,11 @@
 Knows nothing of FX graphs or of the op that runs plans.
 """
 
+import atexit
 import functools
 import itertools
-import threading
+import logging
+import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -29,6 +31,7 @@ from cudnn_flex_compile.engine.strategies.scores import biased, legal_backward
 from cudnn_flex_compile.engine.support import refused
 from cudnn_flex_compile.engine.tail import guarded, needs_guard
 from cudnn_flex_compile.engine.versions import cudnn_version, unusable_device
+from cudnn_flex_compile.locks import new_lock
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import TRUE, Program
@@ -71,11 +74,17 @@ class Ready:
         return self.plan.outputs[0].layout, stats.layout
 
 
+log = logging.getLogger("cudnn_flex_compile")
 _policy = Policy()
 plans: Cache[Ready | Reason] = Cache(256)
-_building = threading.Lock()
+_building = new_lock()
 _references: OrderedDict[tuple[str, tuple[int, ...]], Reference] = OrderedDict()
 REFERENCES = 256
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=plans.forsake)  # a child has no part in its parent's CUDA context
+atexit.register(plans.clear)  # while CUDA and cuDNN are there: what modules hold may be freed after they are gone
 
 
 def set_certify(mode: str) -> None:
@@ -147,7 +156,10 @@ def _make(call: Key) -> Ready | Reason:
         plan = _first_right(problem, forward)
     except torch.OutOfMemoryError as error:
         torch.cuda.empty_cache()
-        return Reason(Code.CERTIFICATION, f"not enough memory to certify a plan: {str(error)[:120]}")
+        return Reason(Code.MEMORY, f"not enough memory to build or certify a plan: {str(error)[:120]}")
+    except Exception as error:  # a bug of ours, or a function that cannot be evaluated here, must not stop the model
+        log.warning("cudnn_flex: building or certifying a plan failed", exc_info=True)
+        return Reason(Code.INTERNAL, f"{type(error).__name__}: {error}")
     return plan if isinstance(plan, Reason) else Ready(plan, _copies(call, problem))
 
 

@@ -44,7 +44,13 @@ def forward(
     out, lse = empty(*found.layouts[0]), empty(*found.layouts[1])
     inputs = _aligned((query, key, value))
     outputs = (out, lse) if stats else (out,)
-    found.plan.run((*inputs, *outputs), _aligned(operands) if operands else operands, ints, floats)
+    try:
+        found.plan.run((*inputs, *outputs), _aligned(operands) if operands else operands, ints, floats)
+    except torch.OutOfMemoryError as error:
+        _explain(program, _no_workspace(found, error))
+        del out, outputs
+        out, lse = _fallback_forward(query, key, value, operands, ints, floats, program, scale)
+        return out, lse if stats else lse.new_empty(0)
     return out, lse
 
 
@@ -71,8 +77,20 @@ def backward(
     q_layout, k_layout, v_layout = found.layouts
     dq, dk, dv = empty(*q_layout), empty(*k_layout), empty(*v_layout)
     inputs = _aligned((query, key, value, out, stats, grad_out))
-    found.plan.run((*inputs, dq, dk, dv), _aligned(operands) if operands else operands, ints, floats)
+    try:
+        found.plan.run((*inputs, dq, dk, dv), _aligned(operands) if operands else operands, ints, floats)
+    except torch.OutOfMemoryError as error:
+        _explain(program, _no_workspace(found, error))
+        del dq, dk, dv
+        return _fallback_backward(grad_out, grad_lse, query, key, value, operands, ints, floats, program, scale)
     return dq, dk, dv
+
+
+def _no_workspace(found: Ready, error: torch.OutOfMemoryError) -> Reason:
+    """Raises the error while a CUDA graph is being captured: nothing else can be compiled then."""
+    if torch.cuda.is_current_stream_capturing():
+        raise error
+    return Reason(Code.MEMORY, f"{found.plan.strategy} has no memory to work in: {str(error)[:120]}")
 
 
 def _copied(found: Ready, *tensors: Tensor) -> tuple[Tensor, ...]:
