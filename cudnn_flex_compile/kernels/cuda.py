@@ -138,7 +138,7 @@ def _fallback_forward(
 def _fallback_backward(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor],
     ints: Sequence[int], floats: Sequence[Tensor], program: str, scale: float,
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> Gradients:  # fmt: skip
     with above_autograd():
         gradients = fallback.backward(grad_out, grad_lse, query, key, value, operands, ints, floats, program, scale)
     like = (torch.empty_like(t) for t in (query, key, value))
