@@ -78,9 +78,10 @@ def _any_version() -> int:
 
 
 def _certified(target: Target, call: tuple[Any, ...], problem: Problem) -> tuple[str, ...] | Reason:
-    from cudnn_flex_compile.engine.select import find_plan, remember_reference
+    from cudnn_flex_compile.engine.select import find_plan, plans, remember_reference
 
-    remember_reference(problem, _reference(target))
+    if plans.peek(call) is None:
+        remember_reference(problem, _reference(target))
     found = find_plan(call)
     if isinstance(found, Reason):
         return found

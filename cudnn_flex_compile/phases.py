@@ -1,0 +1,60 @@
+"""What happens while models compile, for whoever listens: how often, and for how many seconds.
+
+Knows nothing of what is counted, nor of reports.
+"""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class Tally:
+    """What happened while it listened.
+
+    Attributes:
+        counts: events by name, such as "builds".
+        seconds: by phase, such as "trace"; wall time of all threads together. A phase within another counts in both.
+    """
+
+    counts: Counter[str] = field(default_factory=Counter[str])
+    seconds: dict[str, float] = field(default_factory=dict[str, float])
+
+
+_listening: list[Tally] = []
+_lock = threading.Lock()
+
+
+@contextmanager
+def listen(tally: Tally) -> Generator[Tally]:
+    """Adds to the tally what happens within, in any thread."""
+    with _lock:
+        _listening.append(tally)
+    try:
+        yield tally
+    finally:
+        with _lock:
+            _listening[:] = [t for t in _listening if t is not tally]
+
+
+def count(what: str, number: int = 1) -> None:
+    """Something happened."""
+    with _lock:
+        for tally in _listening:
+            tally.counts[what] += number
+
+
+@contextmanager
+def phase(name: str) -> Generator[None]:
+    """Adds the seconds that the block takes, also if it raises."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        elapsed = time.perf_counter() - start
+        with _lock:
+            for tally in _listening:
+                tally.seconds[name] = tally.seconds.get(name, 0.0) + elapsed
