@@ -80,9 +80,7 @@ OPAQUE = {
     "a function of the user's": lambda g, x, y: g.call_function(made, (x,)),
     "a closure": lambda g, x, y: g.call_function(made(2), (x,)),
     "a lambda": lambda g, x, y: g.call_function(lambda t: t, (x,)),
-    "an object": lambda g, x, y: g.call_function(Method(), (x,)),
     "a method": lambda g, x, y: g.call_function(Method().method, (x,)),
-    "an argument without a text": lambda g, x, y: g.call_function(operator.mul, (x, object())),
     "a tensor": lambda g, x, y: g.call_function(operator.mul, (x, torch.ones(2))),
     "state of the module": lambda g, x, y: g.call_function(operator.mul, (x, g.get_attr("weight"))),
 }
@@ -93,6 +91,15 @@ def test_what_two_things_of_one_name_may_be_has_no_text(line):
     root = torch.nn.Module()
     root.weight = torch.nn.Parameter(torch.ones(()))
     assert graph_text(module(line, root=root)) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("target", Method()), ("args", (object(),)), ("kwargs", {"x": object()})]
+)
+def test_objects_have_no_text(name, value):
+    found = module(LINES[0])
+    setattr(next(n for n in found.graph.nodes if n.op == "call_function"), name, value)
+    assert graph_text(found) is None
 
 
 def test_only_graphs_have_a_text():
