@@ -8,19 +8,23 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Generic, Literal, NamedTuple, TypeVar, get_args
 
+from cudnn_flex_compile import phases
+
 Value = TypeVar("Value")
-Counter = Literal["hits", "misses", "builds", "certifications", "rejections", "evictions"]
+Counter = Literal["hits", "misses", "builds", "certifications", "rejections", "restored", "evictions"]
 
 
 class CacheInfo(NamedTuple):
     """hits, misses: look-ups. builds: plans built. certifications: plans checked. rejections: checks failed.
-    evictions: plans dropped for room. size, bound: plans held, and at most."""
+    restored: verdicts taken from the cache folder. evictions: plans dropped for room. size, bound: plans held, and at
+    most."""
 
     hits: int
     misses: int
     builds: int
     certifications: int
     rejections: int
+    restored: int
     evictions: int
     size: int
     bound: int
@@ -58,6 +62,7 @@ class Cache(Generic[Value]):
             return value
 
     def count(self, what: Counter) -> None:
+        phases.count(what)
         with self._lock:
             self.counts[what] += 1
 

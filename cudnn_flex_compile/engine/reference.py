@@ -37,6 +37,11 @@ class Sample:
 
 
 class Reference(Protocol):
+    """`fingerprint` is a text of what it computes, for verdicts that last; None if it has none."""
+
+    @property
+    def fingerprint(self) -> str | None: ...
+
     def sample(self, problem: Problem, generator: torch.Generator) -> Sample: ...
 
 
@@ -52,6 +57,8 @@ def random_like(spec: TensorSpec, generator: torch.Generator, limit: int) -> tor
 
 class ProgramReference:
     """The program itself, through the interpreter."""
+
+    fingerprint = "the program"
 
     def __init__(self, program: Program) -> None:
         self.program = program
@@ -117,6 +124,7 @@ class SubgraphReference:
         operands: computes the op's operands from the captured tensors and sizes (b, h, sq, skv), and the order in
             which the op gets the keys, [B or 1, Skv], where it is another.
         ints, floats: positions in `captured` of the op's scalars.
+        fingerprint: of both functions, and of how operands are computed.
     """
 
     score_mod: Callable[..., torch.Tensor]
@@ -129,6 +137,7 @@ class SubgraphReference:
     ]
     ints: tuple[int, ...] = ()
     floats: tuple[int, ...] = ()
+    fingerprint: str | None = None
 
     def sample(self, problem: Problem, generator: torch.Generator) -> Sample:
         values = [self._draw(c, generator) for c in self.captured]

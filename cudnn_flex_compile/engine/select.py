@@ -24,7 +24,9 @@ from cudnn_flex_compile.engine.strategies import STRATEGIES, Strategy
 from cudnn_flex_compile.engine.strategies.scores import biased, legal_backward
 from cudnn_flex_compile.engine.support import refused
 from cudnn_flex_compile.engine.tail import guarded, needs_guard
+from cudnn_flex_compile.engine.verdicts import keep, recall
 from cudnn_flex_compile.engine.versions import cudnn_version, unusable_device
+from cudnn_flex_compile.phases import phase
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import Program
@@ -78,7 +80,7 @@ def cache_info() -> CacheInfo:
 
 
 def cache_clear() -> None:
-    """Drops all plans and zeroes the counters; the next call of each problem builds again."""
+    """Drops all plans and zeroes the counters; what is kept in the cache folder stays there."""
     plans.clear()
 
 
@@ -91,6 +93,10 @@ def remember_reference(problem: Problem, reference: Reference) -> None:
 
 def _reference_key(problem: Problem) -> tuple[str, tuple[int, ...]]:
     return problem.program, (*problem.query.shape[:3], problem.key.shape[2])
+
+
+def _reference(problem: Problem) -> Reference:
+    return _references.get(_reference_key(problem)) or ProgramReference(parse(problem.program))
 
 
 def find_plan(call: Key) -> Ready | Reason:
@@ -127,11 +133,18 @@ def _make(call: Key) -> Ready | Reason:
         if isinstance(ready, Reason):
             return ready
         forward = ready.plan
+    reference = _reference(problem)
     try:
-        plan = _first_right(problem, forward)
+        plan = recall(problem, reference, _policy.certify)
+        if plan is None:
+            plan = _first_right(problem, forward)
+            keep(problem, reference, _policy.certify, plan)
+        else:
+            plans.count("restored")
     except torch.OutOfMemoryError as error:
         torch.cuda.empty_cache()
-        return Reason(Code.CERTIFICATION, f"not enough memory to certify a plan: {str(error)[:120]}")
+        detail = f"not enough memory to certify a plan: {str(error)[:120]}"
+        return Reason(Code.CERTIFICATION, detail, lasting=False)
     return plan if isinstance(plan, Reason) else Ready(plan, _copies(call, problem))
 
 
@@ -147,7 +160,7 @@ def _first_right(problem: Problem, forward: "Runs | None") -> "Runs | Reason":
     from cudnn_flex_compile.engine.verify import certify
 
     program = pruned(parse(problem.program), problem.lengths)
-    reference = _references.get(_reference_key(problem)) or ProgramReference(parse(problem.program))
+    reference = _reference(problem)
     reasons: list[Reason] = []
     for make in (_in_parts, *_strategies(program, problem)):
         plan = make(program, problem)
@@ -207,7 +220,8 @@ def _build_with(
             return Reason(Code.UNSUPPORTED_CALL, "lengths are not expanded")
         lowering = replace(lowering, expanded=True)
     plans.count("builds")
-    return build(problem, lowering)
+    with phase("build"):
+        return build(problem, lowering)
 
 
 def _needs_guard(program: Program, problem: Problem) -> bool:
@@ -221,7 +235,8 @@ def _certified(certify: "Callable[[], Reason | None]") -> Reason | None:
     if not _policy.certify:
         return None
     plans.count("certifications")
-    verdict = certify()
+    with phase("certify"):
+        verdict = certify()
     if verdict is not None:
         plans.count("rejections")
         log.info("cudnn_flex: a plan was rejected by certification and is not used: %s", verdict)
@@ -233,6 +248,11 @@ _TELLING = (Code.CERTIFICATION, Code.NO_BACKWARD, Code.ILLEGAL_OP, Code.SHAPE_RE
 
 
 def _most_telling(reasons: list[Reason]) -> Reason:
+    """One for all of them; lasting if all are."""
+    return replace(_most_telling_of(reasons), lasting=all(reason.lasting for reason in reasons))
+
+
+def _most_telling_of(reasons: list[Reason]) -> Reason:
     for code in _TELLING:
         for reason in reasons:
             if reason.code is code:

@@ -3,6 +3,7 @@
 Knows nothing of rewriting.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +22,11 @@ from cudnn_flex_compile.passes.find import Call, example, hint, scale_of
 from cudnn_flex_compile.passes.hoist import operand_value
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod.fingerprint import graph_text
 from cudnn_flex_compile.scoremod.ir import AXES, Expr, Program
 from cudnn_flex_compile.scoremod.partition import Hoisted
-from cudnn_flex_compile.scoremod.text import text
-from cudnn_flex_compile.scoremod.trace import without_items
+from cudnn_flex_compile.scoremod.text import expression_text, text
+from cudnn_flex_compile.scoremod.trace import Captured, without_items
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +151,24 @@ def _reference(target: Target) -> SubgraphReference:
         operands=operands,
         ints=tuple(leaves.index(leaf) for leaf in target.captures.ints),
         floats=tuple(leaves.index(leaf) for leaf in target.captures.floats),
+        fingerprint=_fingerprint(target),
     )
+
+
+def _fingerprint(target: Target) -> str | None:
+    """Of the call's functions, what each captured, and how the op's operands are computed from that."""
+    functions = [graph_text(target.call.score_mod), graph_text(target.call.mask_mod)]
+    if None in functions:
+        return None
+    columns = () if target.compact is None else (target.compact.columns,)
+    operands = [(expression_text(h.expression), h.stored, h.limit) for h in (*target.running[1], *columns)]
+    given = [[_described(c) for c in g] for g in (target.captures.of_score, target.captures.of_mask)]
+    return hashlib.blake2b(repr((functions, given, operands)).encode(), digest_size=20).hexdigest()
+
+
+def _described(captured: Captured) -> tuple[Any, ...]:
+    tensor = captured.tensor
+    return expression_text(captured.leaf), None if tensor is None else (tensor.dtype, tensor.dim())
 
 
 def _indices(target: Target) -> set[Expr]:
