@@ -47,7 +47,8 @@ def cudnn_flex(
     set_certify(chosen.certify != "off")
     plans.resize(chosen.plan_cache_size)
     use_folder(chosen.cache_folder, chosen.cache_mb)
-    lowered = lower_calls(graph_module, example_inputs, chosen.lower == "when_faster", chosen.bias_budget_mb)
+    with phase("lower"):
+        lowered = lower_calls(graph_module, example_inputs, chosen.lower == "when_faster", chosen.bias_budget_mb)
     publish(lowered.calls)
     _log(lowered.calls, chosen)
     with phase("inner"):

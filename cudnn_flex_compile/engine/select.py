@@ -26,7 +26,7 @@ from cudnn_flex_compile.engine.support import refused
 from cudnn_flex_compile.engine.tail import guarded, needs_guard
 from cudnn_flex_compile.engine.verdicts import keep, recall
 from cudnn_flex_compile.engine.versions import cudnn_version, unusable_device
-from cudnn_flex_compile.phases import phase
+from cudnn_flex_compile.phases import count, phase
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import Program
@@ -106,7 +106,10 @@ def find_plan(call: Key) -> Ready | Reason:
         RuntimeError: a plan must be built while a CUDA graph is being captured.
     """
     found = plans.get(call)
-    return found if found is not None else _build(call)
+    if found is None:
+        return _build(call)
+    count("plans found")
+    return found
 
 
 def _build(call: Key) -> Ready | Reason:
