@@ -13,9 +13,9 @@ KINDS = ("soft cap", "window", "ALiBi")
 class Attention(nn.Module):
     """Each layer has functions of its own, made anew, as models have them."""
 
-    def __init__(self, kind, masks, device, dtype):
+    def __init__(self, kind, masks, dim, device, dtype):
         super().__init__()
-        self.project = nn.Linear(HEADS * DIM, 3 * HEADS * DIM, device=device, dtype=dtype)
+        self.project = nn.Linear(HEADS * dim, 3 * HEADS * dim, device=device, dtype=dtype)
         self.slopes = nn.Buffer(torch.rand(HEADS, device=device))
         self.kind, self.masks = kind, masks
 
@@ -26,18 +26,18 @@ class Attention(nn.Module):
 
     def forward(self, x):
         batch, length, _ = x.shape
-        q, k, v = (t.view(batch, length, HEADS, DIM).transpose(1, 2) for t in self.project(x).chunk(3, -1))
+        q, k, v = (t.view(batch, length, HEADS, -1).transpose(1, 2) for t in self.project(x).chunk(3, -1))
         mask = self.masks["window" if self.kind == "window" else "causal"]
         out = flex_attention(q, k, v, self.score_mod(), mask)
         return x + out.transpose(1, 2).reshape(batch, length, -1)
 
 
-def model(kinds, length=LENGTH, device="cpu", dtype=torch.bfloat16):
+def model(kinds, length=LENGTH, dim=DIM, device="cpu", dtype=torch.bfloat16):
     """One layer for each kind."""
     mods = {"causal": causal, "window": sliding(length // 2)}
     masks = {name: create_block_mask(mod, None, None, length, length, device=device) for name, mod in mods.items()}
-    return nn.Sequential(*(Attention(kind, masks, device, dtype) for kind in kinds))
+    return nn.Sequential(*(Attention(kind, masks, dim, device, dtype) for kind in kinds))
 
 
-def inputs(length=LENGTH, device="cpu", dtype=torch.bfloat16, batch=1):
-    return torch.randn(batch, length, HEADS * DIM, device=device, dtype=dtype)
+def inputs(length=LENGTH, dim=DIM, device="cpu", dtype=torch.bfloat16, batch=1):
+    return torch.randn(batch, length, HEADS * dim, device=device, dtype=dtype)

@@ -77,7 +77,8 @@ def main():
         seconds = [r["elapsed"] for r in results]
         print(f"{name:9} {statistics.median(seconds):6.2f} s ({min(seconds):.2f} to {max(seconds):.2f})", results[-1])
     median = {name: statistics.median(r["elapsed"] for r in results) for name, results in found.items()}
-    print(f"cold / inductor {median['cold'] / median['inductor']:.2f}, warm / cold {median['warm'] / median['cold']:.2f}")
+    for name, other in (("cold", "inductor"), ("warm", "cold")):
+        print(f"{name} / {other} {median[name] / median[other]:.2f}")
 
 
 if __name__ == "__main__":

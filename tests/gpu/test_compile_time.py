@@ -19,9 +19,9 @@ def test_plans_grow_with_distinct_programs(kinds, distinct):
         torch._dynamo.reset()
         traced.forget()
         cache_clear()
-        net = model([kinds[i % distinct] for i in range(layers)], 256, "cuda")
+        net = model([kinds[i % distinct] for i in range(layers)], 256, 64, "cuda")
         with collect() as report:
-            torch.compile(net, backend="cudnn_flex", options=OPTIONS)(inputs(256, "cuda")).sum().backward()
+            torch.compile(net, backend="cudnn_flex", options=OPTIONS)(inputs(256, 64, "cuda")).sum().backward()
         report.assert_all_lowered()
         assert len(report.calls) == layers
         assert report.counts["programs traced"] == distinct
