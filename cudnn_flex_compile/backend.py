@@ -44,7 +44,7 @@ def cudnn_flex(
     from cudnn_flex_compile.passes.lower_calls import lower_calls
 
     chosen = options_from(options, mode)
-    set_certify(chosen.certify != "off")
+    set_certify(chosen.certify)
     plans.resize(chosen.plan_cache_size)
     use_folder(chosen.cache_folder, chosen.cache_mb)
     with phase("lower"):

@@ -1,7 +1,7 @@
-"""The command `cudnn-flex`: whether plans can run here (doctor), and what the backend does with a script (explain).
+"""The command `cudnn-flex`: whether plans run right here (doctor), and what the backend does with a script (explain).
 
-Knows nothing of how reports are laid out. Exit codes: 0 yes, 1 no (no plan can run here; the script failed or
-compiled no flex_attention call), 2 wrong usage; a script's own exit code passes through.
+Knows nothing of how reports are laid out. Exit codes: 0 yes, 1 no (no plan can run here, or the self-test failed; the
+script failed or compiled no flex_attention call), 2 wrong usage; a script's own exit code passes through.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="cudnn-flex", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--version", action="version", version=f"cudnn-flex {cudnn_flex_compile.__version__}")
     commands = parser.add_subparsers(required=True, metavar="doctor | explain")
-    doctor = commands.add_parser("doctor", help="show versions and devices, and whether plans can run here")
+    doctor = commands.add_parser("doctor", help="show versions and devices, and test whether plans run right here")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(run=_doctor)
     explain = commands.add_parser(
@@ -50,18 +50,43 @@ def _parser() -> argparse.ArgumentParser:
 
 def _doctor(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     facts, reason = _facts(), _why_not()
+    if not given.json:
+        width = max(map(len, facts))
+        for name, value in facts.items():
+            print(f"{name:<{width}}  {', '.join(value) if isinstance(value, list) else value}")
+    tests = _self_test() if reason is None else []
+    failed = [test for test in tests if test["reason"] is not None]
     if given.json:
-        why = {"code": reason.code.name, "detail": reason.detail, "remedy": reason.remedy} if reason else None
-        print(json.dumps({**facts, "can_run": reason is None, "reason": why}, indent=2))
-        return 0 if reason is None else 1
-    width = max(map(len, facts))
-    for name, value in facts.items():
-        print(f"{name:<{width}}  {', '.join(value) if isinstance(value, list) else value}")
-    if reason is None:
-        print("\nPlans can run here.")
-        return 0
-    print(f"\nNo plan can run here: {reason}.\nTo change that: {reason.remedy}.")
-    return 1
+        why = _as_json(reason)
+        print(json.dumps({**facts, "can_run": reason is None, "reason": why, "self_test": tests}, indent=2))
+    elif reason is not None:
+        print(f"\nNo plan can run here: {reason}.\nTo change that: {reason.remedy}.")
+    else:
+        from cudnn_flex_compile.rendering import self_test
+
+        print(f"\n{self_test(tests)}")
+    return 1 if reason is not None or failed else 0
+
+
+def _self_test() -> list[dict[str, Any]]:
+    """Of each program of engine/selftest.py, on the current device."""
+    import torch
+
+    from cudnn_flex_compile.engine import selftest
+
+    return [
+        {
+            "name": outcome.name,
+            "strategies": list(outcome.strategies),
+            "reason": _as_json(outcome.reason),
+            "seconds": round(outcome.seconds, 3),
+        }
+        for outcome in selftest.run(torch.cuda.current_device())
+    ]
+
+
+def _as_json(reason: Reason | None) -> dict[str, str] | None:
+    return {"code": reason.code.name, "detail": reason.detail, "remedy": reason.remedy} if reason else None
 
 
 def _facts() -> dict[str, Any]:

@@ -25,8 +25,9 @@ class Options:
         inner_options: `options` of the inner backend.
         mode: `mode` of the inner backend; `torch.compile(mode=...)` cannot be combined with options, so it is
             also an option of its own.
-        certify: whether plans are checked before they run user data. "off", for debugging only, holds for the whole
-            process.
+        certify: when plans are checked before they run user data. "once" trusts a verdict that is stored for this
+            machine, driver and versions; "always" checks in each process anew; "off" is for debugging only. Holds for
+            the whole process.
         lower: "when_faster" keeps calls that measurements say are slower on cuDNN; "always" lowers all it can.
         plan_cache_size: how many plans are kept (least recently used first out); each holds some host memory.
         cache: whether plans and verdicts are kept beyond the process, in the cache folder. Like the next two, it holds
@@ -73,7 +74,7 @@ class Options:
 LEAST = {"plan_cache_size": 1, "cache_mb": 1, "bias_budget_mb": 0}
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "mode": (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
-    "certify": ("once", "off"),
+    "certify": ("once", "always", "off"),
     "lower": ("when_faster", "always"),
 }
 SWITCH = {

@@ -5,7 +5,6 @@ Knows nothing of what is counted, nor of reports.
 
 import threading
 import time
-from collections import Counter
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ class Tally:
         seconds: by phase, such as "trace"; wall time of all threads together. A phase within another counts in both.
     """
 
-    counts: Counter[str] = field(default_factory=Counter[str])
+    counts: dict[str, float] = field(default_factory=dict[str, float])
     seconds: dict[str, float] = field(default_factory=dict[str, float])
 
 
@@ -40,11 +39,11 @@ def listen(tally: Tally) -> Generator[Tally]:
             _listening[:] = [t for t in _listening if t is not tally]
 
 
-def count(what: str, number: int = 1) -> None:
+def count(what: str, number: float = 1) -> None:
     """Something happened."""
     with _lock:
         for tally in _listening:
-            tally.counts[what] += number
+            tally.counts[what] = tally.counts.get(what, 0) + number
 
 
 @contextmanager

@@ -1,6 +1,6 @@
-"""Lays a report out for people, as tables.
+"""Lays a report, or the result of a self-test, out for people, as tables.
 
-Knows nothing of how a report comes about.
+Knows nothing of how either comes about.
 """
 
 import io
@@ -34,8 +34,29 @@ NOTES = {
 
 def to_text(report: "Report", width: int = WIDTH) -> str:
     """The report as plain text of at most `width` columns."""
+    return _plain(render(report), width)
+
+
+def self_test(tests: Sequence[dict[str, Any]], width: int = WIDTH) -> str:
+    """The result of `cudnn-flex doctor`, of items with name, strategies, reason (None, or as JSON) and seconds."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
+    for header in ("self-test", "forward, backward", "result"):
+        table.add_column(header, overflow="fold")
+    table.add_column("seconds", justify="right")
+    for test in tests:
+        why = test["reason"]
+        result = "certified" if why is None else f"FAILED: {why['code']}: {why['detail']}"
+        cells = (test["name"], ", ".join(test["strategies"]), result, f"{test['seconds']:.2f}")
+        table.add_row(*(Text(cell) for cell in cells))
+    failed = sum(test["reason"] is not None for test in tests)
+    seconds = sum(test["seconds"] for test in tests)
+    verdict = "Plans run right here" if not failed else f"{failed} of {len(tests)} programs have no right plan here"
+    return _plain(Group(table, Text(f"{verdict} ({seconds:.1f} s).")), width)
+
+
+def _plain(shown: Group, width: int) -> str:
     console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False, legacy_windows=False)
-    console.print(render(report))
+    console.print(shown)
     lines: list[str] = console.file.getvalue().splitlines()  # pyright: ignore[reportAttributeAccessIssue]
     return re.sub("\n{3,}", "\n\n", "\n".join(line.rstrip() for line in lines)).strip("\n")
 

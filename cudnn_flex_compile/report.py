@@ -82,7 +82,7 @@ class Report:
     @property
     def counts(self) -> dict[str, int]:
         """How often: see COUNTS. What never happened is 0."""
-        return {name: self.tally.counts[name] for name in COUNTS}
+        return {name: int(self.tally.counts.get(name, 0)) for name in COUNTS}
 
     @property
     def seconds(self) -> dict[str, float]:

@@ -12,6 +12,7 @@ import torch
 from cudnn_flex_compile.engine.lower import FLOAT, TENSOR_TYPES, Emitter, Inputs
 from cudnn_flex_compile.engine.lowering import Lowering
 from cudnn_flex_compile.engine.problem import FORWARD, Problem, TensorSpec
+from cudnn_flex_compile.scoremod.switches import on
 
 
 @dataclass(slots=True)
@@ -106,8 +107,8 @@ def _forward(graph: Any, problem: Problem, callbacks: Callbacks, roles: dict[str
     extra, modified = _arguments(callbacks)
     if modified:
         extra["score_mod"] = callbacks.score_mod
-        # AUTO may pick the unified engine, which loses tile skipping and has read illegal memory.
-        extra["implementation"] = cudnn.attention_implementation.COMPOSITE
+        if on("composite"):  # AUTO may pick the unified engine, which loses tile skipping and has read illegal memory
+            extra["implementation"] = cudnn.attention_implementation.COMPOSITE
     out, stats = graph.sdpa(
         name="attention",
         q=roles["query"],

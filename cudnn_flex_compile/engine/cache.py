@@ -11,13 +11,15 @@ from typing import Generic, Literal, NamedTuple, TypeVar, get_args
 from cudnn_flex_compile import phases
 
 Value = TypeVar("Value")
-Counter = Literal["hits", "misses", "builds", "certifications", "rejections", "restored", "evictions"]
+Counter = Literal[
+    "hits", "misses", "builds", "certifications", "rejections", "restored", "evictions", "certify_seconds"
+]  # fmt: skip
 
 
 class CacheInfo(NamedTuple):
     """hits, misses: look-ups. builds: plans built. certifications: plans checked. rejections: checks failed.
-    restored: verdicts taken from the cache folder. evictions: plans dropped for room. size, bound: plans held, and at
-    most."""
+    restored: verdicts taken from the cache folder. evictions: plans dropped for room. certify_seconds: what the checks
+    took. size, bound: plans held, and at most."""
 
     hits: int
     misses: int
@@ -26,6 +28,7 @@ class CacheInfo(NamedTuple):
     rejections: int
     restored: int
     evictions: int
+    certify_seconds: float
     size: int
     bound: int
 
@@ -37,7 +40,7 @@ class Cache(Generic[Value]):
         self._entries: OrderedDict[Hashable, Value] = OrderedDict()
         self._lock = threading.Lock()
         self.bound = bound
-        self.counts: dict[Counter, int] = dict.fromkeys(get_args(Counter), 0)
+        self.counts: dict[Counter, float] = dict.fromkeys(get_args(Counter), 0)
 
     def get(self, key: Hashable) -> Value | None:
         with self._lock:
@@ -61,10 +64,10 @@ class Cache(Generic[Value]):
             self._shrink()
             return value
 
-    def count(self, what: Counter) -> None:
-        phases.count(what)
+    def count(self, what: Counter, amount: float = 1) -> None:
+        phases.count(what, amount)
         with self._lock:
-            self.counts[what] += 1
+            self.counts[what] += amount
 
     def resize(self, bound: int) -> None:
         with self._lock:
@@ -83,4 +86,4 @@ class Cache(Generic[Value]):
 
     def info(self) -> CacheInfo:
         with self._lock:
-            return CacheInfo(**self.counts, size=len(self._entries), bound=self.bound)
+            return CacheInfo(**self.counts, size=len(self._entries), bound=self.bound)  # pyright: ignore

@@ -15,6 +15,7 @@ from cudnn_flex_compile.engine.problem import BACKWARD, Problem, TensorSpec
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import BOOL, F32, I32, Expr
 from cudnn_flex_compile.scoremod.optable import TABLE
+from cudnn_flex_compile.scoremod.switches import on
 
 FLOAT, INT32, BOOLEAN = cudnn.data_type.FLOAT, cudnn.data_type.INT32, cudnn.data_type.BOOLEAN
 TYPES = {F32: FLOAT, I32: INT32, BOOL: BOOLEAN}
@@ -100,9 +101,13 @@ def operand_view(node: Expr, problem: Problem, expanded: bool = False) -> Tensor
     spec = problem.operands[int(node.value or 0)]
     full = (*problem.query.shape[:3], problem.key.shape[2])
     widen: set[int] = {d for d in (0, 1) if spec.shape[d] == 1} if expanded else set()
-    if "k" in node.dims and "q" not in node.dims and problem.direction == BACKWARD:
-        widen.add(2)
-    if "q" not in node.dims and "k" not in node.dims and (node.dtype == I32 or node.dims == "bh"):
+    single = "q" not in node.dims and "k" not in node.dims
+    rewrites = {
+        "columns expanded": "k" in node.dims and "q" not in node.dims and problem.direction == BACKWARD,
+        "heads expanded": single and node.dims == "bh",
+        "integers expanded": single and node.dtype == I32,
+    }
+    if any(applies and on(name) for name, applies in rewrites.items()):
         widen.add(2)
     shape = tuple(full[d] if d in widen else n for d, n in enumerate(spec.shape))
     stride = tuple(0 if d in widen else s for d, s in enumerate(spec.stride))

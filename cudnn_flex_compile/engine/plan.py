@@ -13,6 +13,7 @@ from cudnn_flex_compile.engine.attention_graph import AttentionGraph, assemble, 
 from cudnn_flex_compile.engine.handles import current_handle
 from cudnn_flex_compile.engine.launch import launcher
 from cudnn_flex_compile.engine.lowering import Lowering
+from cudnn_flex_compile.engine.memory import empty
 from cudnn_flex_compile.engine.problem import FORWARD, Problem
 from cudnn_flex_compile.engine.record import Binding
 from cudnn_flex_compile.reasons import Code, Reason
@@ -82,13 +83,13 @@ class Plan:
         self, tensors: list[int], operands: Sequence[torch.Tensor], ints: Sequence[int], floats: Sequence[torch.Tensor]
     ) -> None:
         """As run, with the addresses of the tensors."""
+        addresses = [*tensors, *[operands[i].data_ptr() for i in self._operands], *self._constant_addresses]
         scalars: list[torch.Tensor] = []
         if self._ints or self._floats:
             scalars += [torch.tensor([ints[i]], dtype=torch.int32) for i in self._ints]
             scalars += [floats[i].to(torch.float32).reshape(1) for i in self._floats]
-        rest = [operands[i].data_ptr() for i in self._operands] if self._operands else []
-        addresses = [*tensors, *rest, *self._constant_addresses, *[s.data_ptr() for s in scalars]]
-        workspace = torch.empty(self.workspace, dtype=torch.uint8, device=self.device) if self.workspace else None
+            addresses += [scalar.data_ptr() for scalar in scalars]
+        workspace = empty((self.workspace,), (1,), torch.uint8) if self.workspace else None
         memory = 0 if workspace is None else workspace.data_ptr()
         self._launch(addresses, memory, current_handle(self.problem.device))
 

@@ -17,7 +17,7 @@ from cudnn_flex_compile.scoremod.interpret import environment, evaluate
 from cudnn_flex_compile.scoremod.ir import Program
 from cudnn_flex_compile.scoremod.masks.form import split
 
-Masked = Callable[[torch.Tensor, int, int, torch.Tensor, torch.Tensor], torch.Tensor]
+Masked = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +26,8 @@ class Sample:
 
     Attributes:
         operands, ints, floats: as the op takes them.
-        masked: (scores [R, C], b, h, rows [R], columns [C]) -> [R, C], -inf where masked; differentiable in
-            the scores, in their dtype.
+        masked: (scores [P, R, C], batches [P], heads [P], rows [R], columns [C]) -> [P, R, C], -inf where masked;
+            differentiable in the scores, in their dtype.
     """
 
     operands: list[torch.Tensor]
@@ -42,7 +42,7 @@ class Reference(Protocol):
     @property
     def fingerprint(self) -> str | None: ...
 
-    def sample(self, problem: Problem, generator: torch.Generator) -> Sample: ...
+    def sample(self, problem: Problem, generator: torch.Generator, extremes: bool = False) -> Sample: ...
 
 
 def random_like(spec: TensorSpec, generator: torch.Generator, limit: int) -> torch.Tensor:
@@ -53,6 +53,28 @@ def random_like(spec: TensorSpec, generator: torch.Generator, limit: int) -> tor
     if tensor.dtype == torch.bool:
         return tensor.bernoulli_(0.5, generator=generator)
     return tensor.random_(0, min(limit + 1, torch.iinfo(tensor.dtype).max), generator=generator)
+
+
+LARGE = 1e3
+
+
+def extreme_like(spec: TensorSpec, generator: torch.Generator, limit: int) -> torch.Tensor:
+    """What calls seldom hold: integers at the ends of [0, limit] and at tile edges; floats a thousand times as large,
+    some zero, and in long last dimensions (columns, not heads) some -inf; of booleans one, none, and all but one true.
+    """
+    tensor, last = random_like(spec, generator, limit), spec.shape[-1] if spec.shape else 1
+    place = torch.arange(tensor.numel(), device=tensor.device).view(spec.shape)
+    if tensor.dtype == torch.bool:
+        kind, column = place // last % 3, place % last
+        return torch.where(kind == 0, column == 0, (kind == 2) & (column != last - 1))
+    if not tensor.dtype.is_floating_point:
+        edges = [0, limit, 1, limit - 1, 64, 128, limit // 2, 127, limit - 64]
+        top = min(limit, torch.iinfo(tensor.dtype).max - 1)
+        values = torch.tensor([min(max(edge, 0), top) for edge in edges], device=tensor.device, dtype=tensor.dtype)
+        return tensor.copy_(values[place % len(edges)])
+    tensor.mul_(LARGE)
+    tensor.masked_fill_(place % 8 == 2, 0.0)
+    return tensor.masked_fill_(place % last % 8 == 5, float("-inf")) if last > 64 else tensor
 
 
 class ProgramReference:
@@ -66,20 +88,23 @@ class ProgramReference:
         self.ints = 1 + max((int(n.value or 0) for n in leaves if n.dtype == ir.I32), default=-1)
         self.floats = 1 + max((int(n.value or 0) for n in leaves if n.dtype == ir.F32), default=-1)
 
-    def sample(self, problem: Problem, generator: torch.Generator) -> Sample:
-        operands = [random_like(spec, generator, problem.lengths[1]) for spec in problem.operands]
+    def sample(self, problem: Problem, generator: torch.Generator, extremes: bool = False) -> Sample:
+        length, draw = problem.lengths[1], extreme_like if extremes else random_like
+        operands = [draw(spec, generator, length) for spec in problem.operands]
         for bias in split(self.program.mask).biases:
             position = int(bias.value or 0)
-            operands[position] = torch.where(operands[position] > 0, 0.0, float("-inf")).to(operands[position].dtype)
-        ints = [max(1, problem.lengths[1] // 3)] * self.ints
-        floats = [torch.tensor(1.5, dtype=torch.float64)] * self.floats
+            operands[position] = _hiding(operands[position], generator, extremes)
+        ints = [length * (i % 2) if extremes else max(1, length // 3) for i in range(self.ints)]
+        floats = [torch.tensor(LARGE if extremes else 1.5, dtype=torch.float64)] * self.floats
 
-        def masked(scores: torch.Tensor, b: int, h: int, rows: torch.Tensor, cols: torch.Tensor) -> torch.Tensor:
-            where = {"b": b, "h": h, "q": rows[:, None], "k": cols[None, :]}
-            indices = {axis: torch.as_tensor(i, dtype=torch.int32, device=scores.device) for axis, i in where.items()}
-            near = {i: slice_operand(t, b, h, rows, cols) for i, t in enumerate(operands)}
+        def masked(
+            scores: torch.Tensor, batches: torch.Tensor, heads: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
+        ) -> torch.Tensor:
+            near = (batches[:, None, None], heads[:, None, None], rows[:, None], columns)
+            indices = {axis: i.to(torch.int32) for axis, i in zip(ir.AXES, near, strict=True)}
+            there = {i: pairs_of(operand, near) for i, operand in enumerate(operands)}
             numbers = {i: float(t) for i, t in enumerate(floats)}
-            leaf = environment(scores, indices, near, dict(enumerate(ints)), numbers)
+            leaf = environment(scores, indices, there, dict(enumerate(ints)), numbers)
             high = scores.dtype == torch.float64
             mask = evaluate(self.program.mask, leaf, high)
             return torch.where(mask, evaluate(self.program.score, leaf, high), float("-inf")).expand(scores.shape)
@@ -87,11 +112,19 @@ class ProgramReference:
         return Sample(operands, ints, floats, masked)
 
 
-def slice_operand(tensor: torch.Tensor, b: int, h: int, rows: torch.Tensor, cols: torch.Tensor) -> torch.Tensor:
-    """The part of a broadcastable [B, H, Sq, Skv] operand for one head, some rows and columns: [R or 1, C or 1]."""
-    part = tensor[b if tensor.shape[0] > 1 else 0, h if tensor.shape[1] > 1 else 0]
-    part = part[rows.long()] if part.shape[0] > 1 else part
-    return part[:, cols.long()] if part.shape[1] > 1 else part
+def _hiding(operand: torch.Tensor, generator: torch.Generator, extremes: bool) -> torch.Tensor:
+    """A bias of 0 and -inf, for what is a predicate to the user."""
+    if extremes:
+        spec = TensorSpec(tuple(operand.shape), tuple(operand.stride()), torch.bool)
+        visible = extreme_like(spec, generator, 1)
+    else:
+        visible = operand > 0
+    return operand.masked_fill_(visible, 0.0).masked_fill_(~visible, float("-inf"))
+
+
+def pairs_of(operand: torch.Tensor, where: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A broadcastable [B, H, Sq, Skv] operand at the indices of its four axes, which broadcast with each other."""
+    return operand[tuple([i if n > 1 else torch.zeros_like(i) for i, n in zip(where, operand.shape, strict=True)])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +137,7 @@ class CapturedValue:
         scalar: whether it is a 0-d host tensor that is read as a Python number.
         real: the tensor of the call that is being compiled, if it is an input of the graph.
         limit: integers are drawn from [0, limit].
+        index: whether another tensor is read at it, or at what is computed from it: such values stay what they are.
     """
 
     spec: TensorSpec | None
@@ -111,6 +145,7 @@ class CapturedValue:
     scalar: bool = False
     real: torch.Tensor | None = None
     limit: int = 1
+    index: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +160,7 @@ class SubgraphReference:
             which the op gets the keys, [B or 1, Skv], where it is another.
         ints, floats: positions in `captured` of the op's scalars.
         fingerprint: of both functions, and of how operands are computed.
+        source: where in the user's code the call is.
     """
 
     score_mod: Callable[..., torch.Tensor]
@@ -138,32 +174,37 @@ class SubgraphReference:
     ints: tuple[int, ...] = ()
     floats: tuple[int, ...] = ()
     fingerprint: str | None = None
+    source: str = ""
 
-    def sample(self, problem: Problem, generator: torch.Generator) -> Sample:
-        values = [self._draw(c, generator) for c in self.captured]
+    def sample(self, problem: Problem, generator: torch.Generator, extremes: bool = False) -> Sample:
+        values = [self._draw(c, generator, extremes) for c in self.captured]
         sizes = (*problem.lse_shape, problem.lengths[1])
         operands, order = self.operands(values, sizes, generator.device)
         for_score = [values[i] for i in self.score_captured]
         for_mask = [values[i] for i in self.mask_captured]
 
-        def masked(scores: torch.Tensor, b: int, h: int, rows: torch.Tensor, cols: torch.Tensor) -> torch.Tensor:
+        def masked(
+            scores: torch.Tensor, batches: torch.Tensor, heads: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
+        ) -> torch.Tensor:
             if order is not None:
-                cols = order[b if len(order) > 1 else 0][cols.long()].to(torch.int32)
-            place = [torch.as_tensor(i, dtype=torch.int32, device=scores.device) for i in (b, h)]
+                columns = (order[batches] if len(order) > 1 else order.expand(len(batches), -1))[:, columns]
+            place = [i.to(torch.int32) for i in (batches, heads, rows, columns)]
             with IndexByTensors():
-                modified = _over_pairs(self.score_mod, True, for_score)(scores, *place, rows, cols, *for_score)
-                visible = _over_pairs(self.mask_mod, False, for_mask)(*place, rows, cols, *for_mask)
+                modified = _over_pairs(self.score_mod, True, place, for_score)(scores, *place, *for_score)
+                visible = _over_pairs(self.mask_mod, False, place, for_mask)(*place, *for_mask)
             modified = modified.to(scores.dtype).expand(scores.shape)
             return torch.where(visible, modified, float("-inf"))
 
         ints = [int(values[i]) for i in self.ints]
         return Sample(operands, ints, [values[i] for i in self.floats], masked)
 
-    def _draw(self, captured: CapturedValue, generator: torch.Generator) -> Any:
+    def _draw(self, captured: CapturedValue, generator: torch.Generator, extremes: bool) -> Any:
         if captured.spec is None:
             return captured.number
         if captured.scalar:
             return captured.real if captured.real is not None else torch.tensor(1.5, dtype=captured.spec.dtype)
+        if extremes and not captured.index:
+            return extreme_like(captured.spec, generator, captured.limit)
         if captured.real is not None and not captured.spec.dtype.is_floating_point:
             return captured.real  # indices into other tensors: only real ones are known to be in range
         return random_like(captured.spec, generator, captured.limit)
@@ -185,9 +226,11 @@ class IndexByTensors(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _over_pairs(function: Callable[..., torch.Tensor], takes_score: bool, captured: list[Any]) -> Callable[..., Any]:
-    """A 0-d function mapped over rows and columns."""
-    rest = (None,) * len(captured)
-    inner = ((0,) if takes_score else ()) + (None, None, None, 0, *rest)
-    outer = ((0,) if takes_score else ()) + (None, None, 0, None, *rest)
-    return torch.vmap(torch.vmap(function, in_dims=inner), in_dims=outer)
+def _over_pairs(
+    function: Callable[..., torch.Tensor], takes_score: bool, place: Sequence[torch.Tensor], captured: list[Any]
+) -> Callable[..., Any]:
+    """A 0-d function mapped over pairs of batch entry and head, rows and columns (which may be the pair's own)."""
+    score, rest = ((0,) if takes_score else ()), (None,) * len(captured)
+    columns = torch.vmap(function, in_dims=(*score, None, None, None, 0, *rest))
+    rows = torch.vmap(columns, in_dims=(*score, None, None, 0, None, *rest))
+    return torch.vmap(rows, in_dims=(*score, 0, 0, None, 0 if place[3].dim() > 1 else None, *rest))

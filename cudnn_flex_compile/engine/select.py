@@ -5,8 +5,8 @@ Knows nothing of FX graphs or of the op that runs plans.
 
 import functools
 import itertools
-import logging
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -17,10 +17,14 @@ import torch
 from cudnn_flex_compile.engine.cache import Cache, CacheInfo
 from cudnn_flex_compile.engine.call import Key, forward_of, problem_of
 from cudnn_flex_compile.engine.clean import run_clean
+from cudnn_flex_compile.engine.lowering import Lowering
+from cudnn_flex_compile.engine.memory import Layout
 from cudnn_flex_compile.engine.parts import PartsPlan, assemble_parts, divided
-from cudnn_flex_compile.engine.problem import BACKWARD, Problem
+from cudnn_flex_compile.engine.problem import BACKWARD, Problem, TensorSpec, dense
 from cudnn_flex_compile.engine.reference import ProgramReference, Reference
+from cudnn_flex_compile.engine.repro import Rejection, warn_of
 from cudnn_flex_compile.engine.strategies import STRATEGIES, Strategy
+from cudnn_flex_compile.engine.strategies.dense import NAME as DENSE
 from cudnn_flex_compile.engine.strategies.scores import biased, legal_backward
 from cudnn_flex_compile.engine.support import refused
 from cudnn_flex_compile.engine.tail import guarded, needs_guard
@@ -29,8 +33,10 @@ from cudnn_flex_compile.engine.versions import cudnn_version, unusable_device
 from cudnn_flex_compile.phases import count, phase
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
-from cudnn_flex_compile.scoremod.ir import Program
+from cudnn_flex_compile.scoremod.ir import TRUE, Program
 from cudnn_flex_compile.scoremod.masks.boxes import pruned
+from cudnn_flex_compile.scoremod.masks.form import split
+from cudnn_flex_compile.scoremod.switches import on
 from cudnn_flex_compile.scoremod.text import parse
 
 if TYPE_CHECKING:
@@ -38,14 +44,12 @@ if TYPE_CHECKING:
 
     Runs = Plan | PartsPlan
 
-log = logging.getLogger("cudnn_flex_compile")
-
 
 @dataclass(slots=True)
 class Policy:
     """What options say about plans."""
 
-    certify: bool = True
+    certify: str = "once"
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,15 @@ class Ready:
     def copied(self) -> bool:
         return any(self.copies)
 
+    @functools.cached_property
+    def layouts(self) -> tuple[Layout, ...]:
+        """Of what a call allocates: out and stats [B, H, Sq] (empty if the plan writes none), or dq, dk and dv."""
+        problem = self.plan.problem
+        if problem.direction == BACKWARD:
+            return tuple(spec.layout for spec in self.plan.outputs)
+        stats = dense(TensorSpec(problem.lse_shape if problem.stats else (0,), (), torch.float32))
+        return self.plan.outputs[0].layout, stats.layout
+
 
 _policy = Policy()
 plans: Cache[Ready | Reason] = Cache(256)
@@ -67,11 +80,14 @@ _references: OrderedDict[tuple[str, tuple[int, ...]], Reference] = OrderedDict()
 REFERENCES = 256
 
 
-def set_certify(certify: bool) -> None:
-    """Whether plans are checked, from now on and in the whole process; plans made under another rule go."""
-    if certify != _policy.certify:
-        _policy.certify = certify
-        plans.clear()
+def set_certify(mode: str) -> None:
+    """Whether plans are checked ("once", "always" or "off"), from now on and in the whole process; plans made under
+    another rule go.
+    """
+    if mode != _policy.certify:
+        with _building:  # no plan of the old rule is stored after this
+            _policy.certify = mode
+            plans.clear()
 
 
 def cache_info() -> CacheInfo:
@@ -162,19 +178,28 @@ def _first_right(problem: Problem, forward: "Runs | None") -> "Runs | Reason":
     """The first plan that cuDNN builds and certification passes: parts where they are faster, then each strategy."""
     from cudnn_flex_compile.engine.verify import certify
 
-    program = pruned(parse(problem.program), problem.lengths)
     reference = _reference(problem)
     reasons: list[Reason] = []
-    for make in (_in_parts, *_strategies(program, problem)):
-        plan = make(program, problem)
+    rejected: list[Rejection] = []
+    for number, make in enumerate(attempts(problem)):
+        plan = make()
         if isinstance(plan, Reason):
             reasons.append(plan)
             continue
         verdict = _certified(lambda plan=plan: certify(plan, forward or plan, reference))
         if verdict is None:
+            warn_of(rejected, problem, reference, plan.strategy)
             return plan
         reasons.append(verdict)
+        rejected.append(Rejection(number, plan.strategy, verdict))
+    warn_of(rejected, problem, reference, None)
     return _most_telling(reasons)
+
+
+def attempts(problem: Problem) -> "list[Callable[[], Runs | Reason]]":
+    """What builds a plan of a problem, in the order of trial."""
+    program = pruned(parse(problem.program), problem.lengths)
+    return [functools.partial(make, program, problem) for make in (_in_parts, *_strategies(program, problem))]
 
 
 def _in_parts(program: Program, problem: Problem) -> "Runs | Reason":
@@ -204,7 +229,7 @@ def _strategies(program: Program, problem: Problem) -> "Iterator[Callable[[Progr
     guards = [False, True]
     if problem.direction == BACKWARD and _needs_guard(program, problem):
         guards.remove(False)
-    expanded = [False, True] if problem.operands else [False]
+    expanded = [False, True] if problem.operands and on("every head") else [False]
     for expand, guard, strategy in itertools.product(expanded, guards, STRATEGIES):
         yield functools.partial(_build_with, strategy, guard, expand)
 
@@ -218,13 +243,28 @@ def _build_with(
     lowering = strategy.lower(variant, problem.direction == BACKWARD)
     if isinstance(lowering, Reason):
         return lowering
+    if strategy.name == DENSE and _unmasked(variant):
+        return Reason(Code.UNSUPPORTED_CALL, "without a mask, dense is the graph of chained")
     if expand:
-        if lowering.lengths is not None:
-            return Reason(Code.UNSUPPORTED_CALL, "lengths are not expanded")
+        if lowering.lengths is not None or not _expands(lowering, problem):
+            return Reason(Code.UNSUPPORTED_CALL, "no operand expands")
         lowering = replace(lowering, expanded=True)
     plans.count("builds")
     with phase("build"):
         return build(problem, lowering)
+
+
+def _unmasked(program: Program) -> bool:
+    form = split(program.mask)
+    return not form.bounds and form.residual is TRUE
+
+
+def _expands(lowering: Lowering, problem: Problem) -> bool:
+    """Whether the graph with expanded operands is another one."""
+    from cudnn_flex_compile.engine.lower import operand_view
+
+    operands = [n for n in ir.walk(*lowering.leaves) if n.kind == "operand"]
+    return any(operand_view(n, problem) != operand_view(n, problem, expanded=True) for n in operands)
 
 
 def _needs_guard(program: Program, problem: Problem) -> bool:
@@ -235,14 +275,15 @@ def _needs_guard(program: Program, problem: Problem) -> bool:
 
 
 def _certified(certify: "Callable[[], Reason | None]") -> Reason | None:
-    if not _policy.certify:
+    if _policy.certify == "off":
         return None
     plans.count("certifications")
+    start = time.perf_counter()
     with phase("certify"):
         verdict = certify()
+    plans.count("certify_seconds", time.perf_counter() - start)
     if verdict is not None:
         plans.count("rejections")
-        log.info("cudnn_flex: a plan was rejected by certification and is not used: %s", verdict)
     return verdict
 
 

@@ -1,10 +1,12 @@
-"""The support table: what is refused before a plan is built, since when it is right, and how that was measured.
+"""The support table: what is refused, or written in another form, because cuDNN computes it wrongly; with evidence.
 
-Knows nothing of how plans are built. A row that applies names the reason; no row means that cuDNN and then
-certification decide.
+Knows nothing of how plans are built. A rule that applies names the reason why no plan is tried; no rule means that
+cuDNN and then certification decide. A rewrite is made wherever its form comes up, on every version: the form that it
+gives is right on all. tests/gpu/test_wrong_classes.py builds each wrong form, and has certification judge it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +16,7 @@ from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import Expr, Program
 from cudnn_flex_compile.scoremod.ranges import AXIS_LIMIT
+from cudnn_flex_compile.scoremod.switches import switched_off
 
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
@@ -82,3 +85,84 @@ def refused(problem: Problem, program: Program, cudnn_version: int) -> Reason | 
             since = f" (right since cuDNN {rule.fixed})" if rule.fixed else ""
             return Reason(rule.code, detail + since)
     return None
+
+
+WRONG, REFUSED, FATAL, SLOW = "wrong", "refused", "fatal", "slow"
+V919, V928 = 91900, 92800
+BOTH = (V919, V928)
+MEASURED = "one H200 (SM90), bf16"
+
+
+@dataclass(frozen=True, slots=True)
+class Rewrite:
+    """A form that cuDNN's graphs are never given.
+
+    Attributes:
+        name: what rewrites_off takes, where `switched`.
+        form: before -> after.
+        before: what becomes of the form: WRONG numbers, REFUSED, FATAL (reads illegal memory) or SLOW.
+        versions: of cuDNN on which that was seen. Others were right, or were not tried: the rewrite is made on all.
+        where: what makes it.
+        evidence: how it shows.
+        switched: whether a test can switch it off; others are how programs are built in the first place.
+    """
+
+    name: str
+    form: str
+    before: str
+    versions: tuple[int, ...]
+    where: str
+    evidence: str
+    switched: bool = True
+    measured: str = MEASURED
+
+
+REWRITES: tuple[Rewrite, ...] = (
+    Rewrite("composite", "sdpa with a score_mod, by AUTO -> by COMPOSITE", FATAL, (V928,),
+            "engine/attention_graph.py", "mul(x, x) on the unified engine reads illegal memory; no tiles are skipped"),
+    Rewrite("columns expanded", "[., ., 1, Skv] operand -> [., ., Sq, Skv] with stride 0, in the backward", WRONG, BOTH,
+            "engine/lower.py", "dQ, dK and dV of score + bias[b, kv]"),
+    Rewrite("heads expanded", "[B, H, 1, 1] operand -> [B, H, Sq, 1] with stride 0", WRONG, BOTH,
+            "engine/lower.py", "score * scale[b, h], both directions; [B, H, Sq, Skv] is refused by 9.28"),
+    Rewrite("integers expanded", "int32 [B, 1, 1, 1] in a compare -> [B, 1, Sq, 1] with stride 0", WRONG, BOTH,
+            "engine/lower.py", "kv < length[b], both directions"),
+    Rewrite("every head", "operands of different dims -> all [B, H, ., .], where the plain plan fails", WRONG, (V919,),
+            "engine/select.py", "a last resort: tried only where certification rejects the plain plan"),
+    Rewrite("ends guarded", "score_mod(x) -> score_mod(where(inside, x, 0)), columns beyond the end masked", WRONG,
+            (V919,), "engine/tail.py", "backward: dQ and dK are NaN for x * x at length 1000, and for a pair operand "
+            "at Skv % 128 == 64 where the LSE is below -88.7"),
+    Rewrite("results guarded", "a gradient that reads the score_mod's result -> with a select behind it", WRONG,
+            (V919,), "engine/tail.py", "backward: dV of sigmoid(x) is off by 200x"),
+    Rewrite("max by relu", "max(x, c) -> x + relu(c - x)", WRONG, BOTH,
+            "scoremod/legalize.py", "backward: dV is off by 200x beside relu_backward"),
+    Rewrite("scalar right", "c - x -> x * -1 + c; c / x -> reciprocal(x) * c", REFUSED, BOTH,
+            "scoremod/legalize.py", "backward: a scalar as the left operand"),
+    Rewrite("operand right", "operand >= x -> x <= operand", REFUSED, BOTH,
+            "scoremod/legalize.py", "an operand as the left side of a compare"),
+    Rewrite("not strict", "q > kv -> q - 1 >= kv", WRONG, BOTH,
+            "scoremod/masks, scoremod/legalize.py", "computed as q >= kv", switched=False),
+    Rewrite("one predicate", "bounds, then an or, as selects -> one select by all of the mask", WRONG, BOTH,
+            "engine/strategies/dense.py", "causal, then (q - kv <= w) | (kv < n): the or is dropped", switched=False),
+    Rewrite("pairs outside", "documents[q] == documents[kv] in the graph -> a bias, computed outside", WRONG, BOTH,
+            "scoremod/partition.py", "backward, with the operands broadcast in the graph", switched=False),
+    Rewrite("infinite fill", "select(x, -1e9) -> select(x, -inf)", WRONG, BOTH,
+            "engine/strategies/chained.py", "rows without a visible key give the mean of V", switched=False),
+    Rewrite("powers as products", "pow(x, 3) -> x * x * x", WRONG, BOTH,
+            "scoremod/simplify.py", "NaN for a negative x", switched=False),
+    Rewrite("fresh indices", "one gen_index for all bounds -> one for each, of the running tensor", SLOW, BOTH,
+            "engine/strategies/chained.py", "right, but every tile is computed", switched=False),
+)  # fmt: skip
+
+
+@contextmanager
+def rewrites_off(*names: str) -> Generator[None]:
+    """For tests alone: plans that are built within have the wrong forms, which certification must reject.
+
+    In the whole process. Build such plans by select.attempts or plan.build: the plan cache (find_plan) would keep what
+    it is told then. Raises ValueError for a name that is no switched rewrite.
+    """
+    valid = {rewrite.name for rewrite in REWRITES if rewrite.switched}
+    if not set(names) <= valid:
+        raise ValueError(f"no such rewrite: {', '.join(sorted(set(names) - valid))}; valid: {', '.join(sorted(valid))}")
+    with switched_off(set(names)):
+        yield

@@ -19,6 +19,7 @@ from cudnn_flex_compile.scoremod.interpret import TORCH_DTYPE, const_tensor, eva
 from cudnn_flex_compile.scoremod.ir import F32, GRAD, I32, SCORE, TRUE, Expr, Program
 from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.simplify import simplify
+from cudnn_flex_compile.scoremod.switches import on
 
 TILE = 128
 
@@ -41,9 +42,9 @@ def needs_guard(program: Program, gradient: Expr, lengths: tuple[int, int]) -> b
     """
     if program.score is SCORE:
         return False
-    if program.mask is TRUE and ir.depends_on(gradient, program.score):
+    if program.mask is TRUE and ir.depends_on(gradient, program.score) and on("results guarded"):
         return True
-    if all(n % TILE == 0 for n in lengths):
+    if all(n % TILE == 0 for n in lengths) or not on("ends guarded"):
         return False
     if any(n.kind == "operand" and "k" in n.dims for n in ir.walk(program.score, program.mask)):
         return True

@@ -41,7 +41,7 @@ class Use(NamedTuple):
 
 
 NEITHER = Use(False, False)
-USES: dict[object, Use] = {True: Use(True, True), "once": Use(True, True), "always": Use(False, True)}
+USES = {"once": Use(True, True), "always": Use(False, True)}
 _stores: list[Store] = []
 
 
@@ -52,7 +52,7 @@ def use_folder(folder: Path | None, megabytes: int) -> None:
         _stores[:] = [] if wanted is None else [Store(*wanted)]
 
 
-def recall(problem: Problem, reference: Reference, rule: object) -> "Runs | Reason | None":
+def recall(problem: Problem, reference: Reference, rule: str) -> "Runs | Reason | None":
     """The stored verdict on a problem, its plans ready to run on the current device; None if there is none.
 
     Args:
@@ -74,7 +74,7 @@ def recall(problem: Problem, reference: Reference, rule: object) -> "Runs | Reas
             return None
 
 
-def keep(problem: Problem, reference: Reference, rule: object, found: "Runs | Reason") -> None:
+def keep(problem: Problem, reference: Reference, rule: str, found: "Runs | Reason") -> None:
     """Stores a verdict that was found out under this rule."""
     passing = isinstance(found, Reason) and not found.lasting
     if not _stores or reference.fingerprint is None or passing or not USES.get(rule, NEITHER).kept:

@@ -116,12 +116,12 @@ def changes(tensors: Sequence[Any], before: Node) -> tuple[Node, ...]:
     names = _read_once(_writers, graph, _writer_names) if storages else ()
     above = itertools.takewhile(lambda node: node is not before, graph.nodes if names else ())
     writers = (node for node in above if node.name in names)
-    return tuple(node for node in writers if any(_storage(t) in storages for t in _written(node)))
+    return tuple(node for node in writers if any(_storage(t) in storages for t in written(node)))
 
 
 def _writer_names(graph: Graph) -> frozenset[str]:
     """The nodes that change a tensor in place."""
-    return frozenset(n.name for n in graph.nodes if any(_storage(t) is not None for t in _written(n)))
+    return frozenset(n.name for n in graph.nodes if any(_storage(t) is not None for t in written(n)))
 
 
 # What is read of a graph once, as Dynamo made it: the pass writes no node that changes a tensor, and none that is dead.
@@ -147,7 +147,7 @@ def _storage(value: Any) -> int | None:
         return None
 
 
-def _written(node: Node) -> list[Any]:
+def written(node: Node) -> list[Any]:
     """The arguments that a node changes in place."""
     if isinstance(node.target, torch._ops.OpOverload):
         arguments = node.target._schema.arguments

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from cudnn_flex_compile.passes import block_mask, speed
 from cudnn_flex_compile.passes.block_mask import MaskProgram
@@ -18,6 +18,7 @@ from cudnn_flex_compile.passes.capture import Captures, read_captures
 from cudnn_flex_compile.passes.compact import COUNTS, compacted
 from cudnn_flex_compile.passes.find import Call, example, find_calls, hint, scale_of
 from cudnn_flex_compile.passes.hoist import Writer, operand_value
+from cudnn_flex_compile.passes.prune import live_nodes, prune
 from cudnn_flex_compile.passes.rewrite import replace, with_batch
 from cudnn_flex_compile.passes.target import Target, judge
 from cudnn_flex_compile.passes.traced import traced_of
@@ -71,12 +72,16 @@ def lower_calls(
     context = Context(writer, block_mask.Guards(inputs, writer), real, only_faster, bias_budget)
     reports: list[CallReport] = []
     changed: list[GraphModule] = []
+    live: dict[Graph, set[Node]] = {}
     for call in find_calls(graph_module):  # lazily: each call is read after those before it were rewritten
+        if call.node.graph not in live:
+            live[call.node.graph] = live_nodes(call.node.graph)
         report = _lower(call, context)
         reports.append(report)
         if report.reason is None:
             changed.append(call.graph_module)
     for module in {id(m): m for m in [*changed, *([graph_module] if changed else [])]}.values():
+        prune(module.graph, live.get(module.graph, set()))
         module.graph.lint()
         module.recompile()
     return Lowered(reports, context.guards.outside)

@@ -128,7 +128,9 @@ def _reference(target: Target) -> SubgraphReference:
     # Integers that are indices stay within every captured tensor; others, such as lengths, may be up to the length.
     inside = max(min((n for t in leaves for n in _shape(target, t)), default=2) - 1, 0)
     indices, length = _indices(target), hint(example(target.call.key).shape[2])
-    captured = tuple(_captured(target, leaf, inside if leaf in indices else length) for leaf in leaves)
+    captured = tuple(
+        _captured(target, leaf, *((inside, True) if leaf in indices else (length, False))) for leaf in leaves
+    )
 
     def operands(
         values: Sequence[Any], sizes: tuple[int, int, int, int], device: torch.device
@@ -152,6 +154,7 @@ def _reference(target: Target) -> SubgraphReference:
         ints=tuple(leaves.index(leaf) for leaf in target.captures.ints),
         floats=tuple(leaves.index(leaf) for leaf in target.captures.floats),
         fingerprint=_fingerprint(target),
+        source=target.call.source,
     )
 
 
@@ -182,10 +185,10 @@ def _shape(target: Target, leaf: Expr) -> tuple[int, ...]:
     return _hints(tensor.shape) if isinstance(tensor, torch.Tensor) else ()
 
 
-def _captured(target: Target, leaf: Expr, limit: int) -> CapturedValue:
+def _captured(target: Target, leaf: Expr, limit: int, index: bool) -> CapturedValue:
     node = target.captures.nodes[leaf]
     value = example(node)
     if not isinstance(value, torch.Tensor):
         return CapturedValue(None, number=_hints([value])[0])
     real = target.real.get(node)
-    return CapturedValue(_spec(value), scalar=leaf.kind == "scalar", real=real, limit=limit)
+    return CapturedValue(_spec(value), scalar=leaf.kind == "scalar", real=real, limit=limit, index=index)

@@ -13,6 +13,7 @@ from cudnn_flex_compile.scoremod.ir import BOOL, F32, I32, I64, SCORE, Expr
 from cudnn_flex_compile.scoremod.optable import TABLE, make
 from cudnn_flex_compile.scoremod.ranges import INT32_LIMIT, interval, magnitude, nonnegative
 from cudnn_flex_compile.scoremod.simplify import simplify
+from cudnn_flex_compile.scoremod.switches import on
 
 TINY = 1e-30
 GIVEN = ("operand", "scalar")
@@ -37,7 +38,7 @@ def _scalar(node: Expr) -> bool:
 def _sub(n: Expr) -> Expr:
     """c - x -> x * -1 + c: a scalar as the left operand of a subtraction is refused in the backward"""
     left, right = n.args
-    if not _scalar(left):
+    if not _scalar(left) or not on("scalar right"):
         return n
     return right * ir.const(-1, right.dtype) + left
 
@@ -45,7 +46,7 @@ def _sub(n: Expr) -> Expr:
 def _div(n: Expr) -> Expr:
     """c / x -> reciprocal(x) * c: scalars are right operands"""
     left, right = n.args
-    return make("reciprocal", right) * left if _scalar(left) else n
+    return make("reciprocal", right) * left if _scalar(left) and on("scalar right") else n
 
 
 def _neg(n: Expr) -> Expr:
@@ -59,7 +60,7 @@ def _max(n: Expr) -> Expr:
     x is what depends on the score: a bound y that is far from every score leaves it as it is. An x that may be
     infinite is the one that is dropped: relu(x - y) + y.
     """
-    if not _of_score(n):
+    if not _of_score(n) or not on("max by relu"):
         return n
     x, y = sorted(n.args, key=_of_score, reverse=True)
     return make("relu", x - y) + y if _infinite(x) else x + make("relu", y - x)
@@ -67,7 +68,7 @@ def _max(n: Expr) -> Expr:
 
 def _min(n: Expr) -> Expr:
     """min(x, y) -> x - relu(x - y)"""
-    if not _of_score(n):
+    if not _of_score(n) or not on("max by relu"):
         return n
     x, y = sorted(n.args, key=_of_score, reverse=True)
     return make("relu", y - x) * -1.0 + y if _infinite(x) else x - make("relu", x - y)
@@ -80,7 +81,7 @@ def _infinite(root: Expr) -> bool:
 def _clamp(kind: str) -> Callable[[Expr], Expr]:
     def rewrite(n: Expr) -> Expr:
         rule = _max if kind == "max" else _min
-        return rule(n) if _of_score(n) else ir.intern(kind, n.dtype, n.args)
+        return rule(n) if _of_score(n) and on("max by relu") else ir.intern(kind, n.dtype, n.args)
 
     return rewrite
 
@@ -114,6 +115,8 @@ def _operand_right(n: Expr) -> Expr:
     left, right = n.args
     turned = {"ge": "le", "gt": "lt", "eq": "eq", "ne": "ne"}
     given = [side.kind in (*GIVEN, "const") for side in n.args]
+    if not on("operand right"):
+        return n
     return make(turned[n.kind], right, left) if given == [True, False] else n
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cudnn_flex_compile import cli
-from cudnn_flex_compile.engine import versions
+from cudnn_flex_compile.engine import selftest, versions
 from cudnn_flex_compile.reasons import Code, Reason
 
 SCRIPT = """
@@ -100,23 +100,57 @@ def test_doctor_without_a_gpu(monkeypatch, capsys):
     assert "No plan can run here: DEVICE" in shown
 
 
+RIGHT = selftest.Outcome("causal", ("native", "native"), None, 1.25)
+WRONG = selftest.Outcome("soft cap", ("chained",), Reason(Code.CERTIFICATION, "dQ is off by 0.3"), 2.0)
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Makes the machine seem to have GPUs; a function of why each is unusable, and of what the self-test finds."""
+
+    def pretend(reasons, outcomes):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(reasons))
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
+        monkeypatch.setattr(versions, "cudnn_missing", lambda: None)
+        monkeypatch.setattr(versions, "cudnn_version", lambda: 91900)
+        monkeypatch.setattr(versions, "unusable_device", reasons.__getitem__)
+        monkeypatch.setattr(selftest, "run", lambda device: iter(outcomes))
+
+    return pretend
+
+
+OLD = Reason(Code.CUDNN_OLD, "9.1")
+
+
 @pytest.mark.parametrize(
-    ("reasons", "code"), [([None], 0), ([Reason(Code.CUDNN_OLD, "9.1"), None], 0), ([Reason(Code.CUDNN_OLD, "9.1")], 1)]
+    ("reasons", "outcomes", "code"),
+    [([None], [RIGHT], 0), ([OLD, None], [RIGHT], 0), ([OLD], [RIGHT], 1), ([None], [RIGHT, WRONG], 1)],
 )
-def test_doctor_with_gpus(reasons, code, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(reasons))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
-    monkeypatch.setattr(versions, "cudnn_missing", lambda: None)
-    monkeypatch.setattr(versions, "cudnn_version", lambda: 91900)
-    monkeypatch.setattr(versions, "unusable_device", reasons.__getitem__)
+def test_doctor_with_gpus(reasons, outcomes, code, gpus, capsys):
+    gpus(reasons, outcomes)
     assert cli.main(["doctor", "--json"]) == code
     found = json.loads(capsys.readouterr().out)
-    assert found["can_run"] == (code == 0)
+    assert found["can_run"] == (None in reasons)
     assert found["cuDNN"] == "9.19.0"
     assert found["devices"][0] == "0: a GPU, compute capability 9.0"
-    assert (found["reason"] or {}).get("code") == (None if code == 0 else "CUDNN_OLD")
+    assert (found["reason"] or {}).get("code") == (None if None in reasons else "CUDNN_OLD")
+    assert [test["name"] for test in found["self_test"]] == [o.name for o in outcomes if None in reasons]
+    assert [(t["reason"] or {}).get("code") for t in found["self_test"]][1:] == ["CERTIFICATION"] * (len(outcomes) - 1)
+
+
+@pytest.mark.parametrize(("outcomes", "code"), [([RIGHT], 0), ([RIGHT, WRONG], 1)])
+def test_doctor_shows_the_self_test(outcomes, code, gpus, capsys):
+    gpus([None], outcomes)
+    assert cli.main(["doctor"]) == code
+    shown = capsys.readouterr().out
+    assert "compute capability 9.0" in shown
+    assert "native, native" in shown
+    assert ("Plans run right here" in shown) == (code == 0)
+    assert ("FAILED: CERTIFICATION: dQ is off by 0.3" in " ".join(shown.split())) == (code == 1)
+    assert ("3.2 s" if code else "1.2 s") in shown
 
 
 def test_starts_without_torch():

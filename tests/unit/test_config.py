@@ -34,7 +34,7 @@ def test_unknown_keys_are_all_named_with_the_valid_ones() -> None:
 
 @pytest.mark.parametrize(
     ("given", "valid"),
-    [({"certify": "twice"}, "'once', 'off'"), ({"mode": "fast"}, "'max-autotune'"),
+    [({"certify": "twice"}, "'once', 'always', 'off'"), ({"mode": "fast"}, "'max-autotune'"),
      ({"plan_cache_size": 0}, "1 and more"), ({"cache_mb": 0}, "1 and more"),
      ({"certify": None}, "'once'"), ({"plan_cache_size": -4}, "1 and more")],
 )  # fmt: skip

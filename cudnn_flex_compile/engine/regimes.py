@@ -1,0 +1,125 @@
+"""The made-up data of certification: which kinds there are, and the tensors of one call.
+
+Knows nothing of plans or of what they should compute. One set of random tensors serves all regimes: each changes a
+few of its entries, and puts them back.
+"""
+
+import math
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from cudnn_flex_compile.engine.problem import Problem, TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Regime:
+    """One kind of data.
+
+    Attributes:
+        name: as messages have it.
+        shift: added to every score, by component 0 of all queries and keys.
+        outliers: what a few keys are multiplied with.
+        groups: so many distinct keys, repeated, so that scores tie; 0 leaves them all distinct.
+        extremes: operands at their limits (reference.extreme_like) instead of drawn at random.
+        usual: data as models have it: a function that gives NaN here must give NaN on cuDNN, too. In the others NaNs
+            come of infinities that cancel, which rewriting an expression changes.
+    """
+
+    name: str
+    shift: float = 0.0
+    outliers: float = 1.0
+    groups: int = 0
+    extremes: bool = False
+    usual: bool = False
+
+
+REGIMES = (
+    Regime("unit normal", usual=True),
+    Regime("scores shifted by -100", shift=-100.0),
+    Regime("scores shifted by +100", shift=100.0),
+    Regime("outliers of 1e3 in three keys", outliers=1e3),
+    Regime("ties", groups=3),
+    Regime("operands at their extremes", extremes=True),
+)
+
+
+@dataclass(slots=True)
+class Tensors:
+    """Inputs and outputs of the plans under test, by role.
+
+    With a shift, component 0 of all queries and keys is one large number each, which shifts every score. That
+    component of dQ and dK is a sum that cancels, times that number: rounding noise. The others are judged.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    grad: torch.Tensor
+    out: torch.Tensor
+    stats: torch.Tensor
+
+
+def drawn(problem: Problem, generator: torch.Generator) -> Tensors:
+    """Unit normal inputs, and outputs that hold anything."""
+    device = generator.device
+    specs = (problem.query, problem.key, problem.value, problem.grad or problem.out)
+    query, key, value, grad = (spec.empty(device).normal_(generator=generator) for spec in specs)
+    return Tensors(
+        query, key, value, grad, problem.out.empty(device), torch.empty((*problem.lse_shape, 1), device=device)
+    )
+
+
+@contextmanager
+def applied(regime: Regime, tensors: Tensors, scale: float) -> Generator[None]:
+    """The tensors as the regime has them; afterwards as they were."""
+    before: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for part, value in _changes(regime, tensors, scale):
+        before.append((part, part.clone()))
+        part.copy_(value) if isinstance(value, torch.Tensor) else part.fill_(value)
+    yield
+    for part, value in before:
+        part.copy_(value)
+
+
+def _changes(regime: Regime, t: Tensors, scale: float) -> list[tuple[torch.Tensor, torch.Tensor | float]]:
+    """Views of the tensors, and what is written into them."""
+    changes: list[tuple[torch.Tensor, torch.Tensor | float]] = []
+    if regime.shift:
+        size = math.sqrt(abs(regime.shift) / abs(scale))
+        changes += [(t.query[..., 0], size), (t.key[..., 0], math.copysign(size, regime.shift * scale))]
+    length = t.key.shape[2]
+    if regime.outliers != 1.0:
+        parts = [t.key[:, :, column] for column in sorted({min(1, length - 1), length // 2, length - 1})]
+        changes += [(part, part * regime.outliers) for part in parts]
+    if regime.groups:
+        repeated = torch.arange(length, device=t.key.device) % regime.groups
+        changes.append((t.key, t.key[:, :, repeated]))
+    return changes
+
+
+# NaNs that no computation gives: what still holds one was not written. By the dtype, as integers of its size.
+POISON = {
+    torch.bfloat16: (torch.int16, 0x7FE5),
+    torch.float16: (torch.int16, 0x7F25),
+    torch.float32: (torch.int32, 0x7FE5A5A5),
+}
+
+
+def poison(tensor: torch.Tensor) -> None:
+    integers, pattern = POISON[tensor.dtype]
+    tensor.view(integers).fill_(pattern)
+
+
+def poisoned(spec: TensorSpec, device: torch.device) -> torch.Tensor:
+    tensor = spec.empty(device)
+    poison(tensor)
+    return tensor
+
+
+def unwritten(tensor: torch.Tensor) -> torch.Tensor:
+    """How many entries of a poisoned tensor nobody wrote to."""
+    integers, pattern = POISON[tensor.dtype]
+    return (tensor.view(integers) == pattern).sum()
