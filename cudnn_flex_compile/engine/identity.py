@@ -18,7 +18,7 @@ from cudnn_flex_compile.engine.problem import Problem, TensorSpec
 from cudnn_flex_compile.engine.versions import versions
 
 PACKAGE = Path(__file__).parent.parent
-CODE = ("engine", "scoremod")  # what makes plans of programs, and judges them
+CODE = ("engine", "passes", "scoremod")  # what makes programs of functions and plans of programs, and judges them
 DRIVER = Path("/proc/driver/nvidia/version")
 
 

@@ -9,8 +9,8 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -54,10 +54,16 @@ class Policy:
 
 @dataclass(frozen=True)
 class Ready:
-    """A certified plan, and which of query, key, value and the output's gradient must be copied for it."""
+    """A certified plan.
+
+    Attributes:
+        copies: which of query, key, value and the output's gradient must be copied for it.
+        references: fingerprints of what it was compared with.
+    """
 
     plan: "Runs"
     copies: tuple[bool, bool, bool, bool]
+    references: set[str | None] = field(default_factory=set[str | None], compare=False)
 
     @functools.cached_property
     def copied(self) -> bool:
@@ -115,16 +121,42 @@ def _reference(problem: Problem) -> Reference:
     return _references.get(_reference_key(problem)) or ProgramReference(parse(problem.program))
 
 
-def find_plan(call: Key) -> Ready | Reason:
+def find_plan(
+    call: Key, reference: Callable[[], Reference] | None = None, fingerprint: str | None = None
+) -> Ready | Reason:
     """The certified plan of a call, from the cache or built now; or why there is none.
+
+    Args:
+        reference: gives the user's own functions, where they are at hand. A plan that was compared with others is
+            compared with these, too, though they became the same program: a fault of ours would show.
+        fingerprint: of the reference.
 
     Raises:
         RuntimeError: a plan must be built while a CUDA graph is being captured.
     """
     found = plans.get(call)
     if found is None:
+        if reference is not None:
+            remember_reference(problem_of(call), reference())
         return _build(call)
     count("plans found")
+    if reference is None or isinstance(found, Reason) or fingerprint in found.references:
+        return found
+    if torch.cuda.is_current_stream_capturing():  # nothing can be compared now: the next compilation will
+        return found
+    return run_clean(lambda: _unless_short(lambda: _compared(call, found, reference())), call[11])
+
+
+def _compared(call: Key, found: Ready, reference: Reference) -> Ready | Reason:
+    """The plan, if it is right for these functions as well."""
+    from cudnn_flex_compile.engine.verify import certify
+
+    before = plans.peek(forward_of(call)) if call[0] == BACKWARD else found
+    if isinstance(before, Ready):
+        verdict = _certified(lambda: certify(found.plan, before.plan, reference))
+        if verdict is not None:
+            return verdict
+        found.references.add(reference.fingerprint)
     return found
 
 
@@ -153,18 +185,31 @@ def _make(call: Key) -> Ready | Reason:
             return ready
         forward = ready.plan
     reference = _reference(problem)
+    plan = _unless_short(lambda: _stored_or_first_right(problem, forward, reference))
+    return plan if isinstance(plan, Reason) else Ready(plan, _copies(call, problem), {reference.fingerprint})
+
+
+Found = TypeVar("Found")
+
+
+def _unless_short(find: Callable[[], Found]) -> Found | Reason:
+    """What `find` gives, or that memory is short."""
     try:
-        plan = recall(problem, reference, _policy.certify)
-        if plan is None:
-            plan = _first_right(problem, forward)
-            keep(problem, reference, _policy.certify, plan)
-        else:
-            plans.count("restored")
+        return find()
     except torch.OutOfMemoryError as error:
         torch.cuda.empty_cache()
         detail = f"not enough memory to certify a plan: {str(error)[:120]}"
         return Reason(Code.CERTIFICATION, detail, lasting=False)
-    return plan if isinstance(plan, Reason) else Ready(plan, _copies(call, problem))
+
+
+def _stored_or_first_right(problem: Problem, forward: "Runs | None", reference: Reference) -> "Runs | Reason":
+    found = recall(problem, reference, _policy.certify)
+    if found is not None:
+        plans.count("restored")
+        return found
+    found = _first_right(problem, forward)
+    keep(problem, reference, _policy.certify, found)
+    return found
 
 
 def _copies(call: Key, problem: Problem) -> tuple[bool, bool, bool, bool]:

@@ -136,7 +136,7 @@ def _lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason
     slower = _slower(call, *running, training, context) if context.only_faster else None
     if slower is not None:
         return slower
-    target = Target(call, program, hoisted, captures, training, context.real, compact)
+    target = Target(call, program, hoisted, captures, training, context.real, compact, traced.fingerprint)
     verdict = judge(target)
     if isinstance(verdict, Reason):
         return verdict

@@ -3,7 +3,7 @@
 Knows nothing of rewriting.
 """
 
-import hashlib
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,11 +22,10 @@ from cudnn_flex_compile.passes.find import Call, example, hint, scale_of
 from cudnn_flex_compile.passes.hoist import operand_value
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
-from cudnn_flex_compile.scoremod.fingerprint import graph_text
 from cudnn_flex_compile.scoremod.ir import AXES, Expr, Program
 from cudnn_flex_compile.scoremod.partition import Hoisted
-from cudnn_flex_compile.scoremod.text import expression_text, text
-from cudnn_flex_compile.scoremod.trace import Captured, without_items
+from cudnn_flex_compile.scoremod.text import text
+from cudnn_flex_compile.scoremod.trace import without_items
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +38,7 @@ class Target:
         training: whether a gradient may be asked for.
         real: the graph's inputs, by placeholder.
         compact: the program over permuted keys that runs in place of `program`, if there is one.
+        fingerprint: of the call's functions (passes/traced.py).
     """
 
     call: Call
@@ -48,6 +48,7 @@ class Target:
     training: bool
     real: dict[Node, Any]
     compact: Compact | None = None
+    fingerprint: str | None = None
 
     @property
     def running(self) -> tuple[Program, tuple[Hoisted, ...]]:
@@ -80,16 +81,16 @@ def _any_version() -> int:
 
 
 def _certified(target: Target, call: tuple[Any, ...], problem: Problem) -> tuple[str, ...] | Reason:
-    from cudnn_flex_compile.engine.select import find_plan, plans, remember_reference
+    from cudnn_flex_compile.engine.select import find_plan
 
-    if plans.peek(call) is None:
-        remember_reference(problem, _reference(target))
-    found = find_plan(call)
+    asked = functools.cache(lambda: _reference(target)), target.fingerprint
+    found = find_plan(call, *asked)
     if isinstance(found, Reason):
         return found
     if not target.training:
         return (found.plan.strategy,)
-    backward = find_plan(backward_key(call, Meta(problem.out, torch.device("cuda", problem.device))))
+    grad = Meta(problem.out, torch.device("cuda", problem.device))
+    backward = find_plan(backward_key(call, grad), *asked)
     return backward if isinstance(backward, Reason) else (found.plan.strategy, backward.plan.strategy)
 
 
@@ -153,25 +154,9 @@ def _reference(target: Target) -> SubgraphReference:
         operands=operands,
         ints=tuple(leaves.index(leaf) for leaf in target.captures.ints),
         floats=tuple(leaves.index(leaf) for leaf in target.captures.floats),
-        fingerprint=_fingerprint(target),
+        fingerprint=target.fingerprint,
         source=target.call.source,
     )
-
-
-def _fingerprint(target: Target) -> str | None:
-    """Of the call's functions, what each captured, and how the op's operands are computed from that."""
-    functions = [graph_text(target.call.score_mod), graph_text(target.call.mask_mod)]
-    if None in functions:
-        return None
-    columns = () if target.compact is None else (target.compact.columns,)
-    operands = [(expression_text(h.expression), h.stored, h.limit) for h in (*target.running[1], *columns)]
-    given = [[_described(c) for c in g] for g in (target.captures.of_score, target.captures.of_mask)]
-    return hashlib.blake2b(repr((functions, given, operands)).encode(), digest_size=20).hexdigest()
-
-
-def _described(captured: Captured) -> tuple[Any, ...]:
-    tensor = captured.tensor
-    return expression_text(captured.leaf), None if tensor is None else (tensor.dtype, tensor.dim())
 
 
 def _indices(target: Target) -> set[Expr]:

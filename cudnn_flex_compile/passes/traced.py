@@ -4,6 +4,7 @@ Knows nothing of devices or of rewriting. Calls share what the canonical text of
 identity structure of what they captured, and torch's defaults determine; functions without such a text share nothing.
 """
 
+import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable
@@ -38,11 +39,13 @@ class Traced:
         hoisted: its operands.
         mask: of the mask_mod alone, with which a BlockMask is compared, and its operands; None without a BlockMask. A
             score_mod masks in blocks of any kind.
+        fingerprint: of the functions, for verdicts on plans that were compared with them; None if they have none.
     """
 
     program: Program
     hoisted: tuple[Hoisted, ...]
     mask: tuple[Program, tuple[Hoisted, ...]] | None
+    fingerprint: str | None = None
 
     def checked(self, captures: Captures) -> MaskProgram | None:
         """The mask, with what one call captured."""
@@ -59,7 +62,7 @@ def traced_of(call: Call, captures: Captures) -> Traced | Reason:
     if found is not None:
         count("programs shared")
         return found
-    made = _trace(call, captures)
+    made = _trace(call, captures, None if key is None else _digest(key))
     if key is not None:
         with _lock:
             _known[key] = made
@@ -74,25 +77,29 @@ def forget() -> None:
         _known.clear()
 
 
-def _key(call: Call, captures: Captures) -> Hashable:
+def _key(call: Call, captures: Captures) -> tuple[Hashable, ...] | None:
     score, mask = graph_text(call.score_mod), graph_text(call.mask_mod)
     if score is None or mask is None:
         return None
     device = example(call.query).device
     defaults = torch.get_default_dtype(), torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
     captured = (tuple(map(_layout, captures.of_score)), tuple(map(_layout, captures.of_mask)))
-    return score, mask, captured, device, defaults, bool(call.blocks)
+    return score, mask, captured, defaults, bool(call.blocks), device
 
 
 def _layout(captured: Captured) -> Hashable:
     """What tracing reads of a captured value, whose leaf says which other one it is the same as."""
-    tensor = captured.tensor
-    if tensor is None:
-        return captured.leaf
-    return captured.leaf, tuple(map(hint, tensor.shape)), tensor.dtype, tensor.device
+    leaf, tensor = captured.leaf, captured.tensor
+    layout = None if tensor is None else (tuple(map(hint, tensor.shape)), tensor.dtype, tensor.device)
+    return leaf.kind, leaf.dtype, leaf.value, layout
 
 
-def _trace(call: Call, captures: Captures) -> Traced | Reason:
+def _digest(key: tuple[Hashable, ...]) -> str:
+    """The same in every process, and on all devices of a kind."""
+    return hashlib.blake2b(repr((*key[:-1], key[-1].type)).encode(), digest_size=20).hexdigest()  # pyright: ignore
+
+
+def _trace(call: Call, captures: Captures, fingerprint: str | None) -> Traced | Reason:
     device = example(call.query).device
     try:
         with phase("trace"):
@@ -106,4 +113,4 @@ def _trace(call: Call, captures: Captures) -> Traced | Reason:
         return Reason(Code.UNKNOWN_OP, str(error))
     except ScoreGather:
         return Reason(Code.UNKNOWN_OP, "a captured tensor read at an index that depends on the score")
-    return Traced(program, tuple(hoisted), None if alone is None else (alone[0], tuple(alone[1])))
+    return Traced(program, tuple(hoisted), None if alone is None else (alone[0], tuple(alone[1])), fingerprint)

@@ -175,6 +175,39 @@ def test_other_functions_do_not_inherit_a_verdict(backend, folder):
         assert again(backend, call())[1] == 0
 
 
+def asked(fingerprint):
+    return (lambda: reference(fingerprint)), fingerprint
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_plan_that_other_functions_find_is_compared_with_them(backend, backward):
+    """Without being built. If it is wrong for them, it stays for the first ones."""
+    key, first, second = call(backward=backward), asked("first"), asked("second")
+    ready = find_plan(key, *first)
+    built, certified = len(backend.built), len(backend.certified)
+    assert find_plan(key, *first) is ready
+    assert len(backend.certified) == certified
+    backend.wrong.add("chained")
+    found = find_plan(key, *second)
+    assert found.code is Code.CERTIFICATION
+    assert find_plan(key, *first) is find_plan(key) is ready
+    backend.wrong.clear()
+    for _ in range(3):
+        assert find_plan(key, *second) is ready
+    assert (len(backend.built), len(backend.certified)) == (built, certified + 2)
+
+
+def test_memory_short_in_comparing_a_plan_again(backend, monkeypatch):
+    def certify(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    ready = find_plan(call(), *asked("first"))
+    with monkeypatch.context() as short:
+        short.setattr("cudnn_flex_compile.engine.verify.certify", certify)
+        assert find_plan(call(), *asked("second")).lasting is False
+    assert find_plan(call(), *asked("second")) is ready
+
+
 def test_functions_without_a_fingerprint_keep_nothing(backend, folder):
     remember_reference(problem_of(call()), reference(None))
     assert [again(backend, call())[1] for _ in range(2)] == [1, 1]
@@ -221,8 +254,8 @@ def test_the_digest_is_that_of_the_code(monkeypatch, tmp_path):
             change(path)
             digests.append(identity.code_digest.__wrapped__())
     assert len(set(digests)) == len(digests)
-    (tmp_path / "passes").mkdir()
-    (tmp_path / "passes" / "file.py").write_text("x = 1")
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "file.py").write_text("x = 1")
     assert identity.code_digest.__wrapped__() == digests[-1], "what makes no plans has no part in it"
 
 
