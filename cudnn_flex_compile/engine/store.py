@@ -81,6 +81,14 @@ class Store:
             self._writable = False
             log.warning("cudnn_flex: plans are not kept beyond this process: %s", error)
 
+    def size(self) -> tuple[int, int]:
+        """How many entries there are, and their bytes together."""
+        try:
+            sizes = [file.size for file in self._files()]
+        except OSError:  # no such folder yet
+            sizes = []
+        return len(sizes), sum(sizes)
+
     def _path(self, key: str) -> Path:
         return self.folder / (hashlib.blake2b(key.encode(), digest_size=20).hexdigest() + SUFFIX)
 

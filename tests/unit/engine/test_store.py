@@ -49,6 +49,12 @@ def test_what_was_written_is_read_by_another_store(tmp_path):
     assert len(files(tmp_path / "made" / "anew")) == len(keys)
 
 
+def test_the_size(tmp_path):
+    assert Store(tmp_path / "none", MIB).size() == (0, 0)
+    store, keys = filled(tmp_path)
+    assert store.size() == (len(keys), sum(p.stat().st_size for p in files(tmp_path)))
+
+
 def test_the_last_value_counts(tmp_path):
     store = Store(tmp_path, MIB)
     for value in (b"first", b"", b"second" * 1000):
