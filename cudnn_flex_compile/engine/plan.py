@@ -112,7 +112,10 @@ def build(problem: Problem, lowering: Lowering) -> Plan | Reason:
 
 
 # What an error says that is about the moment, not about the graph.
-PASSING = ("out of memory", "ALLOC_FAILED", "LOADING_FAILED", "PREREQUISITE_MISSING", "CUDA_ERROR", "CUDA error")
+PASSING = (
+    "out of memory", "ALLOC_FAILED", "LOADING_FAILED", "PREREQUISITE_MISSING", "EXECUTION_FAILED", "INTERNAL_ERROR",
+    "CUDA_ERROR", "CUDA error", "CUDA_SUCCESS",
+)  # fmt: skip
 
 
 def _build(problem: Problem, lowering: Lowering) -> Plan:
