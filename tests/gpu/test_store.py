@@ -36,12 +36,12 @@ def entries(folder):
 
 def test_processes(tmp_path):
     """The second one builds nothing; then entries are damaged, and then a process dies in a write."""
-    first, second = finish(start(tmp_path)), finish(start(tmp_path))
+    first, second = finish(start(tmp_path)), finish(start(tmp_path))  # about 50 plans each
     print({k: first[k] for k in ("builds", "restored", "certifications", "kept", "seconds")})
     print({k: second[k] for k in ("builds", "restored", "certifications", "kept", "seconds")})
     assert first["builds"] > 0
     assert (second["builds"], second["certifications"]) == (0, 0)
-    assert second["restored"] == len(entries(tmp_path))
+    assert second["restored"] >= len(entries(tmp_path)) > 20
     assert second["outputs"] == first["outputs"], "the same kernels"
     assert list(second["kept"].values()) == list(first["kept"].values())
     draw, damaged = random.Random(0), entries(tmp_path)[::10]
@@ -51,7 +51,8 @@ def test_processes(tmp_path):
         path.write_bytes(draw.choice([data[:at], data[:at] + bytes([data[at] ^ 16]) + data[at + 1 :]]))
     third = finish(start(tmp_path))
     assert third["outputs"] == first["outputs"]
-    assert third["restored"] == second["restored"] - len(damaged)
+    assert third["builds"] > 0
+    assert second["restored"] - len(damaged) <= third["restored"] < second["restored"]
     for path in entries(tmp_path)[::2]:
         path.unlink()
     killed = start(tmp_path, "--die-at", 3)
