@@ -3,11 +3,12 @@
 Knows nothing of what is counted, nor of reports.
 """
 
-import threading
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+
+from cudnn_flex_compile.locks import new_lock
 
 
 @dataclass(slots=True)
@@ -24,7 +25,7 @@ class Tally:
 
 
 _listening: list[Tally] = []
-_lock = threading.Lock()
+_lock = new_lock()
 
 
 @contextmanager

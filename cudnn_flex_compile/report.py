@@ -3,7 +3,6 @@
 Knows nothing of how it is shown (rendering.py).
 """
 
-import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 
 from torch._guards import CompileContext
 
+from cudnn_flex_compile.locks import new_lock
 from cudnn_flex_compile.phases import Tally, count, listen
 from cudnn_flex_compile.reasons import Reason
 from cudnn_flex_compile.scoremod.ir import Program
@@ -141,7 +141,7 @@ class Report:
 
 
 _collecting: list[Report] = []
-_lock = threading.Lock()
+_lock = new_lock()
 
 
 @contextmanager

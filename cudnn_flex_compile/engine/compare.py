@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from cudnn_flex_compile.engine.expected import EPSILON, Block, LogSums
-from cudnn_flex_compile.engine.regimes import Regime
+from cudnn_flex_compile.engine.expected import Block, LogSums
+from cudnn_flex_compile.engine.pairs import EPSILON
+from cudnn_flex_compile.engine.regimes import Regime, overrun, unwritten
 
 # A plan may be this much further from float64 than stock precision is, in total. The few sampled rows of few keys
 # weigh much in the total, and differ from kernel to kernel: plans that are within 2 on all rows (tests/gpu) were seen
@@ -19,6 +20,8 @@ TOTAL_FACTOR = 3.0
 # One row may be off by this many rounding steps of the magnitudes that it sums: where they cancel, as dQ does in a
 # row of two keys, rounding is large beside the sum, and differs from kernel to kernel.
 ROW_STEPS = 8.0
+# What is smaller underflows in float32: a weight beside one that is e**87 times as large.
+SMALLEST = 1e-30
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +59,12 @@ def _numbers(*of_heads: torch.Tensor) -> torch.Tensor:
 def of_rows(regime: Regime, name: str, found: torch.Tensor, exact: Block, stock: Block, noisy: bool = False) -> Finding:
     """Of rows [N, R, D] of one quantity. With `noisy`, component 0 is only asked to be finite, and zero where hidden.
 
-    Where the exact value overflows or stock precision has no finite value, nothing can be asked of the plan, but that
-    an output of usual data is NaN where both are, in all of the row.
+    Where the exact value overflows, stock precision has no finite value, or float32 scores leave nothing of it (the
+    noise is as large as what is summed: scores of a million, say), nothing can be asked of the plan, but that an
+    output of usual data is NaN where both are, in all of the row.
     """
-    judged = (exact.value.isfinite() & stock.value.isfinite() & exact.noise.isfinite()).all(-1) & exact.step.isfinite()
+    judged = (exact.value.isfinite() & stock.value.isfinite()).all(-1) & exact.step.isfinite()
+    judged &= exact.noise.norm(dim=-1) <= exact.step / EPSILON[found.dtype]
     values, right, low, noise = (
         torch.where(judged[..., None], x.to(torch.float64), 0.0) for x in (found, exact.value, stock.value, exact.noise)
     )
@@ -70,10 +75,10 @@ def of_rows(regime: Regime, name: str, found: torch.Tensor, exact: Block, stock:
     if noisy:
         values, right, low, noise = (x[..., 1:] for x in (values, right, low, noise))
     epsilon, size, stock_error = EPSILON[found.dtype], _norm(right), _norm(low - right)
-    allowed = TOTAL_FACTOR * stock_error + 1e-2 * epsilon * size + _norm(noise)
+    allowed = TOTAL_FACTOR * stock_error + 1e-2 * epsilon * size + _norm(noise) + SMALLEST
     usual = size / judged.sum(-1).clamp(min=1).sqrt()  # rows that are nothing beside the usual one may underflow
     errors, sizes = (values - right).norm(dim=-1), right.norm(dim=-1)
-    steps = torch.where(judged, exact.step, 0.0) + epsilon * (sizes + 0.1 * usual[:, None])
+    steps = torch.where(judged, exact.step, 0.0) + epsilon * (sizes + 0.1 * usual[:, None]) + SMALLEST
     over, row = (errors - ROW_STEPS * (steps + noise.norm(dim=-1))).max(-1, keepdim=True)
     worst = (over[:, 0], errors.gather(-1, row)[:, 0], sizes.gather(-1, row)[:, 0])
     total = (_norm(values - right), allowed, size, stock_error)
@@ -122,8 +127,13 @@ def _judge_log_sums(numbers: list[float]) -> str | None:
     return f"the LSE is off by up to {worst:.2g}" if beyond else None
 
 
-def of_memory(regime: Regime, name: str, count: torch.Tensor) -> Finding:
-    """Of how many entries of a whole tensor were not written to, 0-d."""
-    return Finding(
-        regime.name, count.view(1, 1), lambda n: f"{name} has {n[0]:.0f} unwritten entries" if n[0] else None
-    )
+def of_memory(regime: Regime, name: str, tensor: torch.Tensor) -> Finding:
+    """Of a whole tensor that was poisoned: all of it must be written to, and nothing beside it."""
+
+    def judge(numbers: list[float]) -> str | None:
+        missed, beyond = numbers
+        if missed:
+            return f"{name} has {missed:.0f} unwritten entries"
+        return f"{beyond:.0f} entries beside {name} were written to" if beyond else None
+
+    return Finding(regime.name, _numbers(unwritten(tensor), overrun(tensor))[None], judge)

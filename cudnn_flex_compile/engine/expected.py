@@ -6,25 +6,23 @@ from the output and log-sum-exp that it is given. Memory is O(samples x length).
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-import torch.autograd.forward_ad as fwAD
 
-from cudnn_flex_compile.engine.places import SEED, Places
+from cudnn_flex_compile.engine.pairs import (
+    EPSILON,
+    FUNCTION_ERROR,
+    SMALLEST_STEP,
+    Pairs,
+    gradient_of,
+    masked_scores,
+)
+from cudnn_flex_compile.engine.places import Places
 from cudnn_flex_compile.engine.problem import Problem
 from cudnn_flex_compile.engine.reference import Sample
 from cudnn_flex_compile.engine.regimes import Tensors
 
-# A score_mod's derivative is a float32 function: it is asked to be this exact, relative to its largest value on
-# unit normal scores. (cuDNN's 1 - tanh(x)**2 is off by about 1e-6: 1% of what is left of it at x = 5.)
-FUNCTION_ERROR = 2.0**-18
-# Tensor cores sum products in float32 and cut off what is beyond: relative to the sum of magnitudes.
-SUM_ERROR = 2.0**-22
-# Scores and log-sum-exps are float32 numbers, whose difference is exponentiated: of two, each rounded once.
-ROUNDING = 2.0**-23
-EPSILON = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-SMALLEST_STEP = {torch.bfloat16: 0.0, torch.float16: 2.0**-24}
 # Elements of one float64 tensor of queries (128 MiB), which say how many heads are computed at a time.
 AT_ONCE = 2**24
 
@@ -54,59 +52,6 @@ class LogSums:
     noise: torch.Tensor
 
 
-@dataclass(slots=True)
-class Side:
-    """One computation on pairs of rows [P, R, ...] and columns [P, C, ...] of P heads.
-
-    Attributes:
-        low: as stock precision does it, else in float64.
-        where: batches [P], heads [P], rows [R], columns [C].
-        masked: modified, masked scores [P, R, C]. slope: their derivative by the raw scores, 0 where masked.
-        wobble: what float32 scores may move a score by, so a weight relatively.
-    """
-
-    problem: Problem
-    sample: Sample
-    query: torch.Tensor
-    key: torch.Tensor
-    where: tuple[torch.Tensor, ...]
-    low: bool
-    masked: torch.Tensor = field(init=False)
-    slope: torch.Tensor = field(init=False)
-    wobble: torch.Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        scores = self.query @ self.key.mT * self.problem.scale
-        sizes = self.query.abs() @ self.key.abs().mT * abs(self.problem.scale)
-        if self.low:
-            generator = torch.Generator(scores.device).manual_seed(SEED)
-            scores = scores + torch.empty_like(scores).uniform_(-SUM_ERROR, SUM_ERROR, generator=generator) * sizes
-        self.masked, self.slope = masked_scores(self.sample, scores, *self.where)
-        size = torch.where(self.masked == -math.inf, 0.0, self.masked.abs())
-        slope = torch.where(self.slope.isfinite(), self.slope.abs(), 0.0)
-        self.wobble = slope * (SUM_ERROR * sizes) + 2 * ROUNDING * size
-
-    def weights(self, lse: torch.Tensor) -> torch.Tensor:
-        """From log-sum-exps [P, R, 1]."""
-        return torch.where(lse == -math.inf, 0.0, torch.exp(self.masked - lse))
-
-    def rounded(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self.problem.query.dtype).to(tensor.dtype) if self.low else tensor
-
-
-def masked_scores(sample: Sample, scores: torch.Tensor, *where: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Modified, masked scores and their derivative by the raw score, zero where masked.
-
-    By forward-mode differentiation: a reverse pass would wait for autograd's device thread, which may be the
-    very one that waits for this certification.
-    """
-    with fwAD.dual_level():
-        dual = sample.masked(fwAD.make_dual(scores, torch.ones_like(scores)), *where)
-        masked, slope = fwAD.unpack_dual(dual)
-    slope = torch.zeros_like(masked) if slope is None else slope
-    return masked, torch.where(masked == -math.inf, 0.0, slope)
-
-
 def slope_error(problem: Problem, sample: Sample, t: Tensors, where: Places) -> torch.Tensor:
     """What a score_mod's derivative may be off by: 0-d. The tensors are unit normal ones."""
     query, key = (x.double() for x in _rows_and_keys(problem, t, where))
@@ -117,12 +62,12 @@ def slope_error(problem: Problem, sample: Sample, t: Tensors, where: Places) -> 
 
 def expected_rows(problem: Problem, t: Tensors, sample: Sample, where: Places, low: bool) -> tuple[Block, LogSums]:
     """Outputs and log-sum-exps of the sampled query rows."""
-    side, value = _side_of_rows(problem, t, sample, where, low)
-    lse = side.masked.logsumexp(-1, keepdim=True)
-    weights = side.weights(lse)
-    out = side.rounded(side.rounded(weights) @ value)
-    noise = weights * torch.expm1(side.wobble.clamp(max=50.0))
-    hidden = (side.masked == -math.inf).all(-1)
+    pairs, value = _pairs_of_rows(problem, t, sample, where, low)
+    lse = pairs.masked.logsumexp(-1, keepdim=True)
+    weights = pairs.weights(lse)
+    out = pairs.rounded(pairs.rounded(weights) @ value)
+    noise = weights * torch.expm1(pairs.wobble.clamp(max=50.0))
+    hidden = (pairs.masked == -math.inf).all(-1)
     block = Block(out, _summed(weights, value, problem), (noise**2 @ value**2).sqrt(), hidden)
     return block, LogSums(lse[..., 0], noise.sum(-1))
 
@@ -131,12 +76,12 @@ def expected_dq(
     problem: Problem, t: Tensors, sample: Sample, where: Places, low: bool, off: torch.Tensor
 ) -> Block:  # fmt: skip
     """dQ of the sampled query rows; `off` is the slope_error."""
-    side, value = _side_of_rows(problem, t, sample, where, low)
+    pairs, value = _pairs_of_rows(problem, t, sample, where, low)
     grad, out, lse = (_of_rows(x, where.batches, where.heads, where.rows).to(value.dtype) for x in _given(t))
-    found = _gradient(side, value, grad, out, lse, off)
-    dq = side.rounded(found.scores @ side.key)
-    noise = (found.noise**2 @ side.key**2).sqrt()
-    return Block(dq, _summed(found.before, side.key, problem), noise, (side.masked == -math.inf).all(-1))
+    found = gradient_of(pairs, value, grad, out, lse, off)
+    dq = pairs.rounded(found.scores @ pairs.key)
+    noise = (found.noise**2 @ pairs.key**2).sqrt()
+    return Block(dq, _summed(found.before, pairs.key, problem), noise, (pairs.masked == -math.inf).all(-1))
 
 
 def expected_columns(
@@ -147,58 +92,22 @@ def expected_columns(
     dk_noise, dv_noise = torch.zeros_like(dk.value), torch.zeros_like(dv.value)
     for batches, heads in _groups(problem, t, where):
         n = len(where.heads)
-        side, value = _side_of_columns(problem, t, sample, (batches, heads, where.columns), low)
+        pairs, value = _pairs_of_columns(problem, t, sample, (batches, heads, where.columns), low)
         grad, out, lse = (x[batches, heads].to(value.dtype) for x in _given(t))
-        found = _gradient(side, value, grad, out, lse, off)
-        weights = side.rounded(found.weights)
-        dk.value += _together(found.scores.mT @ side.query, n)
+        found = gradient_of(pairs, value, grad, out, lse, off)
+        weights = pairs.rounded(found.weights)
+        dk.value += _together(found.scores.mT @ pairs.query, n)
         dv.value += _together(weights.mT @ grad, n)
-        dk.step += _together(_summed(found.before.mT, side.query, problem), n)
+        dk.step += _together(_summed(found.before.mT, pairs.query, problem), n)
         dv.step += _together(_summed(weights.mT, grad, problem), n)
-        dk_noise += _together(found.noise.mT**2 @ side.query**2, n)
+        dk_noise += _together(found.noise.mT**2 @ pairs.query**2, n)
         dv_noise += _together((found.weights * found.wobble).mT ** 2 @ grad**2, n)
-        hidden = (side.masked == -math.inf).all(-2).view(-1, n, len(where.columns)).all(0)
+        hidden = (pairs.masked == -math.inf).all(-2).view(-1, n, len(where.columns)).all(0)
         dk.hidden &= hidden
         dv.hidden &= hidden
     for block, noise in ((dk, dk_noise), (dv, dv_noise)):
-        block.value, block.noise = side_rounded(block.value, problem, low), noise.sqrt()
+        block.value, block.noise = _rounded(block.value, problem, low), noise.sqrt()
     return dk, dv
-
-
-@dataclass(slots=True)
-class Gradient:
-    """Of the raw scores [P, R, C]: their gradient times the scale; the magnitudes that it is a sum of; its noise."""
-
-    weights: torch.Tensor
-    wobble: torch.Tensor
-    scores: torch.Tensor
-    before: torch.Tensor
-    noise: torch.Tensor
-
-
-def _gradient(
-    side: Side, value: torch.Tensor, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, off: torch.Tensor
-) -> Gradient:
-    scale = side.problem.scale
-    weights, change = side.weights(lse), grad @ value.mT
-    d_masked = weights * (change - (grad * out).sum(-1, keepdim=True))
-    d_scores = side.rounded(d_masked * side.slope * scale)  # scaled before it is rounded: fp16 underflows that later
-    before = weights * (change.abs() + _row_term(grad, out)) * side.slope * scale
-    wobble = side.wobble + torch.where(lse.isfinite(), 2 * ROUNDING * lse.abs(), 0.0)
-    wobble = torch.expm1(wobble.clamp(max=50.0))
-    summed = SUM_ERROR * (grad.abs() @ value.abs().mT + (grad * out).abs().sum(-1, keepdim=True))
-    noise = d_masked.abs() * (side.slope.abs() * wobble + off) + weights * side.slope.abs() * summed
-    return Gradient(weights, wobble, d_scores, before, noise * abs(scale))
-
-
-def _row_term(grad: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """The magnitude of sum(dO * O), which every score's gradient of a row subtracts: [P, R, 1].
-
-    O has been rounded, so the sum is off by rounding steps of its terms, however much they cancel: where a row sees
-    two keys, that may be all of dQ.
-    """
-    terms = grad * out
-    return terms.sum(-1, keepdim=True).abs() + terms.norm(dim=-1, keepdim=True)
 
 
 def _summed(weights: torch.Tensor, terms: torch.Tensor, problem: Problem) -> torch.Tensor:
@@ -208,7 +117,7 @@ def _summed(weights: torch.Tensor, terms: torch.Tensor, problem: Problem) -> tor
     return EPSILON[dtype] * size + SMALLEST_STEP[dtype] * squares.sum((-2, -1)).sqrt()[..., None]
 
 
-def side_rounded(tensor: torch.Tensor, problem: Problem, low: bool) -> torch.Tensor:
+def _rounded(tensor: torch.Tensor, problem: Problem, low: bool) -> torch.Tensor:
     return tensor.to(problem.query.dtype).to(tensor.dtype) if low else tensor
 
 
@@ -239,24 +148,24 @@ def group_of(problem: Problem) -> int:
     return problem.query.shape[1] // problem.key.shape[1]
 
 
-def _side_of_rows(
+def _pairs_of_rows(
     problem: Problem, t: Tensors, sample: Sample, where: Places, low: bool
-) -> tuple[Side, torch.Tensor]:  # fmt: skip
+) -> tuple[Pairs, torch.Tensor]:  # fmt: skip
     """Sampled rows and all columns, and the values of these."""
     query, key = (x.to(_work(low)) for x in _rows_and_keys(problem, t, where))
     value = t.value[where.batches, where.heads // group_of(problem)].to(_work(low))
-    return Side(problem, sample, query, key, (where.batches, where.heads, where.rows, _every(key)), low), value
+    return Pairs(problem, sample, query, key, (where.batches, where.heads, where.rows, _every(key)), low), value
 
 
-def _side_of_columns(
+def _pairs_of_columns(
     problem: Problem, t: Tensors, sample: Sample, where: tuple[torch.Tensor, ...], low: bool
-) -> tuple[Side, torch.Tensor]:  # fmt: skip
+) -> tuple[Pairs, torch.Tensor]:  # fmt: skip
     """All rows of some heads and sampled columns, and the values of these."""
     batches, heads, columns = where
     kv_heads = heads // group_of(problem)
     query = t.query[batches, heads].to(_work(low))
     key, value = (_of_rows(x, batches, kv_heads, columns).to(_work(low)) for x in (t.key, t.value))
-    return Side(problem, sample, query, key, (batches, heads, _every(query), columns), low), value
+    return Pairs(problem, sample, query, key, (batches, heads, _every(query), columns), low), value
 
 
 def _zeros(problem: Problem, like: torch.Tensor, where: Places, low: bool) -> Block:

@@ -19,6 +19,7 @@ from cudnn_flex_compile.engine.record import Binding
 from cudnn_flex_compile.reasons import Code, Reason
 
 PYTHON_ENGINES = 20_000  # the first id of an engine of the frontend's own (cudnn.engines.engine_ids)
+EXPECTED = (cudnn.cudnnGraphNotSupportedError, RuntimeError, ValueError)  # of a graph that cuDNN does not support
 FORWARD_ROLES = ("query", "key", "value", "out", "stats")
 BACKWARD_ROLES = ("query", "key", "value", "out", "stats", "grad_out", "dq", "dk", "dv")
 
@@ -102,12 +103,18 @@ def _drop_python_engines(graph: Any) -> None:
 
 
 def build(problem: Problem, lowering: Lowering) -> Plan | Reason:
-    """The plan, on the current device, which must be the problem's; or why cuDNN does not support it."""
+    """The plan, on the current device, which must be the problem's; or why cuDNN does not support it.
+
+    Raises torch.OutOfMemoryError; whatever else the frontend raises, in Python or from C++, is a refusal.
+    """
     try:
         return _build(problem, lowering)
-    except (cudnn.cudnnGraphNotSupportedError, RuntimeError, ValueError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        what = "" if isinstance(error, EXPECTED) else f"{type(error).__name__}: "
         lasting = not any(mark in str(error) for mark in PASSING)
-        detail = f"{lowering.strategy}, {problem.direction}: {_first_line(error)}"
+        detail = f"{lowering.strategy}, {problem.direction}: {what}{_first_line(error)}"
         return Reason(Code.SHAPE_REFUSED, detail, lasting)
 
 
@@ -121,13 +128,15 @@ PASSING = (
 def _build(problem: Problem, lowering: Lowering) -> Plan:
     built = assemble(problem, lowering, handle=current_handle(problem.device))
     graph = built.graph
-    graph.validate()
-    graph.build_operation_graph()
-    graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
-    _drop_python_engines(graph)
-    graph.check_support()
-    graph.build_plans(cudnn.build_plan_policy.HEURISTICS_CHOICE)
-    built.callbacks.clear()
+    try:
+        graph.validate()
+        graph.build_operation_graph()
+        graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+        _drop_python_engines(graph)
+        graph.check_support()
+        graph.build_plans(cudnn.build_plan_policy.HEURISTICS_CHOICE)
+    finally:
+        built.callbacks.clear()
     return Plan(problem, graph, _bind(problem, lowering, built))
 
 

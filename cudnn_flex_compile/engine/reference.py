@@ -11,11 +11,13 @@ from typing import Any, Protocol
 import torch
 from torch.overrides import TorchFunctionMode
 
+from cudnn_flex_compile.engine.draws import LARGE, draw, only_added
 from cudnn_flex_compile.engine.problem import Problem, TensorSpec
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.interpret import environment, evaluate
 from cudnn_flex_compile.scoremod.ir import Program
 from cudnn_flex_compile.scoremod.masks.form import split
+from cudnn_flex_compile.scoremod.text import parse
 
 Masked = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -45,38 +47,6 @@ class Reference(Protocol):
     def sample(self, problem: Problem, generator: torch.Generator, extremes: bool = False) -> Sample: ...
 
 
-def random_like(spec: TensorSpec, generator: torch.Generator, limit: int) -> torch.Tensor:
-    """Unit normal floats; integers in [0, limit], as far as the dtype goes; coin flips for booleans."""
-    tensor = spec.empty(generator.device)
-    if tensor.dtype.is_floating_point:
-        return tensor.normal_(generator=generator)
-    if tensor.dtype == torch.bool:
-        return tensor.bernoulli_(0.5, generator=generator)
-    return tensor.random_(0, min(limit + 1, torch.iinfo(tensor.dtype).max), generator=generator)
-
-
-LARGE = 1e3
-
-
-def extreme_like(spec: TensorSpec, generator: torch.Generator, limit: int) -> torch.Tensor:
-    """What calls seldom hold: integers at the ends of [0, limit] and at tile edges; floats a thousand times as large,
-    some zero, and in long last dimensions (columns, not heads) some -inf; of booleans one, none, and all but one true.
-    """
-    tensor, last = random_like(spec, generator, limit), spec.shape[-1] if spec.shape else 1
-    place = torch.arange(tensor.numel(), device=tensor.device).view(spec.shape)
-    if tensor.dtype == torch.bool:
-        kind, column = place // last % 3, place % last
-        return torch.where(kind == 0, column == 0, (kind == 2) & (column != last - 1))
-    if not tensor.dtype.is_floating_point:
-        edges = [0, limit, 1, limit - 1, 64, 128, limit // 2, 127, limit - 64]
-        top = min(limit, torch.iinfo(tensor.dtype).max - 1)
-        values = torch.tensor([min(max(edge, 0), top) for edge in edges], device=tensor.device, dtype=tensor.dtype)
-        return tensor.copy_(values[place % len(edges)])
-    tensor.mul_(LARGE)
-    tensor.masked_fill_(place % 8 == 2, 0.0)
-    return tensor.masked_fill_(place % last % 8 == 5, float("-inf")) if last > 64 else tensor
-
-
 class ProgramReference:
     """The program itself, through the interpreter."""
 
@@ -89,11 +59,11 @@ class ProgramReference:
         self.floats = 1 + max((int(n.value or 0) for n in leaves if n.dtype == ir.F32), default=-1)
 
     def sample(self, problem: Problem, generator: torch.Generator, extremes: bool = False) -> Sample:
-        length, draw = problem.lengths[1], extreme_like if extremes else random_like
-        operands = [draw(spec, generator, length) for spec in problem.operands]
-        for bias in split(self.program.mask).biases:
-            position = int(bias.value or 0)
-            operands[position] = _hiding(operands[position], generator, extremes)
+        length, infinite = problem.lengths[1], only_added(self.program)
+        hiding = {int(bias.value or 0) for bias in split(self.program.mask).biases}
+        operands = [
+            draw(spec, generator, length, extremes, infinite, i in hiding) for i, spec in enumerate(problem.operands)
+        ]
         ints = [length * (i % 2) if extremes else max(1, length // 3) for i in range(self.ints)]
         floats = [torch.tensor(LARGE if extremes else 1.5, dtype=torch.float64)] * self.floats
 
@@ -110,16 +80,6 @@ class ProgramReference:
             return torch.where(mask, evaluate(self.program.score, leaf, high), float("-inf")).expand(scores.shape)
 
         return Sample(operands, ints, floats, masked)
-
-
-def _hiding(operand: torch.Tensor, generator: torch.Generator, extremes: bool) -> torch.Tensor:
-    """A bias of 0 and -inf, for what is a predicate to the user."""
-    if extremes:
-        spec = TensorSpec(tuple(operand.shape), tuple(operand.stride()), torch.bool)
-        visible = extreme_like(spec, generator, 1)
-    else:
-        visible = operand > 0
-    return operand.masked_fill_(visible, 0.0).masked_fill_(~visible, float("-inf"))
 
 
 def pairs_of(operand: torch.Tensor, where: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -177,7 +137,8 @@ class SubgraphReference:
     source: str = ""
 
     def sample(self, problem: Problem, generator: torch.Generator, extremes: bool = False) -> Sample:
-        values = [self._draw(c, generator, extremes) for c in self.captured]
+        infinite = only_added(parse(problem.program))
+        values = [self._draw(c, generator, extremes, infinite) for c in self.captured]
         sizes = (*problem.lse_shape, problem.lengths[1])
         operands, order = self.operands(values, sizes, generator.device)
         for_score = [values[i] for i in self.score_captured]
@@ -198,16 +159,15 @@ class SubgraphReference:
         ints = [int(values[i]) for i in self.ints]
         return Sample(operands, ints, [values[i] for i in self.floats], masked)
 
-    def _draw(self, captured: CapturedValue, generator: torch.Generator, extremes: bool) -> Any:
+    def _draw(self, captured: CapturedValue, generator: torch.Generator, extremes: bool, infinite: bool) -> Any:
         if captured.spec is None:
             return captured.number
         if captured.scalar:
             return captured.real if captured.real is not None else torch.tensor(1.5, dtype=captured.spec.dtype)
-        if extremes and not captured.index:
-            return extreme_like(captured.spec, generator, captured.limit)
-        if captured.real is not None and not captured.spec.dtype.is_floating_point:
+        extremes = extremes and not captured.index
+        if captured.real is not None and not captured.spec.dtype.is_floating_point and not extremes:
             return captured.real  # indices into other tensors: only real ones are known to be in range
-        return random_like(captured.spec, generator, captured.limit)
+        return draw(captured.spec, generator, captured.limit, extremes, infinite)
 
 
 class IndexByTensors(TorchFunctionMode):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from cudnn_flex_compile.engine.problem import Problem, TensorSpec
+from cudnn_flex_compile.engine.tail import TILE
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +64,13 @@ class Tensors:
 
 
 def drawn(problem: Problem, generator: torch.Generator) -> Tensors:
-    """Unit normal inputs, and outputs that hold anything."""
+    """Unit normal inputs amid NaNs, and outputs that are poisoned."""
     device = generator.device
     specs = (problem.query, problem.key, problem.value, problem.grad or problem.out)
-    query, key, value, grad = (spec.empty(device).normal_(generator=generator) for spec in specs)
-    return Tensors(
-        query, key, value, grad, problem.out.empty(device), torch.empty((*problem.lse_shape, 1), device=device)
-    )
+    query, key, value, grad = (amid_nans(spec, device).normal_(generator=generator) for spec in specs)
+    batch, heads, length = problem.lse_shape
+    stats = TensorSpec((batch, heads, length, 1), (heads * length, length, 1, 1), torch.float32)
+    return Tensors(query, key, value, grad, poisoned(problem.out, device), poisoned(stats, device))
 
 
 @contextmanager
@@ -108,18 +109,56 @@ POISON = {
 }
 
 
-def poison(tensor: torch.Tensor) -> None:
-    integers, pattern = POISON[tensor.dtype]
-    tensor.view(integers).fill_(pattern)
+# Elements before and after a poisoned tensor, which nobody may write to; a multiple of what cuDNN aligns to.
+MARGIN = 512
 
 
 def poisoned(spec: TensorSpec, device: torch.device) -> torch.Tensor:
-    tensor = spec.empty(device)
+    """A tensor of a layout, with margins."""
+    memory = torch.empty(MARGIN + _extent(spec) + MARGIN, dtype=spec.dtype, device=device)
+    tensor = memory.as_strided(spec.shape, spec.stride, MARGIN)
     poison(tensor)
     return tensor
 
 
+def amid_nans(spec: TensorSpec, device: torch.device) -> torch.Tensor:
+    """An input, to be filled, with what no plan may let through around it: NaNs, or the largest integers. Tiles reach
+    beyond the last row: what is read there must be dropped, whatever it is.
+    """
+    worst = math.nan if spec.dtype.is_floating_point else spec.dtype is torch.bool or torch.iinfo(spec.dtype).max
+    extent, margin = _extent(spec), TILE * max(1, *spec.stride[-2:])
+    memory = torch.full((margin + extent + margin,), worst, dtype=spec.dtype, device=device)
+    return memory.as_strided(spec.shape, spec.stride, margin)
+
+
+def surrounded(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of an input amid NaNs."""
+    return amid_nans(TensorSpec.of(tensor), tensor.device).copy_(tensor)
+
+
+def _extent(spec: TensorSpec) -> int:
+    return 1 + sum((n - 1) * step for n, step in zip(spec.shape, spec.stride, strict=True))
+
+
+def poison(tensor: torch.Tensor) -> None:
+    """Anew, and its margins."""
+    _memory(tensor).fill_(POISON[tensor.dtype][1])
+
+
 def unwritten(tensor: torch.Tensor) -> torch.Tensor:
-    """How many entries of a poisoned tensor nobody wrote to."""
+    """How many entries of a poisoned tensor nobody wrote to, 0-d."""
     integers, pattern = POISON[tensor.dtype]
     return (tensor.view(integers) == pattern).sum()
+
+
+def overrun(tensor: torch.Tensor) -> torch.Tensor:
+    """How many entries of a poisoned tensor's margins somebody wrote to, 0-d."""
+    memory, pattern = _memory(tensor), POISON[tensor.dtype][1]
+    return (memory[:MARGIN] != pattern).sum() + (memory[-MARGIN:] != pattern).sum()
+
+
+def _memory(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor's memory, as integers."""
+    storage = tensor.untyped_storage()
+    memory = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage)  # pyright: ignore
+    return memory.view(POISON[tensor.dtype][0])

@@ -3,9 +3,11 @@
 Knows nothing of FX graphs or of the op that runs plans.
 """
 
+import atexit
 import functools
 import itertools
-import threading
+import logging
+import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -30,6 +32,7 @@ from cudnn_flex_compile.engine.support import refused
 from cudnn_flex_compile.engine.tail import guarded, needs_guard
 from cudnn_flex_compile.engine.verdicts import keep, recall
 from cudnn_flex_compile.engine.versions import cudnn_version, unusable_device
+from cudnn_flex_compile.locks import new_lock
 from cudnn_flex_compile.phases import count, phase
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
@@ -79,11 +82,17 @@ class Ready:
         return self.plan.outputs[0].layout, stats.layout
 
 
+log = logging.getLogger("cudnn_flex_compile")
 _policy = Policy()
 plans: Cache[Ready | Reason] = Cache(256)
-_building = threading.Lock()
+_building = new_lock()
 _references: OrderedDict[tuple[str, tuple[int, ...]], Reference] = OrderedDict()
 REFERENCES = 256
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=plans.forsake)  # a child has no part in its parent's CUDA context
+atexit.register(plans.clear)  # while CUDA and cuDNN are there: what modules hold may be freed after they are gone
 
 
 def set_certify(mode: str) -> None:
@@ -144,7 +153,7 @@ def find_plan(
         return found
     if torch.cuda.is_current_stream_capturing():  # nothing can be compared now: the next compilation will
         return found
-    return run_clean(lambda: _unless_short(lambda: _compared(call, found, reference())), call[11])
+    return run_clean(lambda: _or_why_not(lambda: _compared(call, found, reference())), call[11])
 
 
 def _compared(call: Key, found: Ready, reference: Reference) -> Ready | Reason:
@@ -185,21 +194,24 @@ def _make(call: Key) -> Ready | Reason:
             return ready
         forward = ready.plan
     reference = _reference(problem)
-    plan = _unless_short(lambda: _stored_or_first_right(problem, forward, reference))
+    plan = _or_why_not(lambda: _stored_or_first_right(problem, forward, reference))
     return plan if isinstance(plan, Reason) else Ready(plan, _copies(call, problem), {reference.fingerprint})
 
 
 Found = TypeVar("Found")
 
 
-def _unless_short(find: Callable[[], Found]) -> Found | Reason:
-    """What `find` gives, or that memory is short."""
+def _or_why_not(find: Callable[[], Found]) -> Found | Reason:
+    """What `find` gives, or that memory is short, or what went wrong."""
     try:
         return find()
     except torch.OutOfMemoryError as error:
         torch.cuda.empty_cache()
-        detail = f"not enough memory to certify a plan: {str(error)[:120]}"
-        return Reason(Code.CERTIFICATION, detail, lasting=False)
+        detail = f"not enough memory to build or certify a plan: {str(error)[:120]}"
+        return Reason(Code.MEMORY, detail, lasting=False)
+    except Exception as error:  # a bug of ours, or a function that cannot be evaluated here, must not stop the model
+        log.warning("cudnn_flex: building or certifying a plan failed", exc_info=True)
+        return Reason(Code.INTERNAL, f"{type(error).__name__}: {error}", lasting=False)
 
 
 def _stored_or_first_right(problem: Problem, forward: "Runs | None", reference: Reference) -> "Runs | Reason":

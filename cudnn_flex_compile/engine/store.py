@@ -12,13 +12,14 @@ import logging
 import os
 import struct
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from filelock import FileLock, Timeout
+
+from cudnn_flex_compile.locks import new_lock
 
 log = logging.getLogger("cudnn_flex_compile")
 
@@ -50,7 +51,7 @@ class Store:
     def __init__(self, folder: Path, bound: int) -> None:
         self.folder, self.bound = folder, bound
         self._room = 0  # bytes that may be written before the folder is measured again
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._writable = True
 
     def read(self, key: str) -> bytes | None:

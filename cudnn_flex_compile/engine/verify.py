@@ -7,7 +7,7 @@ back. Memory is that of the problem's own tensors plus O(samples x length).
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -23,7 +23,16 @@ from cudnn_flex_compile.engine.expected import (
 from cudnn_flex_compile.engine.places import SEED, Places, places
 from cudnn_flex_compile.engine.problem import BACKWARD, Problem, TensorSpec
 from cudnn_flex_compile.engine.reference import Reference, Sample
-from cudnn_flex_compile.engine.regimes import REGIMES, Regime, Tensors, applied, drawn, poison, poisoned, unwritten
+from cudnn_flex_compile.engine.regimes import (
+    REGIMES,
+    Regime,
+    Tensors,
+    applied,
+    drawn,
+    poison,
+    poisoned,
+    surrounded,
+)
 from cudnn_flex_compile.reasons import Code, Reason
 
 
@@ -85,6 +94,7 @@ def _varies(sample: Sample) -> bool:
 
 
 def _data(problem: Problem, tensors: Tensors, sample: Sample) -> Data:
+    sample = replace(sample, operands=[surrounded(operand) for operand in sample.operands])
     where = places(problem, sample, tensors.query.device)
     backward = problem.direction == BACKWARD
     none = torch.zeros((), dtype=torch.float64, device=tensors.query.device)
@@ -113,10 +123,10 @@ def _of_forward(problem: Problem, t: Tensors, regime: Regime, data: Data) -> Ite
         expected_rows(problem, t, data.sample, where, low=flag) for flag in (False, True)
     )
     yield of_rows(regime, "out", t.out[at], exact, stock)
-    yield of_memory(regime, "out", unwritten(t.out))
+    yield of_memory(regime, "out", t.out)
     if problem.stats:
         yield of_log_sums(regime, t.stats[at][..., 0], exact_lse, stock_lse)
-        yield of_memory(regime, "the LSE", unwritten(t.stats))
+        yield of_memory(regime, "the LSE", t.stats)
 
 
 def _of_backward(plan: Runnable, t: Tensors, regime: Regime, data: Data) -> Iterator[Finding]:
@@ -124,7 +134,7 @@ def _of_backward(plan: Runnable, t: Tensors, regime: Regime, data: Data) -> Iter
     gradients = tuple(poisoned(spec, t.query.device) for spec in plan.outputs)
     _run(plan, (t.query, t.key, t.value, t.out, t.stats, t.grad), gradients, data.sample)
     for gradient, label in zip(gradients, ("dQ", "dK", "dV"), strict=True):
-        yield of_memory(regime, label, unwritten(gradient))
+        yield of_memory(regime, label, gradient)
     batches, kv_heads = where.batches[:, None], where.heads[:, None] // group_of(problem)
     dq, dk, dv = gradients
     exact, stock = (expected_dq(problem, t, data.sample, where, flag, data.off) for flag in (False, True))

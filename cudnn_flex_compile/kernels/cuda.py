@@ -19,6 +19,7 @@ from cudnn_flex_compile.kernels import fallback
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod.ranges import VALUE_LIMIT
 
+Gradients = tuple[Tensor, Tensor, Tensor]
 log = logging.getLogger("cudnn_flex_compile")
 _warned: set[str] = set()
 LSE_GRADIENT = Reason(Code.LSE_GRADIENT, "the LSE takes part in the loss")
@@ -43,14 +44,20 @@ def forward(
     out, lse = empty(*found.layouts[0]), empty(*found.layouts[1])
     inputs = _aligned((query, key, value))
     outputs = (out, lse) if stats else (out,)
-    found.plan.run((*inputs, *outputs), _aligned(operands) if operands else operands, ints, floats)
+    try:
+        found.plan.run((*inputs, *outputs), _aligned(operands) if operands else operands, ints, floats)
+    except torch.OutOfMemoryError as error:
+        _explain(program, _no_workspace(found, error))
+        del out, outputs
+        out, lse = _fallback_forward(query, key, value, operands, ints, floats, program, scale)
+        return out, lse if stats else lse.new_empty(0)
     return out, lse
 
 
 def backward(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
     operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor], program: str, scale: float,
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> Gradients:  # fmt: skip
     """dQ, dK, dV in the layouts of torch.empty_like of query, key and value.
 
     With a gradient of the (natural) log-sum-exp, Inductor's kernel computes them: the plans take none.
@@ -70,8 +77,20 @@ def backward(
     q_layout, k_layout, v_layout = found.layouts
     dq, dk, dv = empty(*q_layout), empty(*k_layout), empty(*v_layout)
     inputs = _aligned((query, key, value, out, stats, grad_out))
-    found.plan.run((*inputs, dq, dk, dv), _aligned(operands) if operands else operands, ints, floats)
+    try:
+        found.plan.run((*inputs, dq, dk, dv), _aligned(operands) if operands else operands, ints, floats)
+    except torch.OutOfMemoryError as error:
+        _explain(program, _no_workspace(found, error))
+        del dq, dk, dv
+        return _fallback_backward(grad_out, grad_lse, query, key, value, operands, ints, floats, program, scale)
     return dq, dk, dv
+
+
+def _no_workspace(found: Ready, error: torch.OutOfMemoryError) -> Reason:
+    """Raises the error while a CUDA graph is being captured: nothing else can be compiled then."""
+    if torch.cuda.is_current_stream_capturing():
+        raise error
+    return Reason(Code.MEMORY, f"{found.plan.strategy} has no memory to work in: {str(error)[:120]}")
 
 
 def _copied(found: Ready, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -123,4 +142,5 @@ def _fallback_backward(
     with above_autograd():
         gradients = fallback.backward(grad_out, grad_lse, query, key, value, operands, ints, floats, program, scale)
     like = (torch.empty_like(t) for t in (query, key, value))
-    return tuple(g if g.stride() == t.stride() else t.copy_(g) for g, t in zip(gradients, like, strict=True))
+    dq, dk, dv = (g if g.stride() == t.stride() else t.copy_(g) for g, t in zip(gradients, like, strict=True))
+    return dq, dk, dv

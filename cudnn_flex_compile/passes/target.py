@@ -16,12 +16,11 @@ from cudnn_flex_compile.engine.problem import Problem, TensorSpec, dense
 from cudnn_flex_compile.engine.reference import CapturedValue, SubgraphReference
 from cudnn_flex_compile.engine.strategies import STRATEGIES
 from cudnn_flex_compile.engine.support import refused
-from cudnn_flex_compile.passes.capture import Captures
+from cudnn_flex_compile.passes.capture import Captures, indexing
 from cudnn_flex_compile.passes.compact import COUNTS, Compact, counts_of, order_of, slots_of
 from cudnn_flex_compile.passes.find import Call, example, hint, scale_of
 from cudnn_flex_compile.passes.hoist import operand_value
 from cudnn_flex_compile.reasons import Code, Reason
-from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import AXES, Expr, Program
 from cudnn_flex_compile.scoremod.partition import Hoisted
 from cudnn_flex_compile.scoremod.text import text
@@ -128,9 +127,10 @@ def _reference(target: Target) -> SubgraphReference:
     leaves = list(target.captures.nodes)
     # Integers that are indices stay within every captured tensor; others, such as lengths, may be up to the length.
     inside = max(min((n for t in leaves for n in _shape(target, t)), default=2) - 1, 0)
-    indices, length = _indices(target), hint(example(target.call.key).shape[2])
+    indexed, length = indexing(target.call), hint(example(target.call.key).shape[2])
     captured = tuple(
-        _captured(target, leaf, *((inside, True) if leaf in indices else (length, False))) for leaf in leaves
+        _captured(target, leaf, *((inside, True) if target.captures.nodes[leaf] in indexed else (length, False)))
+        for leaf in leaves
     )
 
     def operands(
@@ -157,12 +157,6 @@ def _reference(target: Target) -> SubgraphReference:
         fingerprint=target.fingerprint,
         source=target.call.source,
     )
-
-
-def _indices(target: Target) -> set[Expr]:
-    """The captures that are read to index another one."""
-    gathers = [n for h in target.hoisted for n in ir.walk(h.expression) if n.kind == "gather"]
-    return {leaf for n in gathers for leaf in ir.walk(*n.args[1:]) if leaf.kind == "capture"}
 
 
 def _shape(target: Target, leaf: Expr) -> tuple[int, ...]:

@@ -5,13 +5,13 @@ identity structure of what they captured, and torch's defaults determine; functi
 """
 
 import hashlib
-import threading
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
 
+from cudnn_flex_compile.locks import new_lock
 from cudnn_flex_compile.passes.block_mask import MaskProgram
 from cudnn_flex_compile.passes.capture import Captures
 from cudnn_flex_compile.passes.find import Call, example, hint
@@ -27,7 +27,7 @@ from cudnn_flex_compile.scoremod.trace import Captured, Untraceable, trace
 
 KEPT = 256
 _known: "OrderedDict[Hashable, Traced | Reason]" = OrderedDict()
-_lock = threading.Lock()
+_lock = new_lock()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from cudnn_flex_compile.engine.draws import random_like
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem, TensorSpec, out_spec
-from cudnn_flex_compile.engine.reference import CapturedValue, ProgramReference, SubgraphReference, random_like
+from cudnn_flex_compile.engine.reference import CapturedValue, ProgramReference, SubgraphReference
 from cudnn_flex_compile.engine.verify import certify
 from cudnn_flex_compile.kernels import cpu
 from cudnn_flex_compile.passes.hoist import operand_value

@@ -125,7 +125,8 @@ def _how(code: int | None) -> str:
 
 
 def serve(connection: Connection, judge: Callable[[Call], Verdict], parent: int) -> None:
-    """The body of a worker: judges until nobody asks any more."""
+    """The body of a worker: judges until nobody asks any more. It has one core, and needs no workers of its own."""
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     import torch
 
     torch.set_num_threads(1)

@@ -41,7 +41,7 @@ def script(case: Call, verdict: Verdict, found: str, name: str) -> str:
 
     Args:
         found: where the call comes from, in words.
-        name: of the file.
+        name: of the file, as it is to be run.
     """
     arguments = "\n".join(f"    {field.name}={getattr(case, field.name)!r}," for field in fields(case))
     summary = " ".join(f"{verdict.kind}: {verdict.detail}".split()).replace("\\", "/").replace('"""', "'''")
@@ -75,7 +75,7 @@ def write(folder: Path, case: Call, verdict: Verdict, found: str, label: str) ->
     """Writes the script into the folder, which is made where it is missing."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"repro_{label}.py"
-    path.write_text(script(case, verdict, f"{found}; {versions()}", path.name))
+    path.write_text(script(case, verdict, f"{found}; {versions()}", str(path)))
     return path
 
 

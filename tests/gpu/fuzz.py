@@ -54,7 +54,7 @@ def table(outcome: Outcome, seed: int | None) -> Table:
 def show(outcome: Outcome, seed: int | None, console: Console) -> None:
     for failure in outcome.failures:
         console.rule(f"{failure.origin.label}: {failure.verdict.kind}", align="left")
-        console.print(failure.path.read_text(), markup=False, highlight=False)
+        console.print(failure.path.read_text(), markup=False, highlight=False, soft_wrap=True)
     for skipped in outcome.skipped[:SLOWEST]:
         console.print(f"skipped {skipped}", markup=False, highlight=False)
     for task, (verdict, seconds) in sorted(outcome.calls.items(), key=lambda item: -item[1][1])[:SLOWEST]:

@@ -94,6 +94,7 @@ def test_the_given_mapping_is_not_changed() -> None:
 @pytest.mark.parametrize(
     ("name", "text", "value"),
     [("inner_backend", "eager", "eager"), ("mode", "reduce-overhead", "reduce-overhead"), ("certify", "off", "off"),
+     ("certify", "always", "always"),
      ("plan_cache_size", "17", 17), ("verbose", "1", True), ("verbose", "TRUE", True), ("verbose", "yes", True),
      ("verbose", "on", True), ("verbose", "0", False), ("verbose", "off", False), ("verbose", "", False)],
 )  # fmt: skip

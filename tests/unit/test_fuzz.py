@@ -18,10 +18,11 @@ import pytest
 import torch
 from rich.console import Console
 
+from cudnn_flex_compile.reasons import Code, Reason
 from tests.fuzzing import judge as judging
 from tests.fuzzing.campaign import Campaign, Outcome, numbered
 from tests.fuzzing.cases import case, drawn
-from tests.fuzzing.judge import judge
+from tests.fuzzing.judge import AT_RUN_TIME, judge
 from tests.fuzzing.pool import Pool
 from tests.fuzzing.repro import script, user_code
 from tests.fuzzing.shrink import shrink, simpler
@@ -145,6 +146,21 @@ def test_unwritten_rows_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_kept_calls_have_a_reason() -> None:
     verdict = judge(replace(PLAIN, score="torch.lgamma(score + 20)"), "cpu")
     assert (verdict.kind, verdict.reason) == (KEPT, "UNKNOWN_OP")
+
+
+def test_what_runs_elsewhere_after_all_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward for a gradient of an unusual layout, for one."""
+    from cudnn_flex_compile.kernels import cpu, cuda
+
+    forward = cpu.forward
+
+    def elsewhere(*arguments):
+        cuda._explain("a program", Reason(Code.SHAPE_REFUSED, "no engine"))
+        forward(*arguments)
+
+    monkeypatch.setattr(cpu, "forward", elsewhere)
+    verdict = judge(PLAIN, "cpu")
+    assert (verdict.kind, verdict.reason, verdict.detail) == (KEPT, AT_RUN_TIME, "SHAPE_REFUSED: no engine")
 
 
 def test_a_bug_of_the_pass_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

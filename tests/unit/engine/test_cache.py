@@ -18,7 +18,7 @@ def test_what_was_put_is_got() -> None:
     assert cache.get("a") is None
     assert cache.put("a", "plan") == "plan"
     assert cache.get("a") == "plan"
-    assert cache.info() == CacheInfo(1, 1, 0, 0, 0, 0, 0, 0, 1, 4)
+    assert cache.info() == CacheInfo(1, 1, 0, 0, 0, 0, 0, 1, 4)
 
 
 def test_the_first_value_stays() -> None:
@@ -73,7 +73,16 @@ def test_clear_forgets_everything() -> None:
     cache.count("builds")
     cache.clear()
     assert cache.get("a") is None
-    assert cache.info() == CacheInfo(0, 1, 0, 0, 0, 0, 0, 0, 0, 5)
+    assert cache.info() == CacheInfo(0, 1, 0, 0, 0, 0, 0, 0, 5)
+
+
+def test_seconds_add_up() -> None:
+    cache = Cache[str](5)
+    cache.count("certify_seconds", 0.25)
+    cache.count("certify_seconds", 0.5)
+    assert cache.info().certify_seconds == 0.75
+    cache.clear()
+    assert cache.info().certify_seconds == 0
 
 
 @pytest.mark.parametrize("what", ["builds", "certifications", "rejections", "restored"])

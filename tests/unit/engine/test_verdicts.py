@@ -119,13 +119,16 @@ def test_one_passing_reason_among_lasting_ones_is_not_stored(backend, folder, mo
     assert not files(folder)
 
 
-def test_memory_short_in_certification_is_not_stored(backend, folder, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "code"), [(torch.OutOfMemoryError("CUDA out of memory"), Code.MEMORY), (KeyError("a bug"), Code.INTERNAL)]
+)
+def test_what_went_wrong_in_certification_is_not_stored(backend, folder, monkeypatch, error, code):
     def certify(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     with monkeypatch.context() as short:
         short.setattr("cudnn_flex_compile.engine.verify.certify", certify)
-        assert find_plan(call()).code is Code.CERTIFICATION
+        assert find_plan(call()).code is code
     assert not files(folder)
     assert again(backend, call())[0].plan.strategy == "chained"
 
