@@ -29,6 +29,7 @@ class Code(enum.Enum):
     SHAPE_REFUSED = "cuDNN has no kernel for this shape on this GPU"
     KNOWN_WRONG = "cuDNN computes this wrongly; upgrade to the version named"
     SLOWER = "nothing: stock flex_attention is the faster one here (options={'lower': 'always'} overrides)"
+    MEMORY = "free GPU memory and call cudnn_flex_compile.cache_clear(): checking a plan takes as much as one more call"
     CERTIFICATION = "cuDNN's numbers were wrong here; please report the program and the shape"
     INTERNAL = "a bug of cudnn_flex_compile: please report it with the detail"
 
@@ -40,10 +41,12 @@ class Reason:
     Attributes:
         code: the class of reason, with its remedy.
         detail: what exactly, in this call.
+        lasting: whether it would be the same another time: not where memory was short, for one.
     """
 
     code: Code
     detail: str = ""
+    lasting: bool = True
 
     @property
     def remedy(self) -> str:

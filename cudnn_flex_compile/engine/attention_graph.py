@@ -34,14 +34,16 @@ class AttentionGraph:
 
 @dataclass(slots=True)
 class Callbacks:
-    """What the score_mod callbacks read. Cleared once the graph is built: the graph owns the callbacks, and a
-    callback that led back to the graph would keep both alive for ever (the cycle runs through C++).
+    """What the score_mod callbacks read. Cleared once the graph is built, or refused: the graph owns the callbacks, and
+    a callback that led back to the graph would keep both alive for ever (the cycle runs through C++).
     """
 
     building: list[tuple[Inputs, Lowering]]
     emitters: list[Emitter] = field(default_factory=list[Emitter])
 
     def clear(self) -> None:
+        for emitter in self.emitters:
+            _release(emitter.graph)
         self.building.clear()
         self.emitters.clear()
 
@@ -57,6 +59,17 @@ class Callbacks:
         emitter = self.emitters[-1]  # the forward's nodes are in the same graph: what it computed is reused
         emitter.grad = _shaped(grad, inputs.problem)
         return lowering.score_mod_bprop(emitter)
+
+
+def _release(shim: Any) -> None:
+    """Lets go of the graph that a callback was given: frontend 1.32 wraps it, and the wrapper is a cycle of its own.
+
+    It holds the closure that lowers tensors, which holds the lowered graph, which holds our callback in that wrapper.
+    Python's collector does not see through C++, so each such graph (and the kernels of its plan) would stay for ever,
+    and be complained about at exit. The closure serves no more once the graph is lowered.
+    """
+    for cell in getattr(getattr(shim, "_lower", None), "__closure__", None) or ():
+        cell.cell_contents = None
 
 
 def stats_spec(problem: Problem) -> TensorSpec:

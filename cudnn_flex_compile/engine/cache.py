@@ -3,24 +3,30 @@
 Knows nothing of what a key or a plan is.
 """
 
-import threading
 from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Generic, Literal, NamedTuple, TypeVar, get_args
 
+from cudnn_flex_compile import phases
+from cudnn_flex_compile.locks import new_lock
+
 Value = TypeVar("Value")
-Counter = Literal["hits", "misses", "builds", "certifications", "rejections", "evictions", "certify_seconds"]
+Counter = Literal[
+    "hits", "misses", "builds", "certifications", "rejections", "restored", "evictions", "certify_seconds"
+]  # fmt: skip
 
 
 class CacheInfo(NamedTuple):
     """hits, misses: look-ups. builds: plans built. certifications: plans checked. rejections: checks failed.
-    evictions: plans dropped for room. size, bound: plans held, and at most. certify_seconds: what the checks took."""
+    restored: verdicts taken from the cache folder. evictions: plans dropped for room. size, bound: plans held, and at
+    most. certify_seconds: what the checks took."""
 
     hits: int
     misses: int
     builds: int
     certifications: int
     rejections: int
+    restored: int
     evictions: int
     size: int
     bound: int
@@ -32,7 +38,8 @@ class Cache(Generic[Value]):
 
     def __init__(self, bound: int) -> None:
         self._entries: OrderedDict[Hashable, Value] = OrderedDict()
-        self._lock = threading.Lock()
+        self._forsaken: OrderedDict[Hashable, Value] = OrderedDict()
+        self._lock = new_lock()
         self.bound = bound
         self.counts: dict[Counter, float] = dict.fromkeys(get_args(Counter), 0)
 
@@ -59,6 +66,7 @@ class Cache(Generic[Value]):
             return value
 
     def count(self, what: Counter, amount: float = 1) -> None:
+        phases.count(what, amount)
         with self._lock:
             self.counts[what] += amount
 
@@ -71,6 +79,10 @@ class Cache(Generic[Value]):
         while len(self._entries) > self.bound:
             self._entries.popitem(last=False)
             self.counts["evictions"] += 1
+
+    def forsake(self) -> None:
+        """Lets go of all values without freeing them."""
+        self._forsaken, self._entries = self._entries, OrderedDict()
 
     def clear(self) -> None:
         with self._lock:

@@ -6,6 +6,7 @@ ours, `execute` runs.
 """
 
 import ctypes
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,17 +31,17 @@ def _raw(graph: Any, uids: Sequence[int]) -> Launch | None:
         run: Any = lowered._execute_with_raw_ptrs
         lowered._prepare_variant_pack_template()
         order = list(lowered._get_variant_pack_uids_sorted())
-        plan = graph._materialize_backend_plan(graph._plan_index).cpp_index
+        plan = graph._materialize_backend_plan(graph._plan_index).cpp_index if graph._plans else None  # if restored
     except (AttributeError, RuntimeError, TypeError):
         return None
-    if not order or not set(order) <= set(uids):
+    if len(order) < 2 or not set(order) <= set(uids):
         return None
-    positions = [uids.index(uid) for uid in order]
+    in_order = operator.itemgetter(*[uids.index(uid) for uid in order])
     count, array = len(order), ctypes.c_void_p * len(order)
     index = -1 if plan is None else plan
 
     def launch(addresses: Sequence[int], workspace: int, handle: Any) -> None:
-        pointers = array(*[addresses[i] for i in positions])
+        pointers = array(*in_order(addresses))
         run(ctypes.addressof(pointers), count, workspace, handle.backend_handle, index)
 
     return launch

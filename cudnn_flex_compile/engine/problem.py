@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from cudnn_flex_compile.engine.memory import Layout
+
 FORWARD, BACKWARD = "forward", "backward"
 
 
@@ -21,6 +23,10 @@ class TensorSpec:
     @staticmethod
     def of(tensor: torch.Tensor) -> "TensorSpec":
         return TensorSpec(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
+
+    @property
+    def layout(self) -> Layout:
+        return self.shape, self.stride, self.dtype
 
     def empty(self, device: torch.device) -> torch.Tensor:
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device)

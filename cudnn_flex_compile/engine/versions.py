@@ -16,9 +16,9 @@ MINIMUM_CAPABILITY = (8, 0)
 
 @functools.cache
 def cudnn_missing() -> str | None:
-    """Why cudnn cannot be imported, or None."""
+    """Why cudnn cannot be used, or None. The frontend imports without its library, and finds out when it is called."""
     try:
-        importlib.import_module("cudnn")
+        importlib.import_module("cudnn").backend_version()
         return None
     except Exception as error:  # the frontend raises ImportError, RuntimeError or OSError, by what is missing
         return f"{type(error).__name__}: {error}"

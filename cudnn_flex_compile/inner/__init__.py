@@ -10,7 +10,7 @@ from typing import Any
 from torch.fx import GraphModule
 
 from cudnn_flex_compile.config import Options
-from cudnn_flex_compile.inner import inductor, registered
+from cudnn_flex_compile.inner import direct, inductor, registered
 
 Compile = Callable[[GraphModule, Sequence[Any], Options], Callable[..., Any]]
 
@@ -19,4 +19,6 @@ BACKENDS: dict[str, Compile] = {inductor.NAME: inductor.compile}
 
 def compile_inner(graph_module: GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
     """The compiled graph. Raises ValueError for a name that no backend has."""
+    if direct.suffices(graph_module, example_inputs, options):
+        return direct.compile(graph_module)
     return BACKENDS.get(options.inner_backend, registered.compile)(graph_module, example_inputs, options)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cudnn_flex_compile.engine.call import backward_key, forward_key
 from cudnn_flex_compile.engine.clean import above_autograd
+from cudnn_flex_compile.engine.memory import empty
 from cudnn_flex_compile.engine.problem import TensorSpec, dense
 from cudnn_flex_compile.engine.repro import warned
 from cudnn_flex_compile.engine.select import Ready, find_plan, plans
@@ -18,6 +19,7 @@ from cudnn_flex_compile.kernels import fallback
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod.ranges import VALUE_LIMIT
 
+Gradients = tuple[Tensor, Tensor, Tensor]
 log = logging.getLogger("cudnn_flex_compile")
 _warned: set[str] = set()
 LSE_GRADIENT = Reason(Code.LSE_GRADIENT, "the LSE takes part in the loss")
@@ -28,78 +30,91 @@ def forward(
     floats: Sequence[Tensor], program: str, scale: float, stats: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The output in the query's order of strides, and the natural log-sum-exp [B, H, Sq], empty without `stats`."""
+    if query.get_device() != torch._C._cuda_getDevice():
+        with torch.cuda.device(query.device):
+            return forward(query, key, value, operands, ints, floats, program, scale, stats)
     call = forward_key(program, query, key, value, operands, scale, stats)
-    found = plans.get(call) or _find(call, query)
-    if isinstance(found, Reason) or not _in_range(ints):
+    found = plans.get(call) or find_plan(call)
+    if isinstance(found, Reason) or (ints and not _in_range(ints)):
         _explain(program, found)
         out, lse = _fallback_forward(query, key, value, operands, ints, floats, program, scale)
         return out, lse if stats else lse.new_empty(0)
     if found.copied:
         query, key, value = _copied(found, query, key, value)
-    out = _new(found.plan.outputs[0], query)
-    lse = torch.empty(query.shape[:3] if stats else (0,), dtype=torch.float32, device=query.device)
-    _run(found, (query, key, value, out, lse) if stats else (query, key, value, out), operands, ints, floats, query)
+    out, lse = empty(*found.layouts[0]), empty(*found.layouts[1])
+    inputs = _aligned((query, key, value))
+    outputs = (out, lse) if stats else (out,)
+    try:
+        found.plan.run((*inputs, *outputs), _aligned(operands) if operands else operands, ints, floats)
+    except torch.OutOfMemoryError as error:
+        _explain(program, _no_workspace(found, error))
+        del out, outputs
+        out, lse = _fallback_forward(query, key, value, operands, ints, floats, program, scale)
+        return out, lse if stats else lse.new_empty(0)
     return out, lse
 
 
 def backward(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
     operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor], program: str, scale: float,
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> Gradients:  # fmt: skip
     """dQ, dK, dV in the layouts of torch.empty_like of query, key and value.
 
     With a gradient of the (natural) log-sum-exp, Inductor's kernel computes them: the plans take none.
     """
+    if query.get_device() != torch._C._cuda_getDevice():
+        with torch.cuda.device(query.device):
+            rest = (out, stats, operands, ints, floats, program, scale)
+            return backward(grad_out, grad_lse, query, key, value, *rest)
     call = backward_key(forward_key(program, query, key, value, operands, scale, True), grad_out)
-    found = (plans.get(call) or _find(call, query)) if grad_lse is None else LSE_GRADIENT
-    if isinstance(found, Reason) or not _in_range(ints):
+    found = (plans.get(call) or find_plan(call)) if grad_lse is None else LSE_GRADIENT
+    if isinstance(found, Reason) or (ints and not _in_range(ints)):
         _explain(program, found)
         return _fallback_backward(grad_out, grad_lse, query, key, value, operands, ints, floats, program, scale)
-    inputs = (query, key, value)
     if found.copied:
-        inputs = _copied(found, query, key, value)
+        query, key, value = _copied(found, query, key, value)
         grad_out = torch.empty_like(out).copy_(grad_out) if found.copies[3] else grad_out
-    gradients = tuple([_new(spec, query) for spec in found.plan.outputs])
-    _run(found, (*inputs, out, stats, grad_out, *gradients), operands, ints, floats, query)
-    return gradients
+    q_layout, k_layout, v_layout = found.layouts
+    dq, dk, dv = empty(*q_layout), empty(*k_layout), empty(*v_layout)
+    inputs = _aligned((query, key, value, out, stats, grad_out))
+    try:
+        found.plan.run((*inputs, dq, dk, dv), _aligned(operands) if operands else operands, ints, floats)
+    except torch.OutOfMemoryError as error:
+        _explain(program, _no_workspace(found, error))
+        del dq, dk, dv
+        return _fallback_backward(grad_out, grad_lse, query, key, value, operands, ints, floats, program, scale)
+    return dq, dk, dv
 
 
-def _find(call: tuple[object, ...], query: Tensor) -> Ready | Reason:
-    with torch.cuda.device(query.device):
-        return find_plan(call)
-
-
-def _new(spec: TensorSpec, like: Tensor) -> Tensor:
-    return torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device=like.device)
+def _no_workspace(found: Ready, error: torch.OutOfMemoryError) -> Reason:
+    """Raises the error while a CUDA graph is being captured: nothing else can be compiled then."""
+    if torch.cuda.is_current_stream_capturing():
+        raise error
+    return Reason(Code.MEMORY, f"{found.plan.strategy} has no memory to work in: {str(error)[:120]}")
 
 
 def _copied(found: Ready, *tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(
-        _new(dense(TensorSpec.of(t)), t).copy_(t) if copy else t for t, copy in zip(tensors, found.copies, strict=False)
+        _copy(t, dense(TensorSpec.of(t))) if copy else t for t, copy in zip(tensors, found.copies, strict=False)
     )
 
 
-def _aligned(tensor: Tensor) -> Tensor:
-    """A copy: cuDNN reads 16 bytes at a time, and a view may start in between."""
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+def _aligned(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The tensors, or copies of them: cuDNN reads 16 bytes at a time, and a view may start in between."""
+    bits = 0
+    for tensor in tensors:
+        bits |= tensor.data_ptr()
+    if bits & 15 == 0:
+        return tensors
+    return [t if t.data_ptr() % 16 == 0 else _copy(t, TensorSpec.of(t)) for t in tensors]
 
 
-def _run(
-    found: Ready, tensors: tuple[Tensor, ...], operands: Sequence[Tensor], ints: Sequence[int],
-    floats: Sequence[Tensor], like: Tensor,
-) -> None:  # fmt: skip
-    inputs = [t if t.data_ptr() % 16 == 0 else _aligned(t) for t in tensors]
-    if operands:  # a captured tensor may be an operand as it is
-        operands = [t if t.data_ptr() % 16 == 0 else _aligned(t) for t in operands]
-    if like.device.index == torch.cuda.current_device():
-        found.plan.run(inputs, operands, ints, floats)
-    else:
-        with torch.cuda.device(like.device):
-            found.plan.run(inputs, operands, ints, floats)
+def _copy(tensor: Tensor, layout: TensorSpec) -> Tensor:
+    return layout.empty(tensor.device).copy_(tensor)
 
 
 def _in_range(ints: Sequence[int]) -> bool:
-    return all(abs(i) <= VALUE_LIMIT for i in ints) if ints else True
+    return all(abs(i) <= VALUE_LIMIT for i in ints)
 
 
 def _explain(program: str, found: Ready | Reason) -> None:
@@ -123,8 +138,9 @@ def _fallback_forward(
 def _fallback_backward(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor],
     ints: Sequence[int], floats: Sequence[Tensor], program: str, scale: float,
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> Gradients:  # fmt: skip
     with above_autograd():
         gradients = fallback.backward(grad_out, grad_lse, query, key, value, operands, ints, floats, program, scale)
     like = (torch.empty_like(t) for t in (query, key, value))
-    return tuple(g if g.stride() == t.stride() else t.copy_(g) for g, t in zip(gradients, like, strict=True))
+    dq, dk, dv = (g if g.stride() == t.stride() else t.copy_(g) for g, t in zip(gradients, like, strict=True))
+    return dq, dk, dv

@@ -90,3 +90,37 @@ def _only_item(module: GraphModule, position: int) -> bool:
     placeholders: list[Node] = [n for n in module.graph.nodes if n.op == "placeholder"]
     users = placeholders[position].users
     return bool(users) and all(u.op == "call_method" and u.target == "item" for u in users)
+
+
+def indexing(call: Call) -> set[Any]:
+    """The captured nodes that another captured tensor is read at, in the functions as the user wrote them.
+
+    Other values may be out of its range. What indexes it is any argument beside it: no op of a mod takes a whole
+    captured tensor but to read from it.
+    """
+    found: set[Any] = set()
+    for module, values, leading in ((call.score_mod, call.score_captured, 5), (call.mask_mod, call.mask_captured, 4)):
+        placeholders: list[Node] = [n for n in module.graph.nodes if n.op == "placeholder"]
+        captured = dict(zip(placeholders[leading:], values, strict=False))
+        for node in module.graph.nodes:
+            inputs = node.all_input_nodes
+            if inputs and inputs[0] in captured and _dims(captured[inputs[0]]):
+                found |= {captured[n] for n in _above(inputs[1:]) if n in captured and isinstance(captured[n], Node)}
+    return found
+
+
+def _dims(value: Any) -> int:
+    tensor = example(value)
+    return tensor.dim() if isinstance(tensor, torch.Tensor) else 0
+
+
+def _above(nodes: list[Node]) -> set[Node]:
+    """The nodes, and all that they are computed from."""
+    seen: set[Node] = set()
+    ahead = list(nodes)
+    while ahead:
+        node = ahead.pop()
+        if node not in seen:
+            seen.add(node)
+            ahead += node.all_input_nodes
+    return seen

@@ -3,6 +3,7 @@
 Knows nothing of rewriting.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +16,11 @@ from cudnn_flex_compile.engine.problem import Problem, TensorSpec, dense
 from cudnn_flex_compile.engine.reference import CapturedValue, SubgraphReference
 from cudnn_flex_compile.engine.strategies import STRATEGIES
 from cudnn_flex_compile.engine.support import refused
-from cudnn_flex_compile.passes.capture import Captures
+from cudnn_flex_compile.passes.capture import Captures, indexing
 from cudnn_flex_compile.passes.compact import COUNTS, Compact, counts_of, order_of, slots_of
 from cudnn_flex_compile.passes.find import Call, example, hint, scale_of
 from cudnn_flex_compile.passes.hoist import operand_value
 from cudnn_flex_compile.reasons import Code, Reason
-from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import AXES, Expr, Program
 from cudnn_flex_compile.scoremod.partition import Hoisted
 from cudnn_flex_compile.scoremod.text import text
@@ -37,6 +37,7 @@ class Target:
         training: whether a gradient may be asked for.
         real: the graph's inputs, by placeholder.
         compact: the program over permuted keys that runs in place of `program`, if there is one.
+        fingerprint: of the call's functions (passes/traced.py).
     """
 
     call: Call
@@ -46,6 +47,7 @@ class Target:
     training: bool
     real: dict[Node, Any]
     compact: Compact | None = None
+    fingerprint: str | None = None
 
     @property
     def running(self) -> tuple[Program, tuple[Hoisted, ...]]:
@@ -78,15 +80,16 @@ def _any_version() -> int:
 
 
 def _certified(target: Target, call: tuple[Any, ...], problem: Problem) -> tuple[str, ...] | Reason:
-    from cudnn_flex_compile.engine.select import find_plan, remember_reference
+    from cudnn_flex_compile.engine.select import find_plan
 
-    remember_reference(problem, _reference(target))
-    found = find_plan(call)
+    asked = functools.cache(lambda: _reference(target)), target.fingerprint
+    found = find_plan(call, *asked)
     if isinstance(found, Reason):
         return found
     if not target.training:
         return (found.plan.strategy,)
-    backward = find_plan(backward_key(call, Meta(problem.out, torch.device("cuda", problem.device))))
+    grad = Meta(problem.out, torch.device("cuda", problem.device))
+    backward = find_plan(backward_key(call, grad), *asked)
     return backward if isinstance(backward, Reason) else (found.plan.strategy, backward.plan.strategy)
 
 
@@ -124,9 +127,10 @@ def _reference(target: Target) -> SubgraphReference:
     leaves = list(target.captures.nodes)
     # Integers that are indices stay within every captured tensor; others, such as lengths, may be up to the length.
     inside = max(min((n for t in leaves for n in _shape(target, t)), default=2) - 1, 0)
-    indices, length = _indices(target), hint(example(target.call.key).shape[2])
+    indexed, length = indexing(target.call), hint(example(target.call.key).shape[2])
     captured = tuple(
-        _captured(target, leaf, *((inside, True) if leaf in indices else (length, False))) for leaf in leaves
+        _captured(target, leaf, *((inside, True) if target.captures.nodes[leaf] in indexed else (length, False)))
+        for leaf in leaves
     )
 
     def operands(
@@ -150,14 +154,9 @@ def _reference(target: Target) -> SubgraphReference:
         operands=operands,
         ints=tuple(leaves.index(leaf) for leaf in target.captures.ints),
         floats=tuple(leaves.index(leaf) for leaf in target.captures.floats),
+        fingerprint=target.fingerprint,
         source=target.call.source,
     )
-
-
-def _indices(target: Target) -> set[Expr]:
-    """The captures that are read to index another one."""
-    gathers = [n for h in target.hoisted for n in ir.walk(h.expression) if n.kind == "gather"]
-    return {leaf for n in gathers for leaf in ir.walk(*n.args[1:]) if leaf.kind == "capture"}
 
 
 def _shape(target: Target, leaf: Expr) -> tuple[int, ...]:

@@ -9,10 +9,11 @@ references, but a key that is alive keeps its expression alive).
 
 import math
 import struct
-import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+from cudnn_flex_compile.locks import new_lock
 
 F32, I32, I64, BOOL = "f32", "i32", "i64", "bool"
 DTYPES = (F32, I32, I64, BOOL)
@@ -58,7 +59,7 @@ class Expr:
 
 
 _table: "weakref.WeakValueDictionary[tuple[object, ...], Expr]" = weakref.WeakValueDictionary()
-_lock = threading.Lock()
+_lock = new_lock()
 
 
 def _value_key(value: Value) -> object:

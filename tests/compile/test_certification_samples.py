@@ -27,3 +27,23 @@ def test_indices_stay_in_range_and_lengths_do_not(monkeypatch):
     assert calls[0].reason is None, str(calls[0].reason)
     assert seen[0][lengths.shape] == 160
     assert seen[0][kinds.shape] == 1  # the smallest captured dimension is two
+
+
+def test_an_index_stays_in_range_where_simplification_leaves_no_trace_of_it(monkeypatch):
+    kinds, starts = torch.randint(0, 4, (160,)), torch.arange(4)
+    seen = []
+
+    def judge(found):
+        reference = target._reference(found)
+        seen.append({c.spec.shape: c.index for c in reference.captured if c.spec is not None})
+        return real(found)
+
+    real = lower_calls.judge
+    monkeypatch.setattr(lower_calls, "judge", judge)
+
+    def score_mod(s, b, h, i, j):  # always true
+        return torch.where(torch.where(j >= starts[kinds[i]], 150, 1) > 0, s, -float("inf"))
+
+    _, calls = run(lambda q, k, v: flex_attention(q, k, v, score_mod), *qkv())
+    assert calls[0].reason is None, str(calls[0].reason)
+    assert seen[0] == {kinds.shape: True, starts.shape: False}

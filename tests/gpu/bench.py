@@ -1,18 +1,20 @@
 """Times attention through torch.compile, cudnn_flex beside Inductor, in one run, interleaved.
 
     python3 -m tests.gpu.bench [--shape B,H,HKV,S,D ...] [--mods NAME ...] [--repeats N] [--csv FILE]
-    python3 -m tests.gpu.bench --forty [--csv FILE]      eight shapes x five mods
+    python3 -m tests.gpu.bench --forty [--warm 12] [--csv FILE]      eight shapes x five mods
 
 Prints, for each mod, the milliseconds a call of forward, backward and both, and the ratio Inductor / cudnn_flex;
-last the geometric means. One sample is CUDA-event time around up to CALLS calls in a row, divided by their number, as
-in a training step; the median of many samples counts, the backends take turns. Queries, keys and values are views of
-[B, S, H, D] tensors, as projections give them, and so are the output and its gradient.
+last the geometric means. One sample is CUDA-event time, divided by the number of calls, around up to CALLS calls and
+then one call of autograd for all of them, as a model of so many layers has it; the median of many samples counts, the
+backends take turns. Queries, keys and values are views of [B, S, H, D] tensors, as projections give them, and so are
+the output and its gradient.
 """
 
 import argparse
 import csv
 import math
 import statistics
+import subprocess
 import sys
 
 import torch
@@ -22,20 +24,21 @@ from cudnn_flex_compile.report import collect
 from tests.mods import ALL, BY_BATCH, EIGHT, FIVE, MODS
 
 BACKENDS = ("inductor", "cudnn_flex")
-CALLS, LONGEST, WARM_UP = 10, 60, 6  # at most; milliseconds of a sample; samples that do not count
+CALLS, LONGEST, WARM_UP = 10, 30, 6  # at most; milliseconds of a sample; samples that do not count
 
 
-def timed(runs):
-    """Milliseconds of one of the runs on average, and their results."""
+def timed(run):
+    """Milliseconds of a run, and its result."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
-    results = [run() for run in runs]
+    result = run()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / len(results), results
+    return start.elapsed_time(end), result
 
 
 def compiled(name, shape, dtype, options, mode=None):
+    """The functions by backend, what draws q, k, v and a gradient, and the report."""
     batch, heads, kv_heads, length, head_dim = shape
     score_mod, mask_mod = ALL[name](heads, length, "cuda")
     entries = batch if name in BY_BATCH else None
@@ -45,45 +48,69 @@ def compiled(name, shape, dtype, options, mode=None):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         return flex_attention(q, k, v, score_mod, block_mask, enable_gqa=heads != kv_heads).transpose(1, 2)
 
-    def draw(h):
-        return torch.randn(batch, length, h, head_dim, device="cuda", dtype=dtype)
+    def draw():
+        q, k, v, grad = (
+            torch.randn(batch, length, h, head_dim, device="cuda", dtype=dtype)
+            for h in (heads, kv_heads, kv_heads, heads)
+        )
+        return tuple(torch.nn.Parameter(t) for t in (q, k, v)), grad
 
-    qkv = tuple(torch.nn.Parameter(draw(h)) for h in (heads, kv_heads, kv_heads))
     functions = {}
     for backend in BACKENDS:
         torch._dynamo.reset()
         with collect() as report:
             how = {"options": {**options, "mode": mode}} if backend == "cudnn_flex" else {"mode": mode}
             functions[backend] = torch.compile(call, backend=backend, dynamic=False, **how)
-            step(functions[backend], qkv, draw(heads))
-    return functions, qkv, draw(heads), report
+            step(functions[backend], [draw()])
+    return functions, draw, report
 
 
-def step(function, qkv, grad):
+def step(function, layers):
+    """A step of layers that do not depend on each other: all forwards, then one call of autograd."""
     torch.compiler.cudagraph_mark_step_begin()
-    torch.autograd.grad(function(*qkv), qkv, grad)
+    backward([function(*qkv) for qkv, _ in layers], layers)
+
+
+def backward(outs, layers):
+    torch.autograd.grad(outs, [t for qkv, _ in layers for t in qkv], [grad for _, grad in layers])
 
 
 def measure(name, shape, dtype, repeats, options, mode=None):
-    """Medians in milliseconds by backend and part, and what became of the call."""
-    functions, qkv, grad, report = compiled(name, shape, dtype, options, mode)
+    """Medians in milliseconds a call, by backend and part, and what became of the call."""
+    functions, draw, report = compiled(name, shape, dtype, options, mode)
     times = {(b, part): [] for b in BACKENDS for part in ("fwd", "bwd", "both")}
-    calls = 1
+    layers = [draw()]
     for repeat in range(WARM_UP + repeats):
         for backend, function in functions.items():
             fwd = bwd = math.nan
             if mode != "reduce-overhead":  # under which an output is overwritten by the next call's
-                fwd, outs = timed([lambda f=function: f(*qkv)] * calls)
-                bwd, _ = timed([lambda o=out: torch.autograd.grad(o, qkv, grad) for out in outs])
-            both, _ = timed([lambda f=function: step(f, qkv, grad)] * calls)
-            if repeat == WARM_UP - 3:
-                calls = max(1, min(CALLS, round(LONGEST / both)))
+                fwd, outs = timed(lambda f=function: [f(*qkv) for qkv, _ in layers])
+                bwd, _ = timed(lambda o=outs: backward(o, layers))
+            both, _ = timed(lambda f=function: step(f, layers))
             if repeat >= WARM_UP:
                 for part, value in (("fwd", fwd), ("bwd", bwd), ("both", both)):
-                    times[backend, part].append(value)
+                    times[backend, part].append(value / len(layers))
+        if repeat == WARM_UP - 3 and mode != "reduce-overhead":
+            layers = [draw() for _ in range(max(1, min(CALLS, round(LONGEST / both))))]
     medians = {key: statistics.median(values) for key, values in times.items()}
     call = report.calls[0]
     return medians, str(call.reason) if call.reason else "+".join(call.strategies)
+
+
+def warm(processes):
+    """Compiles all cases in other processes at once, for their caches' sake: this one measures alone."""
+    command = [sys.executable, "-m", "tests.gpu.bench", *sys.argv[1:], "--only-compile"]
+    running = [subprocess.Popen([*command, f"{i}/{processes}"]) for i in range(processes)]
+    codes = [process.wait() for process in running]
+    if any(codes):
+        sys.exit("bench: a process that compiled ahead failed")
+
+
+def only_compile(arguments):
+    first, step_size = map(int, arguments.only_compile.split("/"))
+    cases = [(tuple(map(int, text.split(","))), name) for text in arguments.shape for name in arguments.mods]
+    for shape, name in cases[first::step_size]:
+        compiled(name, shape, torch.bfloat16, {"lower": arguments.lower}, arguments.mode)
 
 
 def plot(rows, path):
@@ -114,11 +141,17 @@ def main():
     parser.add_argument("--lower", default="when_faster", choices=("when_faster", "always"))
     parser.add_argument("--csv", help="file for the table")
     parser.add_argument("--plot", help="file for a bar chart (PNG; needs matplotlib)")
+    parser.add_argument("--warm", type=int, default=0, help="processes that fill Inductor's caches before")
+    parser.add_argument("--only-compile", help=argparse.SUPPRESS)  # I/N: every N-th case from the I-th on
     arguments = parser.parse_args()
     if arguments.forty:
         arguments.shape, arguments.mods = EIGHT, FIVE
     if not torch.cuda.is_available():
         sys.exit("bench: no NVIDIA GPU here; speed is only measured on one")
+    if arguments.only_compile:
+        only_compile(arguments)
+        return
+    warm(arguments.warm)
     print(torch.cuda.get_device_name(), "torch", torch.__version__, "cuDNN", torch.backends.cudnn.version())
     rows, ratios = [], []
     for text in arguments.shape:

@@ -5,12 +5,14 @@
 The problem is so small that the GPU never keeps the host waiting; each figure is the mean over calls in a row.
 """
 
+import itertools
 import time
 
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile import ops
+from cudnn_flex_compile.ops.undispatched import backward, forward
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.text import text
@@ -37,23 +39,43 @@ def op_calls(q, k, v):
     plain, capped = text(ir.program(mask=mask)), text(ir.program(make("tanh", ir.SCORE / 20.0) * 20.0, mask))
     out, _, stats = ops.attention(q, k, v, [], [], [], capped, 0.125, False, True, None)
     sdpa = torch.ops.aten._scaled_dot_product_cudnn_attention
-    rest = ([], [], [], capped, 0.125)
+    sdpa_backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
+    saved = sdpa(q, k, v, None, True, 0.0, True, False, scale=0.125)
+    state = (saved[0], saved[1], saved[6], saved[7], None, saved[2], saved[3], LENGTH, LENGTH, 0.0, True)
+    plain, capped = ([], [], [], plain, 0.125), ([], [], [], capped, 0.125)
     return {
-        "torch's cuDNN SDPA op": lambda: sdpa(q, k, v, None, True, 0.0, True, False, scale=0.125),
-        "our op, causal": lambda: ops.attention(q, k, v, [], [], [], plain, 0.125, False, True, None),
-        "our op, soft cap + causal": lambda: ops.attention(q, k, v, *rest, False, True, None),
-        "our op, soft cap + causal, backward": lambda: ops.attention_backward(out, None, q, k, v, out, stats, *rest),
+        "torch's cuDNN SDPA op, causal": lambda: sdpa(q, k, v, None, True, 0.0, True, False, scale=0.125),
+        "ours, causal": lambda: forward(q, k, v, *plain, True, None),
+        "ours, soft cap + causal": lambda: forward(q, k, v, *capped, True, None),
+        "ours, by the dispatcher, causal": lambda: ops.attention_forward(q, k, v, *plain, True, None),
+        "torch's cuDNN SDPA op, causal, backward": lambda: sdpa_backward(out, q, k, v, *state, scale=0.125),
+        "ours, causal, backward": lambda: backward(out, None, q, k, v, out, stats, *plain),
+        "ours, soft cap + causal, backward": lambda: backward(out, None, q, k, v, out, stats, *capped),
     }
 
 
 def compiled_calls(q, k, v):
     mask = create_block_mask(causal, None, None, LENGTH, LENGTH, device="cuda")
+    grad = torch.randn_like(q)
+
+    def alone(a, b, c):
+        return flex_attention(a, b, c, block_mask=mask)
+
+    def among_others(a, b, c):  # Inductor compiles what is around the call
+        return flex_attention(a * 2, b, c, block_mask=mask) + 1
+
     functions = {}
-    for backend in ("inductor", "cudnn_flex"):
+    for backend, called in itertools.product(("inductor", "cudnn_flex"), (alone, among_others)):
         torch._dynamo.reset()
-        function = torch.compile(lambda a, b, c: flex_attention(a, b, c, block_mask=mask), backend=backend)
-        function(q, k, v).sum().backward()
-        functions[f"{backend}, compiled causal, recording gradients"] = lambda f=function: f(q, k, v)
+        function = torch.compile(called, backend=backend)
+
+        def both(f=function):
+            return torch.autograd.grad(f(q, k, v), (q, k, v), grad)
+
+        both()
+        name = f"{backend}, causal {called.__name__.replace('_', ' ')}"
+        functions[f"{name}, recording gradients"] = lambda f=function: f(q, k, v)
+        functions[f"{name}, forward + backward"] = both
     return functions
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from .generate import Mod
 
 Choose = Callable[[Sequence[Any]], Any]
+Forms = dict[str, tuple[tuple[str, ...], tuple[str, ...]]]
 BATCH, HEADS, LIMIT = 2, 2, 8
 SIZES = ((BATCH, HEADS, 5, 7), (BATCH, HEADS, 6, 6), (BATCH, HEADS, 7, 4))
 INTS, FLOATS = ("n0", "w0"), ("x0",)  # of these, the functions capture the number, not the tensor
@@ -56,7 +57,7 @@ class MaskMod(Mod):
 
 # {p} is a predicate, {s} a score, {i} a position or a distance, {o} a comparison by order, {e} == or !=,
 # {n} an integer, {m} a positive one, {c} a float, {l} the limit of the axes.
-FORMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+FORMS: Forms = {
     "p": (
         (
             "(q >= kv)", "(kv <= q)", "(q {o} kv)", "(q - kv {o} {n})", "(kv - q {o} {n})", "(q {o} kv + {n})",
@@ -137,10 +138,12 @@ WHOLE = ("{p}", "{p}", "({p} & {p})", "((q >= kv) & {p})", "((kv <= q) & (q - kv
 
 
 class Sources:
-    """Writes random sources. `choose` picks one of a sequence; `numbers` replaces some of NUMBERS."""
+    """Writes random sources. `choose` picks one of a sequence; `numbers` replaces some of NUMBERS, `forms` FORMS."""
 
-    def __init__(self, choose: Choose, numbers: dict[str, Sequence[Any]] | None = None) -> None:
-        self.choose, self.numbers = choose, {**NUMBERS, **(numbers or {})}
+    def __init__(
+        self, choose: Choose, numbers: dict[str, Sequence[Any]] | None = None, forms: Forms | None = None
+    ) -> None:
+        self.choose, self.numbers, self.forms = choose, {**NUMBERS, **(numbers or {})}, forms or FORMS
 
     def mask(self, depth: int) -> str:
         return self._fill(self.choose(WHOLE), depth)
@@ -148,6 +151,10 @@ class Sources:
     def score(self, depth: int) -> str:
         """Half of them mask, too; all are smooth where they are visible."""
         return self._fill(self.choose(MASKED) if self.choose((False, True)) else "{s}", depth)
+
+    def of(self, form: str) -> str:
+        """The form, with whatever is simplest in its placeholders."""
+        return self._fill(form, 0)
 
     def _fill(self, form: str, depth: int) -> str:
         """`form` with every placeholder replaced by a random source of its type."""
@@ -157,7 +164,7 @@ class Sources:
         if kind in self.numbers:
             value = self.choose(self.numbers[kind])
             return value if isinstance(value, str) else f"({value!r})" if value < 0 else repr(value)
-        leaves, ops = FORMS[kind]
+        leaves, ops = self.forms[kind]
         if depth <= -2:  # leaves may hold leaves, but not for ever
             return INNERMOST[kind]
         atomic = depth <= 0 or self.choose(range(3)) == 0

@@ -1,0 +1,55 @@
+"""Runs a graph that is attention and views alone as it is: there is nothing to compile.
+
+Knows nothing of plans. Users often compile flex_attention by itself. Such a graph skips AOTAutograd and Inductor: it
+compiles in the time that the plans take, and a call costs the host what an eager autograd.Function does.
+"""
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch._inductor.config as inductor_config
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from cudnn_flex_compile.config import Options
+from cudnn_flex_compile.inner import inductor
+from cudnn_flex_compile.ops import attention as attention_op
+from cudnn_flex_compile.ops.autograd import attention
+from cudnn_flex_compile.ops.undispatched import PLAIN
+
+# What an eager call does as well as a compiled one: views, and single copies.
+VIEWS = {
+    "chunk", "contiguous", "detach", "expand", "flatten", "movedim", "narrow", "permute", "reshape", "select", "size",
+    "split", "squeeze", "swapaxes", "transpose", "unbind", "unflatten", "unsqueeze", "view",
+}  # fmt: skip
+# Inductor's modes that ask for nothing but kernels: not those with CUDA graphs.
+MODES = (None, "default", "max-autotune-no-cudagraphs")
+
+
+def suffices(graph_module: GraphModule, example_inputs: Sequence[Any], options: Options) -> bool:
+    """Whether Inductor would have nothing to compile in the (rewritten) graph."""
+    asked = options.inner_backend == inductor.NAME and options.mode in MODES and not options.inner_options
+    if not asked or inductor_config.triton.cudagraphs:
+        return False
+    nodes = [node for node in graph_module.graph.nodes if node.op != "placeholder"]
+    plain = all(type(t) in PLAIN for t in example_inputs if isinstance(t, Tensor))
+    return plain and any(n.target is attention_op for n in nodes) and all(map(_is_light, nodes))
+
+
+def _is_light(node: Node) -> bool:
+    if node.op == "call_method":
+        return node.target in VIEWS
+    named = getattr(node.target, "__name__", "")
+    view = named in VIEWS and node.target is getattr(torch, named, None)
+    return node.op == "output" or node.target in (attention_op, operator.getitem) or view
+
+
+def compile(graph_module: GraphModule) -> Callable[..., Any]:
+    """The graph as a Python function. Changes the graph."""
+    for node in graph_module.graph.nodes:
+        if node.target is attention_op:
+            node.target = attention
+    graph_module.recompile()
+    return graph_module.forward

@@ -1,0 +1,78 @@
+"""`cudnn_flex::attention`: the forward and the backward as one differentiable function.
+
+Knows nothing of how either computes.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from cudnn_flex_compile.ops.implementations import new_stats
+from cudnn_flex_compile.ops.schemas import library
+from cudnn_flex_compile.ops.undispatched import backward, forward
+
+LOG2E = 1 / math.log(2)
+
+
+class Attention(torch.autograd.Function):
+    """Attention that records a gradient: the output and the natural log-sum-exp."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], ints: list[int],
+        floats: list[Tensor], program: str, scale: float, return_lse: bool, guard: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        out, stats = forward(query, key, value, operands, ints, floats, program, scale, True, guard)
+        ctx.set_materialize_grads(False)
+        if not return_lse:
+            ctx.mark_non_differentiable(stats)
+        ctx.save_for_backward(query, key, value, out, stats, *operands, *floats)
+        ctx.operands, ctx.ints, ctx.program, ctx.scale = len(operands), ints, program, scale
+        return out, stats
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad_out: Tensor | None, grad_stats: Tensor | None
+    ) -> Any:
+        query, key, value, out, stats, *rest = ctx.saved_tensors
+        if grad_out is None and grad_stats is None:
+            return (None,) * 10
+        gradients = backward(
+            torch.zeros_like(out) if grad_out is None else grad_out,
+            *(grad_stats, query, key, value, out, stats, rest[: ctx.operands], ctx.ints, rest[ctx.operands :]),
+            *(ctx.program, ctx.scale),
+        )
+        return (*gradients, *(None,) * 7)
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], ints: list[int], floats: list[Tensor],
+    program: str, scale: float, return_lse: bool, stats: bool, guard: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+    """As the op, without dispatch: out, the log-sum-exp in base 2, and the natural one (with a gradient)."""
+    arguments = (query, key, value, operands, ints, floats, program, scale)
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        out, natural = Attention.apply(*arguments, return_lse, guard)  # pyright: ignore
+    else:
+        out, natural = forward(*arguments, stats or return_lse, guard)
+    return out, natural * LOG2E if return_lse else None, natural
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], ints: list[int], floats: list[Tensor],
+    program: str, scale: float, return_lse: bool, stats: bool, guard: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """What compilers decompose: below it there is no autograd, whose bookkeeping a compiled graph need not pay."""
+    arguments = (query, key, value, operands, ints, floats, program, scale)
+    out, lse, natural = attention(*arguments, return_lse, stats, guard)
+    lse = new_stats(query, False) if lse is None else lse
+    return out, lse, natural.detach() if stats else new_stats(query, False)
+
+
+library.impl("attention", _attention, "CompositeImplicitAutograd")
+for _name in ("attention_forward", "attention_backward"):
+    library.impl(_name, torch.library.fallthrough_kernel, "Autograd")

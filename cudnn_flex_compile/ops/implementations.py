@@ -1,0 +1,97 @@
+"""What `attention_forward` and `attention_backward` do on each device, and their fakes.
+
+Knows nothing of autograd. Imports the kernels of a device when they first run.
+"""
+
+import torch
+from torch import Tensor
+
+from cudnn_flex_compile.engine.problem import strides_like
+from cudnn_flex_compile.ops.schemas import Gradients, library
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raises ValueError for tensors that are no attention call."""
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    if not query.dim() == key.dim() == value.dim() == 4:
+        raise ValueError(f"cudnn_flex::attention takes [B, H, S, D] tensors, got {shapes}")
+    same = query.shape[0] == key.shape[0] == value.shape[0] and query.shape[3] == key.shape[3]
+    if not same or key.shape[1:3] != value.shape[1:3] or query.shape[1] % key.shape[1]:
+        raise ValueError(
+            "cudnn_flex::attention takes equal batches, equal query and key head dims, equal key and value heads"
+            f" and lengths, and query heads a multiple of key heads; got {shapes}"
+        )
+
+
+def _new_out(query: Tensor, value: Tensor) -> Tensor:
+    shape = (*query.shape[:3], value.shape[3])
+    return query.new_empty_strided(shape, strides_like(shape, query.stride()))
+
+
+def new_stats(query: Tensor, wanted: bool) -> Tensor:
+    return query.new_empty(query.shape[:3] if wanted else (0,), dtype=torch.float32)
+
+
+@torch.library.impl(library, "attention_forward", "CUDA")
+def _forward_cuda(
+    query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], ints: list[int], floats: list[Tensor],
+    program: str, scale: float, stats: bool, guard: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    from cudnn_flex_compile.kernels import cuda
+
+    return cuda.forward(query, key, value, operands, ints, floats, program, scale, stats)
+
+
+@torch.library.impl(library, "attention_forward", "CPU")
+def _forward_cpu(
+    query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], ints: list[int], floats: list[Tensor],
+    program: str, scale: float, stats: bool, guard: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    from cudnn_flex_compile.kernels import cpu
+
+    _check(query, key, value)
+    out, natural = _new_out(query, value), new_stats(query, True)
+    cpu.forward(query, key, value, operands, ints, floats, program, scale, out, natural)
+    return out, natural if stats else new_stats(query, False)
+
+
+def _forward_fake(
+    query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], ints: list[int], floats: list[Tensor],
+    program: str, scale: float, stats: bool, guard: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    _check(query, key, value)
+    return _new_out(query, value), new_stats(query, stats)
+
+
+@torch.library.impl(library, "attention_backward", "CUDA")
+def _backward_cuda(
+    grad_out: Tensor, grad_stats: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
+    operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str, scale: float,
+) -> Gradients:  # fmt: skip
+    from cudnn_flex_compile.kernels import cuda
+
+    return cuda.backward(grad_out, grad_stats, query, key, value, out, stats, operands, ints, floats, program, scale)
+
+
+@torch.library.impl(library, "attention_backward", "CPU")
+def _backward_cpu(
+    grad_out: Tensor, grad_stats: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
+    operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str, scale: float,
+) -> Gradients:  # fmt: skip
+    from cudnn_flex_compile.kernels import cpu
+
+    rest = (operands, ints, floats, program, scale)
+    gradients = cpu.backward(grad_out, grad_stats, query, key, value, out, stats, *rest)
+    dq, dk, dv = (torch.empty_like(t).copy_(g) for t, g in zip((query, key, value), gradients, strict=True))
+    return dq, dk, dv
+
+
+def _backward_fake(
+    grad_out: Tensor, grad_stats: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
+    operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str, scale: float,
+) -> Gradients:  # fmt: skip
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+for _name, _fake in {"attention_forward": _forward_fake, "attention_backward": _backward_fake}.items():
+    torch.library.register_fake(f"cudnn_flex::{_name}", _fake, lib=library)

@@ -1,0 +1,62 @@
+"""The ops about masks: keys in another order, and the check of a BlockMask.
+
+Knows nothing of attention.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from cudnn_flex_compile.ops.schemas import library
+
+
+class _PermuteKeys(torch.autograd.Function):
+    """A gather whose gradient is the gather by the inverse, where autograd would add up atomically."""
+
+    @staticmethod
+    def forward(ctx: Any, keys: Tensor, order: Tensor, slots: Tensor) -> Tensor:  # pyright: ignore
+        ctx.save_for_backward(order, slots)
+        return _gathered(keys, order)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore
+        order, slots = ctx.saved_tensors
+        return _PermuteKeys.apply(grad, slots, order), None, None
+
+
+def _gathered(keys: Tensor, order: Tensor) -> Tensor:
+    return torch.gather(keys, 2, order[:, None, :, None].expand(keys.shape))
+
+
+def _permute_keys(keys: Tensor, order: Tensor, slots: Tensor) -> Tensor:
+    """keys[b, h, order[b, i], d], for `slots` the inverse of the permutation `order` [B or 1, Skv]."""
+    return _PermuteKeys.apply(keys, order, slots)  # pyright: ignore
+
+
+library.impl("permute_keys", _permute_keys, "CompositeImplicitAutograd")
+
+
+def _check_block_mask(
+    blocks: list[Tensor], operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str,
+    sizes: list[int], block_sizes: list[int],
+) -> Tensor:  # fmt: skip
+    """An empty tensor, for attention to depend on. Raises RuntimeError where blocks and program disagree."""
+    from cudnn_flex_compile.kernels import block_mask
+
+    block_mask.check(blocks, operands, ints, floats, program, sizes, block_sizes)
+    return blocks[0].new_empty(0, dtype=torch.int32)
+
+
+def _check_fake(
+    blocks: list[Tensor], operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str,
+    sizes: list[int], block_sizes: list[int],
+) -> Tensor:  # fmt: skip
+    return blocks[0].new_empty(0, dtype=torch.int32)
+
+
+for _device in ("CPU", "CUDA"):
+    library.impl("check_block_mask", _check_block_mask, _device)
+torch.library.register_fake("cudnn_flex::check_block_mask", _check_fake, lib=library)

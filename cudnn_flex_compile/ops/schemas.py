@@ -1,0 +1,41 @@
+"""The schemas of the ops, and the ops themselves.
+
+Knows nothing of what they compute.
+"""
+
+import torch
+from torch import Tensor
+
+SCHEMAS = {
+    "attention": (
+        "(Tensor query, Tensor key, Tensor value, Tensor[] operands, SymInt[] ints, Tensor[] floats, str program,"
+        " float scale, bool return_lse, bool stats, Tensor? guard) -> (Tensor out, Tensor lse, Tensor stats)"
+    ),
+    "attention_forward": (
+        "(Tensor query, Tensor key, Tensor value, Tensor[] operands, SymInt[] ints, Tensor[] floats, str program,"
+        " float scale, bool stats, Tensor? guard) -> (Tensor out, Tensor stats)"
+    ),
+    "attention_backward": (
+        "(Tensor grad_out, Tensor? grad_stats, Tensor query, Tensor key, Tensor value, Tensor out, Tensor stats,"
+        " Tensor[] operands, SymInt[] ints, Tensor[] floats, str program, float scale)"
+        " -> (Tensor dq, Tensor dk, Tensor dv)"
+    ),
+    "permute_keys": "(Tensor keys, Tensor order, Tensor slots) -> Tensor",
+    "check_block_mask": (
+        "(Tensor[] blocks, Tensor[] operands, SymInt[] ints, Tensor[] floats, str program, SymInt[] sizes,"
+        " SymInt[] block_sizes) -> Tensor"
+    ),
+}
+
+library = torch.library.Library("cudnn_flex", "DEF")
+for _name, _schema in SCHEMAS.items():
+    library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+
+namespace = torch.ops.cudnn_flex
+attention = namespace.attention.default
+attention_forward = namespace.attention_forward.default
+attention_backward = namespace.attention_backward.default
+permute_keys = namespace.permute_keys.default
+check_block_mask = namespace.check_block_mask.default
+
+Gradients = tuple[Tensor, Tensor, Tensor]

@@ -1,0 +1,63 @@
+"""`attention_forward` and `attention_backward` as plain functions: the ops, without the cost of torch's dispatcher.
+
+Knows nothing of autograd. Compiled graphs call these where they would call the ops. The dispatcher takes as long as
+all else that the host does for a call. It is gone through all the same wherever something may depend on it: on other
+devices, for tensors of another type, under a dispatch mode (fake tensors, tracing, counting of FLOPs), and under a
+profiler.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import _profiler_enabled
+from torch.nn import Parameter
+
+from cudnn_flex_compile.ops.schemas import Gradients, attention_backward, attention_forward, namespace
+
+PLAIN = (Tensor, Parameter)
+# Names in torch.ops.cudnn_flex.
+FORWARD, BACKWARD = "undispatched_forward", "undispatched_backward"
+
+
+def _dispatched(tensor: Tensor) -> bool:
+    """Whether the dispatcher has to see a call on this tensor."""
+    return (
+        not tensor.is_cuda
+        or type(tensor) not in PLAIN
+        or torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or _profiler_enabled()
+    )
+
+
+@functools.cache
+def _cuda() -> Any:
+    from cudnn_flex_compile.kernels import cuda
+
+    return cuda
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], ints: list[int], floats: list[Tensor],
+    program: str, scale: float, stats: bool, guard: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As the op `attention_forward`."""
+    if _dispatched(query):
+        return attention_forward(query, key, value, operands, ints, floats, program, scale, stats, guard)
+    return _cuda().forward(query, key, value, operands, ints, floats, program, scale, stats)
+
+
+def backward(
+    grad_out: Tensor, grad_stats: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
+    operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str, scale: float,
+) -> Gradients:  # fmt: skip
+    """As the op `attention_backward`."""
+    call = attention_backward if _dispatched(query) or type(grad_out) not in PLAIN else _cuda().backward
+    return call(grad_out, grad_stats, query, key, value, out, stats, operands, ints, floats, program, scale)
+
+
+# Where Inductor's generated code finds them, also code from its caches.
+setattr(namespace, FORWARD, forward)
+setattr(namespace, BACKWARD, backward)

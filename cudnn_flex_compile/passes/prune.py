@@ -1,0 +1,65 @@
+"""Erases what nothing reads once calls are replaced, the making of an absent BlockMask above all.
+
+Knows nothing of attention. FX erases no node with an effect: here, writes into a tensor that is dead, too, and vmap's
+bookkeeping, go as well. flex_attention makes a BlockMask by both wherever it is given none: some thirty nodes a call,
+which the inner backend would trace.
+"""
+
+import operator
+
+from torch.fx import Graph, Node
+
+from cudnn_flex_compile.passes.find import written
+
+# Calls whose results share memory with nothing else.
+FACTORIES = {"arange", "empty", "full", "ones", "zeros", *(f"new_{n}" for n in ("empty", "full", "ones", "zeros"))}
+# Pairs of these open and close a level of vmap: they go together, or stay together.
+VMAP = {"lazy_load_decompositions", "_vmap_increment_nesting", "_vmap_decrement_nesting"}
+BATCHED = {"_add_batch_dim", "_remove_batch_dim"}
+
+
+def prune(graph: Graph, before: set[Node]) -> None:
+    """Erases, in place, what is dead now and was live before; what was dead before is the inner backend's to judge."""
+    dead = before - live_nodes(graph)
+    for node in reversed(list(graph.nodes)):
+        if node in dead and not node.users:
+            graph.erase_node(node)
+
+
+def live_nodes(graph: Graph) -> set[Node]:
+    """Inputs, what the output is computed from, and every node with an effect on these, with all that it reads."""
+    live: set[Node] = set()
+    _add([node for node in graph.nodes if node.op in ("placeholder", "output")], live)
+    grown = True
+    while grown:
+        effects = [node for node in graph.nodes if node not in live and _has_effect(node) and not _may_go(node, live)]
+        grown = bool(effects)
+        _add(effects, live)
+    return live
+
+
+def _add(nodes: list[Node], live: set[Node]) -> None:
+    ahead = list(nodes)
+    while ahead:
+        node = ahead.pop()
+        if node not in live:
+            live.add(node)
+            ahead += node.all_input_nodes
+
+
+def _has_effect(node: Node) -> bool:
+    return node.is_impure() or _name(node) in VMAP or any(value is not None for value in written(node))
+
+
+def _may_go(node: Node, live: set[Node]) -> bool:
+    """Whether an effect is on nothing live: vmap's bookkeeping without a batched tensor, or a write into memory that is
+    made here. Whatever is a view of that memory is computed from its maker: if it were live, so would be the maker.
+    """
+    if _name(node) in VMAP:
+        return not any(_name(other) in BATCHED for other in live)
+    into = node.args[0] if node.target is operator.setitem else None
+    return isinstance(into, Node) and into not in live and _name(into) in FACTORIES
+
+
+def _name(node: Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")

@@ -1,0 +1,182 @@
+"""The strategy that the real cuDNN accepts of each mod, by architecture: `python3 -m tests.deviceless.matrix --write`.
+
+Knows nothing of numbers: cuDNN accepts graphs that it computes wrongly, and certification judges those on a GPU. One
+file in tests/deviceless/matrices for each minor version of cuDNN.
+"""
+
+import argparse
+import functools
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from cudnn_flex_compile.engine import plan, select
+from cudnn_flex_compile.engine.attention_graph import output_specs
+from cudnn_flex_compile.engine.call import problem_of
+from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem
+from cudnn_flex_compile.engine.support import refused
+from cudnn_flex_compile.engine.versions import cudnn_version
+from cudnn_flex_compile.passes import lower_calls, target
+from cudnn_flex_compile.reasons import Code, Reason
+from cudnn_flex_compile.scoremod.text import parse
+from tests.deviceless.accepted import verdict
+from tests.deviceless.harness import SMS, load_libraries
+from tests.mods import ALL, BY_BATCH
+
+FOLDER = Path(__file__).with_name("matrices")
+BATCH, HEADS, LENGTH, DIM = 2, 4, 4096, 128
+DIRECTIONS = (FORWARD, BACKWARD)
+# What cuDNN's log says where it refuses, and what the table says.
+REFUSALS = {
+    "sq broadcasted vectors": "row vectors",
+    "Backward activations are not supported": "activation",
+    "no engine of cuDNN": "no engine",
+}
+
+
+def more_mods() -> dict[str, Any]:
+    """Forms of masks and captured tensors that tests/mods.py has not, by the same signature."""
+
+    def row_limits(heads: int, length: int, device: str) -> tuple[None, Any]:
+        ends = torch.arange(1, length + 1, device=device).repeat(2, 1)
+        return None, lambda b, h, q, kv: kv < ends[b, q]
+
+    def residual(b, h, q, kv):
+        return (q + kv) % 3 != 0
+
+    return {
+        "ReLU": lambda heads, length, device: (lambda score, b, h, q, kv: torch.relu(score), None),
+        "GELU + causal": lambda heads, length, device: (
+            lambda score, b, h, q, kv: torch.nn.functional.gelu(score), ALL["causal"](heads, length, device)[1]),
+        "limits of rows": row_limits,
+        "any predicate": lambda heads, length, device: (None, residual),
+        "soft cap, any predicate": lambda heads, length, device: (ALL["soft cap"](heads, length, device)[0], residual),
+        "shifted causal + soft cap": lambda heads, length, device: (
+            ALL["soft cap"](heads, length, device)[0], ALL["shifted causal"](heads, length, device)[1]),
+    }  # fmt: skip
+
+
+CASES = {**ALL, **more_mods()}
+
+
+@functools.cache
+def problem(name: str) -> Problem:
+    """The forward problem, in training, of the call that the pass would have plans made for."""
+    score_mod, mask_mod = CASES[name](HEADS, LENGTH, "cpu")
+    entries = BATCH if name in BY_BATCH or name == "limits of rows" else None
+    mask = create_block_mask(mask_mod, entries, None, LENGTH, LENGTH, device="cpu") if mask_mod else None
+    found: list[Problem] = []
+
+    def judge(wanted: target.Target) -> Reason:
+        found.append(problem_of(target._key(wanted, torch.device("cpu"))))
+        return Reason(Code.UNSUPPORTED_CALL, "only asked for its program")
+
+    def backend(graph_module: Any, inputs: list[Any]) -> Any:
+        lower_calls.lower_calls(graph_module, inputs, only_faster=False)
+        return lambda *_: (torch.zeros(()),)
+
+    qkv = [torch.empty(BATCH, LENGTH, HEADS, DIM, dtype=torch.bfloat16).transpose(1, 2) for _ in range(3)]
+    torch._dynamo.reset()
+    with torch.no_grad(), mock.patch.object(lower_calls, "judge", judge):
+        torch.compile(lambda q, k, v: flex_attention(q, k, v, score_mod, mask), backend=backend)(*qkv)
+    (only,) = found
+    return replace(only, device=0, stats=True)
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A plan that cuDNN would build."""
+
+    strategy: str
+    outputs: Any
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Of one mod on one architecture in one direction: the first strategy, or in short why there is none."""
+
+    text: str
+    accepted: bool
+
+
+def cell(name: str, sm: int, direction: str) -> Cell:
+    """The first of what is tried that cuDNN accepts, in the order in which the package tries it."""
+    asked = problem(name) if direction == FORWARD else problem(name).backward()
+    reason = refused(asked, parse(asked.program), cudnn_version())
+    if reason is not None:
+        return Cell(reason.code.name, False)
+
+    def build(given: Problem, lowering: Any) -> Accepted | Reason:
+        refusal = verdict(given, lowering, sm)
+        if refusal is not None:
+            return Reason(Code.SHAPE_REFUSED, refusal)
+        return Accepted(lowering.strategy, output_specs(given))
+
+    with mock.patch.object(plan, "build", build), mock.patch.object(select, "_certified", return_value=None):
+        found = select._first_right(asked, None)
+    return Cell(_short(found), False) if isinstance(found, Reason) else Cell(found.strategy, True)
+
+
+def _short(reason: Reason) -> str:
+    if reason.code is not Code.SHAPE_REFUSED:
+        return reason.code.name
+    return next((short for long, short in REFUSALS.items() if long in reason.detail), reason.detail.split("\n")[0])
+
+
+def row(name: str) -> str:
+    """Of each architecture the forward's strategy and, if it is another, the backward's."""
+    texts = []
+    for sm in SMS:
+        forward, backward = (shown(cell(name, sm, direction)) for direction in DIRECTIONS)
+        texts.append(forward if forward == backward else f"{forward}; {backward}")
+    return f"| {name} | {' | '.join(texts)} |"
+
+
+def shown(found: Cell) -> str:
+    """Parts by their number; what is refused in parentheses."""
+    parts = re.fullmatch(r"parts \((.*)\)", found.text)
+    count = parts[1].count(",") + 1 if parts else 0
+    text = f"{count} part{'s' * (count > 1)}" if parts else found.text
+    return text if found.accepted else f"({text})"
+
+
+def head() -> list[str]:
+    import cudnn
+
+    note = f"cuDNN {spelled(cudnn_version())}, nvidia-cudnn-frontend {cudnn.__version__}"
+    return [f"| {note} | {' | '.join(f'SM{sm}' for sm in SMS)} |", f"| --- |{' --- |' * len(SMS)}"]
+
+
+def spelled(version: int) -> str:
+    return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
+
+
+def generate() -> str:
+    return "\n".join([*head(), *map(row, CASES)]) + "\n"
+
+
+def minor() -> str:
+    """E.g. 9.28."""
+    return spelled(cudnn_version()).rpartition(".")[0]
+
+
+def file(version: str | None = None) -> Path:
+    return FOLDER / f"{version or minor()}.md"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="write the file of the installed cuDNN, do not print it")
+    write = parser.parse_args().write
+    load_libraries()
+    table = generate()
+    _ = file().write_text(table) if write else print(table, end="")
+
+
+if __name__ == "__main__":
+    main()
