@@ -73,7 +73,7 @@ def test_another_variant_of_the_same_strategy_is_no_news(monkeypatch, caplog):
 
 def test_nothing_is_said_of_plans_that_are_right_or_not_built(monkeypatch, caplog, tmp_path):
     tried(monkeypatch, NOT_BUILT, ("chained", False))
-    assert tried(monkeypatch, NOT_BUILT) is NOT_BUILT
+    assert tried(monkeypatch, NOT_BUILT) == NOT_BUILT
     assert warnings(caplog) == []
     assert list(tmp_path.iterdir()) == []
 
