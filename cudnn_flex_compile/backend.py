@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 
 from cudnn_flex_compile.config import Options, options_from
 from cudnn_flex_compile.inner import compile_inner
+from cudnn_flex_compile.phases import phase
 from cudnn_flex_compile.report import CallReport, publish
 from cudnn_flex_compile.scoremod.text import infix
 
@@ -39,15 +40,19 @@ def cudnn_flex(
         ValueError, TypeError: an unknown option, or a value that it does not take.
     """
     from cudnn_flex_compile.engine.select import plans, set_certify
+    from cudnn_flex_compile.engine.verdicts import use_folder
     from cudnn_flex_compile.passes.lower_calls import lower_calls
 
     chosen = options_from(options, mode)
     set_certify(chosen.certify)
     plans.resize(chosen.plan_cache_size)
-    lowered = lower_calls(graph_module, example_inputs, chosen.lower == "when_faster", chosen.bias_budget_mb)
+    use_folder(chosen.cache_folder, chosen.cache_mb)
+    with phase("lower"):
+        lowered = lower_calls(graph_module, example_inputs, chosen.lower == "when_faster", chosen.bias_budget_mb)
     publish(lowered.calls)
     _log(lowered.calls, chosen)
-    compiled = compile_inner(graph_module, example_inputs, chosen)
+    with phase("inner"):
+        compiled = compile_inner(graph_module, example_inputs, chosen)
     return _checked(compiled, lowered.checks) if lowered.checks else compiled
 
 

@@ -103,8 +103,22 @@ def _facts() -> dict[str, Any]:
         "torch's CUDA": torch.version.cuda or "none: a CPU build",
         "cudnn frontend": _installed("nvidia-cudnn-frontend"),
         "cuDNN": f"cannot be loaded: {missing}" if missing else _dotted(cudnn_version()),
+        "cache folder": _cache_folder(),
         "devices": devices or ["no CUDA device"],
     }
+
+
+def _cache_folder() -> str:
+    """Where plans are kept, by the environment, and how much there is."""
+    from cudnn_flex_compile.config import options_from
+    from cudnn_flex_compile.engine.store import Store
+
+    options = options_from(None)
+    folder = options.cache_folder
+    if folder is None:
+        return "none: switched off"
+    entries, size = Store(folder, 0).size()
+    return f"{folder}: {entries} entries, {size / 2**20:.1f} of {options.cache_mb} MiB"
 
 
 def _installed(package: str) -> str:

@@ -7,8 +7,12 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import platformdirs
+
+PACKAGE = "cudnn_flex_compile"
 PREFIX = "CUDNN_FLEX_"
 
 
@@ -26,6 +30,10 @@ class Options:
             the whole process.
         lower: "when_faster" keeps calls that measurements say are slower on cuDNN; "always" lowers all it can.
         plan_cache_size: how many plans are kept (least recently used first out); each holds some host memory.
+        cache: whether plans and verdicts are kept beyond the process, in the cache folder. Like the next two, it holds
+            for the whole process.
+        cache_dir: that folder; empty for the user's own (platformdirs). Whoever may write to it decides what runs.
+        cache_mb: MiB that it may take (least recently used first out).
         bias_budget_mb: MiB that one bias over (q, kv) pairs may take; a call that needs more is kept. The default holds
             a float32 bias of 16 heads at length 2048, or a mask for one head at length 11585; calls share biases.
         verbose: log every call, not only one line a graph.
@@ -37,6 +45,9 @@ class Options:
     certify: str = "once"
     lower: str = "when_faster"
     plan_cache_size: int = 256
+    cache: bool = True
+    cache_dir: str = ""
+    cache_mb: int = 256
     bias_budget_mb: int = 256
     verbose: bool = False
 
@@ -48,12 +59,19 @@ class Options:
             value = getattr(self, name)
             if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
                 raise TypeError(f"option {name}={value!r} is a {type(value).__name__}, expected {kind.__name__}")
-        if self.plan_cache_size < 1:
-            raise ValueError(f"option plan_cache_size={self.plan_cache_size}; valid values: 1 and more")
-        if self.bias_budget_mb < 0:
-            raise ValueError(f"option bias_budget_mb={self.bias_budget_mb}; valid values: 0 and more")
+        for name, least in LEAST.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"option {name}={getattr(self, name)!r}; valid values: {least} and more")
+
+    @property
+    def cache_folder(self) -> Path | None:
+        """Where plans and verdicts are kept, if anywhere."""
+        if not self.cache:
+            return None
+        return Path(self.cache_dir).expanduser() if self.cache_dir else platformdirs.user_cache_path(PACKAGE, False)
 
 
+LEAST = {"plan_cache_size": 1, "cache_mb": 1, "bias_budget_mb": 0}
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "mode": (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
     "certify": ("once", "always", "off"),
@@ -72,6 +90,7 @@ SWITCH = {
 }
 KINDS: dict[str, type] = {
     "inner_backend": str, "plan_cache_size": int, "bias_budget_mb": int, "verbose": bool, "inner_options": Mapping,
+    "cache": bool, "cache_dir": str, "cache_mb": int,
 }  # fmt: skip
 
 

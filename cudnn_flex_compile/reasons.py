@@ -41,10 +41,12 @@ class Reason:
     Attributes:
         code: the class of reason, with its remedy.
         detail: what exactly, in this call.
+        lasting: whether it would be the same another time: not where memory was short, for one.
     """
 
     code: Code
     detail: str = ""
+    lasting: bool = True
 
     @property
     def remedy(self) -> str:

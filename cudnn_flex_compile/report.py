@@ -8,10 +8,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch._guards import CompileContext
+
 from cudnn_flex_compile.locks import new_lock
+from cudnn_flex_compile.phases import Tally, count, listen
 from cudnn_flex_compile.reasons import Reason
 from cudnn_flex_compile.scoremod.ir import Program
 from cudnn_flex_compile.scoremod.text import infix, text
+
+# graphs: compiled by this backend; recompiles: those of code that torch had compiled before, for other inputs.
+# programs traced, programs shared: calls whose functions were traced, or taken from a call with the same.
+# plans found: look-ups of a plan, while compiling, that this process had. restored: verdicts from the cache folder.
+# builds, certifications, rejections: plans built, checked, and found wrong.
+COUNTS = (
+    "graphs", "recompiles", "programs traced", "programs shared", "plans found", "restored", "builds",
+    "certifications", "rejections",
+)  # fmt: skip
+# lower: all of our pass, with all that follows but inner, as far as it happens while compiling. trace: of functions to
+# expressions; solve: of masks, and what goes outside the kernel; restore, keep: of verdicts in the cache folder;
+# build, certify: of plans; inner: the inner backend (the backward of Inductor comes later, and is not in it).
+PHASES = ("lower", "trace", "solve", "restore", "build", "certify", "keep", "inner")
 
 
 @dataclass(slots=True)
@@ -45,9 +61,15 @@ class CallReport:
 
 @dataclass(slots=True, repr=False)
 class Report:
-    """All calls of the graphs that were compiled, in order. `print(report)` shows a table of them."""
+    """All calls of the graphs that were compiled, in order. `print(report)` shows a table of them.
+
+    Attributes:
+        calls: every flex_attention call.
+        tally: what was counted and timed meanwhile, in the whole process.
+    """
 
     calls: list[CallReport] = field(default_factory=list[CallReport])
+    tally: Tally = field(default_factory=Tally)
 
     @property
     def lowered(self) -> list[CallReport]:
@@ -58,18 +80,51 @@ class Report:
         return [c for c in self.calls if c.reason is not None]
 
     @property
+    def counts(self) -> dict[str, int]:
+        """How often: see COUNTS. What never happened is 0."""
+        return {name: int(self.tally.counts.get(name, 0)) for name in COUNTS}
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Wall time of each phase: see PHASES."""
+        return {name: self.tally.seconds.get(name, 0.0) for name in PHASES}
+
+    @property
     def summary(self) -> str:
         calls = f"{len(self.calls)} flex_attention call{'' if len(self.calls) == 1 else 's'}"
         return f"{calls}: {len(self.lowered)} lowered to cuDNN, {len(self.kept)} kept"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON takes it."""
-        return {"lowered": len(self.lowered), "kept": len(self.kept), "calls": [c.to_dict() for c in self.calls]}
+        calls = [c.to_dict() for c in self.calls]
+        counted = {"lowered": len(self.lowered), "kept": len(self.kept), "counts": self.counts}
+        return {**counted, "seconds": self.seconds, "calls": calls}
 
     def assert_all_lowered(self) -> None:
         """For tests of models. Raises AssertionError, with the table, if a call was kept or there was none."""
         if self.kept or not self.calls:
             raise AssertionError(f"expected every flex_attention call to be lowered to cuDNN\n{self}")
+
+    def assert_plans_built(self, at_most: int, at_least: int = 0) -> None:
+        """For tests of models. Raises AssertionError if cuDNN was asked to build more plans, or fewer.
+
+        Plans that the process had already, or the cache folder, are not built.
+        """
+        self._assert_between("plans", "builds", at_least, at_most)
+
+    def assert_certified(self, at_most: int, at_least: int = 0) -> None:
+        """The same of plans that were checked."""
+        self._assert_between("certified plans", "certifications", at_least, at_most)
+
+    def assert_no_recompiles(self) -> None:
+        """For tests of models. Raises AssertionError if torch compiled a piece of code again for other inputs."""
+        self._assert_between("recompiles", "recompiles", 0, 0)
+
+    def _assert_between(self, what: str, name: str, least: int, most: int) -> None:
+        found = self.counts[name]
+        if not least <= found <= most:
+            wanted = f"at most {most}" if found > most else f"at least {least}"
+            raise AssertionError(f"expected {wanted} {what}, got {found}; counts: {self.counts}\n{self}")
 
     def __repr__(self) -> str:
         return f"<Report of {self.summary}>"
@@ -96,13 +151,18 @@ def collect() -> Generator[Report]:
     with _lock:
         _collecting.append(report)
     try:
-        yield report
+        with listen(report.tally):
+            yield report
     finally:
         with _lock:
-            _collecting.remove(report)
+            _collecting[:] = [r for r in _collecting if r is not report]
 
 
 def publish(calls: list[CallReport]) -> None:
+    """Tells all who collect of one compiled graph."""
+    compiling = CompileContext.current_compile_id()
+    count("graphs")
+    count("recompiles", int(compiling is not None and bool(compiling.frame_compile_id)))
     with _lock:
         for report in _collecting:
             report.calls.extend(calls)

@@ -7,21 +7,26 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Generic, Literal, NamedTuple, TypeVar, get_args
 
+from cudnn_flex_compile import phases
 from cudnn_flex_compile.locks import new_lock
 
 Value = TypeVar("Value")
-Counter = Literal["hits", "misses", "builds", "certifications", "rejections", "evictions", "certify_seconds"]
+Counter = Literal[
+    "hits", "misses", "builds", "certifications", "rejections", "restored", "evictions", "certify_seconds"
+]  # fmt: skip
 
 
 class CacheInfo(NamedTuple):
     """hits, misses: look-ups. builds: plans built. certifications: plans checked. rejections: checks failed.
-    evictions: plans dropped for room. size, bound: plans held, and at most. certify_seconds: what the checks took."""
+    restored: verdicts taken from the cache folder. evictions: plans dropped for room. size, bound: plans held, and at
+    most. certify_seconds: what the checks took."""
 
     hits: int
     misses: int
     builds: int
     certifications: int
     rejections: int
+    restored: int
     evictions: int
     size: int
     bound: int
@@ -61,6 +66,7 @@ class Cache(Generic[Value]):
             return value
 
     def count(self, what: Counter, amount: float = 1) -> None:
+        phases.count(what, amount)
         with self._lock:
             self.counts[what] += amount
 

@@ -31,7 +31,7 @@ def _raw(graph: Any, uids: Sequence[int]) -> Launch | None:
         run: Any = lowered._execute_with_raw_ptrs
         lowered._prepare_variant_pack_template()
         order = list(lowered._get_variant_pack_uids_sorted())
-        plan = graph._materialize_backend_plan(graph._plan_index).cpp_index
+        plan = graph._materialize_backend_plan(graph._plan_index).cpp_index if graph._plans else None  # if restored
     except (AttributeError, RuntimeError, TypeError):
         return None
     if len(order) < 2 or not set(order) <= set(uids):

@@ -16,4 +16,4 @@ def _empty_strided(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch
     return torch.empty_strided(shape, stride, dtype=dtype, device="cuda")
 
 
-empty: Empty = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", _empty_strided)
+empty: Empty = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", _empty_strided)  # pyright: ignore

@@ -85,6 +85,11 @@ class PartsPlan:
         own.append([(p.box.left, p.box.right) for p in parts if p.columns_own])
         self._bare_rows, self._bare_columns = map(_gaps, own, problem.lengths)
 
+    @property
+    def plans(self) -> tuple[Any, ...]:
+        """That of each part, in order."""
+        return tuple(part.plan for part in self._parts)
+
     def run(
         self, tensors: Sequence[torch.Tensor], operands: Sequence[torch.Tensor], ints: Sequence[int],
         floats: Sequence[torch.Tensor],

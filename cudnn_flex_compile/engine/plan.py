@@ -1,4 +1,4 @@
-"""A built cuDNN graph and its execution.
+"""A cuDNN graph, built or restored, and its execution.
 
 Knows nothing of caches, strategies or certification.
 """
@@ -9,18 +9,22 @@ from typing import Any
 import cudnn
 import torch
 
-from cudnn_flex_compile.engine.attention_graph import assemble, output_specs
+from cudnn_flex_compile.engine.attention_graph import AttentionGraph, assemble, output_specs
 from cudnn_flex_compile.engine.handles import current_handle
 from cudnn_flex_compile.engine.launch import launcher
 from cudnn_flex_compile.engine.lowering import Lowering
 from cudnn_flex_compile.engine.memory import empty
 from cudnn_flex_compile.engine.problem import FORWARD, Problem
+from cudnn_flex_compile.engine.record import Binding
 from cudnn_flex_compile.reasons import Code, Reason
 
 PYTHON_ENGINES = 20_000  # the first id of an engine of the frontend's own (cudnn.engines.engine_ids)
 EXPECTED = (cudnn.cudnnGraphNotSupportedError, RuntimeError, ValueError)  # of a graph that cuDNN does not support
 FORWARD_ROLES = ("query", "key", "value", "out", "stats")
 BACKWARD_ROLES = ("query", "key", "value", "out", "stats", "grad_out", "dq", "dk", "dv")
+
+
+DTYPES = {int: torch.int32, float: torch.float32}
 
 
 class Plan:
@@ -36,46 +40,28 @@ class Plan:
 
     __slots__ = (
         "_constant_addresses", "_constants", "_floats", "_graph", "_ints", "_launch", "_operands",
-        "device", "outputs", "problem", "strategy", "workspace",
+        "binding", "device", "outputs", "problem", "strategy", "workspace",
     )  # fmt: skip
 
-    def __init__(self, problem: Problem, lowering: Lowering) -> None:
-        """Builds the graph on the current device, which must be the problem's.
-
-        Raises what cuDNN raises for a graph that it does not support.
-        """
-        built = assemble(problem, lowering, handle=current_handle(problem.device))
-        graph = built.graph
-        try:
-            graph.validate()
-            graph.build_operation_graph()
-            graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
-            _drop_python_engines(graph)
-            graph.check_support()
-            graph.build_plans(cudnn.build_plan_policy.HEURISTICS_CHOICE)
-        finally:
-            built.callbacks.clear()
-        self.problem, self.strategy, self._graph = problem, lowering.strategy, graph
+    def __init__(self, problem: Problem, graph: Any, binding: Binding) -> None:
+        """On the current device, which must be the problem's."""
+        self.problem, self.strategy, self._graph, self.binding = problem, binding.strategy, graph, binding
         self.workspace = int(graph.get_workspace_size())
         self.device = torch.device("cuda", problem.device)
-        roles = FORWARD_ROLES if problem.direction == FORWARD else BACKWARD_ROLES
-        self._constants = [host for _, host in built.inputs.hosts]
-        batch = problem.query.shape[0]
-        self._constants += [
-            torch.full((batch, 1, 1, 1), n, dtype=torch.int32, device=self.device) for _, n in built.inputs.filled
-        ]
+        shape = (problem.query.shape[0], 1, 1, 1)
+        self._constants = [torch.full((1, 1, 1, 1), n, dtype=DTYPES[type(n)]) for n in binding.hosts]
+        self._constants += [torch.full(shape, n, dtype=torch.int32, device=self.device) for n in binding.filled]
         self._constant_addresses = [constant.data_ptr() for constant in self._constants]
-        self._operands = sorted(built.inputs.operands)
-        self._ints, self._floats = sorted(built.inputs.ints), sorted(built.inputs.floats)
-        tensors = [
-            *(built.roles[r] for r in roles if r in built.roles),
-            *(built.inputs.operands[i] for i in self._operands),
-            *(tensor for tensor, _ in (*built.inputs.hosts, *built.inputs.filled)),
-            *(built.inputs.ints[i] for i in self._ints),
-            *(built.inputs.floats[i] for i in self._floats),
-        ]
-        self._launch = launcher(graph, [tensor.get_uid() for tensor in tensors])
+        self._operands, self._ints, self._floats = binding.operands, binding.ints, binding.floats
+        self._launch = launcher(graph, binding.uids)
         self.outputs = output_specs(problem)
+
+    def serialized(self) -> bytes:
+        """The built graph, as restore takes it. Raises ValueError if cuDNN cannot serialise it."""
+        try:
+            return self._graph.serialize(as_bytes=True)
+        except (cudnn.cudnnGraphNotSupportedError, RuntimeError) as error:
+            raise ValueError(f"{self.strategy}, {self.problem.direction}: {_first_line(error)}") from error
 
     def run(
         self,
@@ -117,17 +103,77 @@ def _drop_python_engines(graph: Any) -> None:
 
 
 def build(problem: Problem, lowering: Lowering) -> Plan | Reason:
-    """The plan, or why cuDNN does not support it.
+    """The plan, on the current device, which must be the problem's; or why cuDNN does not support it.
 
     Raises torch.OutOfMemoryError; whatever else the frontend raises, in Python or from C++, is a refusal.
     """
     try:
-        return Plan(problem, lowering)
+        return _build(problem, lowering)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         what = "" if isinstance(error, EXPECTED) else f"{type(error).__name__}: "
-        return Reason(Code.SHAPE_REFUSED, f"{lowering.strategy}, {problem.direction}: {what}{_first_line(error)}")
+        lasting = not any(mark in str(error) for mark in PASSING)
+        detail = f"{lowering.strategy}, {problem.direction}: {what}{_first_line(error)}"
+        return Reason(Code.SHAPE_REFUSED, detail, lasting)
+
+
+# What an error says that is about the moment, not about the graph.
+PASSING = (
+    "out of memory", "ALLOC_FAILED", "LOADING_FAILED", "PREREQUISITE_MISSING", "EXECUTION_FAILED", "INTERNAL_ERROR",
+    "CUDA_ERROR", "CUDA error", "CUDA_SUCCESS",
+)  # fmt: skip
+
+
+def _build(problem: Problem, lowering: Lowering) -> Plan:
+    built = assemble(problem, lowering, handle=current_handle(problem.device))
+    graph = built.graph
+    try:
+        graph.validate()
+        graph.build_operation_graph()
+        graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+        _drop_python_engines(graph)
+        graph.check_support()
+        graph.build_plans(cudnn.build_plan_policy.HEURISTICS_CHOICE)
+    finally:
+        built.callbacks.clear()
+    return Plan(problem, graph, _bind(problem, lowering, built))
+
+
+def _bind(problem: Problem, lowering: Lowering, built: AttentionGraph) -> Binding:
+    inputs = built.inputs
+    roles = FORWARD_ROLES if problem.direction == FORWARD else BACKWARD_ROLES
+    operands, ints, floats = (tuple(sorted(bank)) for bank in (inputs.operands, inputs.ints, inputs.floats))
+    tensors = [
+        *(built.roles[r] for r in roles if r in built.roles),
+        *(inputs.operands[i] for i in operands),
+        *(tensor for tensor, _ in (*inputs.hosts, *inputs.filled)),
+        *(inputs.ints[i] for i in ints),
+        *(inputs.floats[i] for i in floats),
+    ]
+    return Binding(
+        strategy=lowering.strategy,
+        uids=tuple(int(tensor.get_uid()) for tensor in tensors),
+        operands=operands,
+        ints=ints,
+        floats=floats,
+        hosts=tuple(number.item() for _, number in inputs.hosts),
+        filled=tuple(number for _, number in inputs.filled),
+    )
+
+
+def restore(problem: Problem, binding: Binding, data: bytes) -> Plan:
+    """A plan that Plan.serialized gave the data of, for the same problem, without building anything.
+
+    Raises ValueError for data that cuDNN cannot use.
+    """
+    handle = current_handle(problem.device)
+    graph: Any = cudnn.pygraph(handle=handle)
+    try:
+        graph.deserialize(handle, data)
+        return Plan(problem, graph, binding)
+    except (cudnn.cudnnGraphNotSupportedError, RuntimeError) as error:
+        raise ValueError(f"{binding.strategy}, {problem.direction}: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -39,11 +39,18 @@ class Sample:
 
 
 class Reference(Protocol):
+    """`fingerprint` is a text of what it computes, for verdicts that last; None if it has none."""
+
+    @property
+    def fingerprint(self) -> str | None: ...
+
     def sample(self, problem: Problem, generator: torch.Generator, extremes: bool = False) -> Sample: ...
 
 
 class ProgramReference:
     """The program itself, through the interpreter."""
+
+    fingerprint = "the program"
 
     def __init__(self, program: Program) -> None:
         self.program = program
@@ -112,6 +119,7 @@ class SubgraphReference:
         operands: computes the op's operands from the captured tensors and sizes (b, h, sq, skv), and the order in
             which the op gets the keys, [B or 1, Skv], where it is another.
         ints, floats: positions in `captured` of the op's scalars.
+        fingerprint: of both functions, and of how operands are computed.
         source: where in the user's code the call is.
     """
 
@@ -125,6 +133,7 @@ class SubgraphReference:
     ]
     ints: tuple[int, ...] = ()
     floats: tuple[int, ...] = ()
+    fingerprint: str | None = None
     source: str = ""
 
     def sample(self, problem: Problem, generator: torch.Generator, extremes: bool = False) -> Sample:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from cudnn_flex_compile.engine.problem import Problem, TensorSpec
+from cudnn_flex_compile.engine.tail import TILE
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +64,10 @@ class Tensors:
 
 
 def drawn(problem: Problem, generator: torch.Generator) -> Tensors:
-    """Unit normal inputs, and outputs that are poisoned."""
+    """Unit normal inputs amid NaNs, and outputs that are poisoned."""
     device = generator.device
     specs = (problem.query, problem.key, problem.value, problem.grad or problem.out)
-    query, key, value, grad = (spec.empty(device).normal_(generator=generator) for spec in specs)
+    query, key, value, grad = (amid_nans(spec, device).normal_(generator=generator) for spec in specs)
     batch, heads, length = problem.lse_shape
     stats = TensorSpec((batch, heads, length, 1), (heads * length, length, 1, 1), torch.float32)
     return Tensors(query, key, value, grad, poisoned(problem.out, device), poisoned(stats, device))
@@ -114,11 +115,29 @@ MARGIN = 512
 
 def poisoned(spec: TensorSpec, device: torch.device) -> torch.Tensor:
     """A tensor of a layout, with margins."""
-    extent = 1 + sum((n - 1) * step for n, step in zip(spec.shape, spec.stride, strict=True))
-    memory = torch.empty(MARGIN + extent + MARGIN, dtype=spec.dtype, device=device)
+    memory = torch.empty(MARGIN + _extent(spec) + MARGIN, dtype=spec.dtype, device=device)
     tensor = memory.as_strided(spec.shape, spec.stride, MARGIN)
     poison(tensor)
     return tensor
+
+
+def amid_nans(spec: TensorSpec, device: torch.device) -> torch.Tensor:
+    """An input, to be filled, with what no plan may let through around it: NaNs, or the largest integers. Tiles reach
+    beyond the last row: what is read there must be dropped, whatever it is.
+    """
+    worst = math.nan if spec.dtype.is_floating_point else spec.dtype is torch.bool or torch.iinfo(spec.dtype).max
+    extent, margin = _extent(spec), TILE * max(1, *spec.stride[-2:])
+    memory = torch.full((margin + extent + margin,), worst, dtype=spec.dtype, device=device)
+    return memory.as_strided(spec.shape, spec.stride, margin)
+
+
+def surrounded(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of an input amid NaNs."""
+    return amid_nans(TensorSpec.of(tensor), tensor.device).copy_(tensor)
+
+
+def _extent(spec: TensorSpec) -> int:
+    return 1 + sum((n - 1) * step for n, step in zip(spec.shape, spec.stride, strict=True))
 
 
 def poison(tensor: torch.Tensor) -> None:

@@ -11,8 +11,8 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -30,8 +30,10 @@ from cudnn_flex_compile.engine.strategies.dense import NAME as DENSE
 from cudnn_flex_compile.engine.strategies.scores import biased, legal_backward
 from cudnn_flex_compile.engine.support import refused
 from cudnn_flex_compile.engine.tail import guarded, needs_guard
+from cudnn_flex_compile.engine.verdicts import keep, recall
 from cudnn_flex_compile.engine.versions import cudnn_version, unusable_device
 from cudnn_flex_compile.locks import new_lock
+from cudnn_flex_compile.phases import count, phase
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import TRUE, Program
@@ -55,10 +57,16 @@ class Policy:
 
 @dataclass(frozen=True)
 class Ready:
-    """A certified plan, and which of query, key, value and the output's gradient must be copied for it."""
+    """A certified plan.
+
+    Attributes:
+        copies: which of query, key, value and the output's gradient must be copied for it.
+        references: fingerprints of what it was compared with.
+    """
 
     plan: "Runs"
     copies: tuple[bool, bool, bool, bool]
+    references: set[str | None] = field(default_factory=set[str | None], compare=False)
 
     @functools.cached_property
     def copied(self) -> bool:
@@ -103,7 +111,7 @@ def cache_info() -> CacheInfo:
 
 
 def cache_clear() -> None:
-    """Drops all plans and zeroes the counters; the next call of each problem builds again."""
+    """Drops all plans and zeroes the counters; what is kept in the cache folder stays there."""
     plans.clear()
 
 
@@ -118,14 +126,47 @@ def _reference_key(problem: Problem) -> tuple[str, tuple[int, ...]]:
     return problem.program, (*problem.query.shape[:3], problem.key.shape[2])
 
 
-def find_plan(call: Key) -> Ready | Reason:
+def _reference(problem: Problem) -> Reference:
+    return _references.get(_reference_key(problem)) or ProgramReference(parse(problem.program))
+
+
+def find_plan(
+    call: Key, reference: Callable[[], Reference] | None = None, fingerprint: str | None = None
+) -> Ready | Reason:
     """The certified plan of a call, from the cache or built now; or why there is none.
+
+    Args:
+        reference: gives the user's own functions, where they are at hand. A plan that was compared with others is
+            compared with these, too, though they became the same program: a fault of ours would show.
+        fingerprint: of the reference.
 
     Raises:
         RuntimeError: a plan must be built while a CUDA graph is being captured.
     """
     found = plans.get(call)
-    return found if found is not None else _build(call)
+    if found is None:
+        if reference is not None:
+            remember_reference(problem_of(call), reference())
+        return _build(call)
+    count("plans found")
+    if reference is None or isinstance(found, Reason) or fingerprint in found.references:
+        return found
+    if torch.cuda.is_current_stream_capturing():  # nothing can be compared now: the next compilation will
+        return found
+    return run_clean(lambda: _or_why_not(lambda: _compared(call, found, reference())), call[11])
+
+
+def _compared(call: Key, found: Ready, reference: Reference) -> Ready | Reason:
+    """The plan, if it is right for these functions as well."""
+    from cudnn_flex_compile.engine.verify import certify
+
+    before = plans.peek(forward_of(call)) if call[0] == BACKWARD else found
+    if isinstance(before, Ready):
+        verdict = _certified(lambda: certify(found.plan, before.plan, reference))
+        if verdict is not None:
+            return verdict
+        found.references.add(reference.fingerprint)
+    return found
 
 
 def _build(call: Key) -> Ready | Reason:
@@ -152,15 +193,35 @@ def _make(call: Key) -> Ready | Reason:
         if isinstance(ready, Reason):
             return ready
         forward = ready.plan
+    reference = _reference(problem)
+    plan = _or_why_not(lambda: _stored_or_first_right(problem, forward, reference))
+    return plan if isinstance(plan, Reason) else Ready(plan, _copies(call, problem), {reference.fingerprint})
+
+
+Found = TypeVar("Found")
+
+
+def _or_why_not(find: Callable[[], Found]) -> Found | Reason:
+    """What `find` gives, or that memory is short, or what went wrong."""
     try:
-        plan = _first_right(problem, forward)
+        return find()
     except torch.OutOfMemoryError as error:
         torch.cuda.empty_cache()
-        return Reason(Code.MEMORY, f"not enough memory to build or certify a plan: {str(error)[:120]}")
+        detail = f"not enough memory to build or certify a plan: {str(error)[:120]}"
+        return Reason(Code.MEMORY, detail, lasting=False)
     except Exception as error:  # a bug of ours, or a function that cannot be evaluated here, must not stop the model
         log.warning("cudnn_flex: building or certifying a plan failed", exc_info=True)
-        return Reason(Code.INTERNAL, f"{type(error).__name__}: {error}")
-    return plan if isinstance(plan, Reason) else Ready(plan, _copies(call, problem))
+        return Reason(Code.INTERNAL, f"{type(error).__name__}: {error}", lasting=False)
+
+
+def _stored_or_first_right(problem: Problem, forward: "Runs | None", reference: Reference) -> "Runs | Reason":
+    found = recall(problem, reference, _policy.certify)
+    if found is not None:
+        plans.count("restored")
+        return found
+    found = _first_right(problem, forward)
+    keep(problem, reference, _policy.certify, found)
+    return found
 
 
 def _copies(call: Key, problem: Problem) -> tuple[bool, bool, bool, bool]:
@@ -174,7 +235,7 @@ def _first_right(problem: Problem, forward: "Runs | None") -> "Runs | Reason":
     """The first plan that cuDNN builds and certification passes: parts where they are faster, then each strategy."""
     from cudnn_flex_compile.engine.verify import certify
 
-    reference = _references.get(_reference_key(problem)) or ProgramReference(parse(problem.program))
+    reference = _reference(problem)
     reasons: list[Reason] = []
     rejected: list[Rejection] = []
     for number, make in enumerate(attempts(problem)):
@@ -246,7 +307,8 @@ def _build_with(
             return Reason(Code.UNSUPPORTED_CALL, "no operand expands")
         lowering = replace(lowering, expanded=True)
     plans.count("builds")
-    return build(problem, lowering)
+    with phase("build"):
+        return build(problem, lowering)
 
 
 def _unmasked(program: Program) -> bool:
@@ -274,7 +336,8 @@ def _certified(certify: "Callable[[], Reason | None]") -> Reason | None:
         return None
     plans.count("certifications")
     start = time.perf_counter()
-    verdict = certify()
+    with phase("certify"):
+        verdict = certify()
     plans.count("certify_seconds", time.perf_counter() - start)
     if verdict is not None:
         plans.count("rejections")
@@ -286,6 +349,11 @@ _TELLING = (Code.CERTIFICATION, Code.NO_BACKWARD, Code.ILLEGAL_OP, Code.SHAPE_RE
 
 
 def _most_telling(reasons: list[Reason]) -> Reason:
+    """One for all of them; lasting if all are."""
+    return replace(_most_telling_of(reasons), lasting=all(reason.lasting for reason in reasons))
+
+
+def _most_telling_of(reasons: list[Reason]) -> Reason:
     for code in _TELLING:
         for reason in reasons:
             if reason.code is code:

@@ -1,4 +1,4 @@
-"""Guards programs against two ways in which cuDNN's backward computes a score_mod wrongly.
+"""Guards programs against three ways in which cuDNN's backward computes a score_mod wrongly.
 
 Knows nothing of plans. Measured on an H200 with cuDNN 9.19:
 
@@ -6,6 +6,9 @@ Knows nothing of plans. Measured on an H200 with cuDNN 9.19:
   where that gives no -inf, or a derivative that is not finite, the backward multiplies it with a zero, and the NaN
   spreads over whole rows of dQ and dK (x * x, -x, sin(x), silu(x) at length 1000; right at 1024). A captured
   tensor along kv has rows of very low scores fail the same way at lengths that are 64 modulo 128.
+- There, too, a captured tensor is read beyond its end, and whatever is in that memory goes through the score_mod: a NaN
+  in a row beyond the last query makes a weight of NaN, and all of dV is NaN (a float tensor along q at lengths 2 and
+  333, with NaNs behind it).
 - Where the gradient reads the score_mod's very result (sigmoid(x), |x|), dV is off by 200x. A select behind the
   result mends it.
 """
@@ -17,6 +20,7 @@ import torch
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.interpret import TORCH_DTYPE, const_tensor, evaluate
 from cudnn_flex_compile.scoremod.ir import F32, GRAD, I32, SCORE, TRUE, Expr, Program
+from cudnn_flex_compile.scoremod.masks.form import MaskForm, as_predicate, split
 from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.simplify import simplify
 from cudnn_flex_compile.scoremod.switches import on
@@ -27,9 +31,20 @@ TILE = 128
 def guarded(program: Program, lengths: tuple[int, int]) -> Program:
     """The same program below `lengths` of q and kv; beyond, the score_mod sees 0, and columns are masked."""
     rows, columns = (make("ge", ir.const(n - 1, I32), ir.index(a)) for n, a in zip(lengths, "qk", strict=True))
-    zero = ir.const(0.0, F32)
+    zero, form = ir.const(0.0, F32), split(program.mask)
     inside = make("where", columns, make("where", rows, SCORE, zero), zero)
-    return ir.program(ir.rebuild(program.score, {SCORE: inside}), simplify(make("and", program.mask, columns)))
+    score = ir.rebuild(program.score, {SCORE: inside})
+    for bias in form.biases:
+        score = score + bias
+    if any(_is_read_beyond(n) and "q" in n.dims for n in ir.walk(score)):
+        score = make("where", rows, score, zero)
+    shown = as_predicate(MaskForm(form.bounds, residual=form.residual))
+    return ir.program(score, simplify(make("and", shown, columns)))
+
+
+def _is_read_beyond(node: Expr) -> bool:
+    """Whether a node reads what may be NaN beyond the lengths; integers there do no harm."""
+    return node.kind == "operand" and node.dtype == F32 and bool({"q", "k"} & set(node.dims))
 
 
 def needs_guard(program: Program, gradient: Expr, lengths: tuple[int, int]) -> bool:
@@ -46,7 +61,8 @@ def needs_guard(program: Program, gradient: Expr, lengths: tuple[int, int]) -> b
         return True
     if all(n % TILE == 0 for n in lengths) or not on("ends guarded"):
         return False
-    if any(n.kind == "operand" and "k" in n.dims for n in ir.walk(program.score, program.mask)):
+    operands = [n for n in ir.walk(program.score, program.mask) if n.kind == "operand"]
+    if any("k" in n.dims or _is_read_beyond(n) for n in operands):
         return True
     return float(_at_the_end(program.score)) != -math.inf or not math.isfinite(float(_at_the_end(gradient)))
 

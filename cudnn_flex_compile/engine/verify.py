@@ -7,7 +7,7 @@ back. Memory is that of the problem's own tensors plus O(samples x length).
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -23,7 +23,16 @@ from cudnn_flex_compile.engine.expected import (
 from cudnn_flex_compile.engine.places import SEED, Places, places
 from cudnn_flex_compile.engine.problem import BACKWARD, Problem, TensorSpec
 from cudnn_flex_compile.engine.reference import Reference, Sample
-from cudnn_flex_compile.engine.regimes import REGIMES, Regime, Tensors, applied, drawn, poison, poisoned
+from cudnn_flex_compile.engine.regimes import (
+    REGIMES,
+    Regime,
+    Tensors,
+    applied,
+    drawn,
+    poison,
+    poisoned,
+    surrounded,
+)
 from cudnn_flex_compile.reasons import Code, Reason
 
 
@@ -85,6 +94,7 @@ def _varies(sample: Sample) -> bool:
 
 
 def _data(problem: Problem, tensors: Tensors, sample: Sample) -> Data:
+    sample = replace(sample, operands=[surrounded(operand) for operand in sample.operands])
     where = places(problem, sample, tensors.query.device)
     backward = problem.direction == BACKWARD
     none = torch.zeros((), dtype=torch.float64, device=tensors.query.device)

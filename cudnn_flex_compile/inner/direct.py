@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch._inductor.config as inductor_config
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
@@ -30,7 +31,7 @@ MODES = (None, "default", "max-autotune-no-cudagraphs")
 def suffices(graph_module: GraphModule, example_inputs: Sequence[Any], options: Options) -> bool:
     """Whether Inductor would have nothing to compile in the (rewritten) graph."""
     asked = options.inner_backend == inductor.NAME and options.mode in MODES and not options.inner_options
-    if not asked or torch._inductor.config.triton.cudagraphs:
+    if not asked or inductor_config.triton.cudagraphs:
         return False
     nodes = [node for node in graph_module.graph.nodes if node.op != "placeholder"]
     plain = all(type(t) in PLAIN for t in example_inputs if isinstance(t, Tensor))

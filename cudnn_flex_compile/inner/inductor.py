@@ -32,8 +32,9 @@ def _call_undispatched() -> None:
     from torch._inductor.lowering import add_needs_realized_inputs, register_lowering
 
     from cudnn_flex_compile.ops import attention_backward, attention_forward
+    from cudnn_flex_compile.ops.undispatched import BACKWARD, FORWARD
 
-    for op, function in ((attention_forward, "undispatched_forward"), (attention_backward, "undispatched_backward")):
+    for op, function in ((attention_forward, FORWARD), (attention_backward, BACKWARD)):
         add_needs_realized_inputs(op)
         register_lowering(op, type_promotion_kind=None)(_lowering(op, f"torch.ops.cudnn_flex.{function}"))
 

@@ -19,6 +19,7 @@ from cudnn_flex_compile.kernels import fallback
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod.ranges import VALUE_LIMIT
 
+Gradients = tuple[Tensor, Tensor, Tensor]
 log = logging.getLogger("cudnn_flex_compile")
 _warned: set[str] = set()
 LSE_GRADIENT = Reason(Code.LSE_GRADIENT, "the LSE takes part in the loss")
@@ -56,7 +57,7 @@ def forward(
 def backward(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
     operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor], program: str, scale: float,
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> Gradients:  # fmt: skip
     """dQ, dK, dV in the layouts of torch.empty_like of query, key and value.
 
     With a gradient of the (natural) log-sum-exp, Inductor's kernel computes them: the plans take none.
@@ -137,8 +138,9 @@ def _fallback_forward(
 def _fallback_backward(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor],
     ints: Sequence[int], floats: Sequence[Tensor], program: str, scale: float,
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> Gradients:  # fmt: skip
     with above_autograd():
         gradients = fallback.backward(grad_out, grad_lse, query, key, value, operands, ints, floats, program, scale)
     like = (torch.empty_like(t) for t in (query, key, value))
-    return tuple(g if g.stride() == t.stride() else t.copy_(g) for g, t in zip(gradients, like, strict=True))
+    dq, dk, dv = (g if g.stride() == t.stride() else t.copy_(g) for g, t in zip(gradients, like, strict=True))
+    return dq, dk, dv

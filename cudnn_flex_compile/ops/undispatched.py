@@ -17,6 +17,8 @@ from torch.nn import Parameter
 from cudnn_flex_compile.ops.schemas import Gradients, attention_backward, attention_forward, namespace
 
 PLAIN = (Tensor, Parameter)
+# Names in torch.ops.cudnn_flex.
+FORWARD, BACKWARD = "undispatched_forward", "undispatched_backward"
 
 
 def _dispatched(tensor: Tensor) -> bool:
@@ -57,4 +59,5 @@ def backward(
 
 
 # Where Inductor's generated code finds them, also code from its caches.
-namespace.undispatched_forward, namespace.undispatched_backward = forward, backward
+setattr(namespace, FORWARD, forward)
+setattr(namespace, BACKWARD, backward)

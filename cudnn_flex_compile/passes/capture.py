@@ -103,9 +103,9 @@ def indexing(call: Call) -> set[Any]:
         placeholders: list[Node] = [n for n in module.graph.nodes if n.op == "placeholder"]
         captured = dict(zip(placeholders[leading:], values, strict=False))
         for node in module.graph.nodes:
-            first, *rest = node.all_input_nodes or [None]
-            if first in captured and _dims(captured[first]):
-                found |= {captured[n] for n in _above(rest) if n in captured and isinstance(captured[n], Node)}
+            inputs = node.all_input_nodes
+            if inputs and inputs[0] in captured and _dims(captured[inputs[0]]):
+                found |= {captured[n] for n in _above(inputs[1:]) if n in captured and isinstance(captured[n], Node)}
     return found
 
 

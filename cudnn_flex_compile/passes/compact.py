@@ -7,6 +7,7 @@ values are permuted, and their gradients permuted back; attention does not depen
 taken that reads it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +42,7 @@ class Compact:
 COUNTS = ir.capture(-1, I64)  # [B or 1, Skv + 1]: how many of the keys before each position are visible
 
 
-def compacted(program: Program, hoisted: list[Hoisted]) -> Compact | None:
+def compacted(program: Program, hoisted: Sequence[Hoisted]) -> Compact | None:
     """The program over permuted keys, or None where a bias is the better form.
 
     That is: where anything reads the key's position, and under a window, whose tiles are skipped only in place.
@@ -75,7 +76,7 @@ def _batch(columns: Hoisted) -> Expr:
     return ir.index("b") if "b" in columns.dims else ir.const(0, I64)
 
 
-def _limit(bounds: tuple[Bound, ...], hoisted: list[Hoisted], kind: str) -> Expr | None:
+def _limit(bounds: tuple[Bound, ...], hoisted: Sequence[Hoisted], kind: str) -> Expr | None:
     """The position from which, or before which, keys are visible to a query by its bounds; LENGTH stands for all."""
     sides = ("start",) if kind == "start" else ("lower", "end")
     found = [_position(b, hoisted) for b in bounds if b.side in sides]
@@ -90,7 +91,7 @@ def _limit(bounds: tuple[Bound, ...], hoisted: list[Hoisted], kind: str) -> Expr
 LENGTH = ir.intern("scalar", I32, value=-1)  # the number of keys; the caller knows it
 
 
-def _position(bound: Bound, hoisted: list[Hoisted]) -> Expr:
+def _position(bound: Bound, hoisted: Sequence[Hoisted]) -> Expr:
     """kv >= start: -c - terms; kv < end: c + terms + 1, with q beside them for a diagonal."""
     form = Linear({Q: 1} if bound.side == "lower" else {}, bound.constant + 1)
     if bound.side == "start":

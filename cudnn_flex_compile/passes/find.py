@@ -7,7 +7,7 @@ is the last element of the block mask tuple, the block sizes are the two before 
 import itertools
 import operator
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +60,8 @@ class Call:
 
         HuggingFace's models, for one, scale the LSE and drop it.
         """
-        return any(_is_live(user, set()) for node in self.output(position) for user in node.users)
+        dead = _read_once(_dead, self.node.graph, _dead_names)
+        return any(user.name not in dead for node in self.output(position) for user in node.users)
 
     @property
     def source(self) -> str:
@@ -74,13 +75,18 @@ class Call:
         return f"{lines[last]}: {code}" if code else lines[last]
 
 
-def _is_live(node: Node, seen: set[Node]) -> bool:
-    if node in seen:
-        return False
-    seen.add(node)
+def _dead_names(graph: Graph) -> frozenset[str]:
+    """The nodes that reach no result of the graph, and nothing with an effect."""
+    dead: set[str] = set()
+    for node in reversed(graph.nodes):
+        if not _has_effect(node) and all(user.name in dead for user in node.users):
+            dead.add(node.name)
+    return frozenset(dead)
+
+
+def _has_effect(node: Node) -> bool:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    effect = node.is_impure() or node.target is operator.setitem or str(name).endswith("_")
-    return effect or any(_is_live(user, seen) for user in node.users)
+    return node.is_impure() or node.target is operator.setitem or str(name).endswith("_")
 
 
 def scale_of(call: Call) -> float | None:
@@ -106,16 +112,31 @@ def example(value: Any) -> Any:
 
 def changes(tensors: Sequence[Any], before: Node) -> tuple[Node, ...]:
     """The nodes of the graph above `before` that change one of the tensors, or what it is a view of, in place."""
-    graph = before.graph
-    if graph not in _writers:  # read once: the pass itself writes no such node
-        _writers[graph] = [node for node in graph.nodes if any(_storage(t) is not None for t in written(node))]
-    storages = {_storage(t) for t in tensors} - {None}
-    found = {node for node in _writers[graph] if any(_storage(t) in storages for t in written(node))}
-    above = itertools.takewhile(lambda node: node is not before, graph.nodes if found else ())
-    return tuple(node for node in above if node in found)
+    graph, storages = before.graph, {_storage(t) for t in tensors} - {None}
+    names = _read_once(_writers, graph, _writer_names) if storages else ()
+    above = itertools.takewhile(lambda node: node is not before, graph.nodes if names else ())
+    writers = (node for node in above if node.name in names)
+    return tuple(node for node in writers if any(_storage(t) in storages for t in written(node)))
 
 
-_writers: "weakref.WeakKeyDictionary[Graph, list[Node]]" = weakref.WeakKeyDictionary()
+def _writer_names(graph: Graph) -> frozenset[str]:
+    """The nodes that change a tensor in place."""
+    return frozenset(n.name for n in graph.nodes if any(_storage(t) is not None for t in written(n)))
+
+
+# What is read of a graph once, as Dynamo made it: the pass writes no node that changes a tensor, and none that is dead.
+# By name, for a node would keep its graph alive.
+Names = frozenset[str]
+_dead: "weakref.WeakKeyDictionary[Graph, Names]" = weakref.WeakKeyDictionary()
+_writers: "weakref.WeakKeyDictionary[Graph, Names]" = weakref.WeakKeyDictionary()
+
+
+def _read_once(
+    known: "weakref.WeakKeyDictionary[Graph, Names]", graph: Graph, read: Callable[[Graph], Names]
+) -> Names:
+    if graph not in known:
+        known[graph] = read(graph)
+    return known[graph]
 
 
 def _storage(value: Any) -> int | None:

@@ -5,8 +5,8 @@ Knows nothing of the inner backend. An exception in one call keeps that call; th
 
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,28 +21,32 @@ from cudnn_flex_compile.passes.hoist import Writer, operand_value
 from cudnn_flex_compile.passes.prune import live_nodes, prune
 from cudnn_flex_compile.passes.rewrite import replace, with_batch
 from cudnn_flex_compile.passes.target import Target, judge
+from cudnn_flex_compile.passes.traced import traced_of
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.report import CallReport
 from cudnn_flex_compile.scoremod import ir
-from cudnn_flex_compile.scoremod.ir import Program
-from cudnn_flex_compile.scoremod.partition import Hoisted, ScoreGather, partition
-from cudnn_flex_compile.scoremod.ranges import narrow
-from cudnn_flex_compile.scoremod.simplify import normalize
+from cudnn_flex_compile.scoremod.partition import Hoisted
 from cudnn_flex_compile.scoremod.text import text
-from cudnn_flex_compile.scoremod.trace import Untraceable, trace
 
 log = logging.getLogger("cudnn_flex_compile")
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What the calls of one graph share: writers that write each node once, and the graph's real inputs."""
+    """What the calls of one graph share: writers that write each node once, the graph's real inputs, and what was
+    found out about these, which takes a look at their data."""
 
     operands: Writer
     guards: block_mask.Guards
     real: dict[Node, Any]
     only_faster: bool
     bias_budget: int
+    known: dict[tuple[Any, ...], Reason | None] = field(default_factory=dict[tuple[Any, ...], Reason | None])
+
+    def once(self, key: tuple[Any, ...], find: Callable[[], Reason | None]) -> Reason | None:
+        if key not in self.known:
+            self.known[key] = find()
+        return self.known[key]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +117,10 @@ def _lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason
     captures = read_captures(call)
     if isinstance(captures, Reason):
         return captures
-    traced = _trace(call, captures)
+    traced = traced_of(call, captures)
     if isinstance(traced, Reason):
         return traced
-    program, hoisted, checked = traced
+    program, hoisted, checked = traced.program, traced.hoisted, traced.checked(captures)
     report.program = program
     large = _over_budget(call, hoisted, context.bias_budget)
     if large is not None:
@@ -124,18 +128,15 @@ def _lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason
     training = bool(example(call.node)[0].requires_grad)
     if training and call.uses(1):
         return Reason(Code.LSE_GRADIENT, "the LSE is used, and a gradient may flow through it")
-    if checked is not None:
-        values = _real_values(call, captures, checked.hoisted, context)
-        wrong = block_mask.disagreement(call, checked.program, context.real.get, values)  # pyright: ignore
-        if wrong is not None:
-            return wrong
+    wrong = None if checked is None else _disagreement(call, captures, checked, context)
+    if wrong is not None:
+        return wrong
     compact = compacted(program, hoisted)
-    if context.only_faster:
-        runs = (program, hoisted) if compact is None else (compact.program, compact.hoisted)
-        slower = speed.slower(call, *runs, training, context.real.get)  # pyright: ignore[reportArgumentType]
-        if slower is not None:
-            return slower
-    target = Target(call, program, tuple(hoisted), captures, training, context.real, compact)
+    running = (program, hoisted) if compact is None else (compact.program, compact.hoisted)
+    slower = _slower(call, *running, training, context) if context.only_faster else None
+    if slower is not None:
+        return slower
+    target = Target(call, program, hoisted, captures, training, context.real, compact, traced.fingerprint)
     verdict = judge(target)
     if isinstance(verdict, Reason):
         return verdict
@@ -162,40 +163,46 @@ def _unsuitable(call: Call) -> Reason | None:
     return None
 
 
-def _checked(call: Call, captures: Captures, mask: ir.Expr) -> MaskProgram | None:
-    """What the BlockMask is compared with: the mask_mod alone, for a score_mod masks in blocks of any kind."""
-    if not call.blocks:
-        return None
-    program, hoisted = partition(normalize(ir.program(mask=mask)))
-    return MaskProgram(program, tuple(hoisted), dict(captures.nodes), captures.ints, captures.floats)
-
-
-def _trace(call: Call, captures: Captures) -> tuple[Program, list[Hoisted], MaskProgram | None] | Reason:
-    device = example(call.query).device
-    try:
-        score = trace(call.score_mod, True, captures.of_score, device)
-        mask = trace(call.mask_mod, False, captures.of_mask, device)
-        whole = partition(normalize(ir.program(narrow(score), narrow(mask))), captures.stored)
-        return (*whole, _checked(call, captures, narrow(mask)))
-    except Untraceable as error:
-        return Reason(Code.UNKNOWN_OP, str(error))
-    except ScoreGather:
-        return Reason(Code.UNKNOWN_OP, "a captured tensor read at an index that depends on the score")
-
-
 MIB = 2**20
 
 
-def _over_budget(call: Call, hoisted: list[Hoisted], budget: int) -> Reason | None:
+def _over_budget(call: Call, hoisted: Sequence[Hoisted], budget: int) -> Reason | None:
     """A reason if an operand over (q, kv) pairs takes more memory than the option allows."""
-    sizes = [hint(n) for n in (*example(call.query).shape[:3], example(call.key).shape[2])]
     for part in hoisted:
-        count = math.prod(n for axis, n in zip(ir.AXES, sizes, strict=True) if axis in part.dims)
+        count = math.prod(n for axis, n in zip(ir.AXES, _sizes(call), strict=True) if axis in part.dims)
         mib = count * part.stored.itemsize / MIB
         if {"q", "k"} <= set(part.dims) and mib > budget:
             detail = f"a bias over (q, kv) pairs takes {mib:.0f} MiB, more than bias_budget_mb={budget}"
             return Reason(Code.BIAS_BUDGET, detail)
     return None
+
+
+def _sizes(call: Call) -> tuple[int, int, int, int]:
+    """B, Hq, Sq and Skv in the call that is being compiled."""
+    (batch, heads, rows), columns = example(call.query).shape[:3], example(call.key).shape[2]
+    return hint(batch), hint(heads), hint(rows), hint(columns)
+
+
+def _disagreement(call: Call, captures: Captures, checked: MaskProgram, context: Context) -> Reason | None:
+    def find() -> Reason | None:
+        values = _real_values(call, captures, checked.hoisted, context)
+        return block_mask.disagreement(call, checked.program, context.real.get, values)  # pyright: ignore
+
+    captured = tuple(checked.nodes[leaf] for leaf in checked.leaves)
+    return context.once((*_given(call), checked.program, checked.hoisted, captured), find)
+
+
+def _slower(
+    call: Call, program: ir.Program, hoisted: tuple[Hoisted, ...], training: bool, context: Context
+) -> Reason | None:
+    def find() -> Reason | None:
+        return speed.slower(call, program, hoisted, training, context.real.get)  # pyright: ignore
+
+    return context.once((*_given(call), program, hoisted, training), find)
+
+
+def _given(call: Call) -> tuple[Any, ...]:
+    return call.node.graph, call.blocks, call.block_sizes, _sizes(call)
 
 
 def _real_values(
@@ -205,12 +212,11 @@ def _real_values(
     values = {leaf: context.real.get(node) if isinstance(node, Node) else node for leaf, node in captures.nodes.items()}
     if any(v is None for v in values.values()):
         return None
-    sizes = tuple(hint(n) for n in (*example(call.query).shape[:3], example(call.key).shape[2]))
     numbers = [hint(values[leaf]) for leaf in captures.ints]
     for leaf, number in zip(captures.ints, numbers, strict=True):
         values[leaf] = number
     with torch.no_grad():
-        operands = [operand_value(h, values.__getitem__, sizes, example(call.query).device) for h in hoisted]
+        operands = [operand_value(h, values.__getitem__, _sizes(call), example(call.query).device) for h in hoisted]
     return operands, numbers, [values[leaf] for leaf in captures.floats]
 
 

@@ -3,6 +3,7 @@
 Knows nothing of rewriting.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,7 @@ class Target:
         training: whether a gradient may be asked for.
         real: the graph's inputs, by placeholder.
         compact: the program over permuted keys that runs in place of `program`, if there is one.
+        fingerprint: of the call's functions (passes/traced.py).
     """
 
     call: Call
@@ -45,6 +47,7 @@ class Target:
     training: bool
     real: dict[Node, Any]
     compact: Compact | None = None
+    fingerprint: str | None = None
 
     @property
     def running(self) -> tuple[Program, tuple[Hoisted, ...]]:
@@ -77,15 +80,16 @@ def _any_version() -> int:
 
 
 def _certified(target: Target, call: tuple[Any, ...], problem: Problem) -> tuple[str, ...] | Reason:
-    from cudnn_flex_compile.engine.select import find_plan, remember_reference
+    from cudnn_flex_compile.engine.select import find_plan
 
-    remember_reference(problem, _reference(target))
-    found = find_plan(call)
+    asked = functools.cache(lambda: _reference(target)), target.fingerprint
+    found = find_plan(call, *asked)
     if isinstance(found, Reason):
         return found
     if not target.training:
         return (found.plan.strategy,)
-    backward = find_plan(backward_key(call, Meta(problem.out, torch.device("cuda", problem.device))))
+    grad = Meta(problem.out, torch.device("cuda", problem.device))
+    backward = find_plan(backward_key(call, grad), *asked)
     return backward if isinstance(backward, Reason) else (found.plan.strategy, backward.plan.strategy)
 
 
@@ -150,6 +154,7 @@ def _reference(target: Target) -> SubgraphReference:
         operands=operands,
         ints=tuple(leaves.index(leaf) for leaf in target.captures.ints),
         floats=tuple(leaves.index(leaf) for leaf in target.captures.floats),
+        fingerprint=target.fingerprint,
         source=target.call.source,
     )
 

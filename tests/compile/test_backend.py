@@ -205,7 +205,7 @@ def test_an_exception_in_the_pass_keeps_that_call(monkeypatch):
     def fail(*_):
         raise ZeroDivisionError("for the test")
 
-    monkeypatch.setattr(module, "normalize", fail)
+    monkeypatch.setattr(module, "traced_of", fail)
     check(lambda q, k, v: flex_attention(q, k, v, softcap(2.0)), *qkv(), codes=[Code.INTERNAL])
 
 

@@ -9,3 +9,9 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "tests/gpu" in str(item.path):
                 item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def no_cache_folder(monkeypatch):
+    """Tests count what is built, and judge what is built now."""
+    monkeypatch.setenv("CUDNN_FLEX_CACHE", "0")

@@ -1,6 +1,8 @@
 """Options: what is unknown or wrong is said with what is valid, and the environment stands behind what is given."""
 
 import dataclasses
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -33,7 +35,7 @@ def test_unknown_keys_are_all_named_with_the_valid_ones() -> None:
 @pytest.mark.parametrize(
     ("given", "valid"),
     [({"certify": "twice"}, "'once', 'always', 'off'"), ({"mode": "fast"}, "'max-autotune'"),
-     ({"plan_cache_size": 0}, "1 and more"),
+     ({"plan_cache_size": 0}, "1 and more"), ({"cache_mb": 0}, "1 and more"),
      ({"certify": None}, "'once'"), ({"plan_cache_size": -4}, "1 and more")],
 )  # fmt: skip
 def test_wrong_values_are_named_with_the_valid_ones(given: dict[str, object], valid: str) -> None:
@@ -55,6 +57,20 @@ def test_wrong_types_are_named_with_the_expected_one(given: dict[str, object], e
     with pytest.raises(TypeError, match=f"expected {expected}") as error:
         options_from(given)
     assert next(iter(given)) in str(error.value)
+
+
+def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The user's own, unless another is given; none where it is switched off."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    if sys.platform == "linux":
+        assert options_from({}).cache_folder == tmp_path / "cudnn_flex_compile"
+    assert options_from({"cache_dir": "~/plans"}).cache_folder == tmp_path / "home" / "plans"
+    assert options_from({"cache": False, "cache_dir": "plans"}).cache_folder is None
+    monkeypatch.setenv("CUDNN_FLEX_CACHE_DIR", str(tmp_path / "there"))
+    assert options_from({}).cache_folder == tmp_path / "there"
+    monkeypatch.setenv("CUDNN_FLEX_CACHE", "0")
+    assert options_from({}).cache_folder is None
 
 
 def test_options_cannot_be_changed() -> None:

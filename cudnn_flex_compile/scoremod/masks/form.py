@@ -3,6 +3,7 @@
 Knows nothing of cuDNN, nor of how a user's mask became these parts (solve.py, partition.py).
 """
 
+import functools
 from dataclasses import dataclass
 
 from cudnn_flex_compile.scoremod import ir
@@ -40,6 +41,7 @@ def conjuncts(mask: Expr) -> list[Expr]:
     return [] if mask is TRUE else [mask]
 
 
+@functools.lru_cache(256)
 def split(mask: Expr) -> MaskForm:
     """The normal form of a program's mask; what is not plainly a bound or a bias stays in the residual."""
     bounds: list[Bound] = []

@@ -18,7 +18,7 @@ def test_what_was_put_is_got() -> None:
     assert cache.get("a") is None
     assert cache.put("a", "plan") == "plan"
     assert cache.get("a") == "plan"
-    assert cache.info() == CacheInfo(1, 1, 0, 0, 0, 0, 1, 4)
+    assert cache.info() == CacheInfo(1, 1, 0, 0, 0, 0, 0, 1, 4)
 
 
 def test_the_first_value_stays() -> None:
@@ -73,7 +73,7 @@ def test_clear_forgets_everything() -> None:
     cache.count("builds")
     cache.clear()
     assert cache.get("a") is None
-    assert cache.info() == CacheInfo(0, 1, 0, 0, 0, 0, 0, 5)
+    assert cache.info() == CacheInfo(0, 1, 0, 0, 0, 0, 0, 0, 5)
 
 
 def test_seconds_add_up() -> None:
@@ -85,13 +85,13 @@ def test_seconds_add_up() -> None:
     assert cache.info().certify_seconds == 0
 
 
-@pytest.mark.parametrize("what", ["builds", "certifications", "rejections"])
+@pytest.mark.parametrize("what", ["builds", "certifications", "rejections", "restored"])
 def test_counters(what: str) -> None:
     cache = Cache[str](1)
     cache.count(what)
     cache.count(what)
     assert getattr(cache.info(), what) == 2
-    assert sum(cache.info()[:6]) == 2
+    assert sum(cache.info()[:7]) == 2
 
 
 def test_an_unknown_counter_is_an_error() -> None:

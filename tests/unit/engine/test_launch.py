@@ -32,11 +32,11 @@ class Lowered:
 class Graph:
     _plan_index = 0
 
-    def __init__(self, lowered):
-        self._lowered_graph, self.executed = lowered, None
+    def __init__(self, lowered, plans=("plan",)):
+        self._lowered_graph, self.executed, self._plans = lowered, None, list(plans)
 
     def _materialize_backend_plan(self, index):
-        return SimpleNamespace(cpp_index=index + 2)
+        return SimpleNamespace(cpp_index=self._plans.index("plan") + index + 2)
 
     def execute(self, buffers, workspace, handle):
         self.executed = (buffers, workspace, handle)
@@ -47,6 +47,14 @@ def test_in_the_order_of_the_graph(order):
     graph = Graph(Lowered(order))
     launcher(graph, UIDS)(ADDRESSES, 11, HANDLE)
     assert graph._lowered_graph.got == ([100 * uid for uid in order], 11, 42, 2)
+    assert graph.executed is None
+
+
+def test_a_restored_graph_runs_its_only_plan():
+    """It lists no plans; the frontend's own `execute` gives such a one the index -1."""
+    graph = Graph(Lowered([3, 5, 7, 9]), plans=())
+    launcher(graph, UIDS)(ADDRESSES, 11, HANDLE)
+    assert graph._lowered_graph.got == ([300, 500, 700, 900], 11, 42, -1)
     assert graph.executed is None
 
 

@@ -1,0 +1,120 @@
+"""Keeps verdicts beyond the process: looks one up before anything is built, and stores what was found out.
+
+Knows nothing of how plans are found. A verdict holds for the problem, what it was compared with (by its fingerprint),
+our code, the libraries' versions, the driver and the kind of device; all of it is in the entry, and compared. What
+cannot be read or restored is a miss. Reasons that may pass, such as too little memory, are not stored.
+
+A second user's functions do not inherit the verdict on the first's, even if both became the same program by a fault of
+ours: the fingerprint is of their traced graphs. Values that they captured are not in it; a plan reads those as
+operands, of whatever content, and its certification has drawn many.
+"""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cudnn_flex_compile.engine.identity import key_of, problem_text
+from cudnn_flex_compile.engine.parts import PartsPlan, assemble_parts, divided
+from cudnn_flex_compile.engine.problem import Problem
+from cudnn_flex_compile.engine.record import Certified, StoredPlan, decode, encode
+from cudnn_flex_compile.engine.reference import Reference
+from cudnn_flex_compile.engine.store import Store
+from cudnn_flex_compile.phases import phase
+from cudnn_flex_compile.reasons import Reason
+from cudnn_flex_compile.scoremod.ir import Program
+from cudnn_flex_compile.scoremod.masks.boxes import pruned
+from cudnn_flex_compile.scoremod.text import parse
+
+if TYPE_CHECKING:
+    from cudnn_flex_compile.engine.plan import Plan
+
+    Runs = Plan | PartsPlan
+
+log = logging.getLogger("cudnn_flex_compile")
+
+
+class Use(NamedTuple):
+    """What a rule of certification means for verdicts that outlive the process."""
+
+    trusted: bool
+    kept: bool
+
+
+NEITHER = Use(False, False)
+USES = {"once": Use(True, True), "always": Use(False, True)}
+_stores: list[Store] = []
+
+
+def use_folder(folder: Path | None, megabytes: int) -> None:
+    """Where verdicts are kept (MiB at most), or that they are not, from now on and in the whole process."""
+    wanted = None if folder is None else (folder, megabytes * 2**20)
+    if wanted != next(((s.folder, s.bound) for s in _stores), None):
+        _stores[:] = [] if wanted is None else [Store(*wanted)]
+
+
+def recall(problem: Problem, reference: Reference, rule: str) -> "Runs | Reason | None":
+    """The stored verdict on a problem, its plans ready to run on the current device; None if there is none.
+
+    Args:
+        reference: what plans of the problem are compared with.
+        rule: of certification; a stored verdict is not always trusted.
+    """
+    fingerprint = reference.fingerprint
+    if not _stores or fingerprint is None or not USES.get(rule, NEITHER).trusted:
+        return None
+    with phase("restore"):
+        data = _stores[0].read(key_of(problem, fingerprint))
+        if data is None:
+            return None
+        try:
+            verdict = decode(data)
+            return verdict if isinstance(verdict, Reason) else _restored(problem, verdict)
+        except ValueError as error:
+            log.info("cudnn_flex: a stored plan cannot be used and is built anew: %s", error)
+            return None
+
+
+def keep(problem: Problem, reference: Reference, rule: str, found: "Runs | Reason") -> None:
+    """Stores a verdict that was found out under this rule."""
+    passing = isinstance(found, Reason) and not found.lasting
+    if not _stores or reference.fingerprint is None or passing or not USES.get(rule, NEITHER).kept:
+        return
+    with phase("keep"):
+        try:
+            data = encode(found if isinstance(found, Reason) else _stored(found))
+        except ValueError as error:
+            log.info("cudnn_flex: a plan is not kept beyond this process: %s", error)
+            return
+        _stores[0].write(key_of(problem, reference.fingerprint), data)
+
+
+def _stored(found: "Runs") -> Certified:
+    plans: list[Any] = list(found.plans) if isinstance(found, PartsPlan) else [found]
+    stored = [StoredPlan(problem_text(p.problem), p.binding, p.workspace, p.serialized()) for p in plans]
+    return Certified(tuple(stored), isinstance(found, PartsPlan))
+
+
+def _restored(problem: Problem, verdict: Certified) -> "Runs | Reason":
+    """Raises ValueError for plans of other problems: our code cannot have changed, but be sure."""
+    from cudnn_flex_compile.engine.attention_graph import output_specs
+    from cudnn_flex_compile.engine.plan import restore
+
+    left = list(verdict.plans)
+
+    def next_plan(_: Program, part: Problem) -> "Plan":
+        stored = left.pop(0)
+        if stored.problem != problem_text(part):
+            raise ValueError("it is for another problem")
+        plan = restore(part, stored.binding, stored.data)
+        if plan.workspace != stored.workspace:
+            raise ValueError(f"it wants {plan.workspace} bytes of workspace, {stored.workspace} when it was stored")
+        return plan
+
+    program = parse(problem.program)
+    if not verdict.in_parts:
+        return next_plan(program, problem)
+    program = pruned(program, problem.lengths)
+    boxes = divided(program, problem.lengths, problem.direction) or []
+    if len(boxes) != len(left):
+        raise ValueError(f"it has {len(left)} parts, {len(boxes)} are wanted")
+    return assemble_parts(problem, program, boxes, output_specs(problem), next_plan)

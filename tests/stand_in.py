@@ -1,0 +1,117 @@
+"""Plans that compute nothing, for tests of what becomes of plans on a machine without a GPU.
+
+They are built, judged, serialised and restored as real ones are, and count it. What a plan of a strategy does, a test
+says in `Backend`.
+"""
+
+import json
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+
+from cudnn_flex_compile.engine import identity, plan, select, verdicts, verify
+from cudnn_flex_compile.engine.attention_graph import output_specs
+from cudnn_flex_compile.engine.call import Meta, backward_key, forward_key
+from cudnn_flex_compile.engine.problem import Problem, TensorSpec
+from cudnn_flex_compile.engine.record import Binding
+from cudnn_flex_compile.reasons import Code, Reason
+from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod.optable import make
+from cudnn_flex_compile.scoremod.text import text
+
+CUDA = torch.device("cuda", 0)
+Q, KV = ir.index("q"), ir.index("k")
+ENVIRONMENT = ("code 1", "torch 2", "cudnn 3", "driver 4", "device 5")
+
+
+class StandIn:
+    """A plan that writes nothing."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, problem: Problem, binding: Binding, data: bytes) -> None:
+        self.problem, self.binding, self.strategy, self.data = problem, binding, binding.strategy, data
+        self.outputs, self.workspace = output_specs(problem), json.loads(data)["workspace"]
+
+    def serialized(self) -> bytes:
+        return self.data
+
+    def run(self, *_: object) -> None:
+        pass
+
+
+@dataclass
+class Backend:
+    """What stands in for cuDNN and for certification.
+
+    Attributes:
+        built, restored, certified: strategies, in order.
+        refuses: strategies that cuDNN has no engine for, and why.
+        wrong: strategies whose plans fail certification.
+        short: whether memory is short when a plan is built.
+        unreadable: whether cuDNN cannot use any stored plan.
+        drift: bytes of workspace by which a restored plan differs.
+    """
+
+    built: list[str] = field(default_factory=list)
+    restored: list[str] = field(default_factory=list)
+    certified: list[str] = field(default_factory=list)
+    refuses: dict[str, str] = field(default_factory=dict)
+    wrong: set[str] = field(default_factory=set)
+    short: bool = False
+    unreadable: bool = False
+    drift: int = 0
+
+    def build(self, problem, lowering):
+        self.built.append(lowering.strategy)
+        if self.short or lowering.strategy in self.refuses:
+            detail = "CUDNN_STATUS_ALLOC_FAILED" if self.short else self.refuses[lowering.strategy]
+            return Reason(Code.SHAPE_REFUSED, detail, lasting=not self.short)
+        binding = Binding(lowering.strategy, (1, 2, 3, 4), hosts=(-float("inf"), 7, -0.0))
+        data = {"lengths": problem.lengths, "direction": problem.direction, "workspace": 16 * problem.lengths[0]}
+        return StandIn(problem, binding, json.dumps(data).encode() + b" " * 2000)
+
+    def restore(self, problem, binding, data):
+        if self.unreadable:
+            raise ValueError("a later format")
+        self.restored.append(binding.strategy)
+        found = StandIn(problem, binding, data)
+        found.workspace += self.drift
+        return found
+
+    def certify(self, plan, forward, reference):
+        self.certified.append(plan.strategy)
+        return Reason(Code.CERTIFICATION, "dQ is off by 0.3") if plan.strategy in self.wrong else None
+
+
+def install(patch: pytest.MonkeyPatch, **how: object) -> Backend:
+    """In place of cuDNN, certification and the device, with an empty plan cache and no cache folder."""
+    backend = Backend(**how)  # pyright: ignore
+    patch.setattr(plan, "build", backend.build)
+    patch.setattr(plan, "restore", backend.restore)
+    patch.setattr(verify, "certify", backend.certify)
+    patch.setattr(select, "unusable_device", lambda device: None)
+    patch.setattr(select, "cudnn_version", lambda: 99999)
+    patch.setattr(select, "run_clean", lambda function, device: function())
+    patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    patch.setattr(torch.cuda, "empty_cache", lambda: None)
+    patch.setattr(identity, "environment", lambda device: ENVIRONMENT)
+    patch.setattr(verdicts, "_stores", [])
+    patch.setattr(select, "_policy", replace(select._policy))
+    select._references.clear()
+    select.cache_clear()
+    return backend
+
+
+def tensor(heads: int, length: int, dim: int = 64) -> Meta:
+    return Meta(TensorSpec((2, heads, length, dim), (length * heads * dim, dim, heads * dim, 1), torch.bfloat16), CUDA)
+
+
+def call(cap: float = 20.0, length: int = 256, mask: ir.Expr | None = None, backward: bool = False):
+    """The key of a call with a soft cap under a mask, causal if not given."""
+    mask = make("ge", Q, KV) if mask is None else mask
+    program = text(ir.program(make("tanh", ir.SCORE / cap) * cap, mask))
+    query, key = tensor(4, length), tensor(2, length)
+    found = forward_key(program, query, key, key, [], 0.125, backward)
+    return backward_key(found, query) if backward else found
