@@ -65,6 +65,8 @@ def on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "empty", lambda shape, stride, dtype: torch.empty_strided(shape, stride, dtype=dtype))
     monkeypatch.setattr(select, "run_clean", lambda function, device: function())
     monkeypatch.setattr(select, "unusable_device", lambda index: None)
+    monkeypatch.setattr(select, "recall", lambda *arguments: None)  # nothing is stored
+    monkeypatch.setattr(select, "keep", lambda *arguments: None)
     monkeypatch.setattr(cuda, "_warned", set())
     select.cache_clear()
     yield
@@ -85,7 +87,7 @@ def test_whatever_a_build_raises_refuses_it(error: Exception, monkeypatch: pytes
     def broken(*arguments: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(plan, "Plan", broken)
+    monkeypatch.setattr(plan, "_build", broken)
     problem = problem_of(forward_key(PROGRAM, *qkv(), [], 0.125, True))
     found = plan.build(problem, Lowering("chained"))
     assert isinstance(found, Reason)
@@ -99,7 +101,7 @@ def test_after_a_build_that_raises_the_next_strategy_is_tried(on_the_host, monke
             raise TypeError("incompatible function arguments")
         return StandIn(problem, RuntimeError(), lowering.strategy)
 
-    monkeypatch.setattr(plan, "Plan", broken_at_first)
+    monkeypatch.setattr(plan, "_build", broken_at_first)
     monkeypatch.setattr(verify, "certify", lambda *arguments: None)
     found = select.find_plan(forward_key(PROGRAM, *qkv(), [], 0.125, True))
     assert isinstance(found, select.Ready)
@@ -111,7 +113,7 @@ def test_no_memory_for_a_plan_is_a_reason(where: str, on_the_host, monkeypatch: 
     def no_memory(*arguments: Any) -> Any:
         raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")
 
-    monkeypatch.setattr(plan, "Plan", no_memory if where == "build" else lambda p, lowering: StandIn(p, KeyError()))
+    monkeypatch.setattr(plan, "_build", no_memory if where == "build" else lambda p, lowering: StandIn(p, KeyError()))
     monkeypatch.setattr(verify, "certify", no_memory)
     found = select.find_plan(forward_key(PROGRAM, *qkv(), [], 0.125, True))
     assert isinstance(found, Reason)
@@ -124,11 +126,11 @@ def test_a_certification_that_raises_is_a_reason(on_the_host, monkeypatch: pytes
     def broken(*arguments: Any) -> Any:
         raise ZeroDivisionError("for the test")
 
-    monkeypatch.setattr(plan, "Plan", lambda p, lowering: StandIn(p, KeyError()))
+    monkeypatch.setattr(plan, "_build", lambda p, lowering: StandIn(p, KeyError()))
     monkeypatch.setattr(verify, "certify", broken)
     with caplog.at_level(logging.WARNING, "cudnn_flex_compile"):
         found = select.find_plan(forward_key(PROGRAM, *qkv(), [], 0.125, True))
-    assert found == Reason(Code.INTERNAL, "ZeroDivisionError: for the test")
+    assert found == Reason(Code.INTERNAL, "ZeroDivisionError: for the test", lasting=False)
     assert "ZeroDivisionError" in caplog.text
 
 
@@ -200,7 +202,7 @@ def test_threads_that_want_the_same_plan_share_one(on_the_host, monkeypatch: pyt
         time.sleep(0.05)
         return StandIn(problem, KeyError(), lowering.strategy)
 
-    monkeypatch.setattr(plan, "Plan", slow)
+    monkeypatch.setattr(plan, "_build", slow)
     monkeypatch.setattr(verify, "certify", lambda *arguments: None)
     calls = [forward_key(PROGRAM, *qkv(), [], scale, True) for scale in (0.125, 0.25)]
     found = in_threads(8, lambda: [select.find_plan(call) for call in calls])
