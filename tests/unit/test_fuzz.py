@@ -169,7 +169,7 @@ def test_a_bug_of_the_pass_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*arguments):
         raise ZeroDivisionError("for the test")
 
-    monkeypatch.setattr(lower_calls, "partition", broken)
+    monkeypatch.setattr(lower_calls, "traced_of", broken)
     verdict = judge(PLAIN, "cpu")
     assert (verdict.kind, verdict.reason) == (ERROR, "INTERNAL")
     assert "ZeroDivisionError" in verdict.detail
