@@ -128,6 +128,9 @@ WRONG: dict[str, Callable[[Tensor], bool]] = {
     "a strict comparison of two index tensors": lambda t: (
         t.method in ("cmp_gt", "cmp_lt") and all(i.data_type == INT32 and i.comes_from("index") for i in t.inputs)
     ),
+    "kv >= q, which is taken for causal": lambda t: (
+        t.method == "cmp_ge" and [(i.method, i.axis) for i in t.inputs] == [("index", 3), ("index", 2)]
+    ),
     "a type that no node has": lambda t: t.data_type not in (FLOAT, INT32, BOOLEAN),
     "floats in an integer node": lambda t: (
         t.compute == INT32 and any(i.data_type not in (INT32, BOOLEAN) for i in t.inputs)

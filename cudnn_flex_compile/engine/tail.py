@@ -6,9 +6,10 @@ Knows nothing of plans. Measured on an H200 with cuDNN 9.19:
   where that gives no -inf, or a derivative that is not finite, the backward multiplies it with a zero, and the NaN
   spreads over whole rows of dQ and dK (x * x, -x, sin(x), silu(x) at length 1000; right at 1024). A captured
   tensor along kv has rows of very low scores fail the same way at lengths that are 64 modulo 128.
-- There, too, a captured tensor is read beyond its end, and whatever is in that memory goes through the score_mod: a NaN
-  in a row beyond the last query makes a weight of NaN, and all of dV is NaN (a float tensor along q at lengths 2 and
-  333, with NaNs behind it).
+- There, too, a captured tensor is read beyond its end, and whatever is in that memory goes through the score_mod; and
+  weights of rows beyond the last query are multiplied with zeros, whatever they are. So a NaN in that memory, or a
+  score that grows there until its weight overflows (slopes[h] * (kv - q), where the score_mod sees 0), makes dV NaN.
+  Scores of -inf have weights of 0.
 - Where the gradient reads the score_mod's very result (sigmoid(x), |x|), dV is off by 200x. A select behind the
   result mends it.
 """
@@ -29,15 +30,14 @@ TILE = 128
 
 
 def guarded(program: Program, lengths: tuple[int, int]) -> Program:
-    """The same program below `lengths` of q and kv; beyond, the score_mod sees 0, and columns are masked."""
+    """The same program below `lengths` of q and kv; beyond, the score_mod sees 0, and its result is -inf."""
     rows, columns = (make("ge", ir.const(n - 1, I32), ir.index(a)) for n, a in zip(lengths, "qk", strict=True))
     zero, form = ir.const(0.0, F32), split(program.mask)
     inside = make("where", columns, make("where", rows, SCORE, zero), zero)
     score = ir.rebuild(program.score, {SCORE: inside})
     for bias in form.biases:
         score = score + bias
-    if any(_is_read_beyond(n) and "q" in n.dims for n in ir.walk(score)):
-        score = make("where", rows, score, zero)
+    score = make("where", rows, score, ir.const(-math.inf, F32))
     shown = as_predicate(MaskForm(form.bounds, residual=form.residual))
     return ir.program(score, simplify(make("and", shown, columns)))
 

@@ -170,7 +170,15 @@ def _compare(n: Expr) -> Expr:
         raise Illegal(n.kind, "cuDNN compares 32-bit integers alone")
     if n.kind == "gt" and all(a.kind in GIVEN for a in n.args):
         return make("not", make("ge", *reversed(n.args)))
-    return _operand_right(_strict(n) if n.kind == "gt" else n)
+    return _turned(_operand_right(_strict(n) if n.kind == "gt" else n))
+
+
+def _turned(n: Expr) -> Expr:
+    """kv >= q -> kv + 0 >= q: cuDNN takes a plain one for the causal q >= kv"""
+    left, right = n.args
+    if n.kind != "ge" or left is not ir.index("k") or right is not ir.index("q") or not on("diagonal turned"):
+        return n
+    return ir.intern("ge", BOOL, (ir.intern("add", I32, (left, ir.const(0, I32))), right))
 
 
 RULES: dict[str, Callable[[Expr], Expr]] = {

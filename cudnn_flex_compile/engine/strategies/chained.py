@@ -13,6 +13,7 @@ from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import BOOL, F32, GRAD, I32, TRUE, Expr, Program
 from cudnn_flex_compile.scoremod.masks.bound import Bound
 from cudnn_flex_compile.scoremod.masks.form import split
+from cudnn_flex_compile.scoremod.switches import on
 
 if TYPE_CHECKING:
     from cudnn_flex_compile.engine.lower import Emitter
@@ -60,7 +61,8 @@ def _select(emitter: "Emitter", running: Any, bound: Bound) -> Any:
     right = emitter.index(far, running) if far else None
     shift = _shift(bound)
     strict = bound.side == "end" and shift == 1  # kv < end, in one node
-    if shift and not strict:
+    turned = bound.side == "upper" and on("diagonal turned")  # a plain kv >= q is taken for causal
+    if (shift or turned) and not strict:
         left = emitter.node("add", I32, left, inputs.constants[ir.const(shift, I32)])
     sign_on_left = -1 if bound.side == "end" else 1
     for sign, term in bound.terms:

@@ -54,6 +54,7 @@ def beyond(program):
 def test_nothing_beyond_the_ends_reaches_a_result(name):
     masked, gradient = beyond(PROGRAMS[name])
     assert (masked[:, LENGTHS[1] :] == -math.inf).all()
+    assert (masked[LENGTHS[0] :] == -math.inf).all()
     assert not masked.isnan().any()
     assert not (masked == math.inf).any()
     assert gradient.isfinite().all()
