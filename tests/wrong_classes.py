@@ -122,6 +122,8 @@ CLASSES: dict[str, Class] = {
     "AUTO with a score_mod": Class(
         ir.program(SCORE * SCORE), off=("composite",), directions=(FORWARD,), versions=(V928,), fatal=True),
     "strict bound": Class(ir.program(mask=make("gt", Q, KV)), raw=strict),
+    "diagonal turned": Class(
+        ir.program(SCORE * 0.5, make("ge", KV, Q)), off=("diagonal turned",), versions=(V919,)),
     "operand along kv": Class(
         ir.program(SCORE + ir.operand(0, F32, "bk")), (("bk", F),), ("columns expanded",), directions=(BACKWARD,)),
     "[B, H, 1, 1] operand": Class(

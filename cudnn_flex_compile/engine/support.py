@@ -130,7 +130,7 @@ REWRITES: tuple[Rewrite, ...] = (
             "engine/lower.py", "kv < length[b], both directions"),
     Rewrite("every head", "operands of different dims -> all [B, H, ., .], where the plain plan fails", WRONG, (V919,),
             "engine/select.py", "a last resort: tried only where certification rejects the plain plan"),
-    Rewrite("ends guarded", "score_mod(x) -> score_mod(where(inside, x, 0)), columns beyond the end masked", WRONG,
+    Rewrite("ends guarded", "score_mod(x) -> score_mod(where(inside, x, 0)), -inf beyond the ends", WRONG,
             (V919,), "engine/tail.py", "backward: dQ and dK are NaN for x * x at length 1000, and for a pair operand "
             "at Skv % 128 == 64 where the LSE is below -88.7"),
     Rewrite("results guarded", "a gradient that reads the score_mod's result -> with a select behind it", WRONG,
@@ -141,6 +141,8 @@ REWRITES: tuple[Rewrite, ...] = (
             "scoremod/legalize.py", "backward: a scalar as the left operand"),
     Rewrite("operand right", "operand >= x -> x <= operand", REFUSED, BOTH,
             "scoremod/legalize.py", "an operand as the left side of a compare"),
+    Rewrite("diagonal turned", "kv >= q -> kv + 0 >= q", WRONG, (V919,),
+            "engine/strategies/chained.py, scoremod/legalize.py", "computed as q >= kv, both directions"),
     Rewrite("not strict", "q > kv -> q - 1 >= kv", WRONG, BOTH,
             "scoremod/masks, scoremod/legalize.py", "computed as q >= kv", switched=False),
     Rewrite("one predicate", "bounds, then an or, as selects -> one select by all of the mask", WRONG, BOTH,
