@@ -51,7 +51,7 @@ for i, built in enumerate(kept):
 
 @pytest.mark.parametrize("alive", ["", ALIVE], ids=["freed before", "alive at exit"])
 def test_nothing_is_left_at_exit(alive):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(
         [sys.executable, "-c", BUILD + alive], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
     )

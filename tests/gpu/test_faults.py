@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -100,8 +101,24 @@ def test_without_memory_to_certify_the_call_is_kept_until_there_is_some():
     assert (again - out).norm() <= 2e-2 * out.norm()
 
 
+OTHERS = "using FX to symbolically trace a dynamo-optimized function"
+
+
+def patient(call):
+    for _ in range(600):
+        try:
+            return call()
+        except RuntimeError as error:
+            if OTHERS not in str(error):
+                raise
+            time.sleep(0.1)
+    raise TimeoutError
+
+
 def test_threads_compile_and_run_the_same_model():
-    """Each on a stream of its own, forward and backward."""
+    """Each on a stream of its own, forward and backward. With any backend, torch 2.11 raises OTHERS in a thread that
+    calls a compiled function while another one compiles it: such a call is made again.
+    """
     qkv, mask = [draw() for _ in range(3)], block_mask(256)
     model, results = compiled(), []
     grad = torch.randn_like(qkv[0])
@@ -114,7 +131,7 @@ def test_threads_compile_and_run_the_same_model():
             stream = torch.cuda.Stream()
             with torch.cuda.stream(stream):
                 for _ in range(10):
-                    out = model(*qkv, mask)
+                    out = patient(lambda: model(*qkv, mask))
                     gradients = torch.autograd.grad(out, qkv, grad)
             stream.synchronize()
             results.append((out, gradients))
@@ -166,7 +183,8 @@ print("status", status)
 
 
 def run_script(source):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    paths = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     done = subprocess.run(
         [sys.executable, "-c", source], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
