@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.fx import Node
 
-from cudnn_flex_compile.engine.parts import cost
+from cudnn_flex_compile.engine.parts import cost, divided
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD
 from cudnn_flex_compile.kernels.block_mask import listed
 from cudnn_flex_compile.passes.find import Call, example, hint
@@ -25,6 +25,10 @@ from cudnn_flex_compile.scoremod.partition import Hoisted
 PAIR_COST = 0.75
 # What hiding pairs by a bias costs. (python3 -m tests.gpu.bench --mods "dilated window" documents --lower always)
 BIAS_COST = 1.8
+# Several plans in the forward keep the host busy: as called, causal + sinks + window takes 1.11 times as long as Inductor's
+# kernel, prefix-LM 0.95 times, where by their pairs it were 0.94 and 0.76 times.
+# (python3 -m tests.gpu.bench --mods "sink tokens + window" prefix-LM --lower always)
+PARTS_COST = 1.15
 # A score's own bias over pairs: Inductor gathers it faster, but for float32 in the forward.
 # (python3 -m tests.gpu.bench --mods "relative table" "bias tensor" --lower always)
 FORWARD_ITEMSIZE = 4
@@ -63,11 +67,12 @@ def _pair_operands(program: Program, hoisted: Sequence[Hoisted]) -> list[torch.d
 
 
 def _pairs(program: Program, lengths: tuple[int, int], training: bool) -> float:
-    """How many pairs the plans of forward and backward compute, on average."""
+    """How many pairs the plans of forward and backward compute, on average, and what costs like pairs."""
     program = pruned(program, lengths)
     total = float(cost(program, lengths, FORWARD))
     if training:
         total = (total + BACKWARD_WEIGHT * cost(program, lengths, BACKWARD)) / (1 + BACKWARD_WEIGHT)
+    total *= PARTS_COST if len(divided(program, lengths, FORWARD) or ()) > 1 else 1.0
     return total * (BIAS_COST if split(program.mask).biases else 1.0)
 
 

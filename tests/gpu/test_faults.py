@@ -175,7 +175,7 @@ if child == 0:
     with torch.no_grad():
         run("cpu")
     print("the child is done", flush=True)
-    sys.exit(0)
+    os._exit(0)  # as multiprocessing's children end: plans of the parent are not the child's to free
 status = os.waitpid(child, 0)[1]
 run("cuda")
 print("status", status)
