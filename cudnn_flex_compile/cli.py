@@ -1,4 +1,5 @@
-"""The command `cudnn-flex`: whether plans run right here (doctor), and what the backend does with a script (explain).
+"""The command `cudnn-flex`: whether plans run right here (doctor), what the backend does with a script (explain), and
+how fast attention is here (bench).
 
 Knows nothing of how reports are laid out. Exit codes: 0 yes, 1 no (no plan can run here, or the self-test failed; the
 script failed or compiled no flex_attention call), 2 wrong usage; a script's own exit code passes through.
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import cudnn_flex_compile
+from cudnn_flex_compile.bench.arguments import DESCRIPTION, add_arguments
 from cudnn_flex_compile.reasons import Code, Reason
 
 USAGE_ERROR, INTERRUPTED = 2, 130
@@ -32,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="cudnn-flex", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--version", action="version", version=f"cudnn-flex {cudnn_flex_compile.__version__}")
-    commands = parser.add_subparsers(required=True, metavar="doctor | explain")
+    commands = parser.add_subparsers(required=True, metavar="doctor | explain | bench")
     doctor = commands.add_parser("doctor", help="show versions and devices, and test whether plans run right here")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(run=_doctor)
@@ -45,7 +47,16 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("script", help="path of a Python script that calls torch.compile(..., backend='cudnn_flex')")
     explain.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the script")
     explain.set_defaults(run=_explain)
+    bench = commands.add_parser("bench", help="measure attention on this machine", description=DESCRIPTION)
+    add_arguments(bench)
+    bench.set_defaults(run=_bench)
     return parser
+
+
+def _bench(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from cudnn_flex_compile.bench.command import run
+
+    return run(given)
 
 
 def _doctor(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from tests.mods import causal, sliding, softcap
+from cudnn_flex_compile.bench.mods import causal, sliding, softcap
 
 LENGTH, HEADS, DIM = 128, 4, 16
 KINDS = ("soft cap", "window", "ALiBi")

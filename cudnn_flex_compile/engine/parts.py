@@ -21,7 +21,7 @@ from cudnn_flex_compile.scoremod.masks.form import MaskForm, split
 from cudnn_flex_compile.scoremod.text import text
 
 # What a further plan costs, a query row, in pairs: launches, merging, and reading and writing of the row. Measured
-# with 10 keys (python3 -m tests.gpu.bench --mods "sink tokens + small window" --mode reduce-overhead --lower always).
+# with 10 keys (cudnn-flex bench --mods "sink tokens + small window" --mode reduce-overhead --lower always).
 ROW_COST = 700
 WORTH = 0.85
 

@@ -21,16 +21,16 @@ from cudnn_flex_compile.scoremod.partition import Hoisted
 
 # A (q, kv) pair costs cuDNN this share of what it costs Inductor's kernel. cuDNN skips only what bands rule out,
 # Inductor all blocks that the BlockMask omits.
-# (python3 -m tests.gpu.bench --mods causal prefix-LM documents --mode reduce-overhead --lower always)
+# (cudnn-flex bench --mods causal prefix-LM documents --mode reduce-overhead --lower always)
 PAIR_COST = 0.75
-# What hiding pairs by a bias costs. (python3 -m tests.gpu.bench --mods "dilated window" documents --lower always)
+# What hiding pairs by a bias costs. (cudnn-flex bench --mods "dilated window" documents --lower always)
 BIAS_COST = 1.8
-# Several plans in the forward keep the host busy: as called, causal + sinks + window takes 1.11 times as long as Inductor's
+# Several plans in the forward keep the host busy: as called, sinks + window take 1.11 times as long as Inductor's
 # kernel, prefix-LM 0.95 times, where by their pairs it were 0.94 and 0.76 times.
-# (python3 -m tests.gpu.bench --mods "sink tokens + window" prefix-LM --lower always)
+# (cudnn-flex bench --mods "sink tokens + window" prefix-LM --lower always)
 PARTS_COST = 1.15
 # A score's own bias over pairs: Inductor gathers it faster, but for float32 in the forward.
-# (python3 -m tests.gpu.bench --mods "relative table" "bias tensor" --lower always)
+# (cudnn-flex bench --mods "relative table" "bias tensor" --lower always)
 FORWARD_ITEMSIZE = 4
 BACKWARD_WEIGHT = 2.7  # of a pair in the backward, where it is 1 in the forward
 

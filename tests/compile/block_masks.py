@@ -10,9 +10,9 @@ import torch
 import torch._dynamo.testing
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention, noop_mask
 
+from cudnn_flex_compile.bench.mods import causal
 from cudnn_flex_compile.report import collect
 from tests.compile.test_backend import AOT, close, draw
-from tests.mods import causal
 
 REFUSED = "do not agree"
 LENGTHS, PREFIXES = torch.tensor([150, 40]), torch.tensor([[3, 70, 0, 130], [64, 0, 1, 20]])

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
+from cudnn_flex_compile.bench.mods import MODS, alibi, causal, softcap
 from cudnn_flex_compile.reasons import Code
 from cudnn_flex_compile.report import collect
-from tests.mods import MODS, alibi, causal, softcap
 
 AOT = {"inner_backend": "aot_eager"}
 

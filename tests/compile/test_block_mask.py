@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask, flex_attention, or_masks
 
+from cudnn_flex_compile.bench.mods import causal
 from cudnn_flex_compile.reasons import Code
 from cudnn_flex_compile.report import collect
 from tests.compile.block_masks import (
@@ -27,7 +28,6 @@ from tests.compile.block_masks import (
     window,
 )  # fmt: skip
 from tests.compile.test_backend import AOT, close, draw, fresh  # noqa: F401
-from tests.mods import causal
 
 KEPT = Code.BLOCK_MASK
 

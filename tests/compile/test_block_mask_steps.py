@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from cudnn_flex_compile.bench.mods import causal
 from cudnn_flex_compile.report import collect
 from tests.compile.block_masks import (
     attend,
@@ -25,7 +26,6 @@ from tests.compile.block_masks import (
     window,
 )  # fmt: skip
 from tests.compile.test_backend import close, fresh
-from tests.mods import causal
 
 __all__ = ["comparisons", "fresh"]
 LOWER, ALL, EYE = [[1, 0], [1, 1]], [[1, 1], [1, 1]], [[1, 0], [0, 1]]

@@ -12,9 +12,9 @@ from torch.nn.attention import flex_attention as module
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile import inner
+from cudnn_flex_compile.bench.mods import alibi, causal, softcap
 from cudnn_flex_compile.report import collect
 from tests.dense import with_gradients
-from tests.mods import alibi, causal, softcap
 
 LENGTH = 160
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
+from cudnn_flex_compile.bench.mods import causal, causal_padding, padded, softcap
 from cudnn_flex_compile.passes import lower_calls
 from tests.compile.block_masks import code_of, compilations, lowered_steps
 from tests.compile.test_backend import close, draw, fresh  # noqa: F401
-from tests.mods import causal, causal_padding, padded, softcap
 
 BATCH, LENGTH = 3, 160
 PADDINGS = {

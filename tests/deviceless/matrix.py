@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from cudnn_flex_compile.bench.mods import ALL, BY_BATCH
 from cudnn_flex_compile.engine import plan, select
 from cudnn_flex_compile.engine.attention_graph import output_specs
 from cudnn_flex_compile.engine.call import problem_of
@@ -26,7 +27,6 @@ from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod.text import parse
 from tests.deviceless.accepted import verdict
 from tests.deviceless.harness import SMS, load_libraries
-from tests.mods import ALL, BY_BATCH
 
 FOLDER = Path(__file__).with_name("matrices")
 BATCH, HEADS, LENGTH, DIM = 2, 4, 4096, 128
@@ -40,7 +40,7 @@ REFUSALS = {
 
 
 def more_mods() -> dict[str, Any]:
-    """Forms of masks and captured tensors that tests/mods.py has not, by the same signature."""
+    """Forms of masks and captured tensors that cudnn_flex_compile/bench/mods.py has not, by the same signature."""
 
     def row_limits(heads: int, length: int, device: str) -> tuple[None, Any]:
         ends = torch.arange(1, length + 1, device=device).repeat(2, 1)

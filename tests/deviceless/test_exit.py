@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from cudnn_flex_compile.bench.mods import causal, softcap
 from cudnn_flex_compile.engine import attention_graph
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD
-from tests.mods import causal, softcap
 
 from . import accepted
 from .accepted import lowerings, problem, program_of, verdict
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 BUILD = """
 from tests.deviceless import accepted
 from tests.deviceless.harness import load_libraries
-from tests.mods import causal, softcap
+from cudnn_flex_compile.bench.mods import causal, softcap
 load_libraries()
 kept = []
 def build(*given, **more):

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from cudnn_flex_compile.bench.mods import MODS, causal, softcap
 from cudnn_flex_compile.engine.tail import guarded
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import F32, I32
 from cudnn_flex_compile.scoremod.optable import make
-from tests.mods import MODS, causal, softcap
 
 from .accepted import assert_accepted, assert_accepted_everywhere, operand, operands_of, partitioned, program_of
 from .harness import SMS

@@ -6,6 +6,7 @@ Knows nothing of how a user's mask became these parts.
 import pytest
 import torch
 
+from cudnn_flex_compile.bench.mods import softcap
 from cudnn_flex_compile.engine.attention_graph import output_specs
 from cudnn_flex_compile.engine.parts import PartsPlan, assemble_parts
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD
@@ -16,7 +17,6 @@ from cudnn_flex_compile.scoremod.masks.boxes import boxes, unshifted
 from cudnn_flex_compile.scoremod.masks.form import hides, split
 from cudnn_flex_compile.scoremod.masks.linear import KV, Q
 from cudnn_flex_compile.scoremod.optable import make
-from tests.mods import softcap
 
 from .accepted import FEWER, assert_accepted, lowerings, operand, problem, program_of, verdict
 from .harness import SMS

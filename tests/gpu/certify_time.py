@@ -13,7 +13,7 @@ import torch._inductor.config
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile import cache_clear, cache_info
-from tests.mods import MASKS, MODS
+from cudnn_flex_compile.bench.mods import MASKS, MODS
 
 LIMIT = 0.15
 WARM_UP = "full"

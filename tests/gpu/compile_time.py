@@ -24,7 +24,7 @@ def measure(backend, layers, length):
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     from cudnn_flex_compile import cache_info, collect
-    from tests.mods import causal, sliding, softcap
+    from cudnn_flex_compile.bench.mods import causal, sliding, softcap
 
     kinds = ((softcap(20.0), causal), (None, causal), (None, sliding(length // 4)))
     masks = [create_block_mask(mask, None, None, length, length, device="cuda") for _, mask in kinds]

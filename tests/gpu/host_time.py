@@ -12,11 +12,11 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile import ops
+from cudnn_flex_compile.bench.mods import causal
 from cudnn_flex_compile.ops.undispatched import backward, forward
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.text import text
-from tests.mods import causal
 
 LENGTH, CALLS, ROUNDS = 256, 300, 3
 

@@ -17,8 +17,8 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile import cache_info, collect
+from cudnn_flex_compile.bench.mods import BY_BATCH, MASKS, MODS, sliding, softcap
 from tests import dense
-from tests.mods import BY_BATCH, MASKS, MODS, sliding, softcap
 
 OPTIONS = {"inner_backend": "aot_eager", "lower": "always"}
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from cudnn_flex_compile.bench.mods import causal, causal_padding, sliding, softcap
 from cudnn_flex_compile.report import collect
 from tests.gpu.test_behaviour import assert_right, compiled, draw, fresh  # noqa: F401
-from tests.mods import causal, causal_padding, sliding, softcap
 
 LENGTH = 256
 

@@ -16,10 +16,10 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile import cache_clear, cache_info
+from cudnn_flex_compile.bench.mods import causal, softcap
 from cudnn_flex_compile.reasons import Code
 from cudnn_flex_compile.report import collect
 from tests import dense
-from tests.mods import causal, softcap
 
 ROOT = Path(__file__).parents[2]
 MIB = 2**20

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from cudnn_flex_compile.bench.mods import BY_BATCH, MASKS, MODS
 from cudnn_flex_compile.report import collect
 from tests import dense
-from tests.mods import BY_BATCH, MASKS, MODS
 
 SHAPES = list(itertools.product((64, 128, 256), (512, 1000, 4096), (torch.float16, torch.bfloat16), (1, 4)))
 NAMES = ("out", "lse", "dQ", "dK", "dV")

@@ -13,8 +13,8 @@ import torch
 from torch.nn.attention.flex_attention import flex_attention
 
 from cudnn_flex_compile import cache_clear, cache_info
+from cudnn_flex_compile.bench.mods import softcap
 from cudnn_flex_compile.engine.select import Ready, plans
-from tests.mods import softcap
 
 
 def start(folder, *arguments):

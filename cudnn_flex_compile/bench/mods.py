@@ -1,3 +1,4 @@
+# pyright: reportMissingParameterType=false, reportUntypedFunctionDecorator=false
 """The score_mods and masks that the tables of this project are about, as users write them.
 
 MODS are the ten of every table, MASKS are more. Each is a function of (heads, kv length, device) that gives

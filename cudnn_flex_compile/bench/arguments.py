@@ -1,0 +1,32 @@
+"""The arguments of `cudnn-flex bench`.
+
+Imports nothing that takes long.
+"""
+
+import argparse
+from pathlib import Path
+
+DTYPES = ("bf16", "fp16")
+DESCRIPTION = """
+flex_attention through torch.compile: cuDNN beside Inductor's kernel, and torch's SDPA where it computes the same;
+forward, backward and both, interleaved in one run.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    mods = (
+        "what is measured: names (an unknown one lists all), or module:function, a score_mod, a mask_mod, or a "
+        "function of (heads, length, device) that gives both (the ten of README)"
+    )
+    parser.add_argument("--mods", nargs="+", metavar="MOD", help=mods)
+    parser.add_argument("--shapes", nargs="+", default=["2,16,16,4096,128"], metavar="B,H,HKV,S,D")
+    parser.add_argument("--forty", action="store_true", help="five mods at the eight shapes of README's table")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--repeats", type=int, default=20, help="samples that count, of each contender (20)")
+    parser.add_argument("--mode", choices=("reduce-overhead",), help="CUDA graphs, for both; forward + backward only")
+    parser.add_argument("--lower", default="when_faster", choices=("when_faster", "always"))
+    parser.add_argument("--no-sdpa", action="store_true", help="leave torch's SDPA out")
+    parser.add_argument("--warm", type=int, default=0, metavar="N", help="processes that fill compile caches before")
+    parser.add_argument("--csv", type=Path, metavar="FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="PNG; needs matplotlib")
+    parser.add_argument("--only-compile", help=argparse.SUPPRESS)  # I/N: every N-th case from the I-th on

@@ -1,0 +1,160 @@
+"""What is measured: a mod at a shape, with each contender's function and inputs of its own for every layer.
+
+Knows nothing of time.
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from cudnn_flex_compile.bench.mods import ALL, BY_BATCH
+from cudnn_flex_compile.report import CallReport, collect
+
+STOCK, OURS, SDPA = "inductor", "cudnn_flex", "sdpa"
+# What torch's scaled_dot_product_attention computes, too.
+SDPA_ARGUMENTS: dict[str, dict[str, Any]] = {"full": {}, "causal": {"is_causal": True}}
+# How many positional arguments a user's function takes, by what it is.
+SCORE_MOD, MASK_MOD, FACTORY = 5, 4, 3
+
+Function = Callable[..., torch.Tensor]
+Make = Callable[[int, int, str], tuple[Any, Any]]  # (heads, length, device) -> score_mod, mask_mod, or None for either
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Of [B, H, S, D] queries, and keys and values of `kv_heads` heads."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    length: int
+    head_dim: int
+
+    @staticmethod
+    def parse(text: str) -> "Shape":
+        """From "B,H,HKV,S,D". Raises ValueError."""
+        try:
+            numbers = [int(part) for part in text.split(",")]
+        except ValueError:
+            numbers = []
+        if len(numbers) != 5 or min(numbers) < 1 or numbers[1] % numbers[2]:
+            raise ValueError(f"a shape is B,H,HKV,S,D, H a multiple of HKV, such as 2,32,8,4096,128; got {text!r}")
+        return Shape(*numbers)
+
+    def __str__(self) -> str:
+        return ",".join(str(getattr(self, name)) for name in self.__slots__)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Inputs of one call: [B, S, H, D], as projections give them, and a gradient of the output."""
+
+    qkv: tuple[torch.Tensor, ...]
+    grad: torch.Tensor
+
+
+@dataclass(slots=True)
+class Case:
+    """A mod at a shape.
+
+    Attributes:
+        mod: a name of mods.ALL, or "module:function".
+        dtype: of queries, keys and values.
+        device: "cuda"; tests of the measuring itself run on "cpu".
+    """
+
+    mod: str
+    shape: Shape
+    dtype: torch.dtype = torch.bfloat16
+    device: str = "cuda"
+    options: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def layer(self) -> Layer:
+        shape = self.shape
+        heads = (shape.heads, shape.kv_heads, shape.kv_heads, shape.heads)
+        q, k, v, grad = (
+            torch.randn(shape.batch, shape.length, h, shape.head_dim, device=self.device, dtype=self.dtype)
+            for h in heads
+        )
+        return Layer(tuple(t.requires_grad_() for t in (q, k, v)), grad)
+
+    def functions(self, mode: str | None = None, with_sdpa: bool = True) -> dict[str, Function]:
+        """By contender: q, k, v of a layer to the output, [B, S, H, D]."""
+        found = {name: self._compiled(name, mode) for name in (STOCK, OURS)}
+        if with_sdpa and self.mod in SDPA_ARGUMENTS and mode is None:
+            found[SDPA] = self._sdpa()
+        return found
+
+    def _compiled(self, backend: str, mode: str | None) -> Function:
+        shape = self.shape
+        score_mod, mask_mod = named(self.mod)(shape.heads, shape.length, self.device)
+        entries = shape.batch if self.mod in BY_BATCH else None
+        mask = mask_mod and create_block_mask(mask_mod, entries, None, shape.length, shape.length, device=self.device)
+
+        def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            gqa = shape.heads != shape.kv_heads
+            return flex_attention(q, k, v, score_mod, mask, enable_gqa=gqa).transpose(1, 2)  # pyright: ignore
+
+        how: dict[str, Any] = {"options": {**self.options, "mode": mode}} if backend == OURS else {"mode": mode}
+        return torch.compile(call, backend=backend, dynamic=False, **how)
+
+    def _sdpa(self) -> Function:
+        arguments: dict[str, Any] = SDPA_ARGUMENTS[self.mod] | {"enable_gqa": self.shape.heads != self.shape.kv_heads}
+
+        def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, **arguments).transpose(1, 2)  # pyright: ignore
+
+        return call
+
+
+def first_calls(case: Case, functions: dict[str, Function], step: Callable[[Function, list[Layer]], Any]) -> CallReport:
+    """Compiles all functions, by a step each; what became of the flex_attention call with cuDNN."""
+    layers, calls = [case.layer()], []
+    for name, function in functions.items():
+        torch._dynamo.reset()
+        with collect() as report:
+            step(function, layers)
+        calls = report.calls if name == OURS else calls
+    if len(calls) != 1:
+        raise RuntimeError(f"{case.mod} at {case.shape}: {len(calls)} flex_attention calls were compiled, expected one")
+    return calls[0]
+
+
+def named(mod: str) -> Make:
+    """The score_mod and mask_mod of a name.
+
+    Args:
+        mod: a name of mods.ALL, or "module:function": a score_mod (score, b, h, q, kv), a mask_mod (b, h, q, kv), or a
+            function of (heads, length, device) that gives both, either of them None.
+
+    Raises:
+        ValueError: for a name that is none of these, with what there is.
+    """
+    if mod in ALL:
+        return ALL[mod]
+    if ":" not in mod:
+        raise ValueError(f"no mod is named {mod!r}; there are {', '.join(map(repr, ALL))}, or module:function")
+    module, _, attribute = mod.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{mod!r} cannot be imported: {error}") from error
+    count = len(inspect.signature(function).parameters)
+    kinds: dict[int, Make] = {
+        SCORE_MOD: lambda heads, length, device: (function, None),
+        MASK_MOD: lambda heads, length, device: (None, function),
+        FACTORY: function,
+    }
+    if count not in kinds:
+        raise ValueError(
+            f"{mod!r} takes {count} arguments; a score_mod takes {SCORE_MOD}, a mask_mod {MASK_MOD}, and what makes "
+            f"both {FACTORY}: heads, length, device"
+        )
+    return kinds[count]
