@@ -4,6 +4,7 @@ Knows nothing of how they were measured. matplotlib is wanted for plots alone.
 """
 
 import csv
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from cudnn_flex_compile.bench.case import OURS, SDPA, STOCK
 from cudnn_flex_compile.bench.measure import BACKWARD, BOTH, FORWARD, PARTS, Result, mean
 
 TITLES = {FORWARD: "forward", BACKWARD: "backward", BOTH: "forward + backward"}
+MARKERS = "osD^v"
 COLORS = {FORWARD: "#8fb58a", BACKWARD: "#2f6f4f", BOTH: "#c9803a"}
 
 
@@ -100,9 +102,15 @@ def _bars(axes: Any, results: list[Result], mods: list[str]) -> None:
 
 
 def _lines(axes: Any, results: list[Result], mods: list[str]) -> None:
-    for mod in mods:
-        own = sorted((r for r in results if r.case.mod == mod), key=lambda r: r.case.shape.length)
-        axes.plot([r.case.shape.length for r in own], [r.ratio(BOTH) for r in own], marker="o", label=mod)
+    """A colour for each mod, a marker for each head dim; a line joins shapes of the same head dim."""
+    head_dims = sorted({result.case.shape.head_dim for result in results})
+    for (i, mod), (j, head_dim) in itertools.product(enumerate(mods), enumerate(head_dims)):
+        own = [r for r in results if r.case.mod == mod and r.case.shape.head_dim == head_dim]
+        own.sort(key=lambda r: r.case.shape.length)
+        points = [r.case.shape.length for r in own], [r.ratio(BOTH) for r in own]
+        axes.plot(*points, marker=MARKERS[j % len(MARKERS)], color=f"C{i}", label=mod if j == 0 else None)
+    for j, head_dim in enumerate(head_dims):
+        axes.plot([], [], marker=MARKERS[j % len(MARKERS)], color="gray", linestyle="", label=f"head dim {head_dim}")
     axes.set_xscale("log", base=2)
     axes.set_xlabel("length")
     axes.set_title(TITLES[BOTH])
