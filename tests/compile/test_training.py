@@ -77,6 +77,22 @@ def test_a_second_derivative_raises_stocks_error(road, grad_needs_grad):
         (gradient.square().sum() + query.sum()).backward()
 
 
+def test_a_second_derivative_raises_stocks_error_through_permuted_keys():
+    padding = torch.rand(2, LENGTH) < 0.7
+
+    def padded(q, k, v):
+        mask = create_block_mask(lambda b, h, i, j: padding[b, j], 2, None, LENGTH, LENGTH, device="cpu")
+        return flex_attention(q, k, v, CAP, mask)
+
+    query, key, value = qkv()
+    with collect() as report:
+        out = compiled(padded, inner_backend="eager", lower="always")(query, key, value)
+    report.assert_all_lowered()
+    gradient = torch.autograd.grad(out, key, torch.randn_like(out), create_graph=True)[0]
+    with pytest.raises(RuntimeError, match=TWICE):
+        gradient.square().sum().backward()
+
+
 class Layer(nn.Module):
     """One attention between projections, whose parameters require grad."""
 
