@@ -1,8 +1,9 @@
 """Writes the casts of queries, keys and values that torch.autocast makes of a call.
 
 Knows nothing of regions and of their nesting: what autocast does to a call, Dynamo recorded in the dtype of its output.
-Stock flex_attention, eager and compiled alike, casts all three to autocast's dtype, and its output has that of the
-query; captured tensors stay as they are. A torch whose flex_attention has no autocast records no other dtype.
+Stock flex_attention, eager and compiled alike (torch 2.11 to 2.15: `_flex_attention_autocast_impl` of
+torch/_higher_order_ops/flex_attention.py), casts all three to autocast's dtype, and its output has that of the query;
+captured tensors stay as they are. Keys and values of another dtype are no sign of autocast: stock takes them without.
 """
 
 from dataclasses import replace

@@ -9,12 +9,7 @@ from cudnn_flex_compile.reasons import Code
 from cudnn_flex_compile.report import collect
 from tests.mods import softcap
 
-STOCK_CASTS = torch._C.DispatchKey.AutocastCPU in torch.ops.higher_order.flex_attention.py_kernels
-pytestmark = [
-    pytest.mark.usefixtures("trainable"),
-    pytest.mark.filterwarnings("ignore"),
-    pytest.mark.skipif(not STOCK_CASTS, reason="stock flex_attention of this torch casts nothing under autocast"),
-]
+pytestmark = [pytest.mark.usefixtures("trainable"), pytest.mark.filterwarnings("ignore")]
 INNER = ({}, {"inner_backend": "aot_eager"})  # attention alone runs without an inner backend by default
 CAP = softcap(2.0)
 

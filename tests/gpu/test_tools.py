@@ -41,10 +41,6 @@ def among_others(q, k, v):
 BOTH = pytest.mark.parametrize("function", [alone, among_others], ids=["direct", "inductor"])
 
 
-@pytest.mark.skipif(
-    torch._C.DispatchKey.AutocastCUDA not in torch.ops.higher_order.flex_attention.py_kernels,
-    reason="stock flex_attention of this torch casts nothing under autocast",
-)
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(function, dtype):
