@@ -1,7 +1,7 @@
 """Writes the casts of queries, keys and values that torch.autocast makes of a call.
 
 Knows nothing of regions and of their nesting: what autocast does to a call, Dynamo recorded in the dtype of its output.
-Stock flex_attention, eager and compiled alike (torch 2.11 to 2.15: `_flex_attention_autocast_impl` of
+Stock flex_attention, eager and compiled alike (torch 2.11 and later: `_flex_attention_autocast_impl` of
 torch/_higher_order_ops/flex_attention.py), casts all three to autocast's dtype, and its output has that of the query;
 captured tensors stay as they are. Keys and values of another dtype are no sign of autocast: stock takes them without.
 """
