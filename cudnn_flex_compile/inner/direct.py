@@ -22,7 +22,7 @@ from cudnn_flex_compile.ops.undispatched import PLAIN
 # What an eager call does as well as a compiled one: views, and single copies.
 VIEWS = {
     "chunk", "contiguous", "detach", "expand", "flatten", "movedim", "narrow", "permute", "reshape", "select", "size",
-    "split", "squeeze", "swapaxes", "transpose", "unbind", "unflatten", "unsqueeze", "view",
+    "split", "squeeze", "swapaxes", "to", "transpose", "unbind", "unflatten", "unsqueeze", "view",
 }  # fmt: skip
 # Inductor's modes that ask for nothing but kernels: not those with CUDA graphs.
 MODES = (None, "default", "max-autotune-no-cudagraphs")

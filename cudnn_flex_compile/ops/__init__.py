@@ -3,7 +3,7 @@
 Importing this registers them.
 """
 
-from cudnn_flex_compile.ops import autograd, implementations, masks  # noqa: F401  # pyright: ignore
+from cudnn_flex_compile.ops import autograd, flops, implementations, masks  # noqa: F401  # pyright: ignore
 from cudnn_flex_compile.ops.schemas import (
     attention,
     attention_backward,

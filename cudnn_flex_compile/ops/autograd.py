@@ -4,17 +4,19 @@ Knows nothing of how either computes.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from cudnn_flex_compile.ops.implementations import new_stats
 from cudnn_flex_compile.ops.schemas import library
 from cudnn_flex_compile.ops.undispatched import backward, forward
 
 LOG2E = 1 / math.log(2)
+# What a stock compiled flex_attention raises.
+TWICE = b"torch.compile with aot_autograd does not currently support double backward"
 
 
 class Attention(torch.autograd.Function):
@@ -34,19 +36,31 @@ class Attention(torch.autograd.Function):
         return out, stats
 
     @staticmethod
-    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad_out: Tensor | None, grad_stats: Tensor | None
     ) -> Any:
         query, key, value, out, stats, *rest = ctx.saved_tensors
         if grad_out is None and grad_stats is None:
             return (None,) * 10
-        gradients = backward(
-            torch.zeros_like(out) if grad_out is None else grad_out,
-            *(grad_stats, query, key, value, out, stats, rest[: ctx.operands], ctx.ints, rest[ctx.operands :]),
-            *(ctx.program, ctx.scale),
-        )
-        return (*gradients, *(None,) * 7)
+        with torch.no_grad():
+            gradients = backward(
+                torch.zeros_like(out) if grad_out is None else grad_out,
+                *(grad_stats, query, key, value, out, stats, rest[: ctx.operands], ctx.ints, rest[ctx.operands :]),
+                *(ctx.program, ctx.scale),
+            )
+        return (*_once(gradients), *(None,) * 7)
+
+
+def _once(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The gradients, which raise an error when they are differentiated.
+
+    once_differentiable's do so only where the gradient of the output requires one: without, a gradient penalty would
+    silently lack what it has of the queries and keys.
+    """
+    if not torch.is_grad_enabled():  # no graph is recorded of them
+        return gradients
+    fail = torch._C._functions.DelayedError(TWICE, len(gradients))  # pyright: ignore
+    return fail(*(gradient.detach().requires_grad_() for gradient in gradients))
 
 
 def attention(

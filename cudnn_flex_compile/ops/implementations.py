@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from cudnn_flex_compile.engine.problem import strides_like
+from cudnn_flex_compile.ops.profiling import named
 from cudnn_flex_compile.ops.schemas import Gradients, library
 
 
@@ -39,7 +40,8 @@ def _forward_cuda(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     from cudnn_flex_compile.kernels import cuda
 
-    return cuda.forward(query, key, value, operands, ints, floats, program, scale, stats)
+    with named("forward", program):
+        return cuda.forward(query, key, value, operands, ints, floats, program, scale, stats)
 
 
 @torch.library.impl(library, "attention_forward", "CPU")
@@ -51,7 +53,8 @@ def _forward_cpu(
 
     _check(query, key, value)
     out, natural = _new_out(query, value), new_stats(query, True)
-    cpu.forward(query, key, value, operands, ints, floats, program, scale, out, natural)
+    with named("forward", program), torch.autocast("cpu", enabled=False):
+        cpu.forward(query, key, value, operands, ints, floats, program, scale, out, natural)
     return out, natural if stats else new_stats(query, False)
 
 
@@ -70,7 +73,9 @@ def _backward_cuda(
 ) -> Gradients:  # fmt: skip
     from cudnn_flex_compile.kernels import cuda
 
-    return cuda.backward(grad_out, grad_stats, query, key, value, out, stats, operands, ints, floats, program, scale)
+    rest = (operands, ints, floats, program, scale)
+    with named("backward", program):
+        return cuda.backward(grad_out, grad_stats, query, key, value, out, stats, *rest)
 
 
 @torch.library.impl(library, "attention_backward", "CPU")
@@ -81,7 +86,8 @@ def _backward_cpu(
     from cudnn_flex_compile.kernels import cpu
 
     rest = (operands, ints, floats, program, scale)
-    gradients = cpu.backward(grad_out, grad_stats, query, key, value, out, stats, *rest)
+    with named("backward", program), torch.autocast("cpu", enabled=False):
+        gradients = cpu.backward(grad_out, grad_stats, query, key, value, out, stats, *rest)
     dq, dk, dv = (torch.empty_like(t).copy_(g) for t, g in zip((query, key, value), gradients, strict=True))
     return dq, dk, dv
 

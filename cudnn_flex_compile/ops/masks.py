@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from cudnn_flex_compile.ops.schemas import library
 
@@ -21,7 +20,6 @@ class _PermuteKeys(torch.autograd.Function):
         return _gathered(keys, order)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore
         order, slots = ctx.saved_tensors
         return _PermuteKeys.apply(grad, slots, order), None, None

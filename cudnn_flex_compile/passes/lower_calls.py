@@ -13,6 +13,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from cudnn_flex_compile.passes import block_mask, speed
+from cudnn_flex_compile.passes.autocast import with_casts, without_casts
 from cudnn_flex_compile.passes.block_mask import MaskProgram
 from cudnn_flex_compile.passes.capture import Captures, read_captures
 from cudnn_flex_compile.passes.compact import COUNTS, compacted
@@ -91,7 +92,10 @@ def _lower(call: Call, context: Context) -> CallReport:
     report = CallReport(source=call.source)
     before, checks = set(call.node.graph.nodes), len(context.guards.outside)
     try:
-        report.reason = _lower_or_reason(call, context, report)
+        cast = with_casts(call)
+        report.reason = _lower_or_reason(cast, context, report)
+        if report.reason is not None:
+            without_casts(cast)
     except Exception as error:  # a bug of ours must not stop the model
         log.warning("cudnn_flex: the pass failed on %s; the call is kept", call.source, exc_info=True)
         report.reason, report.strategies = Reason(Code.INTERNAL, f"{type(error).__name__}: {error}"), ()
