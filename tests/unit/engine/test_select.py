@@ -18,6 +18,7 @@ from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.text import text
 
 BATCH, HEADS, LENGTH = 2, 4, 256
+WITH_LSE = "backward with a gradient of the log-sum-exp"
 CAPPED = make("tanh", ir.SCORE / 20.0) * 20.0
 CAUSAL = make("ge", Q, KV)
 HEAD_BIAS = ir.SCORE + ir.operand(0, F32, "h") * ir.cast(Q - KV, F32)
@@ -28,7 +29,7 @@ def problem(program: Program, direction: str, *operands: tuple[int, ...]) -> Pro
     query = dense(TensorSpec((BATCH, HEADS, LENGTH, 64), (), torch.bfloat16))
     given = tuple(dense(TensorSpec(shape, (), torch.float32)) for shape in operands)
     forward = Problem(text(program), FORWARD, query, query, query, out_spec(query, query), given, 0.125, 0)
-    return forward if direction == FORWARD else forward.backward()
+    return forward if direction == FORWARD else forward.backward(direction == WITH_LSE)
 
 
 @pytest.fixture
@@ -49,6 +50,11 @@ TRIED = {
     "causal": (ir.program(mask=CAUSAL), (), FORWARD, ["native", "chained", "dense", "chained", "dense"]),
     "soft cap": (ir.program(CAPPED), (), FORWARD, ["chained", "chained", "dense"]),
     "soft cap, backward": (ir.program(CAPPED), (), BACKWARD, ["chained", "chained", "dense"]),
+    "plain, gradient of the LSE": (ir.program(), (), WITH_LSE, ["chained", "dense"]),
+    "causal, gradient of the LSE": (
+        ir.program(mask=CAUSAL), (), WITH_LSE, ["chained", "dense", "chained", "dense"],
+    ),
+    "soft cap, gradient of the LSE": (ir.program(CAPPED), (), WITH_LSE, ["chained", "dense"]),
     "a bias of all pairs": (
         ir.program(FULL_BIAS, CAUSAL), ((BATCH, HEADS, LENGTH, LENGTH),), FORWARD, ["chained", "dense"] * 2,
     ),
