@@ -44,8 +44,9 @@ from cudnn_flex_compile.scoremod.text import parse
 
 if TYPE_CHECKING:
     from cudnn_flex_compile.engine.plan import Plan
+    from cudnn_flex_compile.engine.wide import WidePlan
 
-    Runs = Plan | PartsPlan
+    Runs = Plan | PartsPlan | WidePlan
 
 
 @dataclass(slots=True)
@@ -256,7 +257,21 @@ def _first_right(problem: Problem, forward: "Runs | None") -> "Runs | Reason":
 def attempts(problem: Problem) -> "list[Callable[[], Runs | Reason]]":
     """What builds a plan of a problem, in the order of trial."""
     program = pruned(parse(problem.program), problem.lengths)
-    return [functools.partial(make, program, problem) for make in (_in_parts, *_strategies(program, problem))]
+    found = [functools.partial(make, program, problem) for make in (_in_parts, *_strategies(program, problem))]
+    return [*found, *_with_wider_values(problem)] if problem.lse_gradient else [*found]
+
+
+def _with_wider_values(problem: Problem) -> "Iterator[Callable[[], Runs | Reason]]":
+    """All of it for the problem without a gradient of the log-sum-exp whose plans give one with it."""
+    from cudnn_flex_compile.engine.wide import WidePlan, widened
+
+    def make(inner: "Callable[[], Runs | Reason]") -> "Runs | Reason":
+        plan = inner()
+        return plan if isinstance(plan, Reason) else WidePlan(problem, plan)
+
+    wide = widened(problem)
+    if refused(wide, parse(wide.program), cudnn_version()) is None:
+        yield from (functools.partial(make, inner) for inner in attempts(wide))
 
 
 def _in_parts(program: Program, problem: Problem) -> "Runs | Reason":

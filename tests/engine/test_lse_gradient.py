@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from cudnn_flex_compile.engine import wide as wide_module
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, TensorSpec
 from cudnn_flex_compile.engine.reference import ProgramReference
 from cudnn_flex_compile.engine.rows import rows_of
@@ -16,6 +17,7 @@ from cudnn_flex_compile.engine.strategies import STRATEGIES
 from cudnn_flex_compile.engine.strategies.native import NAME as NATIVE
 from cudnn_flex_compile.engine.tail import ends, guarded
 from cudnn_flex_compile.engine.verify import certify
+from cudnn_flex_compile.engine.wide import WidePlan, widened
 from cudnn_flex_compile.reasons import Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.interpret import environment, evaluate
@@ -141,7 +143,12 @@ def verdict(stand_in, program, **how):
     return certify(stand_in(asked), forward, ProgramReference(program))
 
 
-@pytest.mark.parametrize("stand_in", [StandIn, FlashStandIn])
+def wide(inner):
+    """A plan of wider values around one that knows no gradient of the log-sum-exp."""
+    return lambda asked: WidePlan(asked, inner(widened(asked)))
+
+
+@pytest.mark.parametrize("stand_in", [StandIn, FlashStandIn, wide(StandIn), wide(FlashStandIn)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", CERTIFIED)
 def test_right_plans_pass(name, dtype, stand_in):
@@ -170,6 +177,37 @@ def test_wrong_gradients_of_the_log_sum_exp_are_caught(wrong, name, dtype):
             return WRONG[wrong](minus_lse, grad_lse).squeeze(-1)
 
     assert "off by" in verdict(Wrong, CERTIFIED[name], dtype=dtype).detail
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", CERTIFIED)
+@pytest.mark.parametrize("ones", [(), (1024.0,), (1.0, 1024.0, 1.0)])
+def test_wider_values_are_certified_as_a_whole(ones, name, dtype, monkeypatch):
+    """Without a column of ones, with one that is another, or with too few parts of float16's range."""
+    monkeypatch.setattr(wide_module, "ONES", ones)
+    found = verdict(wide(StandIn), CERTIFIED[name], dtype=dtype)
+    assert found is None if ones else "off by" in found.detail
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 3e5])
+def test_wider_values_hold_the_gradient_exactly(size, dtype):
+    """To 2**-20 of it, or half of float16's smallest step; and beyond float16's range."""
+    seen = []
+
+    class Reading(StandIn):
+        def run(self, tensors, *rest):
+            seen.append((tensors[5].float() * tensors[2][:1, :1, :1].float())[..., 16:].sum(-1, keepdim=True))
+            super().run(tensors, *rest)
+
+    asked = replace(problem(ir.program(), BACKWARD, dtype=dtype), lse_gradient=True)
+    plan = wide(Reading)(asked)
+    tensors = [torch.randn(s.shape, generator=NUMBERS).to(s.dtype) for s in (
+        asked.query, asked.key, asked.value, asked.out)]  # fmt: skip
+    stats, grad_lse = torch.zeros(2, 4, 70, 1), torch.randn(2, 4, 70, 1, generator=NUMBERS) * size
+    gradients = [torch.empty(s.shape, dtype=s.dtype) for s in plan.outputs]
+    plan.run((*tensors, stats, tensors[3], stats, grad_lse, *gradients), [], [], [])
+    assert (seen[0] - grad_lse).abs().max() <= max(2**-20 * size, 2**-25)
 
 
 def test_a_plan_is_given_the_rows_amid_nans():

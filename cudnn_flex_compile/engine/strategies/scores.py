@@ -57,11 +57,11 @@ def legal_backward(program: Program, inside: Expr | None = None) -> Expr | Reaso
 def _of_the_lse(program: Program, inside: Expr) -> Expr:
     """exp(S - LSE) * dLSE where a pair is visible, else 0: what a gradient of the log-sum-exp adds to GRAD.
 
-    An extra column of values, [V, 1] with [dO, dLSE] and [O, 0], would have cuDNN add it up itself, but costs copies of
-    four tensors, and head dims that most architectures refuse in the backward (128 + 8); this costs two reads a row and
-    an exp a pair. It reads the score before it is masked, and is masked by a select of its own: a gradient that reads
-    the score_mod's very result is computed wrongly (engine/tail.py). The select comes last, so that what the rows hold
-    beyond their end, or an exp that overflows at a hidden pair, reaches nothing.
+    Wider values (engine/wide.py) have cuDNN add it up itself, but cost copies of three tensors, and more of each
+    product; this costs two reads a row and an exp a pair. It reads the score before it is masked, and is masked by a
+    select of its own: a gradient that reads the score_mod's very result is computed wrongly (engine/tail.py). The
+    select comes last, so that what the rows hold beyond their end, or an exp that overflows at a hidden pair, reaches
+    nothing.
     """
     form = split(program.mask)
     score = program.score

@@ -32,13 +32,18 @@ def problem(program: Program, direction: str, *operands: tuple[int, ...]) -> Pro
     return forward if direction == FORWARD else forward.backward(direction == WITH_LSE)
 
 
+def wide(*strategies: str) -> list[str]:
+    return [f"{strategy} of 72 columns" for strategy in strategies]
+
+
 @pytest.fixture
 def tried(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is built, as "strategy" or "strategy expanded"."""
     found: list[str] = []
 
     def build(problem, lowering):
-        found.append(lowering.strategy + " expanded" * lowering.expanded)
+        columns = problem.value.shape[3]
+        found.append(lowering.strategy + " expanded" * lowering.expanded + f" of {columns} columns" * (columns > 64))
         return Reason(Code.SHAPE_REFUSED, f"number {len(found)}")
 
     monkeypatch.setattr(plan, "build", build)
@@ -50,11 +55,16 @@ TRIED = {
     "causal": (ir.program(mask=CAUSAL), (), FORWARD, ["native", "chained", "dense", "chained", "dense"]),
     "soft cap": (ir.program(CAPPED), (), FORWARD, ["chained", "chained", "dense"]),
     "soft cap, backward": (ir.program(CAPPED), (), BACKWARD, ["chained", "chained", "dense"]),
-    "plain, gradient of the LSE": (ir.program(), (), WITH_LSE, ["chained", "dense"]),
-    "causal, gradient of the LSE": (
-        ir.program(mask=CAUSAL), (), WITH_LSE, ["chained", "dense", "chained", "dense"],
+    "plain, gradient of the LSE": (
+        ir.program(), (), WITH_LSE, ["chained", "dense", *wide("native", "chained", "chained", "dense")],
     ),
-    "soft cap, gradient of the LSE": (ir.program(CAPPED), (), WITH_LSE, ["chained", "dense"]),
+    "causal, gradient of the LSE": (
+        ir.program(mask=CAUSAL), (), WITH_LSE,
+        ["chained", "dense", "chained", "dense", *wide("native", "chained", "dense", "chained", "dense")],
+    ),
+    "soft cap, gradient of the LSE": (
+        ir.program(CAPPED), (), WITH_LSE, ["chained", "dense", *wide("chained", "chained", "dense")],
+    ),
     "a bias of all pairs": (
         ir.program(FULL_BIAS, CAUSAL), ((BATCH, HEADS, LENGTH, LENGTH),), FORWARD, ["chained", "dense"] * 2,
     ),
@@ -73,6 +83,14 @@ def test_no_graph_is_tried_twice(name: str, tried: list[str]) -> None:
     assert isinstance(reason, Reason)
     assert reason.code is Code.SHAPE_REFUSED
     assert tried == expected
+
+
+def test_wider_values_are_tried_within_the_head_dims_that_there_are(tried: list[str]) -> None:
+    given = problem(ir.program(mask=CAUSAL), WITH_LSE)
+    large = dense(TensorSpec((BATCH, HEADS, LENGTH, 256), (), torch.bfloat16))
+    given = replace(given, query=large, key=large, value=large, out=large, grad=large)
+    select._first_right(given, None)
+    assert {name.partition(" of ")[2] for name in tried} == {"256 columns"}
 
 
 def test_lengths_are_not_expanded(tried: list[str]) -> None:
