@@ -53,7 +53,7 @@ class Target:
     @property
     def lse_gradient(self) -> bool:
         """Whether a gradient of the log-sum-exp may be asked for, too."""
-        return self.training and self.call.uses(1)
+        return self.training and self.call.uses(1) and self.call.differentiates(1)
 
     @property
     def running(self) -> tuple[Program, tuple[Hoisted, ...]]:

@@ -145,6 +145,12 @@ def test_plans_of_both_backwards_are_wanted(monkeypatch):
     assert asked[1:] == [(BACKWARD, False), (BACKWARD, True)]
     reports(lambda q, k, v: attend(q, k, v)[0])
     assert asked[1:] == [(BACKWARD, False)], "it reaches nothing"
+    reports(lambda q, k, v: [t.detach() if t.dim() == 3 else t for t in attend(q, k, v)])
+    assert asked[1:] == [(BACKWARD, False)], "it is detached"
+    reports(lambda q, k, v: (lambda out, lse: out * (lse.detach() * 2).exp().unsqueeze(-1))(*attend(q, k, v)))
+    assert asked[1:] == [(BACKWARD, False)], "it is a number"
+    reports(lambda q, k, v: (lambda out, lse: (out, lse.detach() + 1, lse * 2))(*attend(q, k, v)))
+    assert asked[1:] == [(BACKWARD, False), (BACKWARD, True)], "another use of it is not detached"
     reports(attend, grad=False)
     assert asked[1:] == []
     refused.append(True)
