@@ -108,10 +108,13 @@ def tensor(heads: int, length: int, dim: int = 64) -> Meta:
     return Meta(TensorSpec((2, heads, length, dim), (length * heads * dim, dim, heads * dim, 1), torch.bfloat16), CUDA)
 
 
-def call(cap: float = 20.0, length: int = 256, mask: ir.Expr | None = None, backward: bool = False):
+def call(
+    cap: float = 20.0, length: int = 256, mask: ir.Expr | None = None, backward: bool = False,
+    lse_gradient: bool = False,
+):  # fmt: skip
     """The key of a call with a soft cap under a mask, causal if not given."""
     mask = make("ge", Q, KV) if mask is None else mask
     program = text(ir.program(make("tanh", ir.SCORE / cap) * cap, mask))
     query, key = tensor(4, length), tensor(2, length)
     found = forward_key(program, query, key, key, [], 0.125, backward)
-    return backward_key(found, query) if backward else found
+    return backward_key(found, query, lse_gradient) if backward else found

@@ -12,6 +12,7 @@ import torch
 from cudnn_flex_compile.engine.lower import FLOAT, TENSOR_TYPES, Emitter, Inputs
 from cudnn_flex_compile.engine.lowering import Lowering
 from cudnn_flex_compile.engine.problem import FORWARD, Problem, TensorSpec
+from cudnn_flex_compile.scoremod.ir import ROWS
 from cudnn_flex_compile.scoremod.switches import on
 
 
@@ -21,7 +22,8 @@ class AttentionGraph:
 
     Attributes:
         graph: the pygraph.
-        roles: the graph tensor of each device tensor: query, key, value, out, stats, grad_out, dq, dk, dv.
+        roles: the graph tensor of each device tensor: query, key, value, out, stats, grad_out, minus_lse, grad_lse, dq,
+            dk, dv.
         inputs: operands, scalars and constants.
         callbacks: what the graph's callbacks need while it is built.
     """
@@ -140,6 +142,8 @@ def _backward(graph: Any, problem: Problem, callbacks: Callbacks, roles: dict[st
     roles["out"] = _declare(graph, problem.out)
     roles["grad_out"] = _declare(graph, problem.grad or problem.out)
     roles["stats"] = _declare(graph, stats_spec(problem))
+    for leaf in ROWS if problem.lse_gradient else ():
+        roles[leaf.kind] = callbacks.building[0][0].rows[leaf] = _declare(graph, stats_spec(problem))
     extra, modified = _arguments(callbacks)
     if modified:
         extra |= {"score_mod": callbacks.score_mod, "score_mod_bprop": callbacks.score_mod_bprop}

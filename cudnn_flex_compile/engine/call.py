@@ -32,9 +32,9 @@ def forward_key(
     )  # fmt: skip
 
 
-def backward_key(forward: Key, grad: Any) -> Key:
-    """The backward of a forward call, for a gradient in the layout of `grad`."""
-    return (BACKWARD, *forward[1:], grad.stride())
+def backward_key(forward: Key, grad: Any, lse_gradient: bool = False) -> Key:
+    """The backward of a forward call, for a gradient in the layout of `grad`, and one of the log-sum-exp or not."""
+    return (BACKWARD, *forward[1:], grad.stride(), lse_gradient)
 
 
 def problem_of(call: Key) -> Problem:
@@ -56,6 +56,7 @@ def problem_of(call: Key) -> Problem:
         stats=stats,
         grad=None if grad is None else (grad if usable(grad) else out),
         deterministic=deterministic,
+        lse_gradient=direction == BACKWARD and call[17],
     )
 
 

@@ -1,6 +1,6 @@
 """What sampled rows and columns of attention should be: in float64, and as stock precision computes them.
 
-Knows nothing of plans or of what is allowed. A backward is a function of its six inputs: what it should give follows
+Knows nothing of plans or of what is allowed. A backward is a function of its inputs: what it should give follows
 from the output and log-sum-exp that it is given. Memory is O(samples x length).
 """
 
@@ -77,8 +77,9 @@ def expected_dq(
 ) -> Block:  # fmt: skip
     """dQ of the sampled query rows; `off` is the slope_error."""
     pairs, value = _pairs_of_rows(problem, t, sample, where, low)
-    grad, out, lse = (_of_rows(x, where.batches, where.heads, where.rows).to(value.dtype) for x in _given(t))
-    found = gradient_of(pairs, value, grad, out, lse, off)
+    given = (_of_rows(x, where.batches, where.heads, where.rows).to(value.dtype) for x in _given(t))
+    grad, out, lse, grad_lse = given
+    found = gradient_of(pairs, value, grad, out, lse, grad_lse, off)
     dq = pairs.rounded(found.scores @ pairs.key)
     noise = (found.noise**2 @ pairs.key**2).sqrt()
     return Block(dq, _summed(found.before, pairs.key, problem), noise, (pairs.masked == -math.inf).all(-1))
@@ -93,8 +94,8 @@ def expected_columns(
     for batches, heads in _groups(problem, t, where):
         n = len(where.heads)
         pairs, value = _pairs_of_columns(problem, t, sample, (batches, heads, where.columns), low)
-        grad, out, lse = (x[batches, heads].to(value.dtype) for x in _given(t))
-        found = gradient_of(pairs, value, grad, out, lse, off)
+        grad, out, lse, grad_lse = (x[batches, heads].to(value.dtype) for x in _given(t))
+        found = gradient_of(pairs, value, grad, out, lse, grad_lse, off)
         weights = pairs.rounded(found.weights)
         dk.value += _together(found.scores.mT @ pairs.query, n)
         dv.value += _together(weights.mT @ grad, n)
@@ -122,7 +123,7 @@ def _rounded(tensor: torch.Tensor, problem: Problem, low: bool) -> torch.Tensor:
 
 
 def _given(t: Tensors) -> tuple[torch.Tensor, ...]:
-    return t.grad, t.out, t.stats
+    return t.grad, t.out, t.stats, t.grad_lse
 
 
 def _work(low: bool) -> torch.dtype:

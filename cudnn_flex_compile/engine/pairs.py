@@ -100,19 +100,23 @@ class Gradient:
 
 
 def gradient_of(
-    pairs: Pairs, value: torch.Tensor, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, off: torch.Tensor
-) -> Gradient:
+    pairs: Pairs, value: torch.Tensor, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
+    grad_lse: torch.Tensor, off: torch.Tensor,
+) -> Gradient:  # fmt: skip
+    """The weights of the two terms, that of the output and that of the log-sum-exp, may be off each for itself."""
     scale = pairs.problem.scale
     weights, change = pairs.weights(lse), grad @ value.mT
-    d_masked = weights * (change - (grad * out).sum(-1, keepdim=True))
+    of_out = change - (grad * out).sum(-1, keepdim=True)
+    d_masked = weights * (of_out + grad_lse)
     d_scores = pairs.rounded(d_masked * pairs.slope * scale)  # scaled before it is rounded: fp16 underflows that later
-    before = weights * (change.abs() + _row_term(grad, out)) * pairs.slope * scale
+    before = weights * (change.abs() + _row_term(grad, out) + grad_lse.abs()) * pairs.slope * scale
     if pairs.low:
         return Gradient(weights, pairs.wobble, d_scores, before, pairs.wobble)
     wobble = pairs.wobble + torch.where(lse.isfinite(), 2 * ROUNDING * lse.abs(), 0.0)
     wobble = torch.expm1(wobble.clamp(max=50.0))
     summed = SUM_ERROR * (grad.abs() @ value.abs().mT + (grad * out).abs().sum(-1, keepdim=True))
-    noise = d_masked.abs() * (pairs.slope.abs() * wobble + off) + weights * pairs.slope.abs() * summed
+    size = weights * (of_out.abs() + grad_lse.abs())
+    noise = size * (pairs.slope.abs() * wobble + off) + weights * pairs.slope.abs() * summed
     return Gradient(weights, wobble, d_scores, before, noise * abs(scale))
 
 

@@ -21,7 +21,7 @@ from cudnn_flex_compile.reasons import Code, Reason
 PYTHON_ENGINES = 20_000  # the first id of an engine of the frontend's own (cudnn.engines.engine_ids)
 EXPECTED = (cudnn.cudnnGraphNotSupportedError, RuntimeError, ValueError)  # of a graph that cuDNN does not support
 FORWARD_ROLES = ("query", "key", "value", "out", "stats")
-BACKWARD_ROLES = ("query", "key", "value", "out", "stats", "grad_out", "dq", "dk", "dv")
+BACKWARD_ROLES = ("query", "key", "value", "out", "stats", "grad_out", "minus_lse", "grad_lse", "dq", "dk", "dv")
 
 
 DTYPES = {int: torch.int32, float: torch.float32}
@@ -73,8 +73,9 @@ class Plan:
         """Enqueues the graph on the current stream.
 
         Args:
-            tensors: by FORWARD_ROLES (stats only if the problem asks for them) or BACKWARD_ROLES; stats are
-                contiguous, [B, H, Sq] or [B, H, Sq, 1].
+            tensors: by FORWARD_ROLES (stats only if the problem asks for them) or BACKWARD_ROLES (what a gradient of
+                the log-sum-exp adds, engine/rows.py, only if it takes one); stats and these are contiguous,
+                [B, H, Sq] or [B, H, Sq, 1].
             operands: as in the problem.
             ints, floats: all scalars of the program; the floats are 0-d host tensors.
         """

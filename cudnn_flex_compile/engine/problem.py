@@ -48,6 +48,7 @@ class Problem:
         grad: layout of the gradient of the output, in the backward.
         deterministic: whether torch.use_deterministic_algorithms was on.
         gradients: layouts of dq, dk and dv, if not those of torch.empty_like.
+        lse_gradient: whether the backward takes a gradient of the log-sum-exp, too.
     """
 
     program: str
@@ -63,6 +64,7 @@ class Problem:
     grad: TensorSpec | None = None
     deterministic: bool = False
     gradients: tuple[TensorSpec, ...] | None = None
+    lse_gradient: bool = False
 
     @property
     def lse_shape(self) -> tuple[int, int, int]:
@@ -75,11 +77,11 @@ class Problem:
 
     def forward(self) -> "Problem":
         """The forward problem whose outputs this backward consumes."""
-        return replace(self, direction=FORWARD, grad=None, stats=True)
+        return replace(self, direction=FORWARD, grad=None, stats=True, lse_gradient=False)
 
-    def backward(self) -> "Problem":
+    def backward(self, lse_gradient: bool = False) -> "Problem":
         """The backward of this forward, for a gradient laid out like the output."""
-        return replace(self, direction=BACKWARD, grad=self.out, stats=True)
+        return replace(self, direction=BACKWARD, grad=self.out, stats=True, lse_gradient=lse_gradient)
 
 
 def out_spec(query: TensorSpec, value: TensorSpec) -> TensorSpec:

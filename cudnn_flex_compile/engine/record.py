@@ -53,10 +53,13 @@ class StoredPlan:
 
 @dataclass(frozen=True, slots=True)
 class Certified:
-    """Plans that passed together: one, or with `in_parts` one for each box of the problem, in order."""
+    """Plans that passed together: one, or with `in_parts` one for each box of the problem, in order; with `wide` of the
+    problem with wider values (engine/wide.py).
+    """
 
     plans: tuple[StoredPlan, ...]
     in_parts: bool = False
+    wide: bool = False
 
 
 Verdict = Certified | Reason
@@ -69,7 +72,8 @@ def encode(verdict: Verdict) -> bytes:
         {"problem": p.problem, "binding": asdict(p.binding), "workspace": p.workspace, "bytes": len(p.data)}
         for p in verdict.plans
     ]
-    return _joined({"in_parts": verdict.in_parts, "plans": plans}, b"".join(p.data for p in verdict.plans))
+    head = {"in_parts": verdict.in_parts, "wide": verdict.wide, "plans": plans}
+    return _joined(head, b"".join(p.data for p in verdict.plans))
 
 
 def decode(data: bytes) -> Verdict:
@@ -96,7 +100,7 @@ def _certified(head: dict[str, Any], rest: bytes) -> Certified:
         plans.append(StoredPlan(str(plan["problem"]), binding, int(plan["workspace"]), data))
     if rest or not plans or (len(plans) > 1 and not head["in_parts"]):
         raise ValueError("plans and their bytes do not fit")
-    return Certified(tuple(plans), bool(head["in_parts"]))
+    return Certified(tuple(plans), bool(head["in_parts"]), bool(head["wide"]))
 
 
 def _joined(head: dict[str, Any], rest: bytes) -> bytes:

@@ -49,7 +49,7 @@ REGIMES = (
 
 @dataclass(slots=True)
 class Tensors:
-    """Inputs and outputs of the plans under test, by role.
+    """Inputs and outputs of the plans under test, by role. `grad_lse` is zero where a problem takes no such gradient.
 
     With a shift, component 0 of all queries and keys is one large number each, which shifts every score. That
     component of dQ and dK is a sum that cancels, times that number: rounding noise. The others are judged.
@@ -59,6 +59,7 @@ class Tensors:
     key: torch.Tensor
     value: torch.Tensor
     grad: torch.Tensor
+    grad_lse: torch.Tensor
     out: torch.Tensor
     stats: torch.Tensor
 
@@ -70,7 +71,10 @@ def drawn(problem: Problem, generator: torch.Generator) -> Tensors:
     query, key, value, grad = (amid_nans(spec, device).normal_(generator=generator) for spec in specs)
     batch, heads, length = problem.lse_shape
     stats = TensorSpec((batch, heads, length, 1), (heads * length, length, 1, 1), torch.float32)
-    return Tensors(query, key, value, grad, poisoned(problem.out, device), poisoned(stats, device))
+    grad_lse = amid_nans(stats, device).zero_()
+    if problem.lse_gradient:  # as large as what it is added to, dO . V
+        grad_lse.normal_(generator=generator).mul_(math.sqrt(problem.value.shape[3]))
+    return Tensors(query, key, value, grad, grad_lse, poisoned(problem.out, device), poisoned(stats, device))
 
 
 @contextmanager

@@ -29,14 +29,14 @@ from cudnn_flex_compile.engine.strategies import STRATEGIES, Strategy
 from cudnn_flex_compile.engine.strategies.dense import NAME as DENSE
 from cudnn_flex_compile.engine.strategies.scores import biased, legal_backward
 from cudnn_flex_compile.engine.support import refused
-from cudnn_flex_compile.engine.tail import guarded, needs_guard
+from cudnn_flex_compile.engine.tail import ends, guarded, needs_guard
 from cudnn_flex_compile.engine.verdicts import keep, recall
 from cudnn_flex_compile.engine.versions import cudnn_version, unusable_device
 from cudnn_flex_compile.locks import new_lock
 from cudnn_flex_compile.phases import count, phase
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
-from cudnn_flex_compile.scoremod.ir import TRUE, Program
+from cudnn_flex_compile.scoremod.ir import TRUE, Expr, Program
 from cudnn_flex_compile.scoremod.masks.boxes import pruned
 from cudnn_flex_compile.scoremod.masks.form import split
 from cudnn_flex_compile.scoremod.switches import on
@@ -44,8 +44,9 @@ from cudnn_flex_compile.scoremod.text import parse
 
 if TYPE_CHECKING:
     from cudnn_flex_compile.engine.plan import Plan
+    from cudnn_flex_compile.engine.wide import WidePlan
 
-    Runs = Plan | PartsPlan
+    Runs = Plan | PartsPlan | WidePlan
 
 
 @dataclass(slots=True)
@@ -256,7 +257,21 @@ def _first_right(problem: Problem, forward: "Runs | None") -> "Runs | Reason":
 def attempts(problem: Problem) -> "list[Callable[[], Runs | Reason]]":
     """What builds a plan of a problem, in the order of trial."""
     program = pruned(parse(problem.program), problem.lengths)
-    return [functools.partial(make, program, problem) for make in (_in_parts, *_strategies(program, problem))]
+    found = [functools.partial(make, program, problem) for make in (_in_parts, *_strategies(program, problem))]
+    return [*found, *_with_wider_values(problem)] if problem.lse_gradient else [*found]
+
+
+def _with_wider_values(problem: Problem) -> "Iterator[Callable[[], Runs | Reason]]":
+    """All of it for the problem without a gradient of the log-sum-exp whose plans give one with it."""
+    from cudnn_flex_compile.engine.wide import WidePlan, widened
+
+    def make(inner: "Callable[[], Runs | Reason]") -> "Runs | Reason":
+        plan = inner()
+        return plan if isinstance(plan, Reason) else WidePlan(problem, plan)
+
+    wide = widened(problem)
+    if refused(wide, parse(wide.program), cudnn_version()) is None:
+        yield from (functools.partial(make, inner) for inner in attempts(wide))
 
 
 def _in_parts(program: Program, problem: Problem) -> "Runs | Reason":
@@ -297,7 +312,7 @@ def _build_with(
     from cudnn_flex_compile.engine.plan import build
 
     variant = guarded(program, problem.lengths) if guard else program
-    lowering = strategy.lower(variant, problem.direction == BACKWARD)
+    lowering = strategy.lower(variant, problem.direction == BACKWARD, _inside(problem))
     if isinstance(lowering, Reason):
         return lowering
     if strategy.name == DENSE and _unmasked(variant):
@@ -324,8 +339,13 @@ def _expands(lowering: Lowering, problem: Problem) -> bool:
     return any(operand_view(n, problem) != operand_view(n, problem, expanded=True) for n in operands)
 
 
+def _inside(problem: Problem) -> Expr | None:
+    """Where a gradient of the log-sum-exp counts, if the problem takes one."""
+    return ends(problem.lengths) if problem.lse_gradient else None
+
+
 def _needs_guard(program: Program, problem: Problem) -> bool:
-    score, gradient = biased(program), legal_backward(program)
+    score, gradient = biased(program), legal_backward(program, _inside(problem))
     if isinstance(score, Reason) or isinstance(gradient, Reason):
         return False
     return needs_guard(ir.program(score, program.mask), gradient, problem.lengths)

@@ -11,7 +11,7 @@ Knows nothing of plans. Measured on an H200 with cuDNN 9.19:
   score that grows there until its weight overflows (slopes[h] * (kv - q), where the score_mod sees 0), makes dV NaN.
   Scores of -inf have weights of 0.
 - Where the gradient reads the score_mod's very result (sigmoid(x), |x|), dV is off by 200x. A select behind the
-  result mends it.
+  result mends it. A gradient of the log-sum-exp reads the result of every score_mod that no mask is behind of.
 """
 
 import math
@@ -20,7 +20,7 @@ import torch
 
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.interpret import TORCH_DTYPE, const_tensor, evaluate
-from cudnn_flex_compile.scoremod.ir import F32, GRAD, I32, SCORE, TRUE, Expr, Program
+from cudnn_flex_compile.scoremod.ir import F32, GRAD, GRAD_LSE, I32, SCORE, TRUE, Expr, Program
 from cudnn_flex_compile.scoremod.masks.form import MaskForm, as_predicate, split
 from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.simplify import simplify
@@ -29,9 +29,22 @@ from cudnn_flex_compile.scoremod.switches import on
 TILE = 128
 
 
+def ends(lengths: tuple[int, int]) -> Expr:
+    """Whether a pair is below `lengths` of q and kv, as all pairs are that tiles which end there hold."""
+    if all(n % TILE == 0 for n in lengths):
+        return TRUE
+    rows, columns = _below(lengths)
+    return make("and", rows, columns)
+
+
+def _below(lengths: tuple[int, int]) -> tuple[Expr, Expr]:
+    rows, columns = (make("ge", ir.const(n - 1, I32), ir.index(a)) for n, a in zip(lengths, "qk", strict=True))
+    return rows, columns
+
+
 def guarded(program: Program, lengths: tuple[int, int]) -> Program:
     """The same program below `lengths` of q and kv; beyond, the score_mod sees 0, and its result is -inf."""
-    rows, columns = (make("ge", ir.const(n - 1, I32), ir.index(a)) for n, a in zip(lengths, "qk", strict=True))
+    rows, columns = _below(lengths)
     zero, form = ir.const(0.0, F32), split(program.mask)
     inside = make("where", columns, make("where", rows, SCORE, zero), zero)
     score = ir.rebuild(program.score, {SCORE: inside})
@@ -55,9 +68,11 @@ def needs_guard(program: Program, gradient: Expr, lengths: tuple[int, int]) -> b
         gradient: of the raw score, in legal forms.
         lengths: of q and kv.
     """
-    if program.score is SCORE:
+    reads_rows, form = ir.depends_on(gradient, GRAD_LSE), split(program.mask)
+    if program.score is SCORE and not reads_rows:
         return False
-    if program.mask is TRUE and ir.depends_on(gradient, program.score) and on("results guarded"):
+    unmasked = not form.bounds and form.residual is TRUE
+    if unmasked and (reads_rows or ir.depends_on(gradient, program.score)) and on("results guarded"):
         return True
     if all(n % TILE == 0 for n in lengths) or not on("ends guarded"):
         return False

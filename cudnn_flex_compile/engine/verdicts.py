@@ -10,6 +10,7 @@ operands, of whatever content, and its certification has drawn many.
 """
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,8 +28,9 @@ from cudnn_flex_compile.scoremod.text import parse
 
 if TYPE_CHECKING:
     from cudnn_flex_compile.engine.plan import Plan
+    from cudnn_flex_compile.engine.wide import WidePlan
 
-    Runs = Plan | PartsPlan
+    Runs = Plan | PartsPlan | WidePlan
 
 log = logging.getLogger("cudnn_flex_compile")
 
@@ -89,6 +91,10 @@ def keep(problem: Problem, reference: Reference, rule: str, found: "Runs | Reaso
 
 
 def _stored(found: "Runs") -> Certified:
+    from cudnn_flex_compile.engine.wide import WidePlan
+
+    if isinstance(found, WidePlan):
+        return replace(_stored(found.inner), wide=True)
     plans: list[Any] = list(found.plans) if isinstance(found, PartsPlan) else [found]
     stored = [StoredPlan(problem_text(p.problem), p.binding, p.workspace, p.serialized()) for p in plans]
     return Certified(tuple(stored), isinstance(found, PartsPlan))
@@ -98,7 +104,10 @@ def _restored(problem: Problem, verdict: Certified) -> "Runs | Reason":
     """Raises ValueError for plans of other problems: our code cannot have changed, but be sure."""
     from cudnn_flex_compile.engine.attention_graph import output_specs
     from cudnn_flex_compile.engine.plan import restore
+    from cudnn_flex_compile.engine.wide import WidePlan, widened
 
+    if verdict.wide:
+        return WidePlan(problem, _restored(widened(problem), replace(verdict, wide=False)))
     left = list(verdict.plans)
 
     def next_plan(_: Program, part: Problem) -> "Plan":

@@ -33,6 +33,7 @@ from cudnn_flex_compile.engine.regimes import (
     poisoned,
     surrounded,
 )
+from cudnn_flex_compile.engine.rows import rows_of
 from cudnn_flex_compile.reasons import Code, Reason
 
 
@@ -132,7 +133,8 @@ def _of_forward(problem: Problem, t: Tensors, regime: Regime, data: Data) -> Ite
 def _of_backward(plan: Runnable, t: Tensors, regime: Regime, data: Data) -> Iterator[Finding]:
     problem, where, noisy = plan.problem, data.where, bool(regime.shift)
     gradients = tuple(poisoned(spec, t.query.device) for spec in plan.outputs)
-    _run(plan, (t.query, t.key, t.value, t.out, t.stats, t.grad), gradients, data.sample)
+    rows = [surrounded(r) for r in rows_of(t.stats, t.grad_lse if problem.lse_gradient else None)]
+    _run(plan, (t.query, t.key, t.value, t.out, t.stats, t.grad, *rows), gradients, data.sample)
     for gradient, label in zip(gradients, ("dQ", "dK", "dV"), strict=True):
         yield of_memory(regime, label, gradient)
     batches, kv_heads = where.batches[:, None], where.heads[:, None] // group_of(problem)

@@ -14,6 +14,7 @@ from cudnn_flex_compile.engine.clean import above_autograd
 from cudnn_flex_compile.engine.memory import empty
 from cudnn_flex_compile.engine.problem import TensorSpec, dense
 from cudnn_flex_compile.engine.repro import warned
+from cudnn_flex_compile.engine.rows import rows_of
 from cudnn_flex_compile.engine.select import Ready, find_plan, plans
 from cudnn_flex_compile.kernels import fallback
 from cudnn_flex_compile.reasons import Code, Reason
@@ -22,7 +23,6 @@ from cudnn_flex_compile.scoremod.ranges import VALUE_LIMIT
 Gradients = tuple[Tensor, Tensor, Tensor]
 log = logging.getLogger("cudnn_flex_compile")
 _warned: set[str] = set()
-LSE_GRADIENT = Reason(Code.LSE_GRADIENT, "the LSE takes part in the loss")
 
 
 def forward(
@@ -60,14 +60,14 @@ def backward(
 ) -> Gradients:  # fmt: skip
     """dQ, dK, dV in the layouts of torch.empty_like of query, key and value.
 
-    With a gradient of the (natural) log-sum-exp, Inductor's kernel computes them: the plans take none.
+    A gradient of the (natural) log-sum-exp is given or not as the loss has it: these are two plans.
     """
     if query.get_device() != torch._C._cuda_getDevice():
         with torch.cuda.device(query.device):
             rest = (out, stats, operands, ints, floats, program, scale)
             return backward(grad_out, grad_lse, query, key, value, *rest)
-    call = backward_key(forward_key(program, query, key, value, operands, scale, True), grad_out)
-    found = (plans.get(call) or find_plan(call)) if grad_lse is None else LSE_GRADIENT
+    call = backward_key(forward_key(program, query, key, value, operands, scale, True), grad_out, grad_lse is not None)
+    found = plans.get(call) or find_plan(call)
     if isinstance(found, Reason) or (ints and not _in_range(ints)):
         _explain(program, found)
         return _fallback_backward(grad_out, grad_lse, query, key, value, operands, ints, floats, program, scale)
@@ -76,7 +76,7 @@ def backward(
         grad_out = torch.empty_like(out).copy_(grad_out) if found.copies[3] else grad_out
     q_layout, k_layout, v_layout = found.layouts
     dq, dk, dv = empty(*q_layout), empty(*k_layout), empty(*v_layout)
-    inputs = _aligned((query, key, value, out, stats, grad_out))
+    inputs = _aligned((query, key, value, out, stats, grad_out, *rows_of(stats, grad_lse)))
     try:
         found.plan.run((*inputs, dq, dk, dv), _aligned(operands) if operands else operands, ints, floats)
     except torch.OutOfMemoryError as error:

@@ -54,7 +54,8 @@ def backward(
     operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str, scale: float,
 ) -> Gradients:  # fmt: skip
     """As the op `attention_backward`."""
-    call = attention_backward if _dispatched(query) or type(grad_out) not in PLAIN else _cuda().backward
+    plain = type(grad_out) in PLAIN and (grad_stats is None or type(grad_stats) in PLAIN)
+    call = _cuda().backward if plain and not _dispatched(query) else attention_backward
     return call(grad_out, grad_stats, query, key, value, out, stats, operands, ints, floats, program, scale)
 
 

@@ -63,6 +63,18 @@ class Call:
         dead = _read_once(_dead, self.node.graph, _dead_names)
         return any(user.name not in dead for node in self.output(position) for user in node.users)
 
+    def differentiates(self, position: int) -> bool:
+        """Whether a gradient may flow from a result of the graph to the output; not if all of its uses are detached."""
+        seen, left = set(self.output(position)), list(self.output(position))
+        while left:
+            node = left.pop()
+            if node.op == "output" or (node not in self.output(position) and _has_effect(node)):
+                return True
+            if _may_require_grad(node.meta.get("example_value", True)):
+                left += [user for user in node.users if user not in seen]
+                seen.update(node.users)
+        return False
+
     @property
     def source(self) -> str:
         """The line of the user's code that made the call, as Dynamo recorded it."""
@@ -82,6 +94,13 @@ def _dead_names(graph: Graph) -> frozenset[str]:
         if not _has_effect(node) and all(user.name in dead for user in node.users):
             dead.add(node.name)
     return frozenset(dead)
+
+
+def _may_require_grad(value: Any) -> bool:
+    """Whether what Dynamo recorded for a node, a tensor or several, requires a gradient; or is something else."""
+    if isinstance(value, (tuple, list)):
+        return any(_may_require_grad(v) for v in value)  # pyright: ignore[reportUnknownVariableType]
+    return value.requires_grad if isinstance(value, torch.Tensor) else True
 
 
 def _has_effect(node: Node) -> bool:

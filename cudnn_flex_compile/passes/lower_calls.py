@@ -130,8 +130,6 @@ def _lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason
     if large is not None:
         return large
     training = bool(example(call.node)[0].requires_grad)
-    if training and call.uses(1):
-        return Reason(Code.LSE_GRADIENT, "the LSE is used, and a gradient may flow through it")
     wrong = None if checked is None else _disagreement(call, captures, checked, context)
     if wrong is not None:
         return wrong

@@ -16,6 +16,7 @@ from cudnn_flex_compile.engine.problem import Problem, TensorSpec, dense
 from cudnn_flex_compile.engine.reference import CapturedValue, SubgraphReference
 from cudnn_flex_compile.engine.strategies import STRATEGIES
 from cudnn_flex_compile.engine.support import refused
+from cudnn_flex_compile.engine.tail import ends
 from cudnn_flex_compile.passes.capture import Captures, indexing
 from cudnn_flex_compile.passes.compact import COUNTS, Compact, counts_of, order_of, slots_of
 from cudnn_flex_compile.passes.find import Call, example, hint, scale_of
@@ -50,6 +51,11 @@ class Target:
     fingerprint: str | None = None
 
     @property
+    def lse_gradient(self) -> bool:
+        """Whether a gradient of the log-sum-exp may be asked for, too."""
+        return self.training and self.call.uses(1) and self.call.differentiates(1)
+
+    @property
     def running(self) -> tuple[Program, tuple[Hoisted, ...]]:
         """The program of the plans, and its operands."""
         return (self.program, self.hoisted) if self.compact is None else (self.compact.program, self.compact.hoisted)
@@ -66,9 +72,10 @@ def judge(target: Target) -> tuple[str, ...] | Reason:
     reason = refused(problem.backward() if target.training else problem, program, _any_version())
     if reason is not None:
         return reason
+    inside = ends(problem.lengths) if target.lse_gradient else None
     reasons: list[Reason] = []
     for strategy in STRATEGIES:
-        lowering = strategy.lower(program, target.training)
+        lowering = strategy.lower(program, target.training, inside)
         if not isinstance(lowering, Reason):
             return (strategy.name,)
         reasons.append(lowering)
@@ -80,7 +87,7 @@ def _any_version() -> int:
 
 
 def _certified(target: Target, call: tuple[Any, ...], problem: Problem) -> tuple[str, ...] | Reason:
-    from cudnn_flex_compile.engine.select import find_plan
+    from cudnn_flex_compile.engine.select import Ready, find_plan
 
     asked = functools.cache(lambda: _reference(target)), target.fingerprint
     found = find_plan(call, *asked)
@@ -90,6 +97,10 @@ def _certified(target: Target, call: tuple[Any, ...], problem: Problem) -> tuple
         return (found.plan.strategy,)
     grad = Meta(problem.out, torch.device("cuda", problem.device))
     backward = find_plan(backward_key(call, grad), *asked)
+    if isinstance(backward, Ready) and target.lse_gradient:  # what of both is run, the loss says, maybe at each step
+        backward = find_plan(backward_key(call, grad, True), *asked)
+        if isinstance(backward, Reason):
+            return Reason(Code.LSE_GRADIENT, f"with a gradient of the LSE: {backward}", backward.lasting)
     return backward if isinstance(backward, Reason) else (found.plan.strategy, backward.plan.strategy)
 
 

@@ -94,6 +94,7 @@ class Accepted:
 
     strategy: str
     outputs: Any
+    device: None = None
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,11 @@ class Cell:
 
 def cell(name: str, sm: int, direction: str) -> Cell:
     """The first of what is tried that cuDNN accepts, in the order in which the package tries it."""
-    asked = problem(name) if direction == FORWARD else problem(name).backward()
+    return judged(problem(name) if direction == FORWARD else problem(name).backward(), sm)
+
+
+def judged(asked: Problem, sm: int) -> Cell:
+    """The cell of a problem."""
     reason = refused(asked, parse(asked.program), cudnn_version())
     if reason is not None:
         return Cell(reason.code.name, False)

@@ -43,6 +43,10 @@ class StandIn:
         self.program = text(program) if program is not None else problem.program
         self.outputs = (problem.query, problem.key, problem.value)
 
+    def grad_lse(self, minus_lse, grad_lse):
+        """[B, H, Sq], from the tensors that the plan is given."""
+        return grad_lse.squeeze(-1)
+
     def run(self, tensors, operands, ints, floats):
         rest = (operands, ints, floats, self.program, self.problem.scale)
         if self.problem.direction == FORWARD:
@@ -50,8 +54,10 @@ class StandIn:
             cpu.forward(query, key, value, *rest, out, stats.squeeze(-1))
             self.spoil((out, stats))
         else:
-            query, key, value, out, stats, grad, *gradients = tensors
-            found = cpu.backward(grad, None, query, key, value, out, stats.squeeze(-1), *rest)
+            query, key, value, out, stats, grad, *of_rows = tensors[:-3]
+            gradients = tensors[-3:]
+            grad_lse = self.grad_lse(*of_rows) if of_rows else None
+            found = cpu.backward(grad, grad_lse, query, key, value, out, stats.squeeze(-1), *rest)
             for into, gradient in zip(gradients, found, strict=True):
                 into.copy_(gradient)
             self.spoil(tuple(gradients))

@@ -4,6 +4,7 @@ Knows nothing of a GPU: plans are stand-ins (tests/gpu/test_faults.py has real o
 """
 
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -164,6 +165,26 @@ def test_a_backward_without_workspace_runs_elsewhere(on_the_host, monkeypatch: p
     assert stand_in.runs == 1
     for found, expected in zip(gradients, (query + 1, key + 2, value + 3), strict=True):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("lse_gradient", [False, True])
+def test_the_loss_says_which_backward_runs(on_the_host, monkeypatch: pytest.MonkeyPatch, lse_gradient: bool) -> None:
+    query, key, value = qkv()
+    forward = forward_key(PROGRAM, query, key, value, [], 0.125, True)
+    plans = {given: ready(backward_key(forward, query, given)) for given in (False, True)}
+    ran: list[tuple[Any, ...]] = []
+    for stand_in in plans.values():
+        monkeypatch.setattr(stand_in, "run", lambda tensors, *_, of=stand_in: ran.append((of, *tensors)))
+    lse = torch.full(SHAPE[:3], -math.inf)
+    grad_lse = torch.ones(()).expand(SHAPE[:3]) if lse_gradient else None
+    cuda.backward(query, grad_lse, query, key, value, query, lse, [], [], [], PROGRAM, 0.125)
+    ((of, *tensors),) = ran
+    assert of is plans[lse_gradient]
+    assert len(tensors) == 9 + 2 * lse_gradient
+    if lse_gradient:
+        assert torch.equal(tensors[6], torch.zeros(SHAPE[:3]))
+        assert torch.equal(tensors[7], torch.ones(SHAPE[:3]))
+        assert tensors[7].is_contiguous()
 
 
 def test_no_workspace_while_a_cuda_graph_is_captured_is_an_error(on_the_host, monkeypatch: pytest.MonkeyPatch) -> None:

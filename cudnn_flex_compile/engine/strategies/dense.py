@@ -9,7 +9,7 @@ from cudnn_flex_compile.engine.lowering import Lowering
 from cudnn_flex_compile.engine.strategies.chained import FILL
 from cudnn_flex_compile.engine.strategies.scores import backward_writer, biased, legal, legal_backward
 from cudnn_flex_compile.reasons import Reason
-from cudnn_flex_compile.scoremod.ir import F32, GRAD, TRUE, Program
+from cudnn_flex_compile.scoremod.ir import F32, GRAD, TRUE, Expr, Program
 from cudnn_flex_compile.scoremod.masks.form import MaskForm, as_predicate, split
 
 if TYPE_CHECKING:
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 NAME = "dense"
 
 
-def lower(program: Program, training: bool) -> Lowering | Reason:
+def lower(program: Program, training: bool, inside: Expr | None = None) -> Lowering | Reason:
     form = split(program.mask)
     score, mask = biased(program), legal(as_predicate(MaskForm(form.bounds, residual=form.residual)))
-    gradient = legal_backward(program) if training else GRAD
+    gradient = legal_backward(program, inside) if training else GRAD
     for found in (score, mask, gradient):
         if isinstance(found, Reason):
             return found

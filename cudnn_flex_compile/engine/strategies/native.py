@@ -7,15 +7,17 @@ from typing import Any
 
 from cudnn_flex_compile.engine.lowering import Lowering
 from cudnn_flex_compile.reasons import Code, Reason
-from cudnn_flex_compile.scoremod.ir import SCORE, TRUE, Program
+from cudnn_flex_compile.scoremod.ir import SCORE, TRUE, Expr, Program
 from cudnn_flex_compile.scoremod.masks.bound import Bound
 from cudnn_flex_compile.scoremod.masks.form import split
 
 NAME = "native"
 
 
-def lower(program: Program, training: bool) -> Lowering | Reason:
+def lower(program: Program, training: bool, inside: Expr | None = None) -> Lowering | Reason:
     form = split(program.mask)
+    if inside is not None:
+        return Reason(Code.UNSUPPORTED_CALL, "native takes no gradient of the log-sum-exp")
     if program.score is not SCORE or form.residual is not TRUE or form.biases:
         return Reason(Code.UNSUPPORTED_CALL, "native takes plain scores and bounds only")
     bands = {b.side: b.constant for b in form.bounds if not b.terms}

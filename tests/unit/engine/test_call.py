@@ -52,7 +52,7 @@ def test_equal_calls_have_equal_keys() -> None:
 def test_calls_that_differ_have_different_keys() -> None:
     keys = [key(), *(key(**change) for change in CHANGES)]
     grads = [tensor(2, 4, 16, 32), tensor(2, 4, 16, 32, order="bshd"), tensor(2, 4, 16, 32, order="sbhd")]
-    keys += [backward_key(k, grad) for k in keys for grad in grads]
+    keys += [backward_key(k, grad, lse) for k in keys for grad in grads for lse in (False, True)]
     for (i, a), (j, b) in itertools.combinations(enumerate(keys), 2):
         assert a != b, f"{i} and {j}"
     assert len(set(keys)) == len(keys)
@@ -79,9 +79,11 @@ def test_keys_of_tensors_and_of_their_layouts_are_the_same() -> None:
 
 
 @pytest.mark.parametrize("stats", [True, False])
-def test_the_forward_of_a_backward(stats: bool) -> None:
+@pytest.mark.parametrize("lse_gradient", [True, False])
+def test_the_forward_of_a_backward(stats: bool, lse_gradient: bool) -> None:
     forward = key(stats=stats)
-    backward = backward_key(forward, tensor(2, 4, 16, 32))
+    backward = backward_key(forward, tensor(2, 4, 16, 32), lse_gradient)
+    assert problem_of(backward).lse_gradient == lse_gradient
     assert forward_of(backward) == key(stats=True)
     assert (forward[0], backward[0]) == (FORWARD, BACKWARD)
     assert problem_of(forward_of(backward)) == problem_of(backward).forward()

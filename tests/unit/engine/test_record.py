@@ -25,7 +25,7 @@ bindings = st.builds(
 )
 plans = st.builds(StoredPlan, problem=st.text(), binding=bindings, workspace=number, data=st.binary(max_size=200))
 verdicts = st.one_of(
-    st.builds(Certified, plans=plans.map(lambda p: (p,)), in_parts=st.just(False)),
+    st.builds(Certified, plans=plans.map(lambda p: (p,)), in_parts=st.just(False), wide=st.booleans()),
     st.builds(Certified, plans=st.lists(plans, min_size=1, max_size=4).map(tuple), in_parts=st.just(True)),
     st.builds(Reason, code=st.sampled_from(Code), detail=st.text()),
 )

@@ -18,6 +18,7 @@ from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.text import text
 
 BATCH, HEADS, LENGTH = 2, 4, 256
+WITH_LSE = "backward with a gradient of the log-sum-exp"
 CAPPED = make("tanh", ir.SCORE / 20.0) * 20.0
 CAUSAL = make("ge", Q, KV)
 HEAD_BIAS = ir.SCORE + ir.operand(0, F32, "h") * ir.cast(Q - KV, F32)
@@ -28,7 +29,11 @@ def problem(program: Program, direction: str, *operands: tuple[int, ...]) -> Pro
     query = dense(TensorSpec((BATCH, HEADS, LENGTH, 64), (), torch.bfloat16))
     given = tuple(dense(TensorSpec(shape, (), torch.float32)) for shape in operands)
     forward = Problem(text(program), FORWARD, query, query, query, out_spec(query, query), given, 0.125, 0)
-    return forward if direction == FORWARD else forward.backward()
+    return forward if direction == FORWARD else forward.backward(direction == WITH_LSE)
+
+
+def wide(*strategies: str) -> list[str]:
+    return [f"{strategy} of 72 columns" for strategy in strategies]
 
 
 @pytest.fixture
@@ -37,7 +42,8 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
 
     def build(problem, lowering):
-        found.append(lowering.strategy + " expanded" * lowering.expanded)
+        columns = problem.value.shape[3]
+        found.append(lowering.strategy + " expanded" * lowering.expanded + f" of {columns} columns" * (columns > 64))
         return Reason(Code.SHAPE_REFUSED, f"number {len(found)}")
 
     monkeypatch.setattr(plan, "build", build)
@@ -49,6 +55,16 @@ TRIED = {
     "causal": (ir.program(mask=CAUSAL), (), FORWARD, ["native", "chained", "dense", "chained", "dense"]),
     "soft cap": (ir.program(CAPPED), (), FORWARD, ["chained", "chained", "dense"]),
     "soft cap, backward": (ir.program(CAPPED), (), BACKWARD, ["chained", "chained", "dense"]),
+    "plain, gradient of the LSE": (
+        ir.program(), (), WITH_LSE, ["chained", "dense", *wide("native", "chained", "chained", "dense")],
+    ),
+    "causal, gradient of the LSE": (
+        ir.program(mask=CAUSAL), (), WITH_LSE,
+        ["chained", "dense", "chained", "dense", *wide("native", "chained", "dense", "chained", "dense")],
+    ),
+    "soft cap, gradient of the LSE": (
+        ir.program(CAPPED), (), WITH_LSE, ["chained", "dense", *wide("chained", "chained", "dense")],
+    ),
     "a bias of all pairs": (
         ir.program(FULL_BIAS, CAUSAL), ((BATCH, HEADS, LENGTH, LENGTH),), FORWARD, ["chained", "dense"] * 2,
     ),
@@ -67,6 +83,14 @@ def test_no_graph_is_tried_twice(name: str, tried: list[str]) -> None:
     assert isinstance(reason, Reason)
     assert reason.code is Code.SHAPE_REFUSED
     assert tried == expected
+
+
+def test_wider_values_are_tried_within_the_head_dims_that_there_are(tried: list[str]) -> None:
+    given = problem(ir.program(mask=CAUSAL), WITH_LSE)
+    large = dense(TensorSpec((BATCH, HEADS, LENGTH, 256), (), torch.bfloat16))
+    given = replace(given, query=large, key=large, value=large, out=large, grad=large)
+    select._first_right(given, None)
+    assert {name.partition(" of ")[2] for name in tried} == {"256 columns"}
 
 
 def test_lengths_are_not_expanded(tried: list[str]) -> None:

@@ -12,11 +12,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cudnn_flex_compile.engine import identity, select, verdicts
+from cudnn_flex_compile.engine import identity, plan, select, verdicts
 from cudnn_flex_compile.engine.call import problem_of
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, TensorSpec
 from cudnn_flex_compile.engine.reference import SubgraphReference
 from cudnn_flex_compile.engine.select import cache_clear, cache_info, find_plan, remember_reference
+from cudnn_flex_compile.engine.wide import WidePlan, widened
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod.partition import partition
 from tests import stand_in
@@ -66,6 +67,31 @@ def test_a_plan_is_built_once(backend, backward):
     assert (second.plan.binding, second.plan.data) == (first.plan.binding, first.plan.data)
     info = cache_info()
     assert (info.builds, info.certifications, info.restored) == (0, 0, 1 + backward)
+
+
+def test_a_plan_of_wider_values_is_built_once(backend, monkeypatch):
+    """Where no plan takes a gradient of the log-sum-exp; it is another verdict than that of the plain backward."""
+    refusal = Reason(Code.SHAPE_REFUSED, "too many row vectors")
+    monkeypatch.setattr(plan, "build", lambda p, lowering: refusal if p.lse_gradient else backend.build(p, lowering))
+    key = call(backward=True, lse_gradient=True)
+    first = find_plan(key)
+    assert (first.plan.strategy, first.plan.problem) == ("chained, wider values", problem_of(key))
+    second, built, restored = again(backend, key)
+    assert (built, restored) == (0, 2)
+    assert isinstance(second.plan, WidePlan)
+    assert (second.plan.strategy, second.plan.problem) == (first.plan.strategy, first.plan.problem)
+    assert second.plan.inner.problem == first.plan.inner.problem == widened(problem_of(key))
+    assert second.layouts == first.layouts
+    assert find_plan(call(backward=True)).plan.strategy == "chained"
+
+
+@pytest.mark.parametrize("lse_gradient", [False, True])
+def test_the_gradient_of_the_log_sum_exp_is_part_of_the_problem(backend, lse_gradient):
+    find_plan(call(backward=True, lse_gradient=not lse_gradient))
+    backend.built.clear()
+    found = find_plan(call(backward=True, lse_gradient=lse_gradient))
+    assert found.plan.problem.lse_gradient == lse_gradient
+    assert len(backend.built) == 1
 
 
 def test_a_restored_plan_is_remembered(backend):

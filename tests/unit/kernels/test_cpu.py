@@ -81,6 +81,7 @@ def blocks_of(monkeypatch: pytest.MonkeyPatch, rows: int, per_row: int) -> None:
 def test_generated_functions(monkeypatch: pytest.MonkeyPatch, rows_at_once: int) -> None:
     blocks_of(monkeypatch, rows_at_once, B * H * K)
     tensors = inputs(B, H, 1, Q, K, seed=rows_at_once)
+    grad_lse = torch.linspace(-1, 1, B * H * Q).view(B, H, Q)
 
     @settings(max_examples=50)
     @given(score_mods(), mask_mods())
@@ -92,7 +93,9 @@ def test_generated_functions(monkeypatch: pytest.MonkeyPatch, rows_at_once: int)
             return torch.where(visible, modified, -math.inf)
 
         program, hoisted = partition(normalize(program_of(score_mod, mask_mod)))
-        assert_right(computed(*tensors, text(program), operands_of(hoisted), 0.5), tensors, masked, 0.5)
+        for extra in ({}, {"grad_lse": grad_lse}):
+            got = computed(*tensors, text(program), operands_of(hoisted), 0.5, **extra)
+            assert_right(got, tensors, masked, 0.5, **extra)
 
     check()
 

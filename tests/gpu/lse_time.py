@@ -1,0 +1,87 @@
+"""Times a layer of attention with learnt sinks, forward and backward: `python3 -m tests.gpu.lse_time [--wider-values]`.
+
+Knows nothing of right numbers (tests/gpu/test_lse_gradient.py). Inductor's time / ours, medians, interleaved. With
+`--wider-values` the row term inside of the score_mod is not tried: which of both roads comes first is to be decided by
+this.
+"""
+
+import argparse
+import statistics
+
+import torch
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from cudnn_flex_compile.bench.mods import causal, padded, sliding, softcap
+from cudnn_flex_compile.engine import plan
+from cudnn_flex_compile.reasons import Code, Reason
+from cudnn_flex_compile.report import collect
+from tests.gpu.bench import timed
+
+SHAPES = ((2, 64, 8, 4096, 64), (2, 16, 16, 4096, 64), (2, 16, 16, 4096, 128), (1, 32, 8, 8192, 128))
+LAYERS = {
+    "full": (None, causal), "sliding": (None, sliding(127)), "soft cap + causal": (softcap(20.0), causal),
+    "padded lengths": (None, padded),
+}  # fmt: skip
+WARM_UP, REPEATS, CALLS = 5, 20, 5
+
+
+def compiled(layer, shape, backend):
+    batch, heads, kv_heads, length, _ = shape
+    score_mod, mask_mod = LAYERS[layer]
+    entries = batch if mask_mod is padded else None
+    if entries:
+        mask_mod = padded(torch.linspace(length // 2, length, batch, device="cuda").int())
+    mask = create_block_mask(mask_mod, entries, None, length, length, device="cuda")
+
+    def attend(q, k, v, sinks):
+        out, lse = flex_attention(q, k, v, score_mod, mask, enable_gqa=heads != kv_heads, return_lse=True)
+        return out * torch.sigmoid(lse - sinks.view(-1, 1)).unsqueeze(-1).to(out.dtype)
+
+    torch._dynamo.reset()
+    options = {"lower": "always", "cache": False}  # no verdict of one road for the other
+    how = {"options": options} if backend == "cudnn_flex" else {}
+    return torch.compile(attend, backend=backend, dynamic=False, **how)
+
+
+def measure(layer, shape):
+    batch, heads, kv_heads, length, dim = shape
+    draw = lambda h: torch.randn(batch, length, h, dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2)  # noqa: E731
+    leaves = [draw(h).requires_grad_() for h in (heads, kv_heads, kv_heads)]
+    leaves.append(torch.zeros(heads, device="cuda", requires_grad=True))
+    grad, functions = draw(heads), {}
+    with collect() as report:
+        for backend in ("inductor", "cudnn_flex"):
+            functions[backend] = compiled(layer, shape, backend)
+            torch.autograd.grad(functions[backend](*leaves), leaves, grad)
+    times = {backend: [] for backend in functions}
+    for repeat in range(WARM_UP + REPEATS):
+        for backend, function in functions.items():
+            step = lambda f=function: [torch.autograd.grad(f(*leaves), leaves, grad) for _ in range(CALLS)]  # noqa: E731
+            if repeat >= WARM_UP:
+                times[backend].append(timed(step)[0] / CALLS)
+            else:
+                step()
+    theirs, ours = (statistics.median(times[backend]) for backend in ("inductor", "cudnn_flex"))
+    (call,) = report.calls
+    how = str(call.reason) if call.reason else "+".join(call.strategies)
+    print(f"{layer}, {shape}, {how}: {theirs:.3f} / {ours:.3f} ms, {theirs / ours:.2f}x", flush=True)
+
+
+def without_row_terms():
+    build = plan.build
+    refusal = Reason(Code.SHAPE_REFUSED, "not tried")
+    plan.build = lambda problem, lowering: refusal if problem.lse_gradient else build(problem, lowering)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--wider-values", action="store_true")
+    if parser.parse_args().wider_values:
+        without_row_terms()
+    for shape in SHAPES:
+        for layer in LAYERS:
+            measure(layer, shape)
+
+
+if __name__ == "__main__":
+    main()
