@@ -21,7 +21,7 @@ class Code(enum.Enum):
     ILLEGAL_OP = "cuDNN computes no form of this op right; see the detail"
     BIAS_BUDGET = "raise options={'bias_budget_mb': ...}, or write the mask as bounds on q - kv and kv"
     CAPTURED_GRADIENT = "detach the captured tensor, or keep this call on stock flex_attention"
-    LSE_GRADIENT = "detach the LSE where it takes part in no loss"
+    LSE_GRADIENT = "detach the LSE where it takes part in no loss, or try options={'lower': 'always'}"
     MAX_SCORES = "ask for the LSE only"
     FORCED_BACKEND = "drop BACKEND from kernel_options"
     BLOCK_MASK = "build the BlockMask with create_block_mask from the same mask_mod"

@@ -135,10 +135,12 @@ def _lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason
         return wrong
     compact = compacted(program, hoisted)
     running = (program, hoisted) if compact is None else (compact.program, compact.hoisted)
+    target = Target(call, program, hoisted, captures, training, context.real, compact, traced.fingerprint)
+    if context.only_faster and target.lse_gradient:
+        return speed.UNMEASURED
     slower = _slower(call, *running, training, context) if context.only_faster else None
     if slower is not None:
         return slower
-    target = Target(call, program, hoisted, captures, training, context.real, compact, traced.fingerprint)
     verdict = judge(target)
     if isinstance(verdict, Reason):
         return verdict

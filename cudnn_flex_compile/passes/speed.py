@@ -33,6 +33,8 @@ PARTS_COST = 1.15
 # (cudnn-flex bench --mods "relative table" "bias tensor" --lower always)
 FORWARD_ITEMSIZE = 4
 BACKWARD_WEIGHT = 2.7  # of a pair in the backward, where it is 1 in the forward
+# Its plans are certified like all others, but nobody has measured them. (python3 -m tests.gpu.lse_time will)
+UNMEASURED = Reason(Code.LSE_GRADIENT, "the LSE takes part in the loss, and how fast cuDNN is then was not measured")
 
 
 def slower(

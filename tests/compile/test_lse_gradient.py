@@ -158,3 +158,19 @@ def test_plans_of_both_backwards_are_wanted(monkeypatch):
     assert kept.code is Code.LSE_GRADIENT
     assert "too many row vectors" in kept.detail
     assert not kept.lasting
+
+
+def test_by_default_such_a_call_is_kept_until_it_is_measured():
+    attend, leaves = attention("causal", REQUESTS["return_lse"], 4), inputs(4)
+    with collect() as report:
+        torch.compile(
+            lambda *t: sink(*attend(*t), torch.zeros(HEADS)),
+            backend="cudnn_flex",
+            options={"inner_backend": "aot_eager"},
+        )(*leaves)
+    assert [call.reason.code for call in report.kept] == [Code.LSE_GRADIENT]
+    assert "not measured" in report.kept[0].reason.detail
+    with torch.no_grad(), collect() as report:
+        torch._dynamo.reset()
+        torch.compile(lambda *t: attend(*t), backend="cudnn_flex", options={"inner_backend": "aot_eager"})(*leaves)
+    assert report.kept == []
