@@ -1,6 +1,12 @@
-"""Training on the CPU, where flex_attention itself refuses tensors that require grad; our ops do not."""
+"""Training on the CPU, where flex_attention itself refuses tensors that require grad; our ops do not.
+
+Each process computes on one core: pytest-xdist runs one for each, and the tests' tensors are small.
+"""
 
 import collections
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for processes that tests start
 
 import pytest
 import torch
