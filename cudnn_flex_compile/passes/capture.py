@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from cudnn_flex_compile.passes.find import Call, example
+from cudnn_flex_compile.passes.find import Call, ancestors, example
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import F32, I32, Expr
@@ -105,22 +105,10 @@ def indexing(call: Call) -> set[Any]:
         for node in module.graph.nodes:
             inputs = node.all_input_nodes
             if inputs and inputs[0] in captured and _dims(captured[inputs[0]]):
-                found |= {captured[n] for n in _above(inputs[1:]) if n in captured and isinstance(captured[n], Node)}
+                found |= {captured[n] for n in ancestors(inputs[1:]) if n in captured and isinstance(captured[n], Node)}
     return found
 
 
 def _dims(value: Any) -> int:
     tensor = example(value)
     return tensor.dim() if isinstance(tensor, torch.Tensor) else 0
-
-
-def _above(nodes: list[Node]) -> set[Node]:
-    """The nodes, and all that they are computed from."""
-    seen: set[Node] = set()
-    ahead = list(nodes)
-    while ahead:
-        node = ahead.pop()
-        if node not in seen:
-            seen.add(node)
-            ahead += node.all_input_nodes
-    return seen

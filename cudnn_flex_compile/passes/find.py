@@ -7,7 +7,7 @@ is the last element of the block mask tuple, the block sizes are the two before 
 import itertools
 import operator
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,6 +127,18 @@ def hint(size: Any) -> int:
 def example(value: Any) -> Any:
     """The fake tensor or symbolic number that Dynamo recorded for a node; other values as they are."""
     return value.meta["example_value"] if isinstance(value, Node) else value
+
+
+def ancestors(nodes: Iterable[Node]) -> set[Node]:
+    """The nodes, and all that they are computed from."""
+    seen: set[Node] = set()
+    ahead = list(nodes)
+    while ahead:
+        node = ahead.pop()
+        if node not in seen:
+            seen.add(node)
+            ahead += node.all_input_nodes
+    return seen
 
 
 def changes(tensors: Sequence[Any], before: Node) -> tuple[Node, ...]:

@@ -9,7 +9,7 @@ import operator
 
 from torch.fx import Graph, Node
 
-from cudnn_flex_compile.passes.find import written
+from cudnn_flex_compile.passes.find import ancestors, written
 
 # Calls whose results share memory with nothing else.
 FACTORIES = {"arange", "empty", "full", "ones", "zeros", *(f"new_{n}" for n in ("empty", "full", "ones", "zeros"))}
@@ -28,23 +28,13 @@ def prune(graph: Graph, before: set[Node]) -> None:
 
 def live_nodes(graph: Graph) -> set[Node]:
     """Inputs, what the output is computed from, and every node with an effect on these, with all that it reads."""
-    live: set[Node] = set()
-    _add([node for node in graph.nodes if node.op in ("placeholder", "output")], live)
+    live = ancestors(node for node in graph.nodes if node.op in ("placeholder", "output"))
     grown = True
     while grown:
         effects = [node for node in graph.nodes if node not in live and _has_effect(node) and not _may_go(node, live)]
         grown = bool(effects)
-        _add(effects, live)
+        live |= ancestors(effects)
     return live
-
-
-def _add(nodes: list[Node], live: set[Node]) -> None:
-    ahead = list(nodes)
-    while ahead:
-        node = ahead.pop()
-        if node not in live:
-            live.add(node)
-            ahead += node.all_input_nodes
 
 
 def _has_effect(node: Node) -> bool:
