@@ -116,9 +116,9 @@ class Case:
 
 def first_calls(case: Case, functions: dict[str, Function], step: Callable[[Function, list[Layer]], Any]) -> CallReport:
     """Compiles all functions, by a step each; what became of the flex_attention call with cuDNN."""
+    torch._dynamo.reset()  # once: it would drop what was compiled for a contender before
     layers, calls = [case.layer()], []
     for name, function in functions.items():
-        torch._dynamo.reset()
         with collect() as report:
             step(function, layers)
         calls = report.calls if name == OURS else calls

@@ -152,8 +152,9 @@ def find_plan(
     count("plans found")
     if reference is None or isinstance(found, Reason) or fingerprint in found.references:
         return found
-    if torch.cuda.is_current_stream_capturing():  # nothing can be compared now: the next compilation will
-        return found
+    if torch.cuda.is_current_stream_capturing():
+        detail = "the plan cannot be compared with these functions while a CUDA graph is being captured"
+        return Reason(Code.CERTIFICATION, detail, lasting=False)
     return run_clean(lambda: _or_why_not(lambda: _compared(call, found, reference())), call[11])
 
 

@@ -237,6 +237,16 @@ def test_memory_short_in_comparing_a_plan_again(backend, monkeypatch):
     assert find_plan(call(), *asked("second")) is ready
 
 
+def test_no_plan_is_shared_unseen_while_a_graph_is_captured(backend, monkeypatch):
+    ready = find_plan(call(), *asked("first"))
+    with monkeypatch.context() as capturing:
+        capturing.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert find_plan(call(), *asked("first")) is ready
+        found = find_plan(call(), *asked("second"))
+        assert (found.code, found.lasting) == (Code.CERTIFICATION, False)
+    assert find_plan(call(), *asked("second")) is ready
+
+
 def test_functions_without_a_fingerprint_keep_nothing(backend, folder):
     remember_reference(problem_of(call()), reference(None))
     assert [again(backend, call())[1] for _ in range(2)] == [1, 1]
