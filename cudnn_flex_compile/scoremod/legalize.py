@@ -63,7 +63,7 @@ def _max(n: Expr) -> Expr:
     if not _of_score(n) or not on("max by relu"):
         return n
     x, y = sorted(n.args, key=_of_score, reverse=True)
-    return make("relu", x - y) + y if _infinite(x) else x + make("relu", y - x)
+    return make("relu", x - y) + y if _infinite(x, y) else x + make("relu", y - x)
 
 
 def _min(n: Expr) -> Expr:
@@ -71,11 +71,15 @@ def _min(n: Expr) -> Expr:
     if not _of_score(n) or not on("max by relu"):
         return n
     x, y = sorted(n.args, key=_of_score, reverse=True)
-    return make("relu", y - x) * -1.0 + y if _infinite(x) else x - make("relu", x - y)
+    return make("relu", y - x) * -1.0 + y if _infinite(x, y) else x - make("relu", x - y)
 
 
-def _infinite(root: Expr) -> bool:
-    return any(isinstance(n.value, float) and math.isinf(n.value) for n in ir.walk(root))
+def _infinite(x: Expr, y: Expr) -> bool:
+    """Whether x may be infinite: by a constant, or by a captured tensor, such as a bias of -inf, where y has none."""
+    if any(isinstance(n.value, float) and math.isinf(n.value) for n in ir.walk(x)):
+        return True
+    of_x, of_y = (any(n.kind == "operand" and n.dtype == F32 for n in ir.walk(side)) for side in (x, y))
+    return of_x and not of_y
 
 
 def _clamp(kind: str) -> Callable[[Expr], Expr]:

@@ -224,3 +224,18 @@ def test_illegal(root: Expr) -> None:
 def test_unsupported_names_the_op() -> None:
     assert unsupported(make("bool", SCORE)) == "bool"
     assert unsupported(legalize(make("neg", GRAD) * 2.0)) is None
+
+
+@pytest.mark.parametrize("kind", ["max", "min", "clamp_max", "clamp_min"])
+def test_a_bias_of_minus_infinity_is_bounded_like_any_score(kind):
+    """max(-inf, c) is c, as for a user whose bias hides pairs; nothing is NaN, nor is its gradient."""
+    limit = 5.0 if kind in ("min", "clamp_max") else -5.0
+    root = make(kind, SCORE + ir.operand(0, F32, "qk"), ir.const(limit, F32))
+    score = torch.tensor([[-7.0, 0.5, 7.0], [1.0, 2.0, 3.0]])
+    bias = torch.tensor([[0.25, 0.0, -1.0], [-math.inf, math.inf, -math.inf]])
+    indices = {"q": torch.arange(2).int().view(-1, 1), "k": torch.arange(3).int()}
+    leaf = environment(score, indices, {0: bias}, {}, {}, torch.ones_like(score))
+    value = evaluate(legalize(root), leaf)
+    torch.testing.assert_close(value, evaluate(root, leaf))
+    gradient = evaluate(legalize(simplify(derive(root))), leaf)
+    assert gradient.isfinite().all()
