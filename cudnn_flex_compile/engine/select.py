@@ -93,7 +93,7 @@ REFERENCES = 256
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=plans.forsake)  # a child has no part in its parent's CUDA context
-atexit.register(plans.clear)  # while CUDA and cuDNN are there: what modules hold may be freed after they are gone
+atexit.register(plans.release)  # while CUDA and cuDNN are there: what modules hold may be freed after they are gone
 
 
 def set_certify(mode: str) -> None:

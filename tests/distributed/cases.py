@@ -13,6 +13,8 @@ import functools
 import os
 import sys
 import traceback
+from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -290,9 +292,28 @@ def alibi_with(slopes):
     return lambda score, b, h, q, kv: score - slopes[h] * (q - kv)
 
 
+def example(device):
+    """examples/distributed.py: each way of it has the losses of one process."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+    import distributed
+
+    length, dim = SIZES[device]
+    sizes = f"--steps 3 --layers 4 --heads 4 --batch 4 --dim {4 * dim} --length {length}".split()
+    losses = {}
+    with patch.dict(os.environ, CUDNN_FLEX_INNER_BACKEND="aot_eager", CUDNN_FLEX_LOWER="always"):
+        for way in distributed.PARALLEL:
+            torch._dynamo.reset()
+            with patch.object(sys, "argv", ["distributed.py", "--parallel", way, *sizes]), collect() as report:
+                losses[way], _ = distributed.run(distributed.parse(), device)
+            report.assert_all_lowered()
+            assert len(report.lowered) == 4, (way, report.summary)
+    for way, found in losses.items():
+        assert all(abs(f - e) <= 2e-3 * e for f, e in zip(found, losses["none"], strict=True)), (way, losses)
+
+
 CASES = {case.__name__: case for case in (
     ddp, ddp_in_one_graph, fsdp2, fsdp2_as_a_whole, tensor_parallel, dtensor_by_local_map, alibi_of_all_heads,
-    sharding_rule,
+    sharding_rule, example,
 )}  # fmt: skip
 
 
