@@ -195,7 +195,8 @@ def tensor_parallel(device):
 def qkv(device, heads=4, kv_heads=4, batch=2):
     length, dim = SIZES[device]
     torch.manual_seed(2)
-    return [torch.randn(batch, h, length, dim, device=device, dtype=torch.bfloat16) for h in (heads, kv_heads, kv_heads)]
+    draw = functools.partial(torch.randn, device=device, dtype=torch.bfloat16)
+    return [draw(batch, h, length, dim) for h in (heads, kv_heads, kv_heads)]
 
 
 def dtensor_by_local_map(device):
