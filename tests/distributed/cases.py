@@ -233,6 +233,8 @@ PROGRAMS = {
     "heads": (text(ir.program(CAPPED + ir.cast(ir.index("h"), ir.F32))), False),
     "batch": (text(ir.program(CAPPED + ir.cast(ir.index("b"), ir.F32))), False),
 }
+OF_SLOPES = {"slopes": PROGRAMS["slopes"]}
+HEADS_AND_BATCHES = ((4, 4, 2), (6, 3, 2), (4, 2, 3), (4, 1, 1))  # query heads, kv heads, batch
 PLACEMENTS = (Shard(0), Shard(1), Shard(2), Replicate())
 
 
@@ -245,10 +247,10 @@ def _expected(name, placement, kv_heads, batch):
 def sharding_rule(device):
     """The ops on DTensors of each placement: the numbers of whole tensors, and the batch or heads stay sharded."""
     mesh = init_device_mesh(device, (RANKS,))
-    for sizes in ((4, 4, 2), (6, 3, 2), (4, 2, 3), (4, 1, 1)):
+    for sizes in HEADS_AND_BATCHES:
         whole = qkv(device, *sizes)
         slopes = torch.arange(sizes[0], dtype=torch.float32, device=device).view(1, -1, 1, 1)
-        for name, (program, reads) in PROGRAMS.items():
+        for name, (program, reads) in (PROGRAMS if sizes == HEADS_AND_BATCHES[0] else OF_SLOPES).items():
             operands = [slopes] if reads else []
             exact = _run(whole, operands, program)
             for placement in PLACEMENTS:
