@@ -116,7 +116,7 @@ def wait(device: str) -> None:
 def parse() -> argparse.Namespace:
     more = argparse.ArgumentParser(add_help=False)
     more.add_argument("--parallel", choices=PARALLEL, default="ddp", help=" ")
-    args = train.parse((__doc__ or "").splitlines()[0], [more])
+    args = train.parse(__doc__ or "", [more])
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     split = {"tensor": "kv_heads", **dict.fromkeys(SPLITS_BATCH, "batch")}.get(args.parallel)
     if split and getattr(args, split) % ranks:

@@ -112,9 +112,9 @@ def train(args: argparse.Namespace, device: str) -> tuple[list[float], list[floa
     return torch.stack(losses).tolist(), [start.elapsed_time(end) for start, end in pairwise(clock)]
 
 
-def parse(summary: str = (__doc__ or "").splitlines()[0], more: Sequence[argparse.ArgumentParser] = ()):
-    """The arguments of the command line; those of `more` parsers, too."""
-    shown = argparse.ArgumentDefaultsHelpFormatter
+def parse(doc: str = __doc__ or "", more: Sequence[argparse.ArgumentParser] = ()) -> argparse.Namespace:
+    """The arguments of the command line, those of `more` parsers among them."""
+    summary, shown = doc.splitlines()[0], argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=summary, formatter_class=shown, parents=more)
     parser.add_argument("--backend", choices=("cudnn_flex", "inductor"), default="cudnn_flex", help="of torch.compile")
     sizes = {"steps": 200, "layers": 8, "dim": 1024, "heads": 8, "length": 4096, "batch": 2, "seed": 0, "log-every": 10}

@@ -112,7 +112,8 @@ def cache_info() -> CacheInfo:
 
 
 def cache_clear() -> None:
-    """Drops all plans and zeroes the counters; what is kept in the cache folder stays there."""
+    """Drops all plans and zeroes the counters; what is kept in the cache folder stays there, and so do plans that a
+    CUDA graph captured."""
     plans.clear()
 
 
