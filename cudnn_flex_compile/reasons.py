@@ -31,6 +31,7 @@ class Code(enum.Enum):
     SLOWER = "nothing: stock flex_attention is the faster one here (options={'lower': 'always'} overrides)"
     MEMORY = "free GPU memory and call cudnn_flex_compile.cache_clear(): checking a plan takes as much as one more call"
     CERTIFICATION = "cuDNN's numbers were wrong here; please report the program and the shape"
+    CAPTURING = "run the model once before the capture: nothing can be built or checked meanwhile"
     INTERNAL = "a bug of cudnn_flex_compile: please report it with the detail"
 
 

@@ -93,7 +93,7 @@ REFERENCES = 256
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=plans.forsake)  # a child has no part in its parent's CUDA context
-atexit.register(plans.clear)  # while CUDA and cuDNN are there: what modules hold may be freed after they are gone
+atexit.register(plans.release)  # while CUDA and cuDNN are there: what modules hold may be freed after they are gone
 
 
 def set_certify(mode: str) -> None:
@@ -112,7 +112,8 @@ def cache_info() -> CacheInfo:
 
 
 def cache_clear() -> None:
-    """Drops all plans and zeroes the counters; what is kept in the cache folder stays there."""
+    """Drops all plans and zeroes the counters; what is kept in the cache folder stays there, and so do plans that a
+    CUDA graph captured."""
     plans.clear()
 
 

@@ -51,6 +51,7 @@ def forward(
         del out, outputs
         out, lse = _fallback_forward(query, key, value, operands, ints, floats, program, scale)
         return out, lse if stats else lse.new_empty(0)
+    _hold_if_captured(found)
     return out, lse
 
 
@@ -83,7 +84,14 @@ def backward(
         _explain(program, _no_workspace(found, error))
         del dq, dk, dv
         return _fallback_backward(grad_out, grad_lse, query, key, value, operands, ints, floats, program, scale)
+    _hold_if_captured(found)
     return dq, dk, dv
+
+
+def _hold_if_captured(found: Ready) -> None:
+    """A CUDA graph that is replayed reads the plan's kernels and constants, whether the plan is still cached or not."""
+    if torch.cuda.is_current_stream_capturing():
+        plans.hold(found)
 
 
 def _no_workspace(found: Ready, error: torch.OutOfMemoryError) -> Reason:

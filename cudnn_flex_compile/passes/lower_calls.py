@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cudnn_flex_compile.passes import block_mask, speed
 from cudnn_flex_compile.passes.autocast import with_casts, without_casts
@@ -68,7 +70,8 @@ def lower_calls(
         bias_budget: MiB that one operand over (q, kv) pairs may take.
     """
     inputs = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
-    real = dict(zip(inputs, example_inputs, strict=False))
+    pairs = zip(inputs, example_inputs, strict=False)
+    real = {node: value for node, value in pairs if not isinstance(value, FakeTensor)}  # DDP's optimizer gives such
     writer = Writer()
     context = Context(writer, block_mask.Guards(inputs, writer), real, only_faster, bias_budget)
     reports: list[CallReport] = []
@@ -162,8 +165,11 @@ def _unsuitable(call: Call) -> Reason | None:
         return Reason(Code.UNSUPPORTED_CALL, "the scale changes between calls")
     if tensors[0].device.type not in ("cuda", "cpu"):
         return Reason(Code.DEVICE, f"tensors are on {tensors[0].device}")
-    if any(type(t) is not type(tensors[0]) or t.is_nested for t in tensors):
-        return Reason(Code.UNSUPPORTED_CALL, "tensors of different or nested types")
+    if any(type(t) is not type(tensors[0]) or t.is_nested or is_traceable_wrapper_subclass(t) for t in tensors):
+        types = sorted({type(t).__name__ for t in tensors})
+        return Reason(Code.UNSUPPORTED_CALL, f"tensors of different, nested or wrapping types: {', '.join(types)}")
+    if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        return Reason(Code.CAPTURING, "this call was compiled while a CUDA graph was captured", lasting=False)
     return None
 
 
