@@ -1,4 +1,4 @@
-"""What explain says of plans that ran here: certified errors, also of stored plans, and the mask of captured tensors."""
+"""What explain says of plans on the GPU: certified errors, also of stored ones, and the mask of captured tensors."""
 
 import pytest
 import torch
