@@ -59,17 +59,16 @@ class Package(ModuleType):
 
 
 @pytest.fixture
-def dropped(monkeypatch):
-    """For each graph, how many inputs torch_tensorrt does not get."""
-    counts, without_sizes = [], torch_tensorrt._without_sizes
+def handovers(monkeypatch):
+    """What torch_tensorrt gets, for each graph."""
+    found, handover = [], torch_tensorrt._handover
 
-    def counting(graph_module):
-        handed, kept = without_sizes(graph_module)
-        counts.append(len(graph_module.graph.find_nodes(op="placeholder")) - len(kept))
-        return handed, kept
+    def watched(*args):
+        found.append(handover(*args))
+        return found[-1]
 
-    monkeypatch.setattr(torch_tensorrt, "_without_sizes", counting)
-    return counts
+    monkeypatch.setattr(torch_tensorrt, "_handover", watched)
+    return found
 
 
 @pytest.fixture
@@ -116,10 +115,10 @@ def test_options_are_passed_on(package):
     options = {"min_block_size": 7, "torch_executed_ops": {"torch.ops.aten.sin"}}
     with torch.no_grad():
         compiled(Layer().bfloat16(), inner_options=options)(draw())
-    assert package.options == [{**torch_tensorrt.DEFAULTS, **options}]
+    assert package.options == [{torch_tensorrt.RAISES: True, **options}]
 
 
-def test_a_dynamic_batch(package, dropped):
+def test_a_dynamic_batch(package):
     """Sizes are no inputs of what torch_tensorrt gets; one graph serves all batches."""
     model = Layer(softcap(20.0), mask_of()).bfloat16()
     function = compiled(model)
@@ -129,11 +128,10 @@ def test_a_dynamic_batch(package, dropped):
             torch._dynamo.mark_dynamic(x, 0, min=2, max=16)
             close(function(x), model(x))
     report.assert_no_recompiles()
-    assert dropped == [1]
     assert all(isinstance(value, torch.Tensor) for value in package.inputs[0])
 
 
-def test_block_masks_are_checked_among_the_inputs_of_dynamo(package, dropped):
+def test_block_masks_are_checked_among_the_inputs_of_dynamo(package):
     """A size among them, which torch_tensorrt does not get, moves nothing."""
     model, mask = Layer(None).bfloat16(), mask_of()
 
@@ -148,7 +146,50 @@ def test_block_masks_are_checked_among_the_inputs_of_dynamo(package, dropped):
             torch._dynamo.mark_dynamic(count, 0)
             x = draw()
             close(function(count, x, mask), call(count, x, mask))
-    assert dropped == [1]
+    (inputs,) = package.inputs
+    assert (3,) in [tuple(value.shape) for value in inputs]
+    assert not any(isinstance(value, int) for value in inputs)
+
+
+def test_weights_are_constants(package, handovers):
+    model = Layer(softcap(20.0)).bfloat16()
+    with torch.no_grad():
+        compiled(model)(draw())
+    assert {id(weight.tensor()) for weight in handovers[0].weights} == set(map(id, model.parameters()))
+    assert not any(isinstance(value, torch.nn.Parameter) for value in package.inputs[0])
+    assert len(package.inputs[0]) == 1
+
+
+@pytest.mark.parametrize("change", ["in place", "another"])
+def test_a_weight_that_is_another_now_is_an_error(package, change):
+    model, x = Layer(softcap(20.0)).bfloat16(), draw()
+    function = compiled(model)
+    with torch.no_grad():
+        function(x)
+        if change == "in place":
+            model.out.weight.mul_(2)
+        else:
+            model.out.weight = torch.nn.Parameter(model.out.weight * 2)
+        with pytest.raises(RuntimeError, match=r"weight was changed or replaced .*'immutable_weights': False"):
+            function(x)
+
+
+def test_weights_that_may_change(package):
+    model, x = Layer(softcap(20.0)).bfloat16(), draw()
+    function = compiled(model, inner_options={"immutable_weights": False})
+    with torch.no_grad():
+        for _ in range(2):
+            close(function(x), model(x))
+            model.out.weight.mul_(2)
+    assert package.options == [{torch_tensorrt.RAISES: True, "immutable_weights": False}]
+
+
+def test_weights_without_a_version_stay_inputs(package, handovers):
+    """A change of an inference tensor would not be seen."""
+    with torch.inference_mode():
+        model = Layer(softcap(20.0)).bfloat16()
+        compiled(model)(draw())
+    assert handovers[0].weights == []
 
 
 def test_training_is_an_error(package, trainable):

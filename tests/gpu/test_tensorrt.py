@@ -69,7 +69,7 @@ BACKENDS = {
     "cudnn_flex + torch_tensorrt": ("cudnn_flex", {"inner_backend": "torch_tensorrt", "lower": "always"}),
     "cudnn_flex + inductor": ("cudnn_flex", {"lower": "always"}),
     "inductor": ("inductor", {}),
-    "torch_tensorrt": ("torch_tensorrt", {"min_block_size": 1}),
+    "torch_tensorrt": ("torch_tensorrt", {}),
 }
 OURS = "cudnn_flex + torch_tensorrt"
 
