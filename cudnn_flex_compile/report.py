@@ -92,10 +92,12 @@ class Report:
 
     @property
     def lowered(self) -> list[CallReport]:
+        """The calls that run on cuDNN."""
         return [c for c in self.calls if c.reason is None]
 
     @property
     def kept(self) -> list[CallReport]:
+        """The calls that the inner backend runs."""
         return [c for c in self.calls if c.reason is not None]
 
     @property
@@ -110,6 +112,7 @@ class Report:
 
     @property
     def summary(self) -> str:
+        """One line: `4 flex_attention calls: 3 lowered to cuDNN, 1 kept`."""
         calls = f"{len(self.calls)} flex_attention call{'' if len(self.calls) == 1 else 's'}"
         return f"{calls}: {len(self.lowered)} lowered to cuDNN, {len(self.kept)} kept"
 

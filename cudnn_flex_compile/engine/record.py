@@ -81,6 +81,7 @@ Verdict = Certified | Reason
 
 
 def encode(verdict: Verdict) -> bytes:
+    """The bytes that `decode` reads."""
     if isinstance(verdict, Reason):
         return _joined({"reason": [verdict.code.name, verdict.detail]}, b"")
     plans = [
