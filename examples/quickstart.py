@@ -95,6 +95,7 @@ def time_training(models: dict[str, nn.Module], x: Tensor, rounds: int = 50) -> 
 
 
 def main() -> None:
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # which torch does without
     torch.manual_seed(0)
     torch.set_grad_enabled(ON_GPU)  # flex_attention has no backward on the CPU
     model = make_model()
