@@ -51,6 +51,7 @@ class Reason:
 
     @property
     def remedy(self) -> str:
+        """What the user can do, in one line."""
         return self.code.value
 
     def __str__(self) -> str:

@@ -14,7 +14,7 @@ from cudnn_flex_compile.engine import identity, plan, select, verdicts, verify
 from cudnn_flex_compile.engine.attention_graph import output_specs
 from cudnn_flex_compile.engine.call import Meta, backward_key, forward_key
 from cudnn_flex_compile.engine.problem import Problem, TensorSpec
-from cudnn_flex_compile.engine.record import Binding
+from cudnn_flex_compile.engine.record import Binding, Error
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.optable import make
@@ -25,10 +25,14 @@ Q, KV = ir.index("q"), ir.index("k")
 ENVIRONMENT = ("code 1", "torch 2", "cudnn 3", "driver 4", "device 5")
 
 
+ERRORS = (Error("out", 2e-3, 1.5e-3),)
+
+
 class StandIn:
     """A plan that writes nothing."""
 
     device = torch.device("cpu")
+    errors = ()
 
     def __init__(self, problem: Problem, binding: Binding, data: bytes) -> None:
         self.problem, self.binding, self.strategy, self.data = problem, binding, binding.strategy, data
@@ -82,6 +86,7 @@ class Backend:
 
     def certify(self, plan, forward, reference):
         self.certified.append(plan.strategy)
+        plan.errors = ERRORS
         return Reason(Code.CERTIFICATION, "dQ is off by 0.3") if plan.strategy in self.wrong else None
 
 

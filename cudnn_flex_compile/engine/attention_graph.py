@@ -75,6 +75,7 @@ def _release(shim: Any) -> None:
 
 
 def stats_spec(problem: Problem) -> TensorSpec:
+    """The log-sum-exp as cuDNN has it: [B, Hq, Sq, 1], float32, contiguous."""
     batch, heads, length = problem.lse_shape
     return TensorSpec((batch, heads, length, 1), (heads * length, length, 1, 1), torch.float32)
 

@@ -70,7 +70,12 @@ def recall(problem: Problem, reference: Reference, rule: str) -> "Runs | Reason 
             return None
         try:
             verdict = decode(data)
-            return verdict if isinstance(verdict, Reason) else _restored(problem, verdict)
+            if isinstance(verdict, Reason):
+                return verdict
+            found = _restored(problem, verdict)
+            if not isinstance(found, Reason):
+                found.errors = verdict.errors
+            return found
         except ValueError as error:
             log.info("cudnn_flex: a stored plan cannot be used and is built anew: %s", error)
             return None
@@ -94,10 +99,10 @@ def _stored(found: "Runs") -> Certified:
     from cudnn_flex_compile.engine.wide import WidePlan
 
     if isinstance(found, WidePlan):
-        return replace(_stored(found.inner), wide=True)
+        return replace(_stored(found.inner), wide=True, errors=found.errors)
     plans: list[Any] = list(found.plans) if isinstance(found, PartsPlan) else [found]
     stored = [StoredPlan(problem_text(p.problem), p.binding, p.workspace, p.serialized()) for p in plans]
-    return Certified(tuple(stored), isinstance(found, PartsPlan))
+    return Certified(tuple(stored), isinstance(found, PartsPlan), errors=found.errors)
 
 
 def _restored(problem: Problem, verdict: Certified) -> "Runs | Reason":

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from cudnn_flex_compile.engine.compare import Finding, first_wrong, of_log_sums, of_memory, of_rows
+from cudnn_flex_compile.engine.compare import Finding, errors_of, first_wrong, of_log_sums, of_memory, of_rows
 from cudnn_flex_compile.engine.expected import (
     expected_columns,
     expected_dq,
@@ -22,6 +22,7 @@ from cudnn_flex_compile.engine.expected import (
 )
 from cudnn_flex_compile.engine.places import SEED, Places, places
 from cudnn_flex_compile.engine.problem import BACKWARD, Problem, TensorSpec
+from cudnn_flex_compile.engine.record import Error
 from cudnn_flex_compile.engine.reference import Reference, Sample
 from cudnn_flex_compile.engine.regimes import (
     REGIMES,
@@ -44,6 +45,7 @@ class Runnable(Protocol):
     strategy: str
     outputs: tuple[TensorSpec, ...]
     device: torch.device
+    errors: tuple[Error, ...]
 
     def run(
         self, tensors: Sequence[torch.Tensor], operands: Sequence[torch.Tensor], ints: Sequence[int],
@@ -66,7 +68,7 @@ class Data:
 
 
 def certify(plan: Runnable, forward: Runnable, reference: Reference) -> Reason | None:
-    """None if the plan is right on every sample, else what is wrong.
+    """None if the plan is right on every sample, which then has its `errors`; else what is wrong.
 
     Args:
         plan: the plan under test.
@@ -87,7 +89,10 @@ def certify(plan: Runnable, forward: Runnable, reference: Reference) -> Reason |
         with applied(regime, tensors, problem.scale):
             findings += _findings(plan, forward, tensors, regime, data)
     wrong = first_wrong(findings, at_random.where.names)
-    return None if wrong is None else Reason(Code.CERTIFICATION, f"{plan.strategy}, {problem.direction}, {wrong}")
+    if wrong is not None:
+        return Reason(Code.CERTIFICATION, f"{plan.strategy}, {problem.direction}, {wrong}")
+    plan.errors = errors_of(findings)
+    return None
 
 
 def _varies(sample: Sample) -> bool:

@@ -30,6 +30,7 @@ def _new_out(query: Tensor, value: Tensor) -> Tensor:
 
 
 def new_stats(query: Tensor, wanted: bool) -> Tensor:
+    """Uninitialised natural log-sum-exps [B, H, Sq], float32; empty if not wanted."""
     return query.new_empty(query.shape[:3] if wanted else (0,), dtype=torch.float32)
 
 

@@ -19,6 +19,7 @@ from cudnn_flex_compile.passes.autocast import with_casts, without_casts
 from cudnn_flex_compile.passes.block_mask import MaskProgram
 from cudnn_flex_compile.passes.capture import Captures, read_captures
 from cudnn_flex_compile.passes.compact import COUNTS, compacted
+from cudnn_flex_compile.passes.describe import describe_functions, describe_mask
 from cudnn_flex_compile.passes.find import Call, example, find_calls, hint, scale_of
 from cudnn_flex_compile.passes.hoist import Writer, operand_value
 from cudnn_flex_compile.passes.prune import live_nodes, prune
@@ -93,6 +94,7 @@ def lower_calls(
 
 def _lower(call: Call, context: Context) -> CallReport:
     report = CallReport(source=call.source)
+    describe_functions(report, call)
     before, checks = set(call.node.graph.nodes), len(context.guards.outside)
     try:
         cast = with_casts(call)
@@ -129,6 +131,7 @@ def _lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason
         return traced
     program, hoisted, checked = traced.program, traced.hoisted, traced.checked(captures)
     report.program = program
+    describe_mask(report, call, hoisted, captures, context.real)
     large = _over_budget(call, hoisted, context.bias_budget)
     if large is not None:
         return large
@@ -147,7 +150,8 @@ def _lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason
     verdict = judge(target)
     if isinstance(verdict, Reason):
         return verdict
-    report.strategies = verdict
+    report.strategies, report.errors = verdict
+    report.expected = speed.expected(call, *running, training, context.real.get)
     guard = None if checked is None else context.guards.write(call, checked)
     _rewrite(target, context, guard)
     return None

@@ -23,6 +23,8 @@ from cudnn_flex_compile.scoremod.partition import Hoisted
 # Inductor all blocks that the BlockMask omits.
 # (cudnn-flex bench --mods causal prefix-LM documents --mode reduce-overhead --lower always)
 PAIR_COST = 0.75
+# At lengths below this, the host and whole tiles decide, not the pairs. (cudnn-flex bench --forty)
+BY_PAIRS = 2048
 # What hiding pairs by a bias costs. (cudnn-flex bench --mods "dilated window" documents --lower always)
 BIAS_COST = 1.8
 # Several plans in the forward keep the host busy: as called, sinks + window take 1.11 times as long as Inductor's
@@ -60,6 +62,21 @@ def slower(
         return None
     percent = ours / (sizes[0] * sizes[1])
     return Reason(Code.SLOWER, f"cuDNN would compute {percent:.0%} of the pairs, the BlockMask lists {share:.0%}")
+
+
+def expected(
+    call: Call, program: Program, hoisted: Sequence[Hoisted], training: bool,
+    real: Callable[[Node], torch.Tensor | None],
+) -> float | None:  # fmt: skip
+    """How many times as fast as Inductor's kernel the plans are, by the pairs that either computes; None if that is not
+    known. What a score's arithmetic adds to this is not in it: with a soft cap, for one, it is more.
+    """
+    share = _share(call, real) if call.blocks else 1.0
+    sizes = hint(example(call.query).shape[2]), hint(example(call.key).shape[2])
+    if share is None or min(sizes) < BY_PAIRS or _pair_operands(program, hoisted):
+        return None
+    ours = _pairs(program, sizes, training) * PAIR_COST
+    return share * sizes[0] * sizes[1] / ours if ours else None
 
 
 def _pair_operands(program: Program, hoisted: Sequence[Hoisted]) -> list[torch.dtype]:

@@ -6,13 +6,14 @@ Knows nothing of rewriting.
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.fx import Node
 
 from cudnn_flex_compile.engine.call import Meta, backward_key, forward_key, problem_of
 from cudnn_flex_compile.engine.problem import Problem, TensorSpec, dense
+from cudnn_flex_compile.engine.record import Error
 from cudnn_flex_compile.engine.reference import CapturedValue, SubgraphReference
 from cudnn_flex_compile.engine.strategies import STRATEGIES
 from cudnn_flex_compile.engine.support import refused
@@ -26,6 +27,9 @@ from cudnn_flex_compile.scoremod.ir import AXES, Expr, Program
 from cudnn_flex_compile.scoremod.partition import Hoisted
 from cudnn_flex_compile.scoremod.text import text
 from cudnn_flex_compile.scoremod.trace import without_items
+
+if TYPE_CHECKING:
+    from cudnn_flex_compile.engine.select import Ready
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +65,15 @@ class Target:
         return (self.program, self.hoisted) if self.compact is None else (self.compact.program, self.compact.hoisted)
 
 
-def judge(target: Target) -> tuple[str, ...] | Reason:
-    """The strategies of forward and backward, or why the call is kept."""
+class Accepted(NamedTuple):
+    """strategies: of forward and backward, or of the forward. errors: what certification measured of these plans."""
+
+    strategies: tuple[str, ...]
+    errors: tuple[Error, ...] = ()
+
+
+def judge(target: Target) -> Accepted | Reason:
+    """How a call runs, or why it is kept."""
     device = example(target.call.query).device
     call = _key(target, device)
     problem = problem_of(call)
@@ -77,7 +88,7 @@ def judge(target: Target) -> tuple[str, ...] | Reason:
     for strategy in STRATEGIES:
         lowering = strategy.lower(program, target.training, inside)
         if not isinstance(lowering, Reason):
-            return (strategy.name,)
+            return Accepted((strategy.name,))
         reasons.append(lowering)
     return next((r for r in reasons if r.code is not Code.UNSUPPORTED_CALL), reasons[-1])
 
@@ -86,7 +97,7 @@ def _any_version() -> int:
     return 10**9
 
 
-def _certified(target: Target, call: tuple[Any, ...], problem: Problem) -> tuple[str, ...] | Reason:
+def _certified(target: Target, call: tuple[Any, ...], problem: Problem) -> Accepted | Reason:
     from cudnn_flex_compile.engine.select import Ready, find_plan
 
     asked = functools.cache(lambda: _reference(target)), target.fingerprint
@@ -94,14 +105,19 @@ def _certified(target: Target, call: tuple[Any, ...], problem: Problem) -> tuple
     if isinstance(found, Reason):
         return found
     if not target.training:
-        return (found.plan.strategy,)
+        return _accepted(found)
     grad = Meta(problem.out, torch.device("cuda", problem.device))
     backward = find_plan(backward_key(call, grad), *asked)
     if isinstance(backward, Ready) and target.lse_gradient:  # what of both is run, the loss says, maybe at each step
         backward = find_plan(backward_key(call, grad, True), *asked)
         if isinstance(backward, Reason):
             return Reason(Code.LSE_GRADIENT, f"with a gradient of the LSE: {backward}", backward.lasting)
-    return backward if isinstance(backward, Reason) else (found.plan.strategy, backward.plan.strategy)
+    return backward if isinstance(backward, Reason) else _accepted(found, backward)
+
+
+def _accepted(*found: "Ready") -> Accepted:
+    errors = tuple(error for ready in found for error in ready.plan.errors)
+    return Accepted(tuple(ready.plan.strategy for ready in found), errors)
 
 
 def _key(target: Target, device: torch.device) -> tuple[Any, ...]:

@@ -50,6 +50,7 @@ class Hoisted:
 
     @property
     def dims(self) -> str:
+        """The axes along which it varies, of `bhqk`."""
         return ir.axes_of(self.expression)
 
 
