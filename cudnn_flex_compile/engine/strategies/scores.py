@@ -10,6 +10,7 @@ from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.derive import NoDerivative, derive
 from cudnn_flex_compile.scoremod.ir import F32, GRAD, GRAD_LSE, MINUS_LSE, Expr, Program
+from cudnn_flex_compile.scoremod.learned import without_bias
 from cudnn_flex_compile.scoremod.legalize import Illegal, legalize, unsupported
 from cudnn_flex_compile.scoremod.masks.form import MaskForm, as_predicate, split
 from cudnn_flex_compile.scoremod.optable import make
@@ -30,8 +31,8 @@ def legal(root: Expr) -> Expr | Reason:
 
 
 def biased(program: Program) -> Expr | Reason:
-    """The legal score, with the mask's biases added: what is hidden becomes -inf."""
-    score = program.score
+    """The legal score less the learned operand, with the mask's biases added: what is hidden becomes -inf."""
+    score, _ = without_bias(program.score)
     for bias in split(program.mask).biases:
         score = score + bias
     return legal(score)
@@ -44,7 +45,7 @@ def legal_backward(program: Program, inside: Expr | None = None) -> Expr | Reaso
         inside: None, or a predicate of the pairs at which a gradient of the log-sum-exp counts.
     """
     try:
-        gradient = derive(program.score)
+        gradient = derive(without_bias(program.score)[0])
     except NoDerivative as error:
         return Reason(Code.NO_BACKWARD, str(error))
     if gradient is None or not ir.depends_on(gradient, GRAD):
