@@ -94,8 +94,10 @@ def _backward_cpu(
     rest = (operands, ints, floats, program, scale)
     with named("backward", program), torch.autocast("cpu", enabled=False):
         gradients = cpu.backward(grad_out, grad_stats, query, key, value, out, stats, *rest)
-    like = (query, key, value, _new_bias(query, operands, program))
-    dq, dk, dv, dbias = (torch.empty_like(t).copy_(g) for t, g in zip(like, gradients, strict=True))
+    dq, dk, dv = (torch.empty_like(t) for t in (query, key, value))
+    dbias = _new_bias(query, operands, program)
+    for into, gradient in zip((dq, dk, dv, dbias), gradients, strict=False):
+        into.copy_(gradient)
     return dq, dk, dv, dbias
 
 
