@@ -11,14 +11,19 @@ import torch
 from cudnn_flex_compile.engine.attention_graph import output_specs
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, TensorSpec, dense
 from cudnn_flex_compile.engine.reference import ProgramReference
+from cudnn_flex_compile.engine.strategies import STRATEGIES
+from cudnn_flex_compile.engine.tail import guarded
 from cudnn_flex_compile.engine.verify import certify
 from cudnn_flex_compile.kernels import cpu
 from cudnn_flex_compile.kernels.cpu import _blocks, per_head
+from cudnn_flex_compile.reasons import Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import F32, I32
 from cudnn_flex_compile.scoremod.learned import with_bias
 from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.text import parse
+from tests.emulator import emulated
+from tests.engine.test_lse_gradient import attention
 from tests.engine.test_verify import CAPPED, CAUSAL, KV, Q, StandIn, problem
 
 SIZES = {"b": 2, "h": 4, "q": 70, "k": 90}
@@ -154,3 +159,47 @@ def test_what_is_not_finite_or_not_written_is_caught():
 def test_rows_without_a_visible_pair_must_be_zero():
     spoil = lambda g: g + 1e-30 * (torch.arange(70)[:, None] >= 50)  # noqa: E731
     assert "not zero" in verdict(lambda p: Plan(p, spoil), learned("rows without a key")).detail
+
+
+DISTANCE = Q - KV
+GRAPHS = {
+    **PROGRAMS,
+    "window": (ir.SCORE, make("and", CAUSAL, make("ge", ir.const(9, I32), DISTANCE))),
+    "behind": (ir.SCORE, make("ge", ir.const(9, I32), DISTANCE)),
+    "shifted": (ir.SCORE, make("ge", DISTANCE, ir.const(-5, I32))),
+    "symmetric": (
+        ir.SCORE,
+        make("and", make("ge", ir.const(9, I32), DISTANCE), make("ge", DISTANCE, ir.const(-9, I32))),
+    ),
+    "any predicate": (CAPPED, make("ne", make("mod", Q + KV, ir.const(3, I32)), ir.const(0, I32))),
+    "chosen": (make("where", CAUSAL, ir.SCORE, ir.SCORE * 0.5), NO_KEY),
+    "beside another": (ir.SCORE * ir.operand(1, F32, "h"), CAUSAL),
+}
+
+
+@pytest.mark.parametrize("guard", [False, True])
+@pytest.mark.parametrize("name", GRAPHS)
+def test_graphs_compute_the_program(name, guard):
+    """Each strategy's: the modified scores, and from their gradient that of the raw ones, by autograd."""
+    score, mask = GRAPHS[name]
+    program = ir.program(with_bias(score, ir.operand(0, F32, "hqk")), mask)
+    specs = (operand("hqk"), operand("h"))
+    random = torch.Generator().manual_seed(1)
+    operands = {i: torch.randn(s.shape, generator=random) for i, s in enumerate(specs)}
+    raw = torch.randn(tuple(SIZES.values()), generator=random, dtype=torch.float64).requires_grad_()
+    modified, _ = attention(raw, program, operands)
+    grad = torch.randn(raw.shape, generator=random, dtype=torch.float64) * (modified > -math.inf)
+    (expected,) = torch.autograd.grad(modified, raw, grad)
+    lowered = []
+    for strategy in STRATEGIES:
+        lowering = strategy.lower(guarded(program, (70, 90)) if guard else program, True)
+        if isinstance(lowering, Reason):
+            continue
+        forward, backward = (problem(program, direction, specs) for direction in (FORWARD, BACKWARD))
+        given = (raw.detach(), operands, {}, {})
+        torch.testing.assert_close(emulated(forward, lowering, *given), modified, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(emulated(backward, lowering, *given, grad) * (modified > -math.inf), expected)
+        lowered.append(strategy.name)
+    assert lowered
+    assert lowering.bias == 0
+    assert ("native" in lowered) == (score is ir.SCORE and mask is not NO_KEY and not guard)
