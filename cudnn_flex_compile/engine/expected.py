@@ -169,7 +169,7 @@ def _sharing(
     """
     heads = problem.lse_shape[1]
     first = where.batches * (spec.shape[0] > 1) * heads + where.heads * (spec.shape[1] > 1)
-    for some in _sharers(problem, spec).to(first.device).split(max(1, AT_ONCE // size)):
+    for some in _sharers(problem, spec).to(first.device).split(max(1, AT_ONCE // (4 * size))):
         members = (first + some[:, None]).flatten()
         yield members // heads, members % heads
 
