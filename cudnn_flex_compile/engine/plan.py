@@ -21,7 +21,9 @@ from cudnn_flex_compile.reasons import Code, Reason
 PYTHON_ENGINES = 20_000  # the first id of an engine of the frontend's own (cudnn.engines.engine_ids)
 EXPECTED = (cudnn.cudnnGraphNotSupportedError, RuntimeError, ValueError)  # of a graph that cuDNN does not support
 FORWARD_ROLES = ("query", "key", "value", "out", "stats")
-BACKWARD_ROLES = ("query", "key", "value", "out", "stats", "grad_out", "minus_lse", "grad_lse", "dq", "dk", "dv")
+BACKWARD_ROLES = (
+    "query", "key", "value", "out", "stats", "grad_out", "minus_lse", "grad_lse", "dq", "dk", "dv", "dbias",
+)  # fmt: skip
 
 
 DTYPES = {int: torch.int32, float: torch.float32}
@@ -34,7 +36,7 @@ class Plan:
         problem: what it is for.
         strategy: how it was lowered.
         device: where it runs.
-        outputs: layouts of out and stats, or of dq, dk and dv.
+        outputs: layouts of out and stats, or of dq, dk, dv, and dbias if an operand is learned.
         workspace: bytes that each run needs.
         errors: what certification measured, once it has.
     """

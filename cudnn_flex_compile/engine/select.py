@@ -75,7 +75,7 @@ class Ready:
 
     @functools.cached_property
     def layouts(self) -> tuple[Layout, ...]:
-        """Of what a call allocates: out and stats [B, H, Sq] (empty if the plan writes none), or dq, dk and dv."""
+        """Of what a call allocates: out and stats [B, H, Sq] (empty if the plan writes none), or of all gradients."""
         problem = self.plan.problem
         if problem.direction == BACKWARD:
             return tuple(spec.layout for spec in self.plan.outputs)

@@ -15,6 +15,7 @@ from cudnn_flex_compile.engine.problem import BACKWARD, Problem
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import Expr, Program
+from cudnn_flex_compile.scoremod.learned import without_bias
 from cudnn_flex_compile.scoremod.ranges import AXIS_LIMIT
 from cudnn_flex_compile.scoremod.switches import switched_off
 
@@ -56,7 +57,7 @@ def _single(problem: Problem, program: Program) -> str | None:
 
 
 def _two_operands(problem: Problem, program: Program) -> str | None:
-    for node in ir.walk(program.score, program.mask):
+    for node in ir.walk(without_bias(program.score)[0], program.mask):
         if node.args and all(_fed_by_operands(a) for a in node.args):
             return f"{node.kind} of captured tensors alone, one along q and one along kv"
     return None
@@ -67,11 +68,18 @@ def _fed_by_operands(root: Expr) -> bool:
     return any(n.kind == "operand" for n in leaves) and all(n.kind in ("operand", "scalar", "const") for n in leaves)
 
 
+def _lse_beside_bias(problem: Problem, program: Program) -> str | None:
+    learned = problem.lse_gradient and without_bias(program.score)[1] is not None
+    return "the LSE takes part in the loss, beside a bias that requires grad" if learned else None
+
+
 RULES: tuple[Rule, ...] = (
     Rule(Code.DTYPE, _dtype, evidence="cuDNN's flash attention takes bf16 and fp16"),
     Rule(Code.HEAD_DIM, _head_dim, evidence="cudnn_dialect: head dims tried on the H200"),
     Rule(Code.LENGTH, _length, evidence="index arithmetic is 32-bit (scoremod/ranges.py)"),
     Rule(Code.SHAPE_REFUSED, _single, evidence="cuDNN refuses this backward"),
+    Rule(Code.LSE_GRADIENT, _lse_beside_bias, evidence="cuDNN's dBias is the gradient before the score_mod's backward "
+         "adds that of the LSE", measured="the frontend's sources, 1.32"),
     Rule(Code.ILLEGAL_OP, _two_operands, evidence="a node that does not descend from the score is refused"),
 )  # fmt: skip
 
@@ -143,6 +151,9 @@ REWRITES: tuple[Rewrite, ...] = (
             "scoremod/legalize.py", "an operand as the left side of a compare"),
     Rewrite("diagonal turned", "kv >= q -> kv + 0 >= q", WRONG, BOTH,
             "engine/strategies/chained.py, scoremod/legalize.py", "computed as q >= kv, both directions"),
+    Rewrite("gradient as a product", "g of a score_mod's backward -> g * 1, beside dBias", REFUSED, (V928,),
+            "engine/strategies/scores.py", "where(q >= kv, x, x / 2) + bias: g must be read once, by a product",
+            switched=False, measured="without a GPU"),
     Rewrite("not strict", "q > kv -> q - 1 >= kv", WRONG, BOTH,
             "scoremod/masks, scoremod/legalize.py", "computed as q >= kv", switched=False),
     Rewrite("one predicate", "bounds, then an or, as selects -> one select by all of the mask", WRONG, (),

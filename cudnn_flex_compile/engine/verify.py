@@ -14,6 +14,7 @@ import torch
 
 from cudnn_flex_compile.engine.compare import Finding, errors_of, first_wrong, of_log_sums, of_memory, of_rows
 from cudnn_flex_compile.engine.expected import (
+    expected_bias,
     expected_columns,
     expected_dq,
     expected_rows,
@@ -140,13 +141,23 @@ def _of_backward(plan: Runnable, t: Tensors, regime: Regime, data: Data) -> Iter
     gradients = tuple(poisoned(spec, t.query.device) for spec in plan.outputs)
     rows = [surrounded(r) for r in rows_of(t.stats, t.grad_lse if problem.lse_gradient else None)]
     _run(plan, (t.query, t.key, t.value, t.out, t.stats, t.grad, *rows), gradients, data.sample)
-    for gradient, label in zip(gradients, ("dQ", "dK", "dV"), strict=True):
+    for gradient, label in zip(gradients, ("dQ", "dK", "dV", "dBias"), strict=False):
         yield of_memory(regime, label, gradient)
     batches, kv_heads = where.batches[:, None], where.heads[:, None] // group_of(problem)
-    dq, dk, dv = gradients
+    dq, dk, dv, *dbias = gradients
     exact, stock = (expected_dq(problem, t, data.sample, where, flag, data.off) for flag in (False, True))
     yield of_rows(regime, "dQ", dq[batches, where.heads[:, None], where.rows], exact, stock, noisy)
     columns = (expected_columns(problem, t, data.sample, where, flag, data.off) for flag in (False, True))
     (exact_dk, exact_dv), (stock_dk, stock_dv) = columns
     yield of_rows(regime, "dK", dk[batches, kv_heads, where.columns], exact_dk, stock_dk, noisy)
     yield of_rows(regime, "dV", dv[batches, kv_heads, where.columns], exact_dv, stock_dv)
+    for gradient in dbias:
+        yield from _of_bias(problem, t, regime, data, gradient)
+
+
+def _of_bias(problem: Problem, t: Tensors, regime: Regime, data: Data, dbias: torch.Tensor) -> Iterator[Finding]:
+    where, spec = data.where, TensorSpec.of(dbias)
+    near = (where.batches[:, None] * (spec.shape[0] > 1), where.heads[:, None] * (spec.shape[1] > 1))
+    exact, stock = (expected_bias(problem, t, data.sample, where, spec, flag) for flag in (False, True))
+    yield of_rows(regime, "dBias", dbias[(*near, where.rows)], exact[0], stock[0])
+    yield of_rows(regime, "dBias", dbias.mT[(*near, where.columns)], exact[1], stock[1])

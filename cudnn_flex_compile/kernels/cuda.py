@@ -20,7 +20,7 @@ from cudnn_flex_compile.kernels import fallback
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod.ranges import VALUE_LIMIT
 
-Gradients = tuple[Tensor, Tensor, Tensor]
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 log = logging.getLogger("cudnn_flex_compile")
 _warned: set[str] = set()
 
@@ -59,7 +59,8 @@ def backward(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
     operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor], program: str, scale: float,
 ) -> Gradients:  # fmt: skip
-    """dQ, dK, dV in the layouts of torch.empty_like of query, key and value.
+    """dQ, dK, dV in the layouts of torch.empty_like of query, key and value, and the gradient of the learned operand in
+    the query's dtype, empty if there is none.
 
     A gradient of the (natural) log-sum-exp is given or not as the loss has it: these are two plans.
     """
@@ -75,17 +76,19 @@ def backward(
     if found.copied:
         query, key, value = _copied(found, query, key, value)
         grad_out = torch.empty_like(out).copy_(grad_out) if found.copies[3] else grad_out
-    q_layout, k_layout, v_layout = found.layouts
+    q_layout, k_layout, v_layout, *bias_layout = found.layouts
     dq, dk, dv = empty(*q_layout), empty(*k_layout), empty(*v_layout)
+    dbias = empty(*bias_layout[0]) if bias_layout else empty((0,), (1,), query.dtype)
+    gradients = (dq, dk, dv, dbias) if bias_layout else (dq, dk, dv)
     inputs = _aligned((query, key, value, out, stats, grad_out, *rows_of(stats, grad_lse)))
     try:
-        found.plan.run((*inputs, dq, dk, dv), _aligned(operands) if operands else operands, ints, floats)
+        found.plan.run((*inputs, *gradients), _aligned(operands) if operands else operands, ints, floats)
     except torch.OutOfMemoryError as error:
         _explain(program, _no_workspace(found, error))
-        del dq, dk, dv
+        del dq, dk, dv, dbias, gradients
         return _fallback_backward(grad_out, grad_lse, query, key, value, operands, ints, floats, program, scale)
     _hold_if_captured(found)
-    return dq, dk, dv
+    return dq, dk, dv, dbias
 
 
 def _hold_if_captured(found: Ready) -> None:
@@ -150,5 +153,5 @@ def _fallback_backward(
     with above_autograd():
         gradients = fallback.backward(grad_out, grad_lse, query, key, value, operands, ints, floats, program, scale)
     like = (torch.empty_like(t) for t in (query, key, value))
-    dq, dk, dv = (g if g.stride() == t.stride() else t.copy_(g) for g, t in zip(gradients, like, strict=True))
-    return dq, dk, dv
+    dq, dk, dv = (g if g.stride() == t.stride() else t.copy_(g) for g, t in zip(gradients[:3], like, strict=True))
+    return dq, dk, dv, gradients[3].to(query.dtype) if len(gradients) > 3 else query.new_empty(0)

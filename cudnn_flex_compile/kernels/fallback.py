@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cudnn_flex_compile.scoremod.interpret import environment, evaluate
 from cudnn_flex_compile.scoremod.ir import Program
+from cudnn_flex_compile.scoremod.learned import position_in
 from cudnn_flex_compile.scoremod.text import parse
 
 
@@ -53,9 +54,16 @@ def backward(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor],
     ints: Sequence[int], floats: Sequence[Tensor], program: str, scale: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """dQ, dK, dV; computes the forward again. Needs autograd to be on."""
-    leaves = [t.detach().requires_grad_() for t in (query, key, value)]
-    out, lse = forward(leaves[0], leaves[1], leaves[2], operands, ints, floats, program, scale)
+    """dQ, dK, dV, and the gradient of the learned operand, if there is one, contiguous and in its dtype.
+
+    Computes the forward again. Needs autograd to be on.
+    """
+    position, given = position_in(program), list(operands)
+    learned = [] if position is None else [position]
+    leaves = [t.detach().requires_grad_() for t in (query, key, value, *(given[i] for i in learned))]
+    for i in learned:
+        given[i] = leaves[3]
+    out, lse = forward(leaves[0], leaves[1], leaves[2], given, ints, floats, program, scale)
     if grad_lse is None:
         return torch.autograd.grad(out, leaves, grad_out)
     return torch.autograd.grad((out, lse), leaves, (grad_out, grad_lse))

@@ -18,7 +18,7 @@ SCHEMAS = {
     "attention_backward": (
         "(Tensor grad_out, Tensor? grad_stats, Tensor query, Tensor key, Tensor value, Tensor out, Tensor stats,"
         " Tensor[] operands, SymInt[] ints, Tensor[] floats, str program, float scale)"
-        " -> (Tensor dq, Tensor dk, Tensor dv)"
+        " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)"
     ),
     "permute_keys": "(Tensor keys, Tensor order, Tensor slots) -> Tensor",
     "check_block_mask": (
@@ -38,4 +38,5 @@ attention_backward = namespace.attention_backward.default
 permute_keys = namespace.permute_keys.default
 check_block_mask = namespace.check_block_mask.default
 
-Gradients = tuple[Tensor, Tensor, Tensor]
+# dq, dk, dv; and in the query's dtype the gradient of the program's learned operand, empty if it has none.
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor]

@@ -13,6 +13,7 @@ from torch.distributed.tensor.experimental import register_sharding
 
 from cudnn_flex_compile.ops.schemas import attention_backward, attention_forward
 from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod.learned import position_in
 from cudnn_flex_compile.scoremod.text import parse
 
 AXES = ("b", "h")  # of tensor dimensions 0 and 1
@@ -49,9 +50,12 @@ def _backward(
     ints: Any, floats: Sequence[Any], program: str, scale: float,
 ) -> list[Sharding]:  # fmt: skip
     count = 6 + (grad_stats is not None)
-    whole: Sharding = [Replicate()] * 3, [Replicate()] * (count + len(operands) + len(floats))
-    sharded = [([Shard(d)] * 3, [Shard(d)] * count + _rest(operands, floats, d)) for d in _divided(program, key)]
-    return [whole, *sharded]
+    whole: Sharding = [Replicate()] * 4, [Replicate()] * (count + len(operands) + len(floats))
+    found = [whole]
+    for dim in _divided(program, key) if position_in(program) is None else ():
+        outputs = [*[Shard(dim)] * 3, Replicate()]  # without a learned bias its gradient is empty
+        found.append((outputs, [Shard(dim)] * count + _rest(operands, floats, dim)))
+    return found
 
 
 for _op, _rule in ((attention_forward, _forward), (attention_backward, _backward)):

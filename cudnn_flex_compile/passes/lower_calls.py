@@ -29,7 +29,7 @@ from cudnn_flex_compile.passes.traced import traced_of
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.report import CallReport
 from cudnn_flex_compile.scoremod import ir
-from cudnn_flex_compile.scoremod.partition import Hoisted
+from cudnn_flex_compile.scoremod.partition import HALF, Hoisted
 from cudnn_flex_compile.scoremod.text import text
 
 log = logging.getLogger("cudnn_flex_compile")
@@ -135,7 +135,7 @@ def _lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason
     large = _over_budget(call, hoisted, context.bias_budget)
     if large is not None:
         return large
-    training = bool(example(call.node)[0].requires_grad)
+    training = bool(example(call.node)[0].requires_grad) or any(part.learned for part in hoisted)
     wrong = None if checked is None else _disagreement(call, captures, checked, context)
     if wrong is not None:
         return wrong
@@ -182,13 +182,23 @@ MIB = 2**20
 
 def _over_budget(call: Call, hoisted: Sequence[Hoisted], budget: int) -> Reason | None:
     """A reason if an operand over (q, kv) pairs takes more memory than the option allows."""
+    sizes = _sizes(call)
     for part in hoisted:
-        count = math.prod(n for axis, n in zip(ir.AXES, _sizes(call), strict=True) if axis in part.dims)
-        mib = count * part.stored.itemsize / MIB
+        count = math.prod(n for axis, n in zip(ir.AXES, sizes, strict=True) if axis in part.dims)
+        gradients = count + _gradient_work(sizes) if part.learned else 0
+        mib = (count * part.stored.itemsize + gradients * HALF.itemsize) / MIB
         if {"q", "k"} <= set(part.dims) and mib > budget:
-            detail = f"a bias over (q, kv) pairs takes {mib:.0f} MiB, more than bias_budget_mb={budget}"
-            return Reason(Code.BIAS_BUDGET, detail)
+            what = "a bias over (q, kv) pairs" + (", its gradient and the memory to work in" if part.learned else "")
+            return Reason(Code.BIAS_BUDGET, f"{what} takes {mib:.0f} MiB, more than bias_budget_mb={budget}")
     return None
+
+
+def _gradient_work(sizes: tuple[int, int, int, int]) -> int:
+    """The 16-bit numbers that a plan works on where it gives a bias's gradient: one a pair of each batch entry and
+    head, in tiles of 64 by 128 (1.07 GB at B 2, H 16, S 4096).
+    """
+    batch, heads, rows, columns = sizes
+    return batch * heads * math.ceil(rows / 64) * 64 * math.ceil(columns / 128) * 128
 
 
 def _sizes(call: Call) -> tuple[int, int, int, int]:
