@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from cudnn_flex_compile.engine.call import Meta, backward_key, forward_key, problem_of
+from cudnn_flex_compile.engine.call import Key, Meta, backward_key, forward_key, problem_of
 from cudnn_flex_compile.engine.problem import Problem, TensorSpec, dense
 from cudnn_flex_compile.engine.reference import CapturedValue, SubgraphReference
 from cudnn_flex_compile.engine.strategies import STRATEGIES
@@ -64,7 +64,7 @@ class Target:
 def judge(target: Target) -> tuple[str, ...] | Reason:
     """The strategies of forward and backward, or why the call is kept."""
     device = example(target.call.query).device
-    call = _key(target, device)
+    call = forward_call(target, target.running, device)
     problem = problem_of(call)
     if device.type == "cuda":
         return _certified(target, call, problem)
@@ -86,8 +86,9 @@ def _any_version() -> int:
     return 10**9
 
 
-def _certified(target: Target, call: tuple[Any, ...], problem: Problem) -> tuple[str, ...] | Reason:
-    from cudnn_flex_compile.engine.select import Ready, find_plan
+def _certified(target: Target, call: Key, problem: Problem) -> tuple[str, ...] | Reason:
+    from cudnn_flex_compile.engine.ready import Ready
+    from cudnn_flex_compile.engine.select import find_plan
 
     asked = functools.cache(lambda: _reference(target)), target.fingerprint
     found = find_plan(call, *asked)
@@ -95,16 +96,22 @@ def _certified(target: Target, call: tuple[Any, ...], problem: Problem) -> tuple
         return found
     if not target.training:
         return (found.plan.strategy,)
-    grad = Meta(problem.out, torch.device("cuda", problem.device))
-    backward = find_plan(backward_key(call, grad), *asked)
+    backward = find_plan(backward_call(call), *asked)
     if isinstance(backward, Ready) and target.lse_gradient:  # what of both is run, the loss says, maybe at each step
-        backward = find_plan(backward_key(call, grad, True), *asked)
+        backward = find_plan(backward_call(call, lse_gradient=True), *asked)
         if isinstance(backward, Reason):
             return Reason(Code.LSE_GRADIENT, f"with a gradient of the LSE: {backward}", backward.lasting)
     return backward if isinstance(backward, Reason) else (found.plan.strategy, backward.plan.strategy)
 
 
-def _key(target: Target, device: torch.device) -> tuple[Any, ...]:
+def backward_call(forward: Key, lse_gradient: bool = False) -> Key:
+    """Of a forward call, for a gradient that is laid out like the output."""
+    problem = problem_of(forward)
+    return backward_key(forward, Meta(problem.out, torch.device("cuda", problem.device)), lse_gradient)
+
+
+def forward_call(target: Target, running: tuple[Program, tuple[Hoisted, ...]], device: torch.device) -> Key:
+    """The key of the call with this program and these operands: those of the plans, or the user's own."""
     call = target.call
     query, key, value = (Meta(_spec(example(n)), device) for n in (call.query, call.key, call.value))
     if key.shape[0] != query.shape[0]:
@@ -112,8 +119,8 @@ def _key(target: Target, device: torch.device) -> tuple[Any, ...]:
             spec = TensorSpec((query.shape[0], *tensor.shape[1:]), (0, *tensor.stride()[1:]), tensor.dtype)
             tensor.__init__(spec, device)
     sizes = (*query.shape[:3], key.shape[2])
-    program, hoisted = target.running
-    if target.compact is not None:  # the op gets permuted copies
+    program, hoisted = running
+    if target.compact is not None and running == target.running:  # the op gets permuted copies
         key, value = (Meta(dense(TensorSpec(t.shape, t.stride(), t.dtype)), device) for t in (key, value))
     operands = [Meta(_operand_spec(h, sizes), device) for h in hoisted]
     stats = target.training or call.uses(1)
