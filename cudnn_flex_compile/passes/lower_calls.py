@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from cudnn_flex_compile.passes import block_mask, speed
+from cudnn_flex_compile.passes import autotune, block_mask, speed
 from cudnn_flex_compile.passes.autocast import with_casts, without_casts
 from cudnn_flex_compile.passes.block_mask import MaskProgram
 from cudnn_flex_compile.passes.capture import Captures, read_captures
@@ -42,6 +42,7 @@ class Context:
     real: dict[Node, Any]
     only_faster: bool
     bias_budget: int
+    autotune: bool
     known: dict[tuple[Any, ...], Reason | None] = field(default_factory=dict[tuple[Any, ...], Reason | None])
 
     def once(self, key: tuple[Any, ...], find: Callable[[], Reason | None]) -> Reason | None:
@@ -59,18 +60,20 @@ class Lowered:
 
 
 def lower_calls(
-    graph_module: GraphModule, example_inputs: Sequence[Any], only_faster: bool = True, bias_budget: int = 256
-) -> Lowered:
+    graph_module: GraphModule, example_inputs: Sequence[Any], only_faster: bool = True, bias_budget: int = 256,
+    autotuned: bool = False,
+) -> Lowered:  # fmt: skip
     """Rewrites the graph in place.
 
     Args:
         only_faster: keep the calls that are slower on cuDNN.
         bias_budget: MiB that one operand over (q, kv) pairs may take.
+        autotuned: find out by measuring which calls these are.
     """
     inputs = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
     real = dict(zip(inputs, example_inputs, strict=False))
     writer = Writer()
-    context = Context(writer, block_mask.Guards(inputs, writer), real, only_faster, bias_budget)
+    context = Context(writer, block_mask.Guards(inputs, writer), real, only_faster, bias_budget, autotuned)
     reports: list[CallReport] = []
     changed: list[GraphModule] = []
     live: dict[Graph, set[Node]] = {}
@@ -134,16 +137,17 @@ def _lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason
     if wrong is not None:
         return wrong
     compact = compacted(program, hoisted)
-    running = (program, hoisted) if compact is None else (compact.program, compact.hoisted)
     target = Target(call, program, hoisted, captures, training, context.real, compact, traced.fingerprint)
-    if context.only_faster and target.lse_gradient:
-        return speed.UNMEASURED
-    slower = _slower(call, *running, training, context) if context.only_faster else None
+    measured = context.autotune and autotune.measurable(target)
+    slower = _slower(target, context) if context.only_faster and not measured else None
     if slower is not None:
         return slower
     verdict = judge(target)
     if isinstance(verdict, Reason):
         return verdict
+    slower = _measured_slower(target, context) if context.only_faster and measured else None
+    if slower is not None:
+        return slower
     report.strategies = verdict
     guard = None if checked is None else context.guards.write(call, checked)
     _rewrite(target, context, guard)
@@ -196,13 +200,20 @@ def _disagreement(call: Call, captures: Captures, checked: MaskProgram, context:
     return context.once((*_given(call), checked.program, checked.hoisted, captured), find)
 
 
-def _slower(
-    call: Call, program: ir.Program, hoisted: tuple[Hoisted, ...], training: bool, context: Context
-) -> Reason | None:
-    def find() -> Reason | None:
-        return speed.slower(call, program, hoisted, training, context.real.get)  # pyright: ignore
+def _slower(target: Target, context: Context) -> Reason | None:
+    call, (program, hoisted) = target.call, target.running
 
-    return context.once((*_given(call), program, hoisted, training), find)
+    def find() -> Reason | None:
+        share = speed.share_of(call, context.real.get)  # pyright: ignore[reportArgumentType]
+        return speed.slower(speed.Facts(call, program, hoisted, target.training, target.lse_gradient, share))
+
+    return context.once((*_given(call), program, hoisted, target.training, target.lse_gradient), find)
+
+
+def _measured_slower(target: Target, context: Context) -> Reason | None:
+    """By the rules, where measuring fails."""
+    times = autotune.times_of(target)
+    return _slower(target, context) if times is None else times.reason
 
 
 def _given(call: Call) -> tuple[Any, ...]:
