@@ -53,6 +53,7 @@ class Backend:
         short: whether memory is short when a plan is built.
         unreadable: whether cuDNN cannot use any stored plan.
         drift: bytes of workspace by which a restored plan differs.
+        asked: what a test notes of what was asked for.
     """
 
     built: list[str] = field(default_factory=list)
@@ -64,6 +65,7 @@ class Backend:
     short: bool = False
     unreadable: bool = False
     drift: int = 0
+    asked: list = field(default_factory=list)
 
     def build(self, problem, lowering):
         self.built.append(lowering.strategy)
