@@ -50,8 +50,8 @@ def run(name, length):
 
 
 def run_scalars(qkv, length):
-    """An integer that changes, and then a float, without gradients: torch 2.11's Dynamo breaks the graph at a float that
-    changes where gradients are recorded, whatever the backend.
+    """An integer that changes, and then a float, without gradients: where they are recorded, torch 2.11's Dynamo breaks
+    the graph at a float that changes, whatever the backend.
     """
 
     def call(q, k, v, window, cap):
