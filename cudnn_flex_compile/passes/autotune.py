@@ -56,10 +56,13 @@ _measured: OrderedDict[str, Times] = OrderedDict()
 
 
 def measurable(target: Target) -> bool:
-    """Whether the call can be measured: on a GPU, with its BlockMask at hand, and without a loss of the log-sum-exp."""
+    """Whether the call can be measured: on a GPU, with its BlockMask at hand, where keys are not permuted in the graph,
+    and without a loss of the log-sum-exp.
+    """
     blocks = [target.real.get(block) for block in target.call.blocks[:4] if block is not None]
     there = all(isinstance(block, torch.Tensor) for block in blocks)
-    return there and example(target.call.query).device.type == "cuda" and not target.lse_gradient
+    on_gpu = example(target.call.query).device.type == "cuda"
+    return there and on_gpu and target.compact is None and not target.lse_gradient
 
 
 def times_of(target: Target) -> Times | None:

@@ -114,17 +114,19 @@ def test_what_cannot_be_measured_is_nobodys(target, monkeypatch):
 
 
 def test_what_is_measured():
-    def of(device="cuda", blocks=(), real=(), lse_gradient=False):
+    def of(device="cuda", blocks=(), real=(), lse_gradient=False, compact=None):
         query = SimpleNamespace(device=torch.device(device))
         return SimpleNamespace(
-            call=SimpleNamespace(query=query, blocks=blocks), real=dict(real), lse_gradient=lse_gradient
-        )
+            call=SimpleNamespace(query=query, blocks=blocks), real=dict(real), lse_gradient=lse_gradient,
+            compact=compact,
+        )  # fmt: skip
 
     assert autotune.measurable(of())
     assert autotune.measurable(of(blocks=("a", "b", None, None), real={"a": BLOCKS[0], "b": BLOCKS[1]}))
     assert not autotune.measurable(of(blocks=("a", "b", None, None)))
     assert not autotune.measurable(of(device="cpu"))
     assert not autotune.measurable(of(lse_gradient=True))
+    assert not autotune.measurable(of(compact="permuted keys"))
 
 
 @pytest.mark.parametrize("blocks", [(), BLOCKS], ids=["no BlockMask", "a BlockMask"])
