@@ -21,6 +21,7 @@ def fresh(monkeypatch, tmp_path):
     monkeypatch.setattr(repro, "_warned", set())
     monkeypatch.setattr(repro, "folder", lambda: tmp_path)
     monkeypatch.setattr(clean, "run_clean", lambda function, device: function())
+    monkeypatch.setattr(select, "_policy", choice.Policy())
 
 
 def stand_in(strategy, wrong, problem=PROBLEM):
