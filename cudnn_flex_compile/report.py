@@ -30,8 +30,9 @@ COUNTS = (
 )  # fmt: skip
 # lower: all of our pass, with all that follows but inner, as far as it happens while compiling. trace: of functions to
 # expressions; solve: of masks, and what goes outside the kernel; restore, keep: of verdicts in the cache folder;
-# build, certify: of plans; inner: the inner backend (the backward of Inductor comes later, and is not in it).
-PHASES = ("lower", "trace", "solve", "restore", "build", "certify", "keep", "inner")
+# build, certify: of plans; autotune: timing of plans and of Inductor's kernel; inner: the inner backend (the backward
+# of Inductor comes later, and is not in it).
+PHASES = ("lower", "trace", "solve", "restore", "build", "certify", "autotune", "keep", "inner")
 
 
 @dataclass(slots=True)

@@ -175,15 +175,18 @@ MODS = {
 }
 
 
+ENTRIES = 8  # of the masks that differ by batch entry
+
+
 def _lengths(length, device):
-    """Of up to eight batch entries: 7/8, 5/8, 7/8, ... of the keys."""
-    return torch.tensor([length - length // 8, length - 3 * length // 8] * 4, device=device)
+    """Of the batch entries: 7/8, 5/8, 7/8, ... of the keys."""
+    return torch.tensor([length - length // 8, length - 3 * length // 8] * (ENTRIES // 2), device=device)
 
 
 def _padding(kind, length, device):
     valid = torch.arange(length, device=device) < _lengths(length, device)[:, None]
     generator = torch.Generator(device).manual_seed(0)
-    scattered = torch.rand(8, length, generator=generator, device=device) > 0.3
+    scattered = torch.rand(ENTRIES, length, generator=generator, device=device) > 0.3
     return {"right": valid, "left": valid.flip(1), "scattered": scattered}[kind]
 
 

@@ -80,9 +80,9 @@ class Outcome:
 
 def run(device: int) -> Iterator[Outcome]:
     """Plans and certifies all programs on a CUDA device, one after the other, whatever verdicts are stored."""
-    from cudnn_flex_compile.engine.select import set_certify
+    from cudnn_flex_compile.engine.select import set_policy
 
-    set_certify("always")
+    set_policy("always")
     for program in PROGRAMS:
         start = time.perf_counter()
         strategies, reason = _planned(program, device)

@@ -137,7 +137,7 @@ REWRITES: tuple[Rewrite, ...] = (
     Rewrite("integers expanded", "int32 [B, 1, 1, 1] in a compare -> [B, 1, Sq, 1] with stride 0", WRONG, BOTH,
             "engine/lower.py", "kv < length[b], both directions"),
     Rewrite("every head", "operands of different dims -> all [B, H, ., .], where the plain plan fails", WRONG, (V919,),
-            "engine/select.py", "a last resort: tried only where certification rejects the plain plan"),
+            "engine/attempts.py", "a last resort: tried only where certification rejects the plain plan"),
     Rewrite("ends guarded", "score_mod(x) -> score_mod(where(inside, x, 0)), -inf beyond the ends", WRONG, BOTH,
             "engine/tail.py", "backward: dQ and dK are NaN for x * x at length 1000; on 9.19 also for a pair operand "
             "at Skv % 128 == 64 where the LSE is below -88.7"),
@@ -174,8 +174,8 @@ REWRITES: tuple[Rewrite, ...] = (
 def rewrites_off(*names: str) -> Generator[None]:
     """For tests alone: plans that are built within have the wrong forms, which certification must reject.
 
-    In the whole process. Build such plans by select.attempts or plan.build: the plan cache (find_plan) would keep what
-    it is told then. Raises ValueError for a name that is no switched rewrite.
+    In the whole process. Build such plans by attempts.attempts or plan.build: the plan cache (find_plan) would keep
+    what it is told then. Raises ValueError for a name that is no switched rewrite.
     """
     valid = {rewrite.name for rewrite in REWRITES if rewrite.switched}
     if not set(names) <= valid:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from cudnn_flex_compile.engine.identity import key_of, problem_text
 from cudnn_flex_compile.engine.parts import PartsPlan, assemble_parts, divided
 from cudnn_flex_compile.engine.problem import Problem
+from cudnn_flex_compile.engine.ready import Runs
 from cudnn_flex_compile.engine.record import Certified, StoredPlan, decode, encode
 from cudnn_flex_compile.engine.reference import Reference
 from cudnn_flex_compile.engine.store import Store
@@ -28,9 +29,6 @@ from cudnn_flex_compile.scoremod.text import parse
 
 if TYPE_CHECKING:
     from cudnn_flex_compile.engine.plan import Plan
-    from cudnn_flex_compile.engine.wide import WidePlan
-
-    Runs = Plan | PartsPlan | WidePlan
 
 log = logging.getLogger("cudnn_flex_compile")
 
@@ -54,18 +52,19 @@ def use_folder(folder: Path | None, megabytes: int) -> None:
         _stores[:] = [] if wanted is None else [Store(*wanted)]
 
 
-def recall(problem: Problem, reference: Reference, rule: str) -> "Runs | Reason | None":
+def recall(problem: Problem, reference: Reference, rule: str, tuned: bool) -> Runs | Reason | None:
     """The stored verdict on a problem, its plans ready to run on the current device; None if there is none.
 
     Args:
         reference: what plans of the problem are compared with.
         rule: of certification; a stored verdict is not always trusted.
+        tuned: whether the plan is wanted that was the fastest, not the first.
     """
     fingerprint = reference.fingerprint
     if not _stores or fingerprint is None or not USES.get(rule, NEITHER).trusted:
         return None
     with phase("restore"):
-        data = _stores[0].read(key_of(problem, fingerprint))
+        data = _stores[0].read(key_of(problem, fingerprint, tuned))
         if data is None:
             return None
         try:
@@ -81,7 +80,7 @@ def recall(problem: Problem, reference: Reference, rule: str) -> "Runs | Reason 
             return None
 
 
-def keep(problem: Problem, reference: Reference, rule: str, found: "Runs | Reason") -> None:
+def keep(problem: Problem, reference: Reference, rule: str, tuned: bool, found: Runs | Reason) -> None:
     """Stores a verdict that was found out under this rule."""
     passing = isinstance(found, Reason) and not found.lasting
     if not _stores or reference.fingerprint is None or passing or not USES.get(rule, NEITHER).kept:
@@ -92,10 +91,22 @@ def keep(problem: Problem, reference: Reference, rule: str, found: "Runs | Reaso
         except ValueError as error:
             log.info("cudnn_flex: a plan is not kept beyond this process: %s", error)
             return
-        _stores[0].write(key_of(problem, reference.fingerprint), data)
+        _stores[0].write(key_of(problem, reference.fingerprint, tuned), data)
 
 
-def _stored(found: "Runs") -> Certified:
+def recall_text(key: str) -> str | None:
+    """What keep_text kept under this key, in this process or in another."""
+    data = _stores[0].read(key) if _stores else None
+    return None if data is None else data.decode()
+
+
+def keep_text(key: str, value: str) -> None:
+    """Keeps what was measured; the key has all that it depends on."""
+    if _stores:
+        _stores[0].write(key, value.encode())
+
+
+def _stored(found: Runs) -> Certified:
     from cudnn_flex_compile.engine.wide import WidePlan
 
     if isinstance(found, WidePlan):
@@ -105,7 +116,7 @@ def _stored(found: "Runs") -> Certified:
     return Certified(tuple(stored), isinstance(found, PartsPlan), errors=found.errors)
 
 
-def _restored(problem: Problem, verdict: Certified) -> "Runs | Reason":
+def _restored(problem: Problem, verdict: Certified) -> Runs | Reason:
     """Raises ValueError for plans of other problems: our code cannot have changed, but be sure."""
     from cudnn_flex_compile.engine.attention_graph import output_specs
     from cudnn_flex_compile.engine.plan import restore

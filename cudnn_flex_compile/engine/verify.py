@@ -68,20 +68,23 @@ class Data:
     off: torch.Tensor
 
 
-def certify(plan: Runnable, forward: Runnable, reference: Reference) -> Reason | None:
+def certify(
+    plan: Runnable, forward: Runnable, reference: Reference, regimes: Sequence[Regime] = REGIMES
+) -> Reason | None:  # fmt: skip
     """None if the plan is right on every sample, which then has its `errors`; else what is wrong.
 
     Args:
         plan: the plan under test.
         forward: the plan itself, or for a backward a certified forward of the same call.
         reference: where the expected values come from.
+        regimes: kinds of data.
     """
     problem = plan.problem
     generator = torch.Generator(plan.device).manual_seed(SEED)
     tensors = drawn(problem, generator)
     at_random = _data(problem, tensors, reference.sample(problem, generator))
     findings: list[Finding] = []
-    for regime in REGIMES:
+    for regime in regimes:
         data = at_random
         if regime.extremes:
             if not _varies(at_random.sample):

@@ -13,9 +13,10 @@ from cudnn_flex_compile.engine.call import backward_key, forward_key
 from cudnn_flex_compile.engine.clean import above_autograd
 from cudnn_flex_compile.engine.memory import empty
 from cudnn_flex_compile.engine.problem import TensorSpec, dense
+from cudnn_flex_compile.engine.ready import Ready, plans
 from cudnn_flex_compile.engine.repro import warned
 from cudnn_flex_compile.engine.rows import rows_of
-from cudnn_flex_compile.engine.select import Ready, find_plan, plans
+from cudnn_flex_compile.engine.select import find_plan
 from cudnn_flex_compile.kernels import fallback
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod.ranges import VALUE_LIMIT

@@ -7,14 +7,14 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from cudnn_flex_compile.passes import block_mask, speed
+from cudnn_flex_compile.passes import autotune, block_mask, speed
 from cudnn_flex_compile.passes.autocast import with_casts, without_casts
 from cudnn_flex_compile.passes.block_mask import MaskProgram
 from cudnn_flex_compile.passes.capture import Captures, read_captures
@@ -33,6 +33,7 @@ from cudnn_flex_compile.scoremod.partition import HALF, Hoisted
 from cudnn_flex_compile.scoremod.text import text
 
 log = logging.getLogger("cudnn_flex_compile")
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +46,10 @@ class Context:
     real: dict[Node, Any]
     only_faster: bool
     bias_budget: int
-    known: dict[tuple[Any, ...], Reason | None] = field(default_factory=dict[tuple[Any, ...], Reason | None])
+    autotune: bool
+    known: dict[tuple[Any, ...], Any] = field(default_factory=dict[tuple[Any, ...], Any])
 
-    def once(self, key: tuple[Any, ...], find: Callable[[], Reason | None]) -> Reason | None:
+    def once(self, key: tuple[Any, ...], find: Callable[[], Found]) -> Found:
         if key not in self.known:
             self.known[key] = find()
         return self.known[key]
@@ -62,19 +64,21 @@ class Lowered:
 
 
 def lower_calls(
-    graph_module: GraphModule, example_inputs: Sequence[Any], only_faster: bool = True, bias_budget: int = 256
-) -> Lowered:
+    graph_module: GraphModule, example_inputs: Sequence[Any], only_faster: bool = True, bias_budget: int = 256,
+    autotuned: bool = False,
+) -> Lowered:  # fmt: skip
     """Rewrites the graph in place.
 
     Args:
         only_faster: keep the calls that are slower on cuDNN.
         bias_budget: MiB that one operand over (q, kv) pairs may take.
+        autotuned: find out by measuring which calls these are.
     """
     inputs = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
     pairs = zip(inputs, example_inputs, strict=False)
     real = {node: value for node, value in pairs if not isinstance(value, FakeTensor)}  # DDP's optimizer gives such
     writer = Writer()
-    context = Context(writer, block_mask.Guards(inputs, writer), real, only_faster, bias_budget)
+    context = Context(writer, block_mask.Guards(inputs, writer), real, only_faster, bias_budget, autotuned)
     reports: list[CallReport] = []
     changed: list[GraphModule] = []
     live: dict[Graph, set[Node]] = {}
@@ -140,18 +144,19 @@ def _lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason
     if wrong is not None:
         return wrong
     compact = compacted(program, hoisted)
-    running = (program, hoisted) if compact is None else (compact.program, compact.hoisted)
     target = Target(call, program, hoisted, captures, training, context.real, compact, traced.fingerprint)
-    if context.only_faster and target.lse_gradient:
-        return speed.UNMEASURED
-    slower = _slower(call, *running, training, context) if context.only_faster else None
+    measured = context.autotune and autotune.measurable(target)
+    slower = _slower(target, context) if context.only_faster and not measured else None
     if slower is not None:
         return slower
     verdict = judge(target)
     if isinstance(verdict, Reason):
         return verdict
+    slower = _measured_slower(target, context) if context.only_faster and measured else None
+    if slower is not None:
+        return slower
     report.strategies, report.errors = verdict
-    report.expected = speed.expected(call, *running, training, context.real.get)
+    report.expected = speed.expected(_facts(target, context))
     guard = None if checked is None else context.guards.write(call, checked)
     _rewrite(target, context, guard)
     return None
@@ -216,13 +221,21 @@ def _disagreement(call: Call, captures: Captures, checked: MaskProgram, context:
     return context.once((*_given(call), checked.program, checked.hoisted, captured), find)
 
 
-def _slower(
-    call: Call, program: ir.Program, hoisted: tuple[Hoisted, ...], training: bool, context: Context
-) -> Reason | None:
-    def find() -> Reason | None:
-        return speed.slower(call, program, hoisted, training, context.real.get)  # pyright: ignore
+def _slower(target: Target, context: Context) -> Reason | None:
+    given = (*_given(target.call), *target.running, target.training, target.lse_gradient)
+    return context.once(given, lambda: speed.slower(_facts(target, context)))
 
-    return context.once((*_given(call), program, hoisted, training), find)
+
+def _facts(target: Target, context: Context) -> speed.Facts:
+    call, real = target.call, context.real.get
+    share = context.once(("share", *_given(call)), lambda: speed.share_of(call, real))  # pyright: ignore
+    return speed.Facts(call, *target.running, target.training, target.lse_gradient, share)
+
+
+def _measured_slower(target: Target, context: Context) -> Reason | None:
+    """By the rules, where measuring fails."""
+    times = autotune.times_of(target)
+    return _slower(target, context) if times is None else times.reason
 
 
 def _given(call: Call) -> tuple[Any, ...]:

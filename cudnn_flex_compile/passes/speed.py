@@ -1,9 +1,11 @@
-"""Which calls stock flex_attention runs faster, as measured.
+"""Which calls stock flex_attention runs faster, as measured: one table, and what its conditions are computed from.
 
-Knows nothing of numbers' correctness. Each number states the command that shows it.
+Knows nothing of numbers' correctness. Each row names the command that reproduces it.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.fx import Node
@@ -32,62 +34,153 @@ BIAS_COST = 1.8
 # kernel, prefix-LM 0.95 times, where by their pairs it were 0.94 and 0.76 times.
 # (cudnn-flex bench --mods "sink tokens + window" prefix-LM --lower always)
 PARTS_COST = 1.15
-# A score's own bias over pairs: Inductor gathers it faster, but for float32 in the forward.
-# (cudnn-flex bench --mods "relative table" "bias tensor" --lower always)
-FORWARD_ITEMSIZE = 4
 BACKWARD_WEIGHT = 2.7  # of a pair in the backward, where it is 1 in the forward
-# A bias that takes a gradient is read from memory, too, and its gradient written; Inductor adds that up atomically. To
-# be measured: until then such calls are lowered. (python3 -m tests.gpu.bias_time)
-LEARNED_LOWERED = True
-# Its plans are certified like all others, but nobody has measured them. (python3 -m tests.gpu.lse_time will)
-UNMEASURED = Reason(Code.LSE_GRADIENT, "the LSE takes part in the loss, and how fast cuDNN is then was not measured")
+# A score's own bias over pairs: Inductor gathers it faster, but for items of this many bytes in the forward.
+FORWARD_ITEMSIZE = 4
+SELECTION = "python3 -m tests.gpu.selection"
 
 
-def slower(
-    call: Call, program: Program, hoisted: Sequence[Hoisted], training: bool,
-    real: Callable[[Node], torch.Tensor | None],
-) -> Reason | None:  # fmt: skip
-    """A reason to keep the call, or None. `real` gives the tensor of an input of the graph."""
-    stored = _pair_operands(program, hoisted)
-    if stored and (training or min(d.itemsize for d in stored) < FORWARD_ITEMSIZE):
-        return Reason(Code.SLOWER, "a score over (q, kv) pairs is read from memory, which cuDNN does slower")
-    if not call.blocks:
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """A box of sizes, ends included, in which a call is kept on CUDA devices.
+
+    Attributes:
+        training: whether gradients are recorded.
+        queries, keys, head_dim: lengths, and the head dim of queries and keys.
+        why: what the call is.
+    """
+
+    why: str
+    training: bool
+    queries: tuple[float, float] = (1, math.inf)
+    keys: tuple[float, float] = (1, math.inf)
+    head_dim: tuple[float, float] = (1, math.inf)
+
+
+# To be changed after a run of SELECTION: its table says for each size how much faster we are.
+SIZES = (
+    Sizes("decoding: a few queries, for which Inductor has a kernel that divides the keys", False, queries=(1, 16)),
+    Sizes("a short sequence, where the host takes longer than the GPU", True, queries=(1, 128), keys=(1, 128)),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known of a call.
+
+    Attributes:
+        program, hoisted: what would run.
+        training: whether a gradient may be asked for.
+        lse_gradient: whether one of the log-sum-exp may be, too.
+        share: of the blocks, that its BlockMask lists; None without one, or if that is not known.
+    """
+
+    call: Call
+    program: Program
+    hoisted: Sequence[Hoisted]
+    training: bool
+    lse_gradient: bool
+    share: float | None
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        return hint(example(self.call.query).shape[2]), hint(example(self.call.key).shape[2])
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A rule.
+
+    Attributes:
+        applies: why such a call is kept, or None.
+        command: what reproduces the measurement.
+        code: of the reason.
+    """
+
+    applies: Callable[[Facts], str | None]
+    command: str
+    code: Code = Code.SLOWER
+
+
+def _lse_in_the_loss(facts: Facts) -> str | None:
+    """Its plans are certified like all others, but nobody has measured them."""
+    return "the LSE takes part in the loss, and how fast cuDNN is then was not measured" if facts.lse_gradient else None
+
+
+def _by_sizes(facts: Facts) -> str | None:
+    """On the CPU, where programs are checked and explained, sizes say nothing of those to come."""
+    if example(facts.call.query).device.type != "cuda":
         return None
-    sizes = hint(example(call.query).shape[2]), hint(example(call.key).shape[2])
-    ours = _pairs(program, sizes, training)
-    share = _share(call, real)
-    if share is None:
-        form = split(program.mask)
-        known = form.residual is TRUE and not any("q" in bias.dims for bias in form.biases)
-        unknown = Reason(Code.SLOWER, "a mask without tile skipping, under a BlockMask made in the graph")
-        return None if known else unknown
-    theirs = share * sizes[0] * sizes[1]
-    if ours * PAIR_COST <= theirs:
+    found = (*facts.lengths, hint(example(facts.call.query).shape[3]))
+    for box in SIZES:
+        ranges = (box.queries, box.keys, box.head_dim)
+        if box.training == facts.training and all(
+            low <= n <= high for n, (low, high) in zip(found, ranges, strict=True)
+        ):
+            return f"{box.why} ({found[0]} queries, {found[1]} keys)"
+    return None
+
+
+def _pair_operands(facts: Facts) -> list[torch.dtype]:
+    """The dtypes of the operands over (q, kv) pairs that the score_mod reads; a learned bias is none of its."""
+    operands = [n for n in ir.walk(without_bias(facts.program.score)[0]) if n.kind == "operand"]
+    return [facts.hoisted[int(n.value or 0)].stored for n in operands if {"q", "k"} <= set(n.dims)]
+
+
+def _pairs_are_read(facts: Facts) -> str | None:
+    stored = _pair_operands(facts)
+    if stored and (facts.training or min(d.itemsize for d in stored) < FORWARD_ITEMSIZE):
+        return "a score over (q, kv) pairs is read from memory, which cuDNN does slower"
+    return None
+
+
+def _unknown_blocks(facts: Facts) -> str | None:
+    form = split(facts.program.mask)
+    skipped = form.residual is TRUE and not any("q" in bias.dims for bias in form.biases)
+    if not facts.call.blocks or facts.share is not None or skipped:
         return None
-    percent = ours / (sizes[0] * sizes[1])
-    return Reason(Code.SLOWER, f"cuDNN would compute {percent:.0%} of the pairs, the BlockMask lists {share:.0%}")
+    return "a mask without tile skipping, under a BlockMask made in the graph"
 
 
-def expected(
-    call: Call, program: Program, hoisted: Sequence[Hoisted], training: bool,
-    real: Callable[[Node], torch.Tensor | None],
-) -> float | None:  # fmt: skip
+def _more_pairs(facts: Facts) -> str | None:
+    if facts.share is None:
+        return None
+    lengths = facts.lengths
+    all_pairs = lengths[0] * lengths[1]
+    ours = _pairs(facts.program, lengths, facts.training)
+    if ours * PAIR_COST <= facts.share * all_pairs:
+        return None
+    return f"cuDNN would compute {ours / all_pairs:.0%} of the pairs, the BlockMask lists {facts.share:.0%}"
+
+
+ROWS = (
+    Row(_lse_in_the_loss, "python3 -m tests.gpu.lse_time", Code.LSE_GRADIENT),
+    Row(_by_sizes, SELECTION),
+    Row(_pairs_are_read, 'cudnn-flex bench --mods "relative table" "bias tensor" --lower always'),
+    Row(_unknown_blocks, 'cudnn-flex bench --mods "dilated window" documents --lower always'),
+    Row(_more_pairs, "cudnn-flex bench --mods causal prefix-LM documents --mode reduce-overhead --lower always"),
+)
+
+
+def slower(facts: Facts) -> Reason | None:
+    """The reason of the first row that applies, or None."""
+    for row in ROWS:
+        detail = row.applies(facts)
+        if detail is not None:
+            return Reason(row.code, f"{detail} ({row.command})")
+    return None
+
+
+def expected(facts: Facts) -> float | None:
     """How many times as fast as Inductor's kernel the plans are, by the pairs that either computes; None if that is not
     known. What a score's arithmetic adds to this is not in it: with a soft cap, for one, it is more.
     """
-    share = _share(call, real) if call.blocks else 1.0
-    sizes = hint(example(call.query).shape[2]), hint(example(call.key).shape[2])
-    if share is None or min(sizes) < BY_PAIRS or _pair_operands(program, hoisted):
+    lengths = facts.lengths
+    share = facts.share if facts.call.blocks else 1.0
+    if share is None or min(lengths) < BY_PAIRS or _pair_operands(facts):
         return None
-    ours = _pairs(program, sizes, training) * PAIR_COST
-    return share * sizes[0] * sizes[1] / ours if ours else None
-
-
-def _pair_operands(program: Program, hoisted: Sequence[Hoisted]) -> list[torch.dtype]:
-    """The dtypes of the operands over (q, kv) pairs that the score reads."""
-    score = without_bias(program.score)[0] if LEARNED_LOWERED else program.score
-    operands = [n for n in ir.walk(score) if n.kind == "operand" and {"q", "k"} <= set(n.dims)]
-    return [hoisted[int(n.value or 0)].stored for n in operands]
+    ours = _pairs(facts.program, lengths, facts.training) * PAIR_COST
+    return share * lengths[0] * lengths[1] / ours if ours else None
 
 
 def _pairs(program: Program, lengths: tuple[int, int], training: bool) -> float:
@@ -100,8 +193,14 @@ def _pairs(program: Program, lengths: tuple[int, int], training: bool) -> float:
     return total * (BIAS_COST if split(program.mask).biases else 1.0)
 
 
-def _share(call: Call, real: Callable[[Node], torch.Tensor | None]) -> float | None:
-    """The share of blocks that the BlockMask lists, if its tensors are at hand."""
+def share_of(call: Call, real: Callable[[Node], torch.Tensor | None]) -> float | None:
+    """The share of blocks that the BlockMask lists, if its tensors are at hand.
+
+    Args:
+        real: gives the tensor of an input of the graph.
+    """
+    if not call.blocks:
+        return None
     pairs = [pair for pair in (call.blocks[:2], call.blocks[2:4]) if None not in pair]
     tensors = [[real(block) for block in pair] for pair in pairs]  # pyright: ignore[reportArgumentType]
     if any(t is None for pair in tensors for t in pair):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.fx import Node
 
-from cudnn_flex_compile.engine.call import Meta, backward_key, forward_key, problem_of
+from cudnn_flex_compile.engine.call import Key, Meta, backward_key, forward_key, problem_of
 from cudnn_flex_compile.engine.problem import Problem, TensorSpec, dense
 from cudnn_flex_compile.engine.record import Error
 from cudnn_flex_compile.engine.reference import CapturedValue, SubgraphReference
@@ -29,7 +29,7 @@ from cudnn_flex_compile.scoremod.text import text
 from cudnn_flex_compile.scoremod.trace import without_items
 
 if TYPE_CHECKING:
-    from cudnn_flex_compile.engine.select import Ready
+    from cudnn_flex_compile.engine.ready import Ready
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class Accepted(NamedTuple):
 def judge(target: Target) -> Accepted | Reason:
     """How a call runs, or why it is kept."""
     device = example(target.call.query).device
-    call = _key(target, device)
+    call = forward_call(target, target.running, device)
     problem = problem_of(call)
     if device.type == "cuda":
         return _certified(target, call, problem)
@@ -98,8 +98,9 @@ def _any_version() -> int:
     return 10**9
 
 
-def _certified(target: Target, call: tuple[Any, ...], problem: Problem) -> Accepted | Reason:
-    from cudnn_flex_compile.engine.select import Ready, find_plan
+def _certified(target: Target, call: Key, problem: Problem) -> Accepted | Reason:
+    from cudnn_flex_compile.engine.ready import Ready
+    from cudnn_flex_compile.engine.select import find_plan
 
     asked = functools.cache(lambda: _reference(target)), target.fingerprint
     found = find_plan(call, *asked)
@@ -107,10 +108,9 @@ def _certified(target: Target, call: tuple[Any, ...], problem: Problem) -> Accep
         return found
     if not target.training:
         return _accepted(found)
-    grad = Meta(problem.out, torch.device("cuda", problem.device))
-    backward = find_plan(backward_key(call, grad), *asked)
+    backward = find_plan(backward_call(call), *asked)
     if isinstance(backward, Ready) and target.lse_gradient:  # what of both is run, the loss says, maybe at each step
-        backward = find_plan(backward_key(call, grad, True), *asked)
+        backward = find_plan(backward_call(call, lse_gradient=True), *asked)
         if isinstance(backward, Reason):
             return Reason(Code.LSE_GRADIENT, f"with a gradient of the LSE: {backward}", backward.lasting)
     return backward if isinstance(backward, Reason) else _accepted(found, backward)
@@ -121,7 +121,14 @@ def _accepted(*found: "Ready") -> Accepted:
     return Accepted(tuple(ready.plan.strategy for ready in found), errors)
 
 
-def _key(target: Target, device: torch.device) -> tuple[Any, ...]:
+def backward_call(forward: Key, lse_gradient: bool = False) -> Key:
+    """Of a forward call, for a gradient that is laid out like the output."""
+    problem = problem_of(forward)
+    return backward_key(forward, Meta(problem.out, torch.device("cuda", problem.device)), lse_gradient)
+
+
+def forward_call(target: Target, running: tuple[Program, tuple[Hoisted, ...]], device: torch.device) -> Key:
+    """The key of the call with this program and these operands: those of the plans, or the user's own."""
     call = target.call
     query, key, value = (Meta(_spec(example(n)), device) for n in (call.query, call.key, call.value))
     if key.shape[0] != query.shape[0]:
@@ -129,8 +136,8 @@ def _key(target: Target, device: torch.device) -> tuple[Any, ...]:
             spec = TensorSpec((query.shape[0], *tensor.shape[1:]), (0, *tensor.stride()[1:]), tensor.dtype)
             tensor.__init__(spec, device)
     sizes = (*query.shape[:3], key.shape[2])
-    program, hoisted = target.running
-    if target.compact is not None:  # the op gets permuted copies
+    program, hoisted = running
+    if target.compact is not None and running == target.running:  # the op gets permuted copies
         key, value = (Meta(dense(TensorSpec(t.shape, t.stride(), t.dtype)), device) for t in (key, value))
     operands = [Meta(_operand_spec(h, sizes), device) for h in hoisted]
     stats = target.training or call.uses(1)

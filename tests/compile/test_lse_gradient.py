@@ -126,7 +126,7 @@ def test_plans_of_both_backwards_are_wanted(monkeypatch):
 
     def judge(wanted):
         device = torch.device("cpu")
-        key = target._key(wanted, device)
+        key = target.forward_call(wanted, wanted.running, device)
         problem = target.problem_of(key)
         return target._certified(wanted, key, problem)
 

@@ -2,8 +2,7 @@
 
 Knows nothing of right numbers (tests/gpu/test_learned.py). Inductor's time / ours, medians, interleaved, of calls as
 they are made; both with Inductor around attention. The last column is the error of the bias's gradient against float64,
-as a multiple of what Inductor's kernel has, where float64 fits. passes/speed.py's LEARNED_LOWERED is to be decided by
-this.
+as a multiple of what Inductor's kernel has, where float64 fits. Rows of passes/speed.py come from it.
 """
 
 import statistics

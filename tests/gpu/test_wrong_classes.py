@@ -13,9 +13,11 @@ import sys
 import pytest
 import torch
 
+from cudnn_flex_compile.engine.attempts import attempts
 from cudnn_flex_compile.engine.call import backward_key, forward_key
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD
-from cudnn_flex_compile.engine.select import Ready, attempts, cache_clear, find_plan
+from cudnn_flex_compile.engine.ready import Ready
+from cudnn_flex_compile.engine.select import cache_clear, find_plan
 from cudnn_flex_compile.engine.support import BOTH, V928, rewrites_off
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod.interpret import environment, evaluate
