@@ -1,12 +1,14 @@
 """Two GPUs in one process: plans by device, calls on a device that is not the current one, streams of their own."""
 
+from collections import Counter
+
 import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile import cache_clear, cache_info
 from cudnn_flex_compile.bench.mods import causal_padding, softcap
-from cudnn_flex_compile.engine.select import plans
+from cudnn_flex_compile.engine.ready import plans
 from tests.gpu.test_behaviour import assert_right
 
 LENGTH = 256
@@ -48,10 +50,14 @@ def compiled(inner):
 @pytest.mark.parametrize("inner", ["inductor", "aot_eager"])
 def test_each_device_has_plans_of_its_own(inner):
     function = compiled(inner)
-    for device in ("cuda:1", "cuda:0", "cuda:1", "cuda:0"):
+    for device in ("cuda:1", "cuda:0"):
         step(function, inputs(device))
-    assert cache_info().size == 4  # forward and backward on each
-    assert sorted(found.plan.device.index for found in plans._entries.values()) == [0, 0, 1, 1]
+    built = cache_info().builds
+    of_devices = Counter(found.plan.device.index for found in plans._entries.values())
+    assert of_devices[0] == of_devices[1] >= 2  # a forward and a backward on each
+    for device in ("cuda:1", "cuda:0"):
+        step(function, inputs(device))
+    assert cache_info().builds == built
 
 
 @pytest.mark.parametrize("current", [0, 1])
