@@ -22,8 +22,10 @@ STRIPED = ir.program(mask=make("eq", make("mod", DISTANCE, ir.const(3, ir.I32)),
 
 
 def facts(queries=2048, keys=2048, training=True, device="cuda", program=CAUSAL, share=None, blocks=True, **more):
+    dtype = more.pop("dtype", torch.bfloat16)
+
     def tensor(length):
-        return SimpleNamespace(shape=(2, 4, length, 64), device=torch.device(device))
+        return SimpleNamespace(shape=(2, 4, length, 64), device=torch.device(device), dtype=dtype)
 
     call = SimpleNamespace(query=tensor(queries), key=tensor(keys), blocks=("there",) if blocks else ())
     hoisted = more.pop("hoisted", ())
@@ -38,7 +40,7 @@ KEPT = {
     "decoding": ({"queries": 1, "training": False}, "decoding"),
     "decoding, the last length": ({"queries": 16, "keys": 32768, "training": False}, "decoding"),
     "a short sequence": ({"queries": 128, "keys": 128}, "a short sequence"),
-    "a loss of the LSE": ({"lse_gradient": True}, "the LSE takes part"),
+    "a loss of the LSE": ({"lse_gradient": True, "dtype": torch.float16}, "the LSE takes part"),
     "a bias is read": (stored(torch.float32), "read from memory"),
     "a bias of bfloat16 in the forward": (stored(torch.bfloat16) | {"training": False}, "read from memory"),
     "blocks that are not known": ({"program": STRIPED}, "without tile skipping"),
@@ -46,6 +48,7 @@ KEPT = {
 }
 LOWERED = {
     "known tile skipping": {},
+    "a loss of the LSE": {"lse_gradient": True},
     "as many blocks": {"share": 0.53},
     "decoding with gradients": {"queries": 16},
     "more queries": {"queries": 17, "training": False},
