@@ -1,6 +1,7 @@
-"""Times a layer of attention with learnt sinks, forward and backward: `python3 -m tests.gpu.lse_time [--dtype float16]`.
+"""Times a layer of attention with learnt sinks: `python3 -m tests.gpu.lse_time [--dtype float16]`.
 
-Knows nothing of right numbers (tests/gpu/test_lse_gradient.py). Inductor's time / ours, medians, interleaved.
+Knows nothing of right numbers (tests/gpu/test_lse_gradient.py). Inductor's time / ours, forward and backward, medians,
+interleaved.
 """
 
 import argparse
