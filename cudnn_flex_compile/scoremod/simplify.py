@@ -11,7 +11,7 @@ from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.interpret import fold
 from cudnn_flex_compile.scoremod.ir import BOOL, F32, FALSE, I32, I64, TRUE, Expr, Program
 from cudnn_flex_compile.scoremod.optable import make
-from cudnn_flex_compile.scoremod.ranges import magnitude
+from cudnn_flex_compile.scoremod.ranges import INT32_LIMIT, interval, magnitude
 
 Rule = Callable[[Expr], Expr | None]
 
@@ -134,6 +134,14 @@ def _reflexive(n: Expr) -> Expr | None:
     return None
 
 
+def _always(n: Expr) -> Expr | None:
+    """x >= y -> true on integers that do not overflow, where the least x is no less than the largest y, as in q >= 0"""
+    if n.args[0].dtype not in (I32, I64) or max(map(magnitude, n.args)) > INT32_LIMIT:
+        return None
+    (least, _), (_, largest) = map(interval, n.args)
+    return TRUE if least >= largest + (n.kind == "gt") else None
+
+
 FLOAT_EXACT = 2**24  # up to it, every integer is a float32
 
 
@@ -176,8 +184,8 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "bool": (_cast_of_cast, _as_predicate),
     "f32": (_cast_of_cast,),
     "i32": (_cast_of_cast,),
-    "ge": (_reflexive, _whole),
-    "gt": (_reflexive, _whole),
+    "ge": (_reflexive, _whole, _always),
+    "gt": (_reflexive, _whole, _always),
     "le": (_turn_less,),
     "lt": (_turn_less,),
     "eq": (_reflexive, _constant_last, _numeric_bool, _whole),

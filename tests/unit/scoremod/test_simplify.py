@@ -47,6 +47,13 @@ def test_normal_programs_have_the_same_masked_scores(score_mod: Mod, mask_mod: M
         (make("ge", Q, Q), TRUE),
         (make("gt", Q, Q), FALSE),
         (make("ne", Q, Q), FALSE),
+        (make("ge", Q, number(0, I32)), TRUE),  # as HuggingFace's encoders mask nothing
+        (make("ge", Q + KV, number(0, I32)), TRUE),
+        (make("gt", Q, number(-1, I32)), TRUE),
+        (make("gt", Q, number(0, I32)), make("gt", Q, number(0, I32))),
+        (make("ge", Q - KV, number(0, I32)), make("ge", Q - KV, number(0, I32))),
+        (make("ge", ir.capture(0, I32), number(0, I32)), make("ge", ir.capture(0, I32), number(0, I32))),
+        (make("ge", Q + number(2**31 - 1, I32), KV), make("ge", Q + number(2**31 - 1, I32), KV)),  # it may wrap
         (make("not", make("ge", SCORE, NAN)), make("not", make("ge", SCORE, NAN))),  # ~(a >= b) is not a < b
         (make("not", make("ge", Q, KV)), make("gt", KV, Q)),
         (make("le", Q, KV), make("ge", KV, Q)),
