@@ -75,7 +75,8 @@ def _select(n: Expr) -> Expr | None:
 
 
 def _select_bool(n: Expr) -> Expr | None:
-    """where(c, x, false) -> c & x;  where(c, true, y) -> c | y;  where(c, false, true) -> ~c"""
+    """where(c, x, false) -> c & x;  where(c, true, y) -> c | y;  where(c, false, y) -> ~c & y;  where(c, x, true) ->
+    ~c | x"""
     condition, x, y = n.args
     if n.dtype != BOOL:
         return None
@@ -83,7 +84,9 @@ def _select_bool(n: Expr) -> Expr | None:
         return make("and", condition, x)
     if x is TRUE:
         return make("or", condition, y)
-    return make("not", condition) if (x is FALSE and y is TRUE) else None
+    if x is FALSE:
+        return make("and", make("not", condition), y)
+    return make("or", make("not", condition), x) if y is TRUE else None
 
 
 def _cast_of_cast(n: Expr) -> Expr | None:
@@ -105,6 +108,14 @@ def _numeric_bool(n: Expr) -> Expr | None:
     left, right = n.args
     if left.kind in ("i32", "i64", "f32") and left.args and left.args[0].dtype == BOOL and is_const(right, 0):
         return left.args[0] if n.kind == "ne" else make("not", left.args[0])
+    return None
+
+
+def _equal_to_truth(n: Expr) -> Expr | None:
+    """x == true -> x;  x == false -> ~x, for a bool x, and != the other way round"""
+    for x, value in (n.args, n.args[::-1]):
+        if value in (TRUE, FALSE):
+            return x if (value is TRUE) == (n.kind == "eq") else make("not", x)
     return None
 
 
@@ -188,8 +199,8 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "gt": (_reflexive, _whole, _always),
     "le": (_turn_less,),
     "lt": (_turn_less,),
-    "eq": (_reflexive, _constant_last, _numeric_bool, _whole),
-    "ne": (_reflexive, _constant_last, _numeric_bool, _whole),
+    "eq": (_reflexive, _equal_to_truth, _constant_last, _numeric_bool, _whole),
+    "ne": (_reflexive, _equal_to_truth, _constant_last, _numeric_bool, _whole),
 }
 
 

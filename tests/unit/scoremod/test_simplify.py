@@ -16,6 +16,7 @@ from tests.unit.generate import Grammar, Mod, mask_mods, score_mods
 
 WILD = Grammar(smooth=False, pairs=True)
 Q, KV = ir.index("q"), ir.index("k")
+LATER = make("ge", KV, ir.const(9, I32))
 NAN = ir.const(math.nan, F32)
 
 
@@ -59,6 +60,11 @@ def test_normal_programs_have_the_same_masked_scores(score_mod: Mod, mask_mod: M
         (make("le", Q, KV), make("ge", KV, Q)),
         (make("where", TRUE, SCORE, NAN), SCORE),
         (make("where", make("ge", Q, KV), TRUE, FALSE), make("ge", Q, KV)),
+        (make("where", make("ge", Q, KV), LATER, TRUE), make("or", make("gt", KV, Q), LATER)),
+        (make("where", make("ge", Q, KV), FALSE, LATER), make("and", make("gt", KV, Q), LATER)),
+        (make("eq", make("ge", Q, number(0, I32)), make("ge", Q, KV)), make("ge", Q, KV)),
+        (make("ne", make("ge", Q, KV), TRUE), make("gt", KV, Q)),
+        (make("eq", make("ge", Q, KV), FALSE), make("gt", KV, Q)),
         ((Q + number(3, I32)) - number(5, I32), Q + number(-2, I32)),
         ((SCORE + 0.1) + 0.2, (SCORE + 0.1) + 0.2),  # float addition rounds
         (make("ne", ir.cast(make("ge", Q, KV), I32), number(0, I32)), make("ge", Q, KV)),
