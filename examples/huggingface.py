@@ -67,14 +67,14 @@ MODELS = {
 }
 
 
-def make_model(name: str, size: str, device: str) -> nn.Module:
+def make_model(name: str, size: str, device: str, attention: str = "flex_attention") -> nn.Module:
     """The same weights each time, for one name and size."""
     family = MODELS[name]
     torch.manual_seed(0)
     settings = SIZES[size] | family.settings | (family.large if size == "large" else {})
     config = transformers.AutoConfig.for_model(name, **settings)
     auto = getattr(transformers, f"AutoModelFor{family.task}")
-    return auto.from_config(config, attn_implementation="flex_attention").to(device, torch.bfloat16)
+    return auto.from_config(config, attn_implementation=attention).to(device, torch.bfloat16)
 
 
 def make_inputs(model: nn.Module, padding: str, batch: int, length: int, seed: int = 0) -> dict[str, Tensor]:

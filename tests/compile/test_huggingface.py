@@ -65,7 +65,6 @@ def error(found, expected):
 SLOWER, SINKS, LEARNT = Code.SLOWER, Code.LSE_GRADIENT, Code.CAPTURED_GRADIENT
 CASES = {  # what becomes of the calls, and how many times
     ("llama", "none"): {"native": 2},
-    ("llama", "right"): {"chained": 2},
     ("mistral", "left"): {"chained": 2},
     ("gemma2", "right"): {"chained": 2},
     ("qwen3", "middle"): {"chained": 2},
