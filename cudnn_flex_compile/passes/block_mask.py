@@ -16,7 +16,7 @@ from cudnn_flex_compile.passes.find import Call, changes, example, hint
 from cudnn_flex_compile.passes.hoist import Writer, operand_value
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
-from cudnn_flex_compile.scoremod.ir import TRUE, Expr, Program
+from cudnn_flex_compile.scoremod.ir import Expr, Program
 from cudnn_flex_compile.scoremod.partition import Hoisted
 from cudnn_flex_compile.scoremod.text import text
 
@@ -27,13 +27,13 @@ def present(call: Call) -> list[Node]:
 
 
 def disagreement(
-    call: Call, program: Program, real: Callable[[Node], torch.Tensor | None], values: tuple[Any, Any, Any] | None
+    call: Call, mask: "MaskProgram", real: Callable[[Node], torch.Tensor | None], values: tuple[Any, Any, Any] | None
 ) -> Reason | None:
     """A reason if the BlockMask of the call being compiled says something else than the mask_mod.
 
     Args:
         real: the tensor of this call that a node stands for, if it is an input of the graph.
-        values: the program's operands, integers and floats for this call; None if they are not at hand.
+        values: the mask's operands, integers and floats for this call; None if they are not at hand.
     """
     from cudnn_flex_compile.kernels.block_mask import agree
 
@@ -45,11 +45,11 @@ def disagreement(
     tensors = [real(block) for block in present(call)]
     if values is None or any(t is None for t in tensors):
         opaque = Reason(Code.BLOCK_MASK, "blocks of its own under a mask_mod that masks nothing")
-        return opaque if program.mask is TRUE else None
+        return opaque if mask.noop else None
     operands, ints, floats = values
     with torch.no_grad():
         block_sizes = [hint(example(n)) for n in call.block_sizes]
-        same = agree(tensors, operands, ints, floats, program, _sizes(call), block_sizes)  # pyright: ignore
+        same = agree(tensors, operands, ints, floats, mask.program, _sizes(call), block_sizes)  # pyright: ignore
     return None if bool(same) else Reason(Code.BLOCK_MASK, "its blocks do not agree with its mask_mod")
 
 
@@ -107,6 +107,7 @@ class MaskProgram:
         hoisted: its operands.
         nodes: of captures and scalars.
         ints, floats: the scalar leaves, in the order of their positions.
+        noop: whether the mask_mod is a constant, so that a BlockMask may well have blocks of its own.
     """
 
     program: Program
@@ -114,6 +115,7 @@ class MaskProgram:
     nodes: dict[Expr, Any]
     ints: Sequence[Expr]
     floats: Sequence[Expr]
+    noop: bool
 
     @property
     def leaves(self) -> list[Expr]:

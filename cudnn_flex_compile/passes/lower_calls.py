@@ -215,10 +215,10 @@ def _sizes(call: Call) -> tuple[int, int, int, int]:
 def _disagreement(call: Call, captures: Captures, checked: MaskProgram, context: Context) -> Reason | None:
     def find() -> Reason | None:
         values = _real_values(call, captures, checked.hoisted, context)
-        return block_mask.disagreement(call, checked.program, context.real.get, values)  # pyright: ignore
+        return block_mask.disagreement(call, checked, context.real.get, values)  # pyright: ignore
 
     captured = tuple(checked.nodes[leaf] for leaf in checked.leaves)
-    return context.once((*_given(call), checked.program, checked.hoisted, captured), find)
+    return context.once((*_given(call), checked.program, checked.hoisted, checked.noop, captured), find)
 
 
 def _slower(target: Target, context: Context) -> Reason | None:

@@ -40,17 +40,21 @@ class Traced:
         hoisted: its operands.
         mask: of the mask_mod alone, with which a BlockMask is compared, and its operands; None without a BlockMask. A
             score_mod masks in blocks of any kind.
+        noop: whether the mask_mod is a constant, as BlockMask.from_kv_blocks has it unless told otherwise.
         fingerprint: of the functions, for verdicts on plans that were compared with them; None if they have none.
     """
 
     program: Program
     hoisted: tuple[Hoisted, ...]
     mask: tuple[Program, tuple[Hoisted, ...]] | None
+    noop: bool = False
     fingerprint: str | None = None
 
     def checked(self, captures: Captures) -> MaskProgram | None:
         """The mask, with what one call captured."""
-        return None if self.mask is None else MaskProgram(*self.mask, captures.nodes, captures.ints, captures.floats)
+        if self.mask is None:
+            return None
+        return MaskProgram(*self.mask, captures.nodes, captures.ints, captures.floats, self.noop)
 
 
 def traced_of(call: Call, captures: Captures) -> Traced | Reason:
@@ -117,4 +121,5 @@ def _trace(call: Call, captures: Captures, fingerprint: str | None) -> Traced | 
         return Reason(Code.CAPTURED_GRADIENT, f"a captured tensor that requires grad takes part in {error}")
     except ScoreGather:
         return Reason(Code.UNKNOWN_OP, "a captured tensor read at an index that depends on the score")
-    return Traced(program, tuple(hoisted), None if alone is None else (alone[0], tuple(alone[1])), fingerprint)
+    checked = None if alone is None else (alone[0], tuple(alone[1]))
+    return Traced(program, tuple(hoisted), checked, mask is ir.TRUE, fingerprint)

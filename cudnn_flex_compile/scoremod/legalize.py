@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.interpret import fold
-from cudnn_flex_compile.scoremod.ir import BOOL, F32, I32, I64, SCORE, Expr
+from cudnn_flex_compile.scoremod.ir import BOOL, F32, I32, I64, SCORE, TRUE, Expr
 from cudnn_flex_compile.scoremod.optable import TABLE, make
 from cudnn_flex_compile.scoremod.ranges import INT32_LIMIT, interval, magnitude, nonnegative
 from cudnn_flex_compile.scoremod.simplify import simplify
@@ -156,7 +156,8 @@ def _where(n: Expr) -> Expr:
     if not _scalar(x):
         return n
     if not _scalar(y):
-        return make("where", simplify(make("not", condition)), y, x)
+        otherwise = simplify(make("not", condition))
+        return y if otherwise is TRUE else make("where", otherwise, y, x)
     zero = ir.cast(ir.intern("mul", I32, (ir.index("q"), ir.const(0, I32))), n.dtype)
     return make("where", condition, ir.intern("add", n.dtype, (zero, x)), y)
 
@@ -169,7 +170,7 @@ def _compare(n: Expr) -> Expr:
         left, right = n.args
         opposite = simplify(make("not", right))
         same = (right, opposite) if n.kind == "eq" else (opposite, right)
-        return make("or", make("and", left, same[0]), make("and", simplify(make("not", left)), same[1]))
+        return simplify(make("or", make("and", left, same[0]), make("and", make("not", left), same[1])))
     if n.args[0].dtype != I32:
         raise Illegal(n.kind, "cuDNN compares 32-bit integers alone")
     if n.kind == "gt" and all(a.kind in GIVEN for a in n.args):

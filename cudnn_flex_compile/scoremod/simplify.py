@@ -11,7 +11,7 @@ from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.interpret import fold
 from cudnn_flex_compile.scoremod.ir import BOOL, F32, FALSE, I32, I64, TRUE, Expr, Program
 from cudnn_flex_compile.scoremod.optable import make
-from cudnn_flex_compile.scoremod.ranges import magnitude
+from cudnn_flex_compile.scoremod.ranges import INT32_LIMIT, interval, magnitude
 
 Rule = Callable[[Expr], Expr | None]
 
@@ -76,7 +76,8 @@ def _select(n: Expr) -> Expr | None:
 
 
 def _select_bool(n: Expr) -> Expr | None:
-    """where(c, x, false) -> c & x;  where(c, true, y) -> c | y;  where(c, false, true) -> ~c"""
+    """where(c, x, false) -> c & x;  where(c, true, y) -> c | y;  where(c, false, y) -> ~c & y;  where(c, x, true) ->
+    ~c | x"""
     condition, x, y = n.args
     if n.dtype != BOOL:
         return None
@@ -84,7 +85,9 @@ def _select_bool(n: Expr) -> Expr | None:
         return make("and", condition, x)
     if x is TRUE:
         return make("or", condition, y)
-    return make("not", condition) if (x is FALSE and y is TRUE) else None
+    if x is FALSE:
+        return make("and", make("not", condition), y)
+    return make("or", make("not", condition), x) if y is TRUE else None
 
 
 def _cast_of_cast(n: Expr) -> Expr | None:
@@ -106,6 +109,14 @@ def _numeric_bool(n: Expr) -> Expr | None:
     left, right = n.args
     if left.kind in ("i32", "i64", "f32") and left.args and left.args[0].dtype == BOOL and is_const(right, 0):
         return left.args[0] if n.kind == "ne" else make("not", left.args[0])
+    return None
+
+
+def _equal_to_truth(n: Expr) -> Expr | None:
+    """x == true -> x;  x == false -> ~x, for a bool x, and != the other way round"""
+    for x, value in (n.args, n.args[::-1]):
+        if value in (TRUE, FALSE):
+            return x if (value is TRUE) == (n.kind == "eq") else make("not", x)
     return None
 
 
@@ -133,6 +144,14 @@ def _reflexive(n: Expr) -> Expr | None:
     if n.args[0] is n.args[1] and n.args[0].dtype != F32:
         return ir.const(n.kind in ("ge", "le", "eq"), BOOL)
     return None
+
+
+def _always(n: Expr) -> Expr | None:
+    """x >= y -> true on integers that do not overflow, where the least x is no less than the largest y, as in q >= 0"""
+    if n.args[0].dtype not in (I32, I64) or max(map(magnitude, n.args)) > INT32_LIMIT:
+        return None
+    (least, _), (_, largest) = map(interval, n.args)
+    return TRUE if least >= largest + (n.kind == "gt") else None
 
 
 FLOAT_EXACT = 2**24  # up to it, every integer is a float32
@@ -177,12 +196,12 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "bool": (_cast_of_cast, _as_predicate),
     "f32": (_cast_of_cast,),
     "i32": (_cast_of_cast,),
-    "ge": (_reflexive, _whole),
-    "gt": (_reflexive, _whole),
+    "ge": (_reflexive, _whole, _always),
+    "gt": (_reflexive, _whole, _always),
     "le": (_turn_less,),
     "lt": (_turn_less,),
-    "eq": (_reflexive, _constant_last, _numeric_bool, _whole),
-    "ne": (_reflexive, _constant_last, _numeric_bool, _whole),
+    "eq": (_reflexive, _equal_to_truth, _constant_last, _numeric_bool, _whole),
+    "ne": (_reflexive, _equal_to_truth, _constant_last, _numeric_bool, _whole),
 }
 
 

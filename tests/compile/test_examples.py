@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from cudnn_flex_compile import Options
 
 ROOT = Path(__file__).parents[2]
@@ -23,6 +25,25 @@ def test_quickstart_runs_to_the_end():
     assert done.returncode == 0, done.stderr
     assert "4 flex_attention calls: 4 lowered to cuDNN, 0 kept" in done.stdout
     assert "max |difference| from eager flex_attention" in done.stdout
+
+
+EXAMPLES = {  # what each shows of itself: calls, and those that are lowered
+    ("alibi.py",): (2, 2),
+    ("joint_attention.py",): (2, 2),
+    ("neighbourhood.py", "--lower", "always"): (2, 2),
+    ("huggingface.py", "bert", "--padding", "middle"): (2, 2),
+}
+
+
+@pytest.mark.parametrize("command", EXAMPLES, ids=" ".join)
+def test_an_example_shows_what_it_lowers(command):
+    if command[0] == "huggingface.py":
+        pytest.importorskip("transformers")
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    calls, lowered = EXAMPLES[command]
+    assert f"{calls} flex_attention calls: {lowered} lowered to cuDNN, {calls - lowered} kept" in done.stdout
+    assert "max |difference|" in done.stdout
 
 
 def test_train_says_that_it_needs_a_gpu():

@@ -9,6 +9,7 @@ from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, fle
 
 from cudnn_flex_compile.bench.mods import causal, causal_padding, padded, softcap
 from cudnn_flex_compile.passes import lower_calls
+from cudnn_flex_compile.scoremod.ir import TRUE
 from tests.compile.block_masks import code_of, compilations, lowered_steps
 from tests.compile.test_backend import close, draw, fresh  # noqa: F401
 
@@ -144,3 +145,14 @@ def test_symbolic_lengths_of_a_padding_input():
     calls = lowered_steps(model, steps, dynamic=True)
     assert code_of(calls) is None
     close(attend(*steps[0][:3], mask_of(steps[0][3])), model(*steps[0]))
+
+
+def test_nothing_masked_in_the_graph():
+    """As HuggingFace's encoders mask nothing: blocks of create_block_mask, no mask_mod that stands for any blocks."""
+
+    def model(q, k, v):
+        return attend(q, k, v, create_block_mask(lambda b, h, row, column: row >= 0, None, None, LENGTH, LENGTH, "cpu"))
+
+    (call,) = calls = lowered_steps(model, [queries()])
+    assert code_of(calls) is None
+    assert call.program.mask is TRUE

@@ -239,3 +239,13 @@ def test_a_bias_of_minus_infinity_is_bounded_like_any_score(kind):
     torch.testing.assert_close(value, evaluate(root, leaf))
     gradient = evaluate(legalize(simplify(derive(root))), leaf)
     assert gradient.isfinite().all()
+
+
+NEVER = make("ge", ir.const(-3, I32), KV)  # its negation always holds
+
+
+@pytest.mark.parametrize(
+    "root", [make("eq", NEVER, make("ge", Q, KV)), make("where", NEVER, ir.const(1.0, F32), SCORE)], ids=infix
+)
+def test_no_predicate_is_a_constant(root: Expr) -> None:
+    assert not any(n.kind == "const" and n.dtype == BOOL for n in ir.walk(legalize(root)))

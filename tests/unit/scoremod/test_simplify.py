@@ -16,6 +16,7 @@ from tests.unit.generate import Grammar, Mod, mask_mods, score_mods
 
 WILD = Grammar(smooth=False, pairs=True)
 Q, KV = ir.index("q"), ir.index("k")
+LATER = make("ge", KV, ir.const(9, I32))
 NAN = ir.const(math.nan, F32)
 
 
@@ -47,11 +48,23 @@ def test_normal_programs_have_the_same_masked_scores(score_mod: Mod, mask_mod: M
         (make("ge", Q, Q), TRUE),
         (make("gt", Q, Q), FALSE),
         (make("ne", Q, Q), FALSE),
+        (make("ge", Q, number(0, I32)), TRUE),  # as HuggingFace's encoders mask nothing
+        (make("ge", Q + KV, number(0, I32)), TRUE),
+        (make("gt", Q, number(-1, I32)), TRUE),
+        (make("gt", Q, number(0, I32)), make("gt", Q, number(0, I32))),
+        (make("ge", Q - KV, number(0, I32)), make("ge", Q - KV, number(0, I32))),
+        (make("ge", ir.capture(0, I32), number(0, I32)), make("ge", ir.capture(0, I32), number(0, I32))),
+        (make("ge", Q + number(2**31 - 1, I32), KV), make("ge", Q + number(2**31 - 1, I32), KV)),  # it may wrap
         (make("not", make("ge", SCORE, NAN)), make("not", make("ge", SCORE, NAN))),  # ~(a >= b) is not a < b
         (make("not", make("ge", Q, KV)), make("gt", KV, Q)),
         (make("le", Q, KV), make("ge", KV, Q)),
         (make("where", TRUE, SCORE, NAN), SCORE),
         (make("where", make("ge", Q, KV), TRUE, FALSE), make("ge", Q, KV)),
+        (make("where", make("ge", Q, KV), LATER, TRUE), make("or", make("gt", KV, Q), LATER)),
+        (make("where", make("ge", Q, KV), FALSE, LATER), make("and", make("gt", KV, Q), LATER)),
+        (make("eq", make("ge", Q, number(0, I32)), make("ge", Q, KV)), make("ge", Q, KV)),
+        (make("ne", make("ge", Q, KV), TRUE), make("gt", KV, Q)),
+        (make("eq", make("ge", Q, KV), FALSE), make("gt", KV, Q)),
         ((Q + number(3, I32)) - number(5, I32), Q + number(-2, I32)),
         ((SCORE + 0.1) + 0.2, (SCORE + 0.1) + 0.2),  # float addition rounds
         (make("ne", ir.cast(make("ge", Q, KV), I32), number(0, I32)), make("ge", Q, KV)),

@@ -74,7 +74,8 @@ SPELLINGS = [
     ("(q - kv).clamp(min=0) <= 5", {"upper": 5}), ("~((q < kv) ^ False)", {"lower": 0}),
     ("torch.where(q >= kv, q - kv, 9) <= 8", {"lower": 0, "upper": 8}),
     # what always holds, and what never does
-    ("(q >= kv) | (q < kv)", {}), ("(kv >= 0) & (q + kv >= 0)", {}), ("(q >= kv) & (q - kv >= -3)", {"lower": 0}),
+    ("(q >= kv) | (q < kv)", {}), ("(kv >= 0) & (q + kv >= 0)", {}), ("q >= 0", {}),
+    ("(q + 0 >= 0) & (kv < 9)", {"end": 8}), ("(q >= kv) & (q - kv >= -3)", {"lower": 0}),
     ("(q > kv) & (q < kv)", {"lower": -1, "upper": -1}), ("(kv < 0) | (b < 0) & False", {"end": -1}),
     ("((q >= kv) | (kv < 100)) & (kv < 50)", {"end": 49}), ("((q >= kv) & (kv < 9)) | (q >= kv)", {"lower": 0}),
 ]  # fmt: skip
