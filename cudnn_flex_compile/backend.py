@@ -48,7 +48,8 @@ def cudnn_flex(
     plans.resize(chosen.plan_cache_size)
     use_folder(chosen.cache_folder, chosen.cache_mb)
     with phase("lower"):
-        lowered = lower_calls(graph_module, example_inputs, chosen.lower == "when_faster", chosen.bias_budget_mb)
+        only_faster, budget = chosen.lower == "when_faster", chosen.bias_budget_mb
+        lowered = lower_calls(graph_module, example_inputs, only_faster, budget, chosen.captures_graphs)
     publish(lowered.calls)
     _log(lowered.calls, chosen)
     with phase("inner"):

@@ -70,6 +70,11 @@ class Options:
             return None
         return Path(self.cache_dir).expanduser() if self.cache_dir else platformdirs.user_cache_path(PACKAGE, False)
 
+    @property
+    def captures_graphs(self) -> bool:
+        """Whether the inner backend captures CUDA graphs."""
+        return self.mode in ("reduce-overhead", "max-autotune") or bool(self.inner_options.get("triton.cudagraphs"))
+
 
 LEAST = {"plan_cache_size": 1, "cache_mb": 1, "bias_budget_mb": 0}
 CHOICES: dict[str, tuple[str | None, ...]] = {

@@ -44,9 +44,10 @@ from cudnn_flex_compile.scoremod.text import parse
 
 if TYPE_CHECKING:
     from cudnn_flex_compile.engine.plan import Plan
+    from cudnn_flex_compile.engine.tile_plan import TilePlan
     from cudnn_flex_compile.engine.wide import WidePlan
 
-    Runs = Plan | PartsPlan | WidePlan
+    Runs = Plan | PartsPlan | WidePlan | TilePlan
 
 
 @dataclass(slots=True)
@@ -230,7 +231,7 @@ def _copies(call: Key, problem: Problem) -> tuple[bool, bool, bool, bool]:
     given = (call[3], call[6], call[9])
     wanted = (problem.query, problem.key, problem.value)
     q, k, v = (tuple(g) != w.stride for g, w in zip(given, wanted, strict=True))
-    return q, k, v, problem.grad is not None and tuple(call[16]) != problem.grad.stride
+    return q, k, v, problem.grad is not None and tuple(call[17]) != problem.grad.stride
 
 
 def _first_right(problem: Problem, forward: "Runs | None") -> "Runs | Reason":
@@ -257,9 +258,19 @@ def _first_right(problem: Problem, forward: "Runs | None") -> "Runs | Reason":
 
 def attempts(problem: Problem) -> "list[Callable[[], Runs | Reason]]":
     """What builds a plan of a problem, in the order of trial."""
+    if problem.tiled:
+        return [functools.partial(_of_tiles, problem)]
     program = pruned(parse(problem.program), problem.lengths)
     found = [functools.partial(make, program, problem) for make in (_in_parts, *_strategies(program, problem))]
     return [*found, *_with_wider_values(problem)] if problem.lse_gradient else [*found]
+
+
+def _of_tiles(problem: Problem) -> "Runs | Reason":
+    from cudnn_flex_compile.engine.tile_plan import build
+
+    plans.count("builds")
+    with phase("build"):
+        return build(problem)
 
 
 def _with_wider_values(problem: Problem) -> "Iterator[Callable[[], Runs | Reason]]":

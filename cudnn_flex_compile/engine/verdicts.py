@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cudnn_flex_compile.engine.identity import key_of, problem_text
+from cudnn_flex_compile.engine.interval_kernels import keep_in
 from cudnn_flex_compile.engine.parts import PartsPlan, assemble_parts, divided
 from cudnn_flex_compile.engine.problem import Problem
 from cudnn_flex_compile.engine.record import Certified, StoredPlan, decode, encode
@@ -28,9 +29,10 @@ from cudnn_flex_compile.scoremod.text import parse
 
 if TYPE_CHECKING:
     from cudnn_flex_compile.engine.plan import Plan
+    from cudnn_flex_compile.engine.tile_plan import TilePlan
     from cudnn_flex_compile.engine.wide import WidePlan
 
-    Runs = Plan | PartsPlan | WidePlan
+    Runs = Plan | PartsPlan | WidePlan | TilePlan
 
 log = logging.getLogger("cudnn_flex_compile")
 
@@ -42,6 +44,7 @@ class Use(NamedTuple):
     kept: bool
 
 
+KERNELS = "interval_kernels"  # the subfolder in which the frontend keeps those
 NEITHER = Use(False, False)
 USES = {"once": Use(True, True), "always": Use(False, True)}
 _stores: list[Store] = []
@@ -49,6 +52,7 @@ _stores: list[Store] = []
 
 def use_folder(folder: Path | None, megabytes: int) -> None:
     """Where verdicts are kept (MiB at most), or that they are not, from now on and in the whole process."""
+    keep_in(None if folder is None else folder / KERNELS)
     wanted = None if folder is None else (folder, megabytes * 2**20)
     if wanted != next(((s.folder, s.bound) for s in _stores), None):
         _stores[:] = [] if wanted is None else [Store(*wanted)]
@@ -100,12 +104,24 @@ def _stored(found: "Runs") -> Certified:
     return Certified(tuple(stored), isinstance(found, PartsPlan))
 
 
+def _compiled(problem: Problem) -> "Runs":
+    """A plan of kernels that the frontend keeps."""
+    from cudnn_flex_compile.engine.tile_plan import build
+
+    plan = build(problem)
+    if isinstance(plan, Reason):
+        raise ValueError(str(plan))
+    return plan
+
+
 def _restored(problem: Problem, verdict: Certified) -> "Runs | Reason":
     """Raises ValueError for plans of other problems: our code cannot have changed, but be sure."""
     from cudnn_flex_compile.engine.attention_graph import output_specs
     from cudnn_flex_compile.engine.plan import restore
     from cudnn_flex_compile.engine.wide import WidePlan, widened
 
+    if problem.tiled:
+        return _compiled(problem)
     if verdict.wide:
         return WidePlan(problem, _restored(widened(problem), replace(verdict, wide=False)))
     left = list(verdict.plans)

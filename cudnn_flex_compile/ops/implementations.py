@@ -36,18 +36,18 @@ def new_stats(query: Tensor, wanted: bool) -> Tensor:
 @torch.library.impl(library, "attention_forward", "CUDA")
 def _forward_cuda(
     query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], ints: list[int], floats: list[Tensor],
-    program: str, scale: float, stats: bool, guard: Tensor | None,
+    program: str, scale: float, stats: bool, guard: Tensor | None, tiles: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     from cudnn_flex_compile.kernels import cuda
 
     with named("forward", program):
-        return cuda.forward(query, key, value, operands, ints, floats, program, scale, stats)
+        return cuda.forward(query, key, value, operands, ints, floats, program, scale, stats, tiles)
 
 
 @torch.library.impl(library, "attention_forward", "CPU")
 def _forward_cpu(
     query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], ints: list[int], floats: list[Tensor],
-    program: str, scale: float, stats: bool, guard: Tensor | None,
+    program: str, scale: float, stats: bool, guard: Tensor | None, tiles: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     from cudnn_flex_compile.kernels import cpu
 
@@ -60,7 +60,7 @@ def _forward_cpu(
 
 def _forward_fake(
     query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], ints: list[int], floats: list[Tensor],
-    program: str, scale: float, stats: bool, guard: Tensor | None,
+    program: str, scale: float, stats: bool, guard: Tensor | None, tiles: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     _check(query, key, value)
     return _new_out(query, value), new_stats(query, stats)
@@ -70,10 +70,11 @@ def _forward_fake(
 def _backward_cuda(
     grad_out: Tensor, grad_stats: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
     operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str, scale: float,
+    tiles: Tensor | None = None,
 ) -> Gradients:  # fmt: skip
     from cudnn_flex_compile.kernels import cuda
 
-    rest = (operands, ints, floats, program, scale)
+    rest = (operands, ints, floats, program, scale, tiles)
     with named("backward", program):
         return cuda.backward(grad_out, grad_stats, query, key, value, out, stats, *rest)
 
@@ -82,6 +83,7 @@ def _backward_cuda(
 def _backward_cpu(
     grad_out: Tensor, grad_stats: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
     operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str, scale: float,
+    tiles: Tensor | None = None,
 ) -> Gradients:  # fmt: skip
     from cudnn_flex_compile.kernels import cpu
 
@@ -95,6 +97,7 @@ def _backward_cpu(
 def _backward_fake(
     grad_out: Tensor, grad_stats: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
     operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str, scale: float,
+    tiles: Tensor | None = None,
 ) -> Gradients:  # fmt: skip
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 

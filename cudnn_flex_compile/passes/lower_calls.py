@@ -5,14 +5,15 @@ Knows nothing of the inner backend. An exception in one call keeps that call; th
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from cudnn_flex_compile.passes import block_mask, speed
+from cudnn_flex_compile.passes import block_mask, intervals, speed
 from cudnn_flex_compile.passes.autocast import with_casts, without_casts
 from cudnn_flex_compile.passes.block_mask import MaskProgram
 from cudnn_flex_compile.passes.capture import Captures, read_captures
@@ -26,6 +27,7 @@ from cudnn_flex_compile.passes.traced import traced_of
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.report import CallReport
 from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod.fingerprint import graph_text
 from cudnn_flex_compile.scoremod.partition import Hoisted
 from cudnn_flex_compile.scoremod.text import text
 
@@ -34,14 +36,17 @@ log = logging.getLogger("cudnn_flex_compile")
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What the calls of one graph share: writers that write each node once, the graph's real inputs, and what was
-    found out about these, which takes a look at their data."""
+    """What the calls of one graph share: writers that write each node once (of tiles, none under CUDA graphs), the
+    graph's real inputs, how many calls share a mask, and what was found out about all that, which takes a look at data.
+    """
 
     operands: Writer
+    tiles: intervals.Tiles | None
     guards: block_mask.Guards
     real: dict[Node, Any]
     only_faster: bool
     bias_budget: int
+    sharing: Counter[Hashable]
     known: dict[tuple[Any, ...], Reason | None] = field(default_factory=dict[tuple[Any, ...], Reason | None])
 
     def once(self, key: tuple[Any, ...], find: Callable[[], Reason | None]) -> Reason | None:
@@ -59,18 +64,22 @@ class Lowered:
 
 
 def lower_calls(
-    graph_module: GraphModule, example_inputs: Sequence[Any], only_faster: bool = True, bias_budget: int = 256
-) -> Lowered:
+    graph_module: GraphModule, example_inputs: Sequence[Any], only_faster: bool = True, bias_budget: int = 256,
+    graphs: bool = False,
+) -> Lowered:  # fmt: skip
     """Rewrites the graph in place.
 
     Args:
         only_faster: keep the calls that are slower on cuDNN.
-        bias_budget: MiB that one operand over (q, kv) pairs may take.
+        bias_budget: MiB that one operand over (q, kv) pairs, or one list of tiles, may take.
+        graphs: whether the inner backend captures CUDA graphs, where the host can look at no data.
     """
     inputs = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
     real = dict(zip(inputs, example_inputs, strict=False))
     writer = Writer()
-    context = Context(writer, block_mask.Guards(inputs, writer), real, only_faster, bias_budget)
+    tiles, guards = None if graphs else intervals.Tiles(writer), block_mask.Guards(inputs, writer)
+    sharing = Counter(_mask_of(call) for call in find_calls(graph_module))
+    context = Context(writer, tiles, guards, real, only_faster, bias_budget, sharing)
     reports: list[CallReport] = []
     changed: list[GraphModule] = []
     live: dict[Graph, set[Node]] = {}
@@ -86,6 +95,11 @@ def lower_calls(
         module.graph.lint()
         module.recompile()
     return Lowered(reports, context.guards.outside)
+
+
+def _mask_of(call: Call) -> Hashable:
+    """Equal for calls with one mask; what has no text is equal to nothing else."""
+    return graph_text(call.mask_mod) or call.node, call.mask_captured, call.blocks
 
 
 def _lower(call: Call, context: Context) -> CallReport:
@@ -112,6 +126,8 @@ def _take_back(call: Call, before: set[Node], context: Context) -> None:
             graph.erase_node(node)
     context.operands.forget()
     context.guards.forget()
+    if context.tiles is not None:
+        context.tiles.forget()
 
 
 def _lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason | None:
@@ -126,9 +142,7 @@ def _lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason
         return traced
     program, hoisted, checked = traced.program, traced.hoisted, traced.checked(captures)
     report.program = program
-    large = _over_budget(call, hoisted, context.bias_budget)
-    if large is not None:
-        return large
+    other = _over_budget(call, hoisted, context.bias_budget)
     training = bool(example(call.node)[0].requires_grad)
     wrong = None if checked is None else _disagreement(call, captures, checked, context)
     if wrong is not None:
@@ -138,15 +152,40 @@ def _lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason
     target = Target(call, program, hoisted, captures, training, context.real, compact, traced.fingerprint)
     if context.only_faster and target.lse_gradient:
         return speed.UNMEASURED
-    slower = _slower(call, *running, training, context) if context.only_faster else None
-    if slower is not None:
-        return slower
+    if other is None and context.only_faster:
+        other = _slower(call, *running, training, context)
+    missing = None
+    if intervals.better(traced, other):
+        missing = _by_intervals(intervals.tiled(target, traced), context, report)
+        if missing is None:
+            return None
+    if other is not None:
+        return missing if missing is not None and missing.code is Code.INTERVALS else other
     verdict = judge(target)
     if isinstance(verdict, Reason):
         return verdict
     report.strategies = verdict
     guard = None if checked is None else context.guards.write(call, checked)
     _rewrite(target, context, guard)
+    return None
+
+
+def _by_intervals(target: Target, context: Context, report: CallReport) -> Reason | None:
+    """Rewrites the call to run by intervals, or says why it does not."""
+    call = target.call
+    if context.tiles is None:
+        return Reason(Code.UNSUPPORTED_CALL, "intervals under CUDA graphs")
+    calls = context.sharing[_mask_of(call)]
+    if context.only_faster:
+        slower = speed.slower_by_intervals(call, target.training, calls, context.real.get)  # pyright: ignore
+        if slower is not None:
+            return slower
+    values = _real_values(call, target.captures, target.hoisted, context)
+    verdict = intervals.unsuitable(target, values, context.bias_budget) or judge(target)
+    if isinstance(verdict, Reason):
+        return verdict
+    report.strategies = verdict
+    _rewrite(target, context, None)
     return None
 
 
@@ -236,4 +275,5 @@ def _rewrite(target: Target, context: Context, guard: Node | None) -> None:
         key, value = (writer.permute(with_batch(n, call), order, call.node) for n in (key, value))
     program, hoisted = target.running
     operands = [writer.write(h, nodes, call.query, call.key, call.node) for h in hoisted]
-    replace(call, key, value, operands, ints, floats, text(program), target.training, guard)
+    tiles = context.tiles.write(target, operands, ints, floats) if target.tiled and context.tiles else None
+    replace(call, key, value, operands, ints, floats, text(program), target.training, guard, tiles)

@@ -33,6 +33,12 @@ PARTS_COST = 1.15
 # (cudnn-flex bench --mods "relative table" "bias tensor" --lower always)
 FORWARD_ITEMSIZE = 4
 BACKWARD_WEIGHT = 2.7  # of a pair in the backward, where it is 1 in the forward
+# Interval kernels take this share less than Inductor's, whose rate is in FLOP a millisecond, all on one H200; and what
+# finding the intervals and listing the tiles takes a step, in milliseconds, which all calls with one mask share. What
+# share of the blocks a BlockMask lists that is not at hand is a guess. (python3 -m tests.gpu.documents_time)
+INTERVALS_GAIN, INDUCTOR_RATE, INTERVALS_SETUP = 0.45, 250e9, 0.4
+BACKWARD_TIME = 3.0  # of Inductor's backward, where its forward is 1
+GUESSED_SHARE = 0.1
 # Its plans are certified like all others, but nobody has measured them. (python3 -m tests.gpu.lse_time will)
 UNMEASURED = Reason(Code.LSE_GRADIENT, "the LSE takes part in the loss, and how fast cuDNN is then was not measured")
 
@@ -60,6 +66,20 @@ def slower(
         return None
     percent = ours / (sizes[0] * sizes[1])
     return Reason(Code.SLOWER, f"cuDNN would compute {percent:.0%} of the pairs, the BlockMask lists {share:.0%}")
+
+
+def slower_by_intervals(
+    call: Call, training: bool, calls: int, real: Callable[[Node], torch.Tensor | None]
+) -> Reason | None:
+    """A reason not to run by intervals, or None, for a mask that so many calls share."""
+    share = _share(call, real) if call.blocks else 1.0
+    query, key, value = (tuple(hint(n) for n in example(node).shape) for node in (call.query, call.key, call.value))
+    pairs = (GUESSED_SHARE if share is None else share) * query[0] * query[1] * query[2] * key[2]
+    time = pairs * 2 * (query[3] + value[3]) / INDUCTOR_RATE * (1 + BACKWARD_TIME if training else 1)
+    if calls * time * INTERVALS_GAIN >= INTERVALS_SETUP:
+        return None
+    saved = calls * time * INTERVALS_GAIN
+    return Reason(Code.SLOWER, f"listing the mask's tiles takes longer than the {saved:.2f} ms that it saves a step")
 
 
 def _pair_operands(program: Program, hoisted: Sequence[Hoisted]) -> list[torch.dtype]:

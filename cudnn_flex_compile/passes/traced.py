@@ -19,8 +19,8 @@ from cudnn_flex_compile.phases import count, phase
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.fingerprint import graph_text
-from cudnn_flex_compile.scoremod.ir import Program
-from cudnn_flex_compile.scoremod.partition import Hoisted, ScoreGather, partition
+from cudnn_flex_compile.scoremod.ir import SCORE, Program
+from cudnn_flex_compile.scoremod.partition import Hoisted, ScoreGather, pairwise, partition
 from cudnn_flex_compile.scoremod.ranges import narrow
 from cudnn_flex_compile.scoremod.simplify import normalize
 from cudnn_flex_compile.scoremod.trace import Captured, Untraceable, trace
@@ -39,12 +39,15 @@ class Traced:
         hoisted: its operands.
         mask: of the mask_mod alone, with which a BlockMask is compared, and its operands; None without a BlockMask. A
             score_mod masks in blocks of any kind.
+        pairwise: the same program with the mask as one predicate of rows and columns, and its operands
+            (scoremod/partition.py); None where the score is modified, or the mask reads a captured tensor at pairs.
         fingerprint: of the functions, for verdicts on plans that were compared with them; None if they have none.
     """
 
     program: Program
     hoisted: tuple[Hoisted, ...]
     mask: tuple[Program, tuple[Hoisted, ...]] | None
+    pairwise: tuple[Program, tuple[Hoisted, ...]] | None
     fingerprint: str | None = None
 
     def checked(self, captures: Captures) -> MaskProgram | None:
@@ -106,11 +109,14 @@ def _trace(call: Call, captures: Captures, fingerprint: str | None) -> Traced | 
             score = trace(call.score_mod, True, captures.of_score, device)
             mask = trace(call.mask_mod, False, captures.of_mask, device)
         with phase("solve"):
-            program, hoisted = partition(normalize(ir.program(narrow(score), narrow(mask))), captures.stored)
+            normal = normalize(ir.program(narrow(score), narrow(mask)))
+            program, hoisted = partition(normal, captures.stored)
+            pairs = pairwise(normal) if normal.score is SCORE else None
             alone = partition(normalize(ir.program(mask=narrow(mask)))) if call.blocks else None
         count("programs traced")
     except Untraceable as error:
         return Reason(Code.UNKNOWN_OP, str(error))
     except ScoreGather:
         return Reason(Code.UNKNOWN_OP, "a captured tensor read at an index that depends on the score")
-    return Traced(program, tuple(hoisted), None if alone is None else (alone[0], tuple(alone[1])), fingerprint)
+    only_mask, by_pairs = (None if found is None else (found[0], tuple(found[1])) for found in (alone, pairs))
+    return Traced(program, tuple(hoisted), only_mask, by_pairs, fingerprint)
