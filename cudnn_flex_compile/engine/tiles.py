@@ -123,7 +123,7 @@ class Tiler:
         dims = {"arch": ARCHITECTURE, "dtype": g.dtype, "head_dim": g.dim, "head_dim_v": g.value_dim}
         same: dict[str, Any] = {**heads, **dims, "is_varlen": False}
         self._forward = builder.resolve_sm90_fwd_consumer_config(**same, hmask=g.mask_heads, pack_gqa=None)
-        self._backward = builder.resolve_sm90_bwd_consumer_config(**same)
+        self._backward = builder.resolve_sm90_bwd_consumer_config(**same) if g.training else None
         self._parts: dict[str, Part] = {}
         self._place()
         self._stages: dict[str, Any] = {}
@@ -137,12 +137,13 @@ class Tiler:
         g, f, b = self.geometry, self._forward, self._backward
         packed = f.qhead_per_kvhead if f.pack_gqa else 1
         self._q_blocks, self._k_blocks = math.ceil(g.rows * packed / f.block_size[0]), math.ceil(g.columns / f.tile_n)
-        self._q_blocks_b, self._k_blocks_b = math.ceil(g.rows / b.sparse_tile_m), math.ceil(g.columns / b.tile_n)
+        self._q_blocks_b = self._k_blocks_b = 0
         rows, every = g.batch * self._q_blocks, g.mask_heads * g.batch * self._q_blocks * self._k_blocks
         scheduled = g.kv_heads if f.pack_gqa else g.heads
         self._add("", rows, every, (f.physical_subtiles, f.num_mask_payload_groups, f.payload_padded_words))
         self._put("work", (rows * scheduled, 4))
-        if g.training:
+        if b is not None:
+            self._q_blocks_b, self._k_blocks_b = math.ceil(g.rows / b.sparse_tile_m), math.ceil(g.columns / b.tile_n)
             rows, every = g.batch * self._k_blocks_b, g.mask_heads * g.batch * self._k_blocks_b * self._q_blocks_b
             self._add("k_", rows, every, (b.physical_subtiles, b.num_mma_threads, b.payload_padded_words))
             self._put("k_order", (every,))
@@ -183,7 +184,7 @@ class Tiler:
         self._write_rows(draft)
         if self.geometry.training:
             self._write_keys(draft)
-        draft.views["work"].copy_(self._schedule(draft))
+        self._schedule(draft)
         return tiles
 
     def _scratch(self, table: Tensor) -> Views:
@@ -241,7 +242,6 @@ class Tiler:
             draft.scratch["invalid"], draft.scratch["header"],
         )  # fmt: skip
         numbers = [g.batch * n for n in (self._q_blocks, self._q_blocks_b, self._k_blocks_b)]
-        numbers = numbers if g.training else [numbers[0], 0, 0]
         self._run("scan", "_compile_fixed_scan_header", ARCHITECTURE, tensors, numbers)
 
     def _run(self, stage: str, compiler: str, config: Any, tensors: Sequence[Any], numbers: Sequence[int] = ()) -> None:
@@ -270,7 +270,7 @@ class Tiler:
         numbers = (*self._lengths, self._k_blocks_b, draft.table.shape[1])
         self._run("k write", "_compile_k2q_materialize", self._backward, tensors, numbers)
 
-    def _schedule(self, draft: Draft) -> Tensor:
+    def _schedule(self, draft: Draft) -> None:
         g, v, s = self.geometry, draft.views, draft.scratch
         _, work = self._builder._build_forward_schedule(
             self._forward, v["counts"], v["full_counts"], batch_size=g.batch, total_m_blocks=g.batch * self._q_blocks,
@@ -278,7 +278,7 @@ class Tiler:
             head_dim=g.dim, head_dim_v=g.value_dim, element_size=g.dtype.itemsize, cu_seqlens_q=None, cu_seqlens_k=None,
             cu_total_m_blocks=None, schedule_histogram=s["histogram"], schedule_section_cost=s["costs"],
         )  # fmt: skip
-        return work
+        v["work"].copy_(work)
 
 
 def _blank(indices: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from cudnn_flex_compile import Options
 
 ROOT = Path(__file__).parents[2]
@@ -25,8 +27,9 @@ def test_quickstart_runs_to_the_end():
     assert "max |difference| from eager flex_attention" in done.stdout
 
 
-def test_train_says_that_it_needs_a_gpu():
-    done = run("train.py", "--steps", "1")
+@pytest.mark.parametrize("script", ["train.py", "packed_documents.py"])
+def test_training_says_that_it_needs_a_gpu(script):
+    done = run(script, "--steps", "1")
     assert (done.returncode, done.stdout) == (2, "")
     assert len(done.stderr.splitlines()) == 1
     assert "no backward on the CPU" in done.stderr
