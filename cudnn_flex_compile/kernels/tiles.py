@@ -22,14 +22,15 @@ log = logging.getLogger("cudnn_flex_compile")
 
 
 def make(
-    table: Tensor, most: Tensor, blocks: Sequence[Tensor], block_sizes: Sequence[int], operands: Sequence[Tensor],
-    ints: Sequence[int], floats: Sequence[Tensor], program: str, geometry: Geometry,
+    table: Tensor, most: Tensor, agreed: Tensor | None, blocks: Sequence[Tensor], block_sizes: Sequence[int],
+    operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor], program: str, geometry: Geometry,
 ) -> Tensor:  # fmt: skip
     """The list, on the current device, which must be that of the table.
 
     Args:
         table, most: endpoints of rows, and how many a row has at most (scoremod/masks/intervals.py).
-        blocks, block_sizes: of the BlockMask, if there is one, as kernels.block_mask.check takes them.
+        agreed: whether the BlockMask agrees with that table, int32, 0-d; None without a BlockMask.
+        blocks, block_sizes: of the BlockMask, as kernels.block_mask.check takes them.
         operands, ints, floats, program: of the mask.
 
     Raises:
@@ -44,39 +45,34 @@ def make(
     if torch.cuda.is_current_stream_capturing():
         log.warning("cudnn_flex: a mask's tiles are listed under CUDA graph capture, for any mask, which is slow")
         return _captured(tiler, all_endpoints(geometry.columns), blocks, block_sizes)
-    found = _Read(torch.stack((most, _agree(blocks, table, geometry, block_sizes))))
+    found = _Read(torch.stack((most, most if agreed is None else agreed)))
     tiles = tiler.list(table)
-    count, agreed = found()
+    count, right = found()
     if count > table.shape[1]:
         table = all_endpoints(count)
         tiles = tiler.list(table)
-        agreed = int(_agree(blocks, table, geometry, block_sizes))
-    if not agreed:
+        right = not blocks or bool(agree_with_endpoints(blocks, table, geometry.sizes, block_sizes))
+    if agreed is not None and not right:
         raise RuntimeError(MISMATCH)
     return tiles
 
 
 def none(
-    table: Tensor, most: Tensor, blocks: Sequence[Tensor], block_sizes: Sequence[int], operands: Sequence[Tensor],
-    ints: Sequence[int], floats: Sequence[Tensor], program: str, geometry: Geometry,
+    table: Tensor, most: Tensor, agreed: Tensor | None, blocks: Sequence[Tensor], block_sizes: Sequence[int],
+    operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor], program: str, geometry: Geometry,
 ) -> Tensor:  # fmt: skip
     """An empty list, where no kernel reads one. Raises as `make` does."""
-    if blocks:
+    if agreed is not None and int(most) <= table.shape[1] and not int(agreed):
+        raise RuntimeError(MISMATCH)
+    if agreed is not None and int(most) > table.shape[1]:
         check(blocks, operands, ints, floats, program, geometry.sizes, block_sizes)
     return table.new_empty(0)
 
 
 def _captured(tiler: Tiler, table: Tensor, blocks: Sequence[Tensor], block_sizes: Sequence[int]) -> Tensor:
     if blocks:
-        torch._assert_async(_agree(blocks, table, tiler.geometry, block_sizes))
+        torch._assert_async(agree_with_endpoints(blocks, table, tiler.geometry.sizes, block_sizes))
     return tiler.list(table)
-
-
-def _agree(blocks: Sequence[Tensor], table: Tensor, geometry: Geometry, block_sizes: Sequence[int]) -> Tensor:
-    """0 or 1, int32, 0-d."""
-    if not blocks:
-        return torch.ones((), dtype=torch.int32, device=table.device)
-    return agree_with_endpoints(blocks, table, geometry.sizes, block_sizes).to(torch.int32)
 
 
 class _Read:

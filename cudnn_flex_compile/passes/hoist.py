@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node, Proxy
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.proxy import GraphAppendingTracer
 
 from cudnn_flex_compile import ops
@@ -159,6 +160,21 @@ class Writer:
             _annotate(first.next, before, example(query).fake_mode)
             self._endpoints[shared] = found.table.node, found.most.node
         return self._endpoints[shared]
+
+    def write_function(self, function: Callable[..., torch.Tensor], inputs: Sequence[Node], before: Node) -> Node:
+        """The node of a function's result, above `before`, for inputs of these sizes; anew for each call."""
+        fakes = [example(n) for n in inputs]
+        with fakes[0].fake_mode, torch.no_grad():
+            traced = make_fx(function)(*fakes)
+        placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
+        first = before.prev
+        with before.graph.inserting_before(before):
+            result: Any = before.graph.graph_copy(traced.graph, dict(zip(placeholders, inputs, strict=True)))
+        node = first.next
+        while node is not before:
+            node.meta["example_value"] = node.meta["val"]
+            node = node.next
+        return result
 
     def permute(self, tensor: Node, order: KeyOrder, before: Node) -> Node:
         """Keys or values in that order; anew for each call, for they may change in place."""

@@ -14,6 +14,7 @@ from torch.fx import Node
 
 from cudnn_flex_compile import ops
 from cudnn_flex_compile.engine.tiles import Geometry, tiler_of
+from cudnn_flex_compile.kernels.block_mask import agree_with_endpoints
 from cudnn_flex_compile.passes.block_mask import present
 from cudnn_flex_compile.passes.find import Call, changes, example, hint
 from cudnn_flex_compile.passes.hoist import Writer
@@ -59,7 +60,9 @@ def unsuitable(target: Target, values: tuple[Any, Any, Any] | None, budget: int)
     refused = unusable(device)
     if refused is not None:
         return refused
-    if not all(isinstance(n, int) for n in _sizes(target.call)):
+    sizes = [*_sizes(target.call), *target.call.block_sizes]
+    sizes += [n for block in present(target.call) for n in example(block).shape]
+    if not all(isinstance(n, int) for n in sizes):
         return Reason(Code.UNSUPPORTED_CALL, "intervals of a mask whose sizes change between calls")
     try:
         mebibytes = size_of(target) * ITEMSIZE / MIB
@@ -128,11 +131,23 @@ class Tiles:
             place = (call.query, call.key, call.node)
             table, most = self._writer.write_endpoints(mask, operands, ints, floats, place)
             arguments = (
-                table, most, blocks, list(call.block_sizes) if blocks else [], list(operands), list(ints), list(floats),
-                text(target.program), geometry.numbers, geometry.dtype, size_of(target),
-            )  # fmt: skip
+                *(table, most, self._agreement(call, table), blocks, list(call.block_sizes) if blocks else []),
+                *(list(operands), list(ints), list(floats), text(target.program)),
+                *(geometry.numbers, geometry.dtype, size_of(target)),
+            )
             with graph.inserting_before(call.node):
                 node = graph.call_function(ops.list_tiles, arguments)
             node.meta["example_value"] = example(table).new_empty(size_of(target))
             self._written[shared] = node
         return self._written[shared]
+
+    def _agreement(self, call: Call, table: Node) -> Node | None:
+        """Whether the BlockMask's blocks, if there are any, agree with the endpoints."""
+        if not call.blocks:
+            return None
+        sizes, block_sizes = _sizes(call), [hint(example(n)) for n in call.block_sizes]
+
+        def agree(table: torch.Tensor, *blocks: torch.Tensor) -> torch.Tensor:
+            return agree_with_endpoints(blocks, table, sizes, block_sizes).to(torch.int32)
+
+        return self._writer.write_function(agree, [table, *present(call)], call.node)

@@ -36,7 +36,7 @@ BACKWARD_WEIGHT = 2.7  # of a pair in the backward, where it is 1 in the forward
 # Interval kernels take this share less than Inductor's, whose rate is in FLOP a millisecond, all on one H200; and what
 # finding the intervals and listing the tiles takes a step, in milliseconds, which all calls with one mask share. What
 # share of the blocks a BlockMask lists that is not at hand is a guess. (python3 -m tests.gpu.documents_time)
-INTERVALS_GAIN, INDUCTOR_RATE, INTERVALS_SETUP = 0.45, 250e9, 0.4
+INTERVALS_GAIN, INDUCTOR_RATE, INTERVALS_SETUP = 0.45, 250e9, 0.5
 BACKWARD_TIME = 3.0  # of Inductor's backward, where its forward is 1
 GUESSED_SHARE = 0.1
 # Its plans are certified like all others, but nobody has measured them. (python3 -m tests.gpu.lse_time will)
