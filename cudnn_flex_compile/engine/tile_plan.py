@@ -30,7 +30,7 @@ from cudnn_flex_compile.engine.tiles import (
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.interpret import visible_rows
-from cudnn_flex_compile.scoremod.masks.intervals import every_endpoint, most_endpoints
+from cudnn_flex_compile.scoremod.masks.intervals import NARROW, every_endpoint, most_endpoints
 from cudnn_flex_compile.scoremod.text import parse
 
 
@@ -134,7 +134,7 @@ def _samples(problem: Problem) -> tuple[list[Tensor], Tensor, Any]:
     query, key, value, out = _turned([spec.empty(device) for spec in specs])
     lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=device)
     g = geometry_of(problem, problem.direction == BACKWARD)
-    table = torch.full((g.mask_heads, 1, g.batch * g.rows), g.columns, dtype=torch.int32, device=device)
+    table = torch.full((g.mask_heads, NARROW, g.batch * g.rows), g.columns, dtype=torch.int32, device=device)
     plan = create_mask_plan(table, query, key, value, build_backward=g.training)
     return [query, key, value, out], lse, plan
 
