@@ -34,8 +34,9 @@ class Options:
             for the whole process.
         cache_dir: that folder; empty for the user's own (platformdirs). Whoever may write to it decides what runs.
         cache_mb: MiB that it may take (least recently used first out).
-        bias_budget_mb: MiB that one bias over (q, kv) pairs may take; a call that needs more is kept. The default holds
-            a float32 bias of 16 heads at length 2048, or a mask for one head at length 11585; calls share biases.
+        bias_budget_mb: MiB that one bias over (q, kv) pairs, or one list of tiles, may take; a call that needs more is
+            kept. The default holds a float32 bias of 16 heads at length 2048, or a mask for one head at length 11585;
+            calls share biases and lists.
         verbose: log every call, not only one line a graph.
     """
 

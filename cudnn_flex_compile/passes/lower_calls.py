@@ -143,6 +143,8 @@ def _lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason
     program, hoisted, checked = traced.program, traced.hoisted, traced.checked(captures)
     report.program = program
     other = _over_budget(call, hoisted, context.bias_budget)
+    if other is not None and traced.pairwise is None:
+        return other
     training = bool(example(call.node)[0].requires_grad)
     wrong = None if checked is None else _disagreement(call, captures, checked, context)
     if wrong is not None:
@@ -180,8 +182,13 @@ def _by_intervals(target: Target, context: Context, report: CallReport) -> Reaso
         slower = speed.slower_by_intervals(call, target.training, calls, context.real.get)  # pyright: ignore
         if slower is not None:
             return slower
-    values = _real_values(call, target.captures, target.hoisted, context)
-    verdict = intervals.unsuitable(target, values, context.bias_budget) or judge(target)
+
+    def unsuitable() -> Reason | None:
+        values = _real_values(call, target.captures, target.hoisted, context)
+        return intervals.unsuitable(target, values, context.bias_budget)
+
+    captured = tuple(target.captures.nodes.values())
+    verdict = context.once((*_given(call), target.program, target.hoisted, captured), unsuitable) or judge(target)
     if isinstance(verdict, Reason):
         return verdict
     report.strategies = verdict
