@@ -4,6 +4,7 @@ Without a GPU nothing runs; the compiler wants to know for which one it compiles
 """
 
 import gc
+import itertools
 import os
 import subprocess
 import sys
@@ -64,7 +65,7 @@ def test_a_list_in_training_begins_as_one_without(geometry):
     assert forward.size < training.size
     assert forward._parts == {name: training._parts[name] for name in forward._parts}
     parts = sorted(training._parts.values(), key=lambda part: part.start)
-    assert all(one.end <= other.start for one, other in zip(parts, parts[1:], strict=False))
+    assert all(one.end <= other.start for one, other in itertools.pairwise(parts))
     assert tiles.Geometry.of(geometry.numbers, geometry.dtype) == geometry
 
 
