@@ -39,17 +39,20 @@ def cudnn_flex(
     Raises:
         ValueError, TypeError: an unknown option, or a value that it does not take.
     """
-    from cudnn_flex_compile.engine.select import plans, set_certify
+    from cudnn_flex_compile.engine.ready import plans
+    from cudnn_flex_compile.engine.select import set_policy
     from cudnn_flex_compile.engine.verdicts import use_folder
     from cudnn_flex_compile.passes.lower_calls import lower_calls
 
     chosen = options_from(options, mode)
-    set_certify(chosen.certify)
+    set_policy(chosen.certify, chosen.autotune)
     plans.resize(chosen.plan_cache_size)
     use_folder(chosen.cache_folder, chosen.cache_mb)
     with phase("lower"):
         only_faster, budget = chosen.lower == "when_faster", chosen.bias_budget_mb
-        lowered = lower_calls(graph_module, example_inputs, only_faster, budget, chosen.captures_graphs)
+        lowered = lower_calls(
+            graph_module, example_inputs, only_faster, budget, chosen.autotune, chosen.captures_graphs
+        )
     publish(lowered.calls)
     _log(lowered.calls, chosen)
     with phase("inner"):

@@ -7,6 +7,7 @@ script failed or compiled no flex_attention call), 2 wrong usage; a script's own
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import platform
 import runpy
@@ -15,11 +16,14 @@ import traceback
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cudnn_flex_compile
 from cudnn_flex_compile.bench.arguments import DESCRIPTION, add_arguments
 from cudnn_flex_compile.reasons import Code, Reason
+
+if TYPE_CHECKING:
+    from cudnn_flex_compile.report import Report
 
 USAGE_ERROR, INTERRUPTED = 2, 130
 
@@ -44,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Options of this command come before the script; what follows the script is passed to it.",
     )
     explain.add_argument("--json", action="store_true", help="print JSON; the script's own output goes to stderr")
+    explain.add_argument("--plot", metavar="FILE", help="draw the masks into a file, such as masks.png (matplotlib)")
     explain.add_argument("script", help="path of a Python script that calls torch.compile(..., backend='cudnn_flex')")
     explain.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the script")
     explain.set_defaults(run=_explain)
@@ -170,6 +175,8 @@ def _explain(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         parser.exit(
             USAGE_ERROR, f"{parser.prog} explain: {given.script!r} is no file; give the path of a Python script\n"
         )
+    if given.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.exit(USAGE_ERROR, f"{parser.prog} explain: --plot needs matplotlib: pip install matplotlib\n")
     from cudnn_flex_compile.report import collect
 
     output = contextlib.redirect_stdout(sys.stderr) if given.json else contextlib.nullcontext()
@@ -178,14 +185,38 @@ def _explain(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if given.json:
         print(json.dumps({"script": given.script, "exit_code": code, **report.to_dict()}, indent=2))
     elif report.calls:
-        print(f"\ncudnn-flex explain {given.script}\n{report}")
+        _show(report, given.script)
     elif not code:
         print(
             f"cudnn-flex explain: {given.script} compiled no flex_attention call with backend='cudnn_flex'; "
             "pass it to torch.compile, and call the compiled model in the script's own process",
             file=sys.stderr,
         )
-    return code or (0 if report.calls else 1)
+    drawn = not given.plot or not report.calls or _plotted(report, given.plot)
+    return code or (0 if report.calls and drawn else 1)
+
+
+def _show(report: "Report", script: str) -> None:
+    """In colour and as wide as the terminal, if it is one."""
+    print(f"\ncudnn-flex explain {script}")
+    if not sys.stdout.isatty():
+        print(report)
+        return
+    from rich.console import Console
+
+    Console().print(report)
+
+
+def _plotted(report: "Report", path: str) -> bool:
+    """Whether the masks could be drawn; says how many, or why not."""
+    try:
+        count = report.plot(path)
+    except (OSError, ValueError) as error:
+        print(f"cudnn-flex explain: cannot write {path}: {error}", file=sys.stderr)
+        return False
+    said = f"{count} masks drawn into {path}" if count else "no call has a mask that can be drawn"
+    print(f"cudnn-flex explain: {said}", file=sys.stderr)
+    return True
 
 
 def _run(script: str, arguments: Sequence[str]) -> int:

@@ -9,6 +9,7 @@ import threading
 
 
 def new_lock() -> threading.Lock:
+    """A lock that is free in the child of a fork, whoever held it in the parent."""
     lock = threading.Lock()
     if hasattr(os, "register_at_fork"):  # not on Windows
         os.register_at_fork(after_in_child=lock._at_fork_reinit)  # pyright: ignore[reportAttributeAccessIssue]

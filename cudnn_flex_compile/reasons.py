@@ -20,7 +20,7 @@ class Code(enum.Enum):
     NO_BACKWARD = "run under torch.no_grad, or use ops that have a derivative"
     ILLEGAL_OP = "cuDNN computes no form of this op right; see the detail"
     BIAS_BUDGET = "raise options={'bias_budget_mb': ...}, or write the mask as bounds on q - kv and kv"
-    CAPTURED_GRADIENT = "detach the captured tensor, or keep this call on stock flex_attention"
+    CAPTURED_GRADIENT = "only add it to the score, as in `score + table[h, q - kv]`, or detach it"
     LSE_GRADIENT = "detach the LSE where it takes part in no loss, or try options={'lower': 'always'}"
     MAX_SCORES = "ask for the LSE only"
     FORCED_BACKEND = "drop BACKEND from kernel_options"
@@ -32,6 +32,7 @@ class Code(enum.Enum):
     SLOWER = "nothing: stock flex_attention is the faster one here (options={'lower': 'always'} overrides)"
     MEMORY = "free GPU memory and call cudnn_flex_compile.cache_clear(): checking a plan takes as much as one more call"
     CERTIFICATION = "cuDNN's numbers were wrong here; please report the program and the shape"
+    CAPTURING = "run the model once before the capture: nothing can be built or checked meanwhile"
     INTERNAL = "a bug of cudnn_flex_compile: please report it with the detail"
 
 
@@ -51,6 +52,7 @@ class Reason:
 
     @property
     def remedy(self) -> str:
+        """What the user can do, in one line."""
         return self.code.value
 
     def __str__(self) -> str:

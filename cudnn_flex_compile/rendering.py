@@ -5,7 +5,8 @@ Knows nothing of how either comes about.
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,11 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from cudnn_flex_compile.scoremod.ir import TRUE, Expr
-from cudnn_flex_compile.scoremod.masks.bound import Bound
-from cudnn_flex_compile.scoremod.masks.form import split
-from cudnn_flex_compile.scoremod.text import infix
+from cudnn_flex_compile.picture import WIDTH as PICTURE_WIDTH
+from cudnn_flex_compile.picture import Picture
+from cudnn_flex_compile.reasons import Reason
+from cudnn_flex_compile.scoremod.ir import SCORE
+from cudnn_flex_compile.wording import describe_mask, describe_score
 
 if TYPE_CHECKING:
     from cudnn_flex_compile.report import CallReport, Report
@@ -32,9 +34,9 @@ NOTES = {
 }
 
 
-def to_text(report: "Report", width: int = WIDTH) -> str:
-    """The report as plain text of at most `width` columns."""
-    return _plain(render(report), width)
+def to_text(report: "Report", width: int = WIDTH, details: bool = True) -> str:
+    """The report as plain text of at most `width` columns; with `details`, as `render` has them."""
+    return _plain(render(report, details), width)
 
 
 def self_test(tests: Sequence[dict[str, Any]], width: int = WIDTH) -> str:
@@ -61,26 +63,35 @@ def _plain(shown: Group, width: int) -> str:
     return re.sub("\n{3,}", "\n\n", "\n".join(line.rstrip() for line in lines)).strip("\n")
 
 
-def render(report: "Report") -> Group:
-    """The report for rich: one row for each distinct call, then why calls were kept and what to do."""
+def render(report: "Report", details: bool = True) -> Group:
+    """The report for rich: one row for each distinct call, then why calls were kept and what to do, and with `details`
+    the functions, the mask, and what is known of the plans of each.
+    """
     if not report.calls:
         return Group(Text("No flex_attention call was compiled: is it called, and not inside a graph break?"))
-    rows = _distinct(report.calls)
-    parts: list[Any] = [Text(report.summary), _calls_table(rows)]
+    rows = distinct(report.calls)
+    parts: list[Any] = [Text(report.summary, style="bold"), _calls_table(rows)]
     if report.kept:
         parts.append(_kept_table(rows))
-    words = " ".join(describe_score(call) + describe_mask(call) for call, _ in rows)
+    words = " ".join(score_of(call) + mask_of(call) for call, _ in rows)
     parts += [Text(note, style="dim") for word, note in NOTES.items() if word in words]
+    if details:
+        drawn: dict[Picture | str, int] = {}
+        for number, (call, _) in enumerate(rows, 1):
+            first = drawn.setdefault(call.picture, number)
+            parts.append(_details(number, call, first))
     return Group(*parts)
 
 
-def _distinct(calls: "Sequence[CallReport]") -> "list[tuple[CallReport, int]]":
+def distinct(calls: "Sequence[CallReport]") -> "list[tuple[CallReport, int]]":
     """Calls that are told apart by what is shown of them, and how many there are of each."""
-    found: dict[tuple[Any, ...], tuple[CallReport, int]] = {}
+    found: list[tuple[CallReport, int]] = []
+    numbers: dict[tuple[Any, ...], int] = {}
     for call in calls:
-        key = (call.source, call.program, call.strategies, call.reason)
-        found[key] = (call, found.get(key, (call, 0))[1] + 1)
-    return list(found.values())
+        number = numbers.setdefault(tuple(getattr(call, f.name) for f in fields(call)), len(found))
+        known = found[number][1] if number < len(found) else 0
+        found[number : number + 1] = [(call, known + 1)]
+    return found
 
 
 def _calls_table(rows: "Sequence[tuple[CallReport, int]]") -> Table:
@@ -92,32 +103,76 @@ def _calls_table(rows: "Sequence[tuple[CallReport, int]]") -> Table:
     table.add_column("mask", ratio=3, overflow="fold")
     table.add_column("lowered as", min_width=10, overflow="fold")
     for number, (call, count) in enumerate(rows, 1):
-        shown = (_place(call.source), describe_score(call), describe_mask(call), _outcome(call))
+        shown = (place(call.source), score_of(call), mask_of(call), outcome(call))
         style = "" if call.reason is None else "yellow"
-        table.add_row(str(number), str(count), *(Text(cell) for cell in shown), style=style)
+        table.add_row(str(number), f"x{count}", *(Text(cell) for cell in shown), style=style)
     return table
 
 
 def _kept_table(rows: "Sequence[tuple[CallReport, int]]") -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("#", justify="right")
+    table.add_column("#", justify="right", max_width=12, overflow="fold")
     table.add_column("why it was kept", ratio=1, overflow="fold")
     table.add_column("what to do", ratio=1, overflow="fold")
+    numbers: dict[Reason, list[str]] = {}
     for number, (call, _) in enumerate(rows, 1):
         if call.reason is not None:
-            table.add_row(*(Text(cell) for cell in (str(number), str(call.reason), call.reason.remedy)))
+            numbers.setdefault(call.reason, []).append(str(number))
+    for reason, which in numbers.items():
+        table.add_row(*(Text(cell) for cell in (", ".join(which), str(reason), reason.remedy)))
     return table
 
 
-def _outcome(call: "CallReport") -> str:
+def _details(number: int, call: "CallReport", first: int) -> Group:
+    """What the tables have no room for: the facts on the left, the mask on the right, once for all that share it.
+
+    Args:
+        first: the number of the first call with this picture.
+    """
+    facts = Table.grid(padding=(0, 2, 0, 0))
+    facts.add_column(style="dim", min_width=9)
+    facts.add_column(overflow="fold")
+    for name, fact in _facts(call):
+        facts.add_row(name, Text(fact, style="yellow" if name == "kept" else ""))
+    beside = Table.grid(padding=(0, 2, 0, 0))
+    beside.add_column(ratio=1)
+    beside.add_column(width=PICTURE_WIDTH)
+    beside.add_row(facts, Text(_drawn(call.picture) if first == number else f"same mask as {first}"))
+    return Group(Text(""), Text(f"{number}  {place(call.source)}", style="bold"), beside)
+
+
+def _drawn(picture: Picture | str) -> str:
+    return picture if isinstance(picture, str) else "\n".join((*picture.lines(), picture.caption))
+
+
+def _facts(call: "CallReport") -> Iterator[tuple[str, str]]:
+    """What is known of a call, with its name."""
+    if call.score_source:
+        yield "score_mod", call.score_source
+    if call.program is not None:
+        score = "unchanged" if call.program.score is SCORE else score_of(call)
+        yield "lowered" if call.score_source else "score", score
+    if call.mask_source:
+        yield "mask_mod", call.mask_source
+    if call.program is not None:
+        yield "bounds" if call.mask_source else "mask", mask_of(call)
+    yield "kept" if call.reason else "runs as", str(call.reason or outcome(call))
+    if call.errors:
+        yield "error", ", ".join(f"{e.name} {e.found:.1e} ({e.stock:.1e})" for e in call.errors)
+        yield "", "as certified, and in parentheses that of stock precision"
+    if call.expected is not None:
+        yield "expected", f"about {call.expected:.1f}x as fast as Inductor, by the pairs that each computes"
+
+
+def outcome(call: "CallReport") -> str:
     """The strategies of forward and backward, once if they are the same."""
     if call.reason is not None:
         return "kept"
     return ", backward ".join(call.strategies if len(set(call.strategies)) > 1 else call.strategies[:1])
 
 
-def _place(source: str) -> str:
-    """`gpt.py:12 forward` for `File "models/gpt.py", line 12, in forward: return ...`."""
+def place(source: str) -> str:
+    """As people say it: `gpt.py:12 forward` for `File "models/gpt.py", line 12, in forward: return ...`."""
     found = re.match(r'File "(.+?)", line (\d+), in ([^:]+)', source)
     if found is None:
         return source
@@ -128,55 +183,14 @@ def _place(source: str) -> str:
     return f"{'/'.join(Path(path).parts[-1 if named else -2 :])}:{line} {function.strip()}"
 
 
-def describe_score(call: "CallReport") -> str:
-    """The score in infix: `tanh(score / 20) * 20`."""
-    return _short(infix(call.program.score)) if call.program else "not traced"
+def score_of(call: "CallReport") -> str:
+    """The score in infix, as far as there is room for it."""
+    return _short(describe_score(call.program)) if call.program else "not traced"
 
 
-def describe_mask(call: "CallReport") -> str:
-    """The mask in words where it has a name ("causal", "window 256"), else its bounds and what is left, in infix."""
-    if call.program is None:
-        return "not traced"
-    form = split(call.program.mask)
-    terms = _bands(form.bounds)
-    terms += [infix(bias) for bias in form.biases]
-    if form.residual is not TRUE:
-        terms.append(infix(form.residual))
-    terms.sort(key=lambda term: term != "causal")
-    return _short(", ".join(terms)) or "none"
-
-
-def _bands(bounds: Sequence[Bound]) -> list[str]:
-    plain = {b.side: b.constant for b in bounds if not b.terms and b.side in ("lower", "upper")}
-    if len(bounds) == len(plain) == 2 and plain["lower"] == plain["upper"] > 0:
-        return [f"|q - kv| <= {plain['lower']}"]
-    return [_bound(bound) for bound in bounds]
-
-
-def _bound(bound: Bound) -> str:
-    """Each side's inequality, solved for what people compare."""
-    if bound.side == "lower" and not bound.terms and bound.constant == 0:
-        return "causal"
-    if bound.side == "upper" and not bound.terms and bound.constant >= 0:
-        return f"window {bound.constant}"
-    sign = -1 if bound.side == "start" else 1
-    constant = sign * bound.constant
-    terms = [(sign * factor, term) for factor, term in bound.terms]
-    relation = ">=" if bound.side == "start" else "<="
-    if bound.terms and constant == -1 and relation == "<=":
-        relation, constant = "<", 0
-    anchor = {"lower": "kv - q", "upper": "q - kv", "start": "kv", "end": "kv"}[bound.side]
-    return f"{anchor} {relation} {_sum(terms, constant)}"
-
-
-def _sum(terms: Sequence[tuple[int, Expr]], constant: int) -> str:
-    """`a - b + 2`."""
-    parts = [(sign < 0, infix(term)) for sign, term in terms]
-    if constant or not parts:
-        parts.append((constant < 0, str(abs(constant))))
-    (negative, first), *rest = parts
-    spelled = f"-{first}" if negative else first
-    return spelled + "".join(f" {'-' if minus else '+'} {part}" for minus, part in rest)
+def mask_of(call: "CallReport") -> str:
+    """The mask in words, as far as there is room for it."""
+    return _short(describe_mask(call.program)) if call.program else "not traced"
 
 
 def _short(expression: str) -> str:

@@ -6,15 +6,19 @@ Knows nothing of how it is shown (rendering.py).
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch._guards import CompileContext
 
+from cudnn_flex_compile.engine.record import Error
 from cudnn_flex_compile.locks import new_lock
 from cudnn_flex_compile.phases import Tally, count, listen
+from cudnn_flex_compile.picture import Picture
 from cudnn_flex_compile.reasons import Reason
 from cudnn_flex_compile.scoremod.ir import Program
 from cudnn_flex_compile.scoremod.text import infix, text
+from cudnn_flex_compile.wording import describe_mask
 
 # graphs: compiled by this backend; recompiles: those of code that torch had compiled before, for other inputs.
 # programs traced, programs shared: calls whose functions were traced, or taken from a call with the same.
@@ -26,8 +30,9 @@ COUNTS = (
 )  # fmt: skip
 # lower: all of our pass, with all that follows but inner, as far as it happens while compiling. trace: of functions to
 # expressions; solve: of masks, and what goes outside the kernel; restore, keep: of verdicts in the cache folder;
-# build, certify: of plans; inner: the inner backend (the backward of Inductor comes later, and is not in it).
-PHASES = ("lower", "trace", "solve", "restore", "build", "certify", "keep", "inner")
+# build, certify: of plans; autotune: timing of plans and of Inductor's kernel; inner: the inner backend (the backward
+# of Inductor comes later, and is not in it).
+PHASES = ("lower", "trace", "solve", "restore", "build", "certify", "autotune", "keep", "inner")
 
 
 @dataclass(slots=True)
@@ -39,12 +44,21 @@ class CallReport:
         program: what it computes, once traced.
         strategies: of forward and backward, if lowered.
         reason: why it was kept; None if it was lowered.
+        score_source, mask_source: the functions as the user wrote them; empty if that is not known.
+        picture: of the mask, or why there is none; empty where there is no program.
+        errors: what certification measured of the plans, on a GPU.
+        expected: how many times as fast as Inductor's kernel, by the pairs that either computes; None if not known.
     """
 
     source: str
     program: Program | None = None
     strategies: tuple[str, ...] = ()
     reason: Reason | None = None
+    score_source: str = ""
+    mask_source: str = ""
+    picture: Picture | str = ""
+    errors: tuple[Error, ...] = ()
+    expected: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON takes it; what is not known is None."""
@@ -53,15 +67,21 @@ class CallReport:
             "source": self.source,
             "score": infix(program.score) if program else None,
             "mask": infix(program.mask) if program else None,
+            "mask_bounds": describe_mask(program) if program else None,
             "program": text(program) if program else None,
+            "score_source": self.score_source or None,
+            "mask_source": self.mask_source or None,
+            "picture": self.picture.to_dict() if isinstance(self.picture, Picture) else None,
             "strategies": list(self.strategies),
+            "errors": {error.name: {"found": error.found, "stock": error.stock} for error in self.errors},
+            "expected": self.expected,
             "reason": {"code": reason.code.name, "detail": reason.detail, "remedy": reason.remedy} if reason else None,
         }
 
 
 @dataclass(slots=True, repr=False)
 class Report:
-    """All calls of the graphs that were compiled, in order. `print(report)` shows a table of them.
+    """All calls of the graphs that were compiled, in order. `print(report)` shows them.
 
     Attributes:
         calls: every flex_attention call.
@@ -73,10 +93,12 @@ class Report:
 
     @property
     def lowered(self) -> list[CallReport]:
+        """The calls that run on cuDNN."""
         return [c for c in self.calls if c.reason is None]
 
     @property
     def kept(self) -> list[CallReport]:
+        """The calls that the inner backend runs."""
         return [c for c in self.calls if c.reason is not None]
 
     @property
@@ -91,6 +113,7 @@ class Report:
 
     @property
     def summary(self) -> str:
+        """One line: `4 flex_attention calls: 3 lowered to cuDNN, 1 kept`."""
         calls = f"{len(self.calls)} flex_attention call{'' if len(self.calls) == 1 else 's'}"
         return f"{calls}: {len(self.lowered)} lowered to cuDNN, {len(self.kept)} kept"
 
@@ -103,7 +126,7 @@ class Report:
     def assert_all_lowered(self) -> None:
         """For tests of models. Raises AssertionError, with the table, if a call was kept or there was none."""
         if self.kept or not self.calls:
-            raise AssertionError(f"expected every flex_attention call to be lowered to cuDNN\n{self}")
+            raise AssertionError(f"expected every flex_attention call to be lowered to cuDNN\n{self.overview}")
 
     def assert_plans_built(self, at_most: int, at_least: int = 0) -> None:
         """For tests of models. Raises AssertionError if cuDNN was asked to build more plans, or fewer.
@@ -124,7 +147,23 @@ class Report:
         found = self.counts[name]
         if not least <= found <= most:
             wanted = f"at most {most}" if found > most else f"at least {least}"
-            raise AssertionError(f"expected {wanted} {what}, got {found}; counts: {self.counts}\n{self}")
+            raise AssertionError(f"expected {wanted} {what}, got {found}; counts: {self.counts}\n{self.overview}")
+
+    @property
+    def overview(self) -> str:
+        """The tables of `print(report)`, without the details of each call."""
+        from cudnn_flex_compile.rendering import to_text
+
+        return to_text(self, details=False)
+
+    def plot(self, path: str | Path) -> int:
+        """Draws the masks into a file (PNG, or what its name ends with); returns how many there are.
+
+        Writes no file where that is 0. Raises ImportError without matplotlib, ValueError for a format that is none.
+        """
+        from cudnn_flex_compile.plotting import plot
+
+        return plot(self, Path(path))
 
     def __repr__(self) -> str:
         return f"<Report of {self.summary}>"
@@ -156,6 +195,11 @@ def collect() -> Generator[Report]:
     finally:
         with _lock:
             _collecting[:] = [r for r in _collecting if r is not report]
+
+
+def collecting() -> bool:
+    """Whether anybody collects reports."""
+    return bool(_collecting)
 
 
 def publish(calls: list[CallReport]) -> None:

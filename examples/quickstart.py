@@ -95,13 +95,16 @@ def time_training(models: dict[str, nn.Module], x: Tensor, rounds: int = 50) -> 
 
 
 def main() -> None:
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # which torch does without
     torch.manual_seed(0)
     torch.set_grad_enabled(ON_GPU)  # flex_attention has no backward on the CPU
     model = make_model()
     x = torch.randn(BATCH, LENGTH, HEADS * HEAD_DIM, device=DEVICE, dtype=torch.bfloat16)
 
-    print(cudnn_flex_compile.explain(model, x, options=OPTIONS), end="\n\n")
     compiled = torch.compile(model, backend="cudnn_flex", options=OPTIONS)
+    with cudnn_flex_compile.collect() as report:
+        compiled(x)
+    print(report.overview, end="\n\n")
     compare(compiled, model, x)
     if not ON_GPU:
         print("no GPU here: the lowered programs ran on the CPU kernel, which checks them but is not fast")

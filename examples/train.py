@@ -9,7 +9,7 @@ import csv
 import statistics
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -32,6 +32,10 @@ def sliding_window(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
 
 def soft_cap(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
     return CAP * torch.tanh(score / CAP)
+
+
+def slopes(heads: int, device: str) -> Tensor:
+    return 2.0 ** (-8.0 * torch.arange(1, heads + 1, device=device) / heads)
 
 
 def alibi(slopes: Tensor) -> Callable[..., Tensor]:
@@ -61,8 +65,7 @@ class GPT(nn.Module):
         super().__init__()
         size = (None, None, args.length, args.length)
         past, window = (create_block_mask(mask, *size, device=device) for mask in (causal, sliding_window))
-        slopes = 2.0 ** (-8.0 * torch.arange(1, args.heads + 1, device=device) / args.heads)
-        kinds = ((past, None), (window, None), (past, soft_cap), (past, alibi(slopes)))
+        kinds = ((past, None), (window, None), (past, soft_cap), (past, alibi(slopes(args.heads, device))))
         self.embedding = nn.Embedding(BYTES, args.dim)
         self.blocks = nn.Sequential(*(Block(args, *kinds[i % len(kinds)]) for i in range(args.layers)))
         self.norm, self.head = nn.RMSNorm(args.dim), nn.Linear(args.dim, BYTES, bias=False)
@@ -109,9 +112,10 @@ def train(args: argparse.Namespace, device: str) -> tuple[list[float], list[floa
     return torch.stack(losses).tolist(), [start.elapsed_time(end) for start, end in pairwise(clock)]
 
 
-def parse() -> argparse.Namespace:
-    summary = (__doc__ or "").splitlines()[0]
-    parser = argparse.ArgumentParser(description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def parse(doc: str = __doc__ or "", more: Sequence[argparse.ArgumentParser] = ()) -> argparse.Namespace:
+    """The arguments of the command line, those of `more` parsers among them."""
+    summary, shown = doc.splitlines()[0], argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=summary, formatter_class=shown, parents=more)
     parser.add_argument("--backend", choices=("cudnn_flex", "inductor"), default="cudnn_flex", help="of torch.compile")
     sizes = {"steps": 200, "layers": 8, "dim": 1024, "heads": 8, "length": 4096, "batch": 2, "seed": 0, "log-every": 10}
     for name, default in sizes.items():

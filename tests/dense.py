@@ -39,3 +39,26 @@ def with_gradients(query, key, value, score_mod, mask_mod, scale, grad, exact):
     out, lse = attention(*leaves, score_mod, mask_mod, scale, exact)
     gradients = torch.autograd.grad(out, leaves, grad.to(out.dtype))
     return (out.detach(), lse.detach(), *gradients)
+
+
+def captured_gradients(query, key, value, score_mod, mask_mod, scale, grad, captured, dtype=torch.float32):
+    """Gradients of captured tensors as flash attention gives them: the scores' gradients, from an output that is
+    rounded, are rounded to `dtype` themselves, before autograd takes them on. Stock's kernel keeps them in float32.
+    """
+    with torch.no_grad():
+        out = attention(query, key, value, score_mod, mask_mod, scale, exact=False)[0].float()
+    group = query.shape[1] // key.shape[1]
+    keys, values = (t.detach().float().repeat_interleave(group, dim=1) for t in (key, value))
+    scores = query.detach().float() @ keys.mT * scale
+    b, h, q, kv = (
+        torch.arange(n, device=query.device, dtype=torch.int32).view([-1 if i == d else 1 for i in range(4)])
+        for d, n in enumerate(scores.shape)
+    )
+    modified = score_mod(scores, b, h, q, kv)
+    shown = torch.ones_like(scores, dtype=torch.bool)
+    shown = shown if mask_mod is None else shown & mask_mod(b, h, q, kv)
+    masked = torch.where(shown, modified.detach(), -math.inf)
+    weights = torch.where(shown.any(-1, keepdim=True), masked.softmax(-1), 0.0)
+    delta = (grad.float() * out).sum(-1, keepdim=True)
+    gradient = weights * (grad.float() @ values.mT - delta)
+    return torch.autograd.grad(modified, captured, gradient.to(dtype).float())

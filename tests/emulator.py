@@ -34,6 +34,7 @@ class Graph:
         self.full: tuple[int, ...] = ()
         self.backward = False
         self.modified = self.gradient = Tensor("score")
+        self.bias: Tensor | None = None
 
     def tensor(self, *, dim: Any, stride: Any, data_type: Any, is_pass_by_value: bool = False) -> Tensor:
         assert data_type in STORED, f"a tensor of {data_type}"
@@ -68,13 +69,30 @@ class Graph:
         query, key, _ = (arguments.pop(name) for name in "qkv")
         score_mod, bprop = (arguments.pop(name, None) for name in ("score_mod", "score_mod_bprop"))
         self.bands = {name: arguments.pop(name) for name in BANDS if name in arguments}
-        assert set(arguments) <= set(SETTINGS), f"unknown arguments {set(arguments) - set(SETTINGS)}"
         assert not (self.bands and score_mod), "bands beside a score_mod"
         self.full = (*query.dim[:3], key.dim[2])
+        self.bias, of_bias = arguments.pop("bias", None), arguments.pop("dBias", None)
+        assert (of_bias is not None) == (self.bias is not None and self.backward)
+        assert of_bias is None or of_bias.dim == self.bias.dim
         raw, grad = Tensor("score", data_type=FLOAT), Tensor("grad", data_type=FLOAT)
         self.modified = score_mod(self, raw) if score_mod else raw
         self.gradient = bprop(self, grad) if bprop else grad
+        readers = _readers(self.gradient, grad)
+        if of_bias is not None and readers and [r.method for r in readers] != ["mul"]:
+            raise Refused("a gradient that other than one product reads, beside dBias")
+        assert set(arguments) <= set(SETTINGS), f"unknown arguments {set(arguments) - set(SETTINGS)}"
         return Tensor("out"), Tensor("out"), Tensor("out")
+
+
+def _readers(root: Tensor, read: Tensor) -> list[Tensor]:
+    """The nodes that `root` is computed by and that read a tensor."""
+    seen, ahead = [], [root]
+    while ahead:
+        node = ahead.pop()
+        if node not in seen:
+            seen.append(node)
+            ahead += node.inputs
+    return [node for node in seen if read in node.inputs]
 
 
 def band(arguments: dict[str, Any], rows: torch.Tensor, columns: torch.Tensor, full: tuple[int, ...]) -> torch.Tensor:
@@ -197,5 +215,6 @@ def emulated(
     if graph.modified.given or graph.gradient.given:
         raise Refused("a result that does not descend from the score")
     run = Run(graph, score, torch.zeros_like(score) if grad is None else grad, memory)
-    modified = torch.where(run.visible(), run.value(graph.modified), -math.inf)
+    modified = run.value(graph.modified) + (0.0 if graph.bias is None else run.value(graph.bias))
+    modified = torch.where(run.visible(), modified, -math.inf)
     return (run.value(graph.gradient) if graph.backward else modified).expand(score.shape)

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 
-from cudnn_flex_compile.engine import identity, plan, select, verdicts, verify
+from cudnn_flex_compile.engine import attempts, identity, plan, select, verdicts, verify
 from cudnn_flex_compile.engine.attention_graph import output_specs
 from cudnn_flex_compile.engine.call import Meta, backward_key, forward_key
 from cudnn_flex_compile.engine.problem import Problem, TensorSpec
-from cudnn_flex_compile.engine.record import Binding
+from cudnn_flex_compile.engine.record import Binding, Error
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.optable import make
@@ -25,10 +25,14 @@ Q, KV = ir.index("q"), ir.index("k")
 ENVIRONMENT = ("code 1", "torch 2", "cudnn 3", "driver 4", "device 5")
 
 
+ERRORS = (Error("out", 2e-3, 1.5e-3),)
+
+
 class StandIn:
     """A plan that writes nothing."""
 
     device = torch.device("cpu")
+    errors = ()
 
     def __init__(self, problem: Problem, binding: Binding, data: bytes) -> None:
         self.problem, self.binding, self.strategy, self.data = problem, binding, binding.strategy, data
@@ -47,21 +51,25 @@ class Backend:
 
     Attributes:
         built, restored, certified: strategies, in order.
+        regimes: how many each was certified on.
         refuses: strategies that cuDNN has no engine for, and why.
         wrong: strategies whose plans fail certification.
         short: whether memory is short when a plan is built.
         unreadable: whether cuDNN cannot use any stored plan.
         drift: bytes of workspace by which a restored plan differs.
+        asked: what a test notes of what was asked for.
     """
 
     built: list[str] = field(default_factory=list)
     restored: list[str] = field(default_factory=list)
     certified: list[str] = field(default_factory=list)
+    regimes: list[int] = field(default_factory=list)
     refuses: dict[str, str] = field(default_factory=dict)
     wrong: set[str] = field(default_factory=set)
     short: bool = False
     unreadable: bool = False
     drift: int = 0
+    asked: list = field(default_factory=list)
 
     def build(self, problem, lowering):
         self.built.append(lowering.strategy)
@@ -80,8 +88,10 @@ class Backend:
         found.workspace += self.drift
         return found
 
-    def certify(self, plan, forward, reference):
+    def certify(self, plan, forward, reference, regimes):
         self.certified.append(plan.strategy)
+        plan.errors = ERRORS
+        self.regimes.append(len(regimes))
         return Reason(Code.CERTIFICATION, "dQ is off by 0.3") if plan.strategy in self.wrong else None
 
 
@@ -92,7 +102,8 @@ def install(patch: pytest.MonkeyPatch, **how: object) -> Backend:
     patch.setattr(plan, "restore", backend.restore)
     patch.setattr(verify, "certify", backend.certify)
     patch.setattr(select, "unusable_device", lambda device: None)
-    patch.setattr(select, "cudnn_version", lambda: 99999)
+    for module in (select, attempts):
+        patch.setattr(module, "cudnn_version", lambda: 99999)
     patch.setattr(select, "run_clean", lambda function, device: function())
     patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     patch.setattr(torch.cuda, "empty_cache", lambda: None)

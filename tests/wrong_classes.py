@@ -15,6 +15,7 @@ from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD
 from cudnn_flex_compile.engine.strategies.chained import FILL
 from cudnn_flex_compile.engine.support import BOTH, V919, V928
 from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod.derive import derive
 from cudnn_flex_compile.scoremod.ir import BOOL, F32, GRAD, I32, SCORE, Expr, Program
 from cudnn_flex_compile.scoremod.legalize import legalize
 from cudnn_flex_compile.scoremod.masks.form import hides
@@ -109,10 +110,21 @@ def finite_fill(program: Program, training: bool) -> Lowering:
     return _raw(program, lambda e: _selected(e, e.emit(SCORE), e.emit(mask), FAR_FILL), mask, FAR_FILL)
 
 
+def _scores(score: Expr, gradient: Expr) -> Lowering:
+    return Lowering("raw", {}, lambda e: e.emit(score), lambda e: e.emit(gradient), (score, gradient))
+
+
+def result_in_relu_backward(program: Program, training: bool) -> Lowering:
+    highest = ir.intern("max", F32, (SCORE, ir.const(-0.5, F32)))
+    return _scores(highest, ir.intern("relu_grad", F32, (GRAD, highest + 0.5)))
+
+
+CAPPED = make("tanh", SCORE * 0.05) * 20.0
+
+
 def cube(program: Program, training: bool) -> Lowering:
-    power = ir.intern("pow", F32, (SCORE, ir.const(3.0, F32))) * 0.125
-    gradient = GRAD * (SCORE * SCORE) * 0.375
-    return Lowering("raw", {}, lambda e: e.emit(power), lambda e: e.emit(gradient), (power, gradient))
+    power = ir.intern("pow", F32, (CAPPED, ir.const(3.0, F32))) * 0.125
+    return _scores(power, legalize(derive(program.score) or GRAD))
 
 
 F, BF, I = torch.float32, torch.bfloat16, torch.int32  # noqa: E741
@@ -123,7 +135,7 @@ CLASSES: dict[str, Class] = {
         ir.program(SCORE * SCORE), off=("composite",), directions=(FORWARD,), versions=(V928,), fatal=True),
     "strict bound": Class(ir.program(mask=make("gt", Q, KV)), raw=strict),
     "diagonal turned": Class(
-        ir.program(SCORE * 0.5, make("ge", KV, Q)), off=("diagonal turned",), versions=(V919,)),
+        ir.program(SCORE * 0.5, make("ge", KV, Q)), off=("diagonal turned",)),
     "operand along kv": Class(
         ir.program(SCORE + ir.operand(0, F32, "bk")), (("bk", F),), ("columns expanded",), directions=(BACKWARD,)),
     "[B, H, 1, 1] operand": Class(
@@ -133,20 +145,21 @@ CLASSES: dict[str, Class] = {
     "pair operand and low scores": Class(
         BIASED, (("qk", BF),), ("ends guarded",), directions=(BACKWARD,), versions=(V919,), lengths=(512, 448),
         shift=-100.0),
-    "or after a causal select": Class(ir.program(mask=make("and", CAUSAL, NEAR_OR_FIRST)), raw=causal_then_or),
+    "or after a causal select": Class(
+        ir.program(mask=make("and", CAUSAL, NEAR_OR_FIRST)), raw=causal_then_or, versions=()),
     "documents compared in the graph": Class(
         ir.program(mask=make("eq", ir.operand(0, I32, "bq"), ir.operand(1, I32, "bk"))), (("bq", I), ("bk", I)),
-        raw=documents, directions=(BACKWARD,),
+        raw=documents, off=("columns expanded",), directions=(BACKWARD,),
         right=(ir.program(mask=hides(ir.operand(0, F32, "bqk"))), (("bqk", BF),), _bias_of_documents)),
-    "finite fill": Class(ir.program(mask=AHEAD), raw=finite_fill),
+    "finite fill": Class(ir.program(mask=AHEAD), raw=finite_fill, directions=(FORWARD,)),
     "max beside relu_backward": Class(
-        ir.program(make("clamp_min", SCORE, ir.const(-0.5, F32))), off=("max by relu",), directions=(BACKWARD,)),
-    "power of a negative number": Class(ir.program(SCORE * SCORE * SCORE * 0.125), raw=cube),
+        ir.program(make("clamp_min", SCORE, ir.const(-0.5, F32))), off=("max by relu",),
+        raw=result_in_relu_backward, directions=(BACKWARD,)),
+    "power of a negative number": Class(ir.program(CAPPED * CAPPED * CAPPED * 0.125), raw=cube),
     "columns beyond the end": Class(
-        ir.program(SCORE * SCORE, CAUSAL), off=("ends guarded",), directions=(BACKWARD,), versions=(V919,),
-        lengths=(1000, 1000)),
+        ir.program(SCORE * SCORE, CAUSAL), off=("ends guarded",), directions=(BACKWARD,), lengths=(1000, 1000)),
     "gradient of the result": Class(
-        ir.program(make("sigmoid", SCORE)), off=("results guarded",), directions=(BACKWARD,), versions=(V919,)),
+        ir.program(make("sigmoid", SCORE)), off=("results guarded",), directions=(BACKWARD,)),
     "difference of a scalar and the score": Class(
         ir.program(make("sub", ir.const(1.0, F32), SCORE * SCORE)), off=("scalar right",), directions=(BACKWARD,)),
     "operand on the left of a compare": Class(

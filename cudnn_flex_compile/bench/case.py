@@ -10,14 +10,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 
 from cudnn_flex_compile.bench.mods import ALL, BY_BATCH
 from cudnn_flex_compile.report import CallReport, collect
 
 STOCK, OURS, SDPA = "inductor", "cudnn_flex", "sdpa"
-# What torch's scaled_dot_product_attention computes, too.
+# What torch's scaled_dot_product_attention knows by itself; other masks it takes as a tensor.
 SDPA_ARGUMENTS: dict[str, dict[str, Any]] = {"full": {}, "causal": {"is_causal": True}}
+LONGEST_MASK = 8192  # beyond which such a tensor, and what SDPA makes of it, takes too much memory
 # How many positional arguments a user's function takes, by what it is.
 SCORE_MOD, MASK_MOD, FACTORY = 5, 4, 3
 
@@ -86,9 +87,8 @@ class Case:
     def functions(self, mode: str | None = None, with_sdpa: bool = True) -> dict[str, Function]:
         """By contender: q, k, v of a layer to the output, [B, S, H, D]."""
         found = {name: self._compiled(name, mode) for name in (STOCK, OURS)}
-        if with_sdpa and self.mod in SDPA_ARGUMENTS and mode is None:
-            found[SDPA] = self._sdpa()
-        return found
+        arguments = self.sdpa_arguments() if with_sdpa and mode is None else None
+        return found if arguments is None else {**found, SDPA: self._sdpa(arguments)}
 
     def _compiled(self, backend: str, mode: str | None) -> Function:
         shape = self.shape
@@ -104,9 +104,21 @@ class Case:
         how: dict[str, Any] = {"options": {**self.options, "mode": mode}} if backend == OURS else {"mode": mode}
         return torch.compile(call, backend=backend, dynamic=False, **how)
 
-    def _sdpa(self) -> Function:
-        arguments: dict[str, Any] = SDPA_ARGUMENTS[self.mod] | {"enable_gqa": self.shape.heads != self.shape.kv_heads}
+    def sdpa_arguments(self) -> dict[str, Any] | None:
+        """With which torch's SDPA computes the same, on kernels of its own; None if there are none.
 
+        Under a mask that is a tensor it has none for grouped queries.
+        """
+        shape, gqa = self.shape, self.shape.heads != self.shape.kv_heads
+        if self.mod in SDPA_ARGUMENTS:
+            return SDPA_ARGUMENTS[self.mod] | {"enable_gqa": gqa}
+        score_mod, mask_mod = named(self.mod)(shape.heads, shape.length, self.device)
+        if score_mod is not None or mask_mod is None or gqa or shape.length > LONGEST_MASK:
+            return None
+        entries = shape.batch if self.mod in BY_BATCH else 1
+        return {"attn_mask": create_mask(mask_mod, entries, 1, shape.length, shape.length, device=self.device)}
+
+    def _sdpa(self, arguments: dict[str, Any]) -> Function:
         def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             return torch.nn.functional.scaled_dot_product_attention(q, k, v, **arguments).transpose(1, 2)  # pyright: ignore
@@ -115,12 +127,20 @@ class Case:
 
 
 def first_calls(case: Case, functions: dict[str, Function], step: Callable[[Function, list[Layer]], Any]) -> CallReport:
-    """Compiles all functions, by a step each; what became of the flex_attention call with cuDNN."""
+    """Compiles all functions, by a step each; what became of the flex_attention call with cuDNN.
+
+    Torch's SDPA, which is there for comparison, is taken out of `functions` if it fails.
+    """
     torch._dynamo.reset()  # once: it would drop what was compiled for a contender before
     layers, calls = [case.layer()], []
-    for name, function in functions.items():
+    for name, function in list(functions.items()):
         with collect() as report:
-            step(function, layers)
+            try:
+                step(function, layers)
+            except RuntimeError:
+                if name != SDPA:
+                    raise
+                del functions[SDPA]
         calls = report.calls if name == OURS else calls
     if len(calls) != 1:
         raise RuntimeError(f"{case.mod} at {case.shape}: {len(calls)} flex_attention calls were compiled, expected one")

@@ -4,9 +4,13 @@ Knows nothing of what is measured or how.
 """
 
 import argparse
+import importlib.util
+import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from rich.console import Console
@@ -15,16 +19,23 @@ from rich.progress import Progress
 from cudnn_flex_compile.bench.arguments import DTYPES
 from cudnn_flex_compile.bench.case import Case, Shape, first_calls, named
 from cudnn_flex_compile.bench.measure import Result, measure, step
-from cudnn_flex_compile.bench.mods import EIGHT, FIVE, MODS
+from cudnn_flex_compile.bench.mods import BY_BATCH, EIGHT, ENTRIES, FIVE, MODS
+from cudnn_flex_compile.bench.show import plot, table, write_csv
 
+log = logging.getLogger("cudnn_flex_compile")
+WIDTH = 160  # columns of a table that goes to no terminal
 TORCH_DTYPES = dict(zip(DTYPES, (torch.bfloat16, torch.float16), strict=True))
 
 
 def run(given: argparse.Namespace) -> int:
-    """Exit codes: 0, 1 without a GPU or where compiling ahead failed, 2 for a mod or a shape that is none."""
+    """Exit codes: 0, 1 without a GPU or where a case failed, 2 for wrong usage.
+
+    A case that fails is told of, and costs no other.
+    """
     sys.path.insert(0, os.getcwd())  # for module:function, as python -m has it
     try:
         cases = cases_of(given)
+        _check_outputs(given)
     except ValueError as error:
         print(f"cudnn-flex bench: {error}", file=sys.stderr)
         return 2
@@ -33,16 +44,17 @@ def run(given: argparse.Namespace) -> int:
         return 1
     if given.only_compile:
         for case in share(cases, given.only_compile):
-            first_calls(case, case.functions(given.mode, with_sdpa=False), step)
+            _without_fail(case, lambda case=case: first_calls(case, case.functions(given.mode, with_sdpa=False), step))
         return 0
     if not _compiled_ahead(given.warm):
-        print("cudnn-flex bench: a process that compiled ahead failed", file=sys.stderr)
-        return 1
-    console = Console()
+        print("cudnn-flex bench: a process that compiled ahead failed; its cases are compiled here", file=sys.stderr)
+    console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
     facts = (torch.cuda.get_device_name(), "torch", torch.__version__, "cuDNN", torch.backends.cudnn.version())
     console.print(*facts, highlight=False)
-    show(_measured(cases, given, console), given, console)
-    return 0
+    results = _measured(cases, given, console)
+    if results:
+        show(results, given, console)
+    return 0 if len(results) == len(cases) else 1
 
 
 def cases_of(given: argparse.Namespace) -> list[Case]:
@@ -51,7 +63,20 @@ def cases_of(given: argparse.Namespace) -> list[Case]:
     for mod in mods:
         named(mod)
     options = {"lower": given.lower}
-    return [Case(mod, Shape.parse(s), TORCH_DTYPES[given.dtype], options=options) for s in shapes for mod in mods]
+    cases = [Case(mod, Shape.parse(s), TORCH_DTYPES[given.dtype], options=options) for s in shapes for mod in mods]
+    for case in cases:
+        if case.mod in BY_BATCH and case.shape.batch > ENTRIES:
+            raise ValueError(f"{case.mod!r} is a mask of at most {ENTRIES} batch entries, not of {case.shape.batch}")
+    return cases
+
+
+def _check_outputs(given: argparse.Namespace) -> None:
+    """Before anything is measured. Raises ValueError."""
+    for path in filter(None, (given.csv, given.plot)):
+        if not path.absolute().parent.is_dir():
+            raise ValueError(f"{path} cannot be written: there is no folder {path.absolute().parent}")
+    if given.plot and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib")
 
 
 def share(cases: list[Case], which: str) -> list[Case]:
@@ -74,14 +99,29 @@ def _measured(cases: list[Case], given: argparse.Namespace, console: Console) ->
         task = progress.add_task("measuring", total=len(cases))
         for case in cases:
             progress.update(task, description=f"{case.mod} at {case.shape}")
-            results.append(measure(case, given.repeats, given.mode, not given.no_sdpa))
+            found = _without_fail(case, lambda case=case: measure(case, given.repeats, given.mode, not given.no_sdpa))
+            results += [] if found is None else [found]
+            if given.csv and results:  # as far as it got
+                write_csv(results, given.csv)
             progress.advance(task)
     return results
 
 
-def show(results: list[Result], given: argparse.Namespace, console: Console) -> None:
-    from cudnn_flex_compile.bench.show import plot, table, write_csv
+Found = TypeVar("Found")
 
+
+def _without_fail(case: Case, run: Callable[[], Found]) -> Found | None:
+    """What it gives; None if it raises, which is told."""
+    try:
+        return run()
+    except Exception as error:
+        log.debug("%s at %s", case.mod, case.shape, exc_info=True)
+        what = (str(error).strip().splitlines() or [""])[0]
+        print(f"cudnn-flex bench: {case.mod} at {case.shape} failed: {type(error).__name__}: {what}", file=sys.stderr)
+        return None
+
+
+def show(results: list[Result], given: argparse.Namespace, console: Console) -> None:
     console.print(table(results))
     if given.csv:
         write_csv(results, given.csv)

@@ -9,6 +9,8 @@ import torch
 
 
 def softcap(cap):
+    """cap * tanh(score / cap)."""
+
     def score_mod(score, b, h, q, kv):
         return torch.tanh(score / cap) * cap
 
@@ -16,10 +18,13 @@ def softcap(cap):
 
 
 def causal(b, h, q, kv):
+    """Keys at or before the query."""
     return q >= kv
 
 
 def sliding(window):
+    """Causal, at most `window` keys back."""
+
     def mask_mod(b, h, q, kv):
         return (q >= kv) & (q - kv <= window)
 
@@ -27,6 +32,7 @@ def sliding(window):
 
 
 def alibi(heads, device):
+    """A penalty by distance, with a slope for each head."""
     slopes = torch.exp2(-8.0 * torch.arange(1, heads + 1, device=device) / heads)
 
     def score_mod(score, b, h, q, kv):
@@ -36,10 +42,13 @@ def alibi(heads, device):
 
 
 def relative(score, b, h, q, kv):
+    """The distance, as a bias."""
     return score + (q - kv) * 0.01
 
 
 def prefix_lm(prefix):
+    """Causal, and all of the first `prefix` keys."""
+
     def mask_mod(b, h, q, kv):
         return (q >= kv) | (kv < prefix)
 
@@ -47,6 +56,8 @@ def prefix_lm(prefix):
 
 
 def symmetric(window):
+    """Keys at most `window` away, before or after."""
+
     def mask_mod(b, h, q, kv):
         return torch.abs(q - kv) <= window
 
@@ -54,6 +65,8 @@ def symmetric(window):
 
 
 def sinks(count, window):
+    """The first `count` keys, and a causal window."""
+
     def mask_mod(b, h, q, kv):
         return (q >= kv) & ((q - kv <= window) | (kv < count))
 
@@ -61,6 +74,8 @@ def sinks(count, window):
 
 
 def shifted(keys):
+    """Causal, and `keys` keys more."""
+
     def mask_mod(b, h, q, kv):
         return q + keys >= kv
 
@@ -68,6 +83,8 @@ def shifted(keys):
 
 
 def dilated(window, step):
+    """Every `step`-th key of a causal window."""
+
     def mask_mod(b, h, q, kv):
         return (q >= kv) & (q - kv <= window) & ((q - kv) % step == 0)
 
@@ -75,6 +92,8 @@ def dilated(window, step):
 
 
 def block_causal(size):
+    """Causal by blocks of `size`."""
+
     def mask_mod(b, h, q, kv):
         return q // size >= kv // size
 
@@ -82,6 +101,8 @@ def block_causal(size):
 
 
 def padded(lengths):
+    """Keys below lengths[b]; lengths [B]."""
+
     def mask_mod(b, h, q, kv):
         return kv < lengths[b]
 
@@ -100,6 +121,8 @@ def causal_padding(padding):
 
 
 def documents(ids):
+    """Causal within documents; ids [S]."""
+
     def mask_mod(b, h, q, kv):
         return (ids[q] == ids[kv]) & (q >= kv)
 
@@ -107,6 +130,8 @@ def documents(ids):
 
 
 def relative_table(table, offset):
+    """A bias by head and distance; table [H, distances], the distance 0 at `offset`."""
+
     def score_mod(score, b, h, q, kv):
         return score + table[h, q - kv + offset]
 
@@ -114,6 +139,8 @@ def relative_table(table, offset):
 
 
 def added(bias):
+    """A bias [H, Sq, Skv]."""
+
     def score_mod(score, b, h, q, kv):
         return score + bias[h, q, kv]
 
@@ -121,6 +148,7 @@ def added(bias):
 
 
 def head_scale(heads, device):
+    """The score times a number for each head."""
     scales = torch.linspace(0.5, 1.5, heads, device=device)
 
     def score_mod(score, b, h, q, kv):
@@ -147,15 +175,18 @@ MODS = {
 }
 
 
+ENTRIES = 8  # of the masks that differ by batch entry
+
+
 def _lengths(length, device):
-    """Of up to eight batch entries: 7/8, 5/8, 7/8, ... of the keys."""
-    return torch.tensor([length - length // 8, length - 3 * length // 8] * 4, device=device)
+    """Of the batch entries: 7/8, 5/8, 7/8, ... of the keys."""
+    return torch.tensor([length - length // 8, length - 3 * length // 8] * (ENTRIES // 2), device=device)
 
 
 def _padding(kind, length, device):
     valid = torch.arange(length, device=device) < _lengths(length, device)[:, None]
     generator = torch.Generator(device).manual_seed(0)
-    scattered = torch.rand(8, length, generator=generator, device=device) > 0.3
+    scattered = torch.rand(ENTRIES, length, generator=generator, device=device) > 0.3
     return {"right": valid, "left": valid.flip(1), "scattered": scattered}[kind]
 
 

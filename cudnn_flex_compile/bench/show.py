@@ -70,6 +70,9 @@ def plot(results: list[Result], path: Path) -> None:
 
     Raises ImportError without matplotlib.
     """
+    import matplotlib
+
+    matplotlib.use("agg")  # no window, whatever the machine has
     from matplotlib import pyplot
 
     lengths = sorted({result.case.shape.length for result in results})

@@ -11,8 +11,9 @@ import torch
 
 from cudnn_flex_compile.engine.lower import FLOAT, TENSOR_TYPES, Emitter, Inputs
 from cudnn_flex_compile.engine.lowering import Lowering
-from cudnn_flex_compile.engine.problem import FORWARD, Problem, TensorSpec
+from cudnn_flex_compile.engine.problem import FORWARD, Problem, TensorSpec, dense
 from cudnn_flex_compile.scoremod.ir import ROWS
+from cudnn_flex_compile.scoremod.learned import position_in
 from cudnn_flex_compile.scoremod.switches import on
 
 
@@ -23,7 +24,7 @@ class AttentionGraph:
     Attributes:
         graph: the pygraph.
         roles: the graph tensor of each device tensor: query, key, value, out, stats, grad_out, minus_lse, grad_lse, dq,
-            dk, dv.
+            dk, dv, dbias.
         inputs: operands, scalars and constants.
         callbacks: what the graph's callbacks need while it is built.
     """
@@ -75,6 +76,7 @@ def _release(shim: Any) -> None:
 
 
 def stats_spec(problem: Problem) -> TensorSpec:
+    """The log-sum-exp as cuDNN has it: [B, Hq, Sq, 1], float32, contiguous."""
     batch, heads, length = problem.lse_shape
     return TensorSpec((batch, heads, length, 1), (heads * length, length, 1, 1), torch.float32)
 
@@ -89,6 +91,8 @@ def assemble(problem: Problem, lowering: Lowering, **graph_arguments: Any) -> At
     )
     inputs = Inputs(graph, problem, expanded=lowering.expanded)
     roles = {name: _declare(graph, getattr(problem, name)) for name in ("query", "key", "value")}
+    if lowering.bias is not None:
+        inputs.operands[lowering.bias] = _declare(graph, problem.operands[lowering.bias])
     if lowering.lengths is None:
         inputs.declare(*lowering.leaves)
     callbacks = Callbacks([(inputs, lowering)])
@@ -111,6 +115,8 @@ def _arguments(callbacks: Callbacks) -> tuple[dict[str, Any], bool]:
     """Native arguments, and whether there is a score_mod."""
     inputs, lowering = callbacks.building[0]
     arguments = dict(lowering.native)
+    if lowering.bias is not None:
+        arguments["bias"] = inputs.operands[lowering.bias]
     if lowering.lengths is not None:
         arguments["use_padding_mask"] = True
         arguments["seq_len_q"] = inputs.length(inputs.problem.lengths[0])
@@ -149,6 +155,9 @@ def _backward(graph: Any, problem: Problem, callbacks: Callbacks, roles: dict[st
         extra |= {"score_mod": callbacks.score_mod, "score_mod_bprop": callbacks.score_mod_bprop}
     if problem.deterministic:
         extra["use_deterministic_algorithm"] = True
+    specs = dict(zip(GRADIENTS, output_specs(problem), strict=False))
+    if "dbias" in specs:
+        extra["dBias"] = roles["dbias"] = _output(_declare(graph, specs["dbias"]), specs["dbias"])
     gradients = graph.sdpa_backward(
         name="attention_backward",
         q=roles["query"],
@@ -160,8 +169,11 @@ def _backward(graph: Any, problem: Problem, callbacks: Callbacks, roles: dict[st
         attn_scale=problem.scale,
         **extra,
     )
-    for name, tensor, spec in zip(("dq", "dk", "dv"), gradients, output_specs(problem), strict=True):
-        roles[name] = _output(tensor, spec)
+    for name, tensor in zip(GRADIENTS, gradients, strict=False):
+        roles[name] = _output(tensor, specs[name])
+
+
+GRADIENTS = ("dq", "dk", "dv", "dbias")  # the last only where an operand is learned
 
 
 def _shaped(grad: Any, problem: Problem) -> Any:
@@ -172,10 +184,14 @@ def _shaped(grad: Any, problem: Problem) -> Any:
 
 
 def output_specs(problem: Problem) -> tuple[TensorSpec, ...]:
-    """The layouts of what a plan writes: out and stats, or dq, dk and dv."""
+    """The layouts of what a plan writes: out and stats, or dq, dk, dv, and the gradient of a learned operand."""
     if problem.direction == FORWARD:
         return problem.out, stats_spec(problem)
-    return problem.gradients or tuple(gradient_spec(s) for s in (problem.query, problem.key, problem.value))
+    found = problem.gradients or tuple(gradient_spec(s) for s in (problem.query, problem.key, problem.value))
+    bias = position_in(problem.program)
+    if bias is None:
+        return found
+    return *found, dense(TensorSpec(problem.operands[bias].shape, (), problem.query.dtype))
 
 
 def gradient_spec(spec: TensorSpec) -> TensorSpec:

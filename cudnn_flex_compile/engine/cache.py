@@ -5,7 +5,7 @@ Knows nothing of what a key or a plan is.
 
 from collections import OrderedDict
 from collections.abc import Hashable
-from typing import Generic, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, get_args
 
 from cudnn_flex_compile import phases
 from cudnn_flex_compile.locks import new_lock
@@ -38,7 +38,8 @@ class Cache(Generic[Value]):
 
     def __init__(self, bound: int) -> None:
         self._entries: OrderedDict[Hashable, Value] = OrderedDict()
-        self._forsaken: OrderedDict[Hashable, Value] = OrderedDict()
+        self._held: dict[int, Value] = {}
+        self._forsaken: tuple[Any, ...] = ()
         self._lock = new_lock()
         self.bound = bound
         self.counts: dict[Counter, float] = dict.fromkeys(get_args(Counter), 0)
@@ -80,9 +81,20 @@ class Cache(Generic[Value]):
             self._entries.popitem(last=False)
             self.counts["evictions"] += 1
 
+    def hold(self, value: Value) -> None:
+        """Keeps a value alive until `release`, dropped from the cache or not."""
+        with self._lock:
+            self._held[id(value)] = value
+
     def forsake(self) -> None:
         """Lets go of all values without freeing them."""
-        self._forsaken, self._entries = self._entries, OrderedDict()
+        self._forsaken, self._entries, self._held = (self._entries, self._held), OrderedDict(), {}
+
+    def release(self) -> None:
+        """Drops all values, held ones, too."""
+        self.clear()
+        with self._lock:
+            self._held.clear()
 
     def clear(self) -> None:
         with self._lock:

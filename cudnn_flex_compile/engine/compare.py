@@ -1,6 +1,7 @@
 """Compares what a plan wrote with what it should have: numbers on the device, words once they are read back.
 
-Knows nothing of plans or of where the numbers come from. Nothing here waits for the device but `first_wrong`.
+Knows nothing of plans or of where the numbers come from. Nothing here waits for the device but `first_wrong`, and
+`errors_of` after it.
 """
 
 import math
@@ -11,6 +12,7 @@ import torch
 
 from cudnn_flex_compile.engine.expected import Block, LogSums
 from cudnn_flex_compile.engine.pairs import EPSILON
+from cudnn_flex_compile.engine.record import Error
 from cudnn_flex_compile.engine.regimes import Regime, overrun, unwritten
 
 # A plan may be this much further from float64 than stock precision is, in total. The few sampled rows of few keys
@@ -20,6 +22,8 @@ TOTAL_FACTOR = 3.0
 # One row may be off by this many rounding steps of the magnitudes that it sums: where they cancel, as dQ does in a
 # row of two keys, rounding is large beside the sum, and differs from kernel to kernel.
 ROW_STEPS = 8.0
+# Where a Finding of rows has these, among its numbers.
+ERROR, SIZE, STOCK_ERROR = 3, 5, 6
 # What is smaller underflows in float32: a weight beside one that is e**87 times as large.
 SMALLEST = 1e-30
 
@@ -31,11 +35,13 @@ class Finding:
     Attributes:
         regime: of the data.
         judge: says what is wrong with one head's numbers, or None.
+        quantity: what it is of, if its error is worth a report.
     """
 
     regime: str
     numbers: torch.Tensor
     judge: Callable[[list[float]], str | None]
+    quantity: str = ""
 
 
 def first_wrong(findings: Sequence[Finding], heads: Sequence[str]) -> str | None:
@@ -83,7 +89,17 @@ def of_rows(regime: Regime, name: str, found: torch.Tensor, exact: Block, stock:
     worst = (over[:, 0], errors.gather(-1, row)[:, 0], sizes.gather(-1, row)[:, 0])
     total = (_norm(values - right), allowed, size, stock_error)
     numbers = _numbers(infinite, visible_nothing, lost, *total, *worst)
-    return Finding(regime.name, numbers, lambda n: _judge_rows(name, n))
+    return Finding(regime.name, numbers, lambda n: _judge_rows(name, n), name if regime.usual else "")
+
+
+def errors_of(findings: Sequence[Finding]) -> tuple[Error, ...]:
+    """How far results were off on usual data, over all sampled heads. Waits for the device."""
+    kept = [finding for finding in findings if finding.quantity]
+    totals = [finding.numbers[:, [ERROR, SIZE, STOCK_ERROR]].norm(dim=0).tolist() for finding in kept]
+    return tuple(
+        Error(finding.quantity, found / size, stock / size)
+        for finding, (found, size, stock) in zip(kept, totals, strict=True) if size > 0
+    )  # fmt: skip
 
 
 def _norm(tensor: torch.Tensor) -> torch.Tensor:

@@ -14,12 +14,14 @@ from cudnn_flex_compile.engine.pairs import (
     EPSILON,
     FUNCTION_ERROR,
     SMALLEST_STEP,
+    ModifiedGradient,
     Pairs,
     gradient_of,
     masked_scores,
+    modified_gradient_of,
 )
 from cudnn_flex_compile.engine.places import Places
-from cudnn_flex_compile.engine.problem import Problem
+from cudnn_flex_compile.engine.problem import Problem, TensorSpec
 from cudnn_flex_compile.engine.reference import Sample
 from cudnn_flex_compile.engine.regimes import Tensors
 
@@ -109,6 +111,67 @@ def expected_columns(
     for block, noise in ((dk, dk_noise), (dv, dv_noise)):
         block.value, block.noise = _rounded(block.value, problem, low), noise.sqrt()
     return dk, dv
+
+
+def expected_bias(
+    problem: Problem, t: Tensors, sample: Sample, where: Places, spec: TensorSpec, low: bool
+) -> tuple[Block, Block]:  # fmt: skip
+    """The gradient of a learned operand, [B or 1, H or 1, Sq, Skv], of the sampled heads: sampled rows, and sampled
+    columns. It is summed over the batch entries and heads that share an entry; each of these terms has 16 bits.
+    """
+    found: list[Block] = []
+    for transposed in (False, True):
+        sampled = where.columns if transposed else where.rows
+        other = torch.arange(problem.lengths[not transposed], device=sampled.device)
+        shape = (len(where.heads), len(sampled), len(other))
+        value, noise, squares = (torch.zeros(shape, dtype=_work(low), device=sampled.device) for _ in range(3))
+        hidden = torch.ones(shape[:2], dtype=torch.bool, device=sampled.device)
+        for batches, heads in _sharing(problem, where, spec, math.prod(shape)):
+            place = (batches, heads, other, sampled) if transposed else (batches, heads, sampled, other)
+            part, masked = _of_bias(problem, t, sample, place, low)
+            for total, term in ((value, part.value), (noise, part.noise**2), (squares, part.before**2)):
+                total += _together(term.mT if transposed else term, len(where.heads))
+            masked = (masked == -math.inf).all(-2 if transposed else -1)
+            hidden &= masked.view(-1, *shape[:2]).all(0)
+        dtype, terms = problem.query.dtype, other.numel() * _sharers(problem, spec).numel()
+        step = EPSILON[dtype] * squares.sum(-1).sqrt() + SMALLEST_STEP[dtype] * math.sqrt(terms)
+        found.append(Block(_rounded(value, problem, low), step, noise.sqrt(), hidden))
+    return found[0], found[1]
+
+
+def _of_bias(
+    problem: Problem, t: Tensors, sample: Sample, place: tuple[torch.Tensor, ...], low: bool
+) -> tuple[ModifiedGradient, torch.Tensor]:
+    """For batches, heads, rows and columns: the gradient, rounded in stock precision; and the masked scores."""
+    batches, heads, rows, columns = place
+    kv_heads = heads // group_of(problem)
+    query, *given = (_of_rows(x, batches, heads, rows).to(_work(low)) for x in (t.query, *_given(t)))
+    key, value = (_of_rows(x, batches, kv_heads, columns).to(_work(low)) for x in (t.key, t.value))
+    pairs = Pairs(problem, sample, query, key, place, low)
+    found = modified_gradient_of(pairs, value, *given)
+    found.value = pairs.rounded(found.value)
+    return found, pairs.masked
+
+
+def _sharers(problem: Problem, spec: TensorSpec) -> torch.Tensor:
+    """Which batch entries and heads share an entry of an operand, as differences to the first that does: [M]."""
+    batch, heads, _ = problem.lse_shape
+    shared = (batch if spec.shape[0] == 1 else 1, heads if spec.shape[1] == 1 else 1)
+    of_batch, of_head = (torch.arange(n) for n in shared)
+    return (of_batch[:, None] * heads + of_head).flatten()
+
+
+def _sharing(
+    problem: Problem, where: Places, spec: TensorSpec, size: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The batch entries and heads that share entries of an operand with the sampled ones, so many at a time that
+    `size` numbers of each are few: [G * N] each.
+    """
+    heads = problem.lse_shape[1]
+    first = where.batches * (spec.shape[0] > 1) * heads + where.heads * (spec.shape[1] > 1)
+    for some in _sharers(problem, spec).to(first.device).split(max(1, AT_ONCE // (4 * size))):
+        members = (first + some[:, None]).flatten()
+        yield members // heads, members % heads
 
 
 def _summed(weights: torch.Tensor, terms: torch.Tensor, problem: Problem) -> torch.Tensor:

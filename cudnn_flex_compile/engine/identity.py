@@ -23,13 +23,15 @@ CODE = ("engine", "passes", "scoremod")  # what makes programs of functions and 
 DRIVER = Path("/proc/driver/nvidia/version")
 
 
-def key_of(problem: Problem, fingerprint: str) -> str:
+def key_of(problem: Problem, fingerprint: str, tuned: bool = False) -> str:
     """The key of a verdict on plans of this problem.
 
     Args:
         fingerprint: of what the plans were compared with.
+        tuned: whether they were the fastest, by measurement, not the first that were right.
     """
-    return "\n".join([*environment(problem.device), f"reference {fingerprint}", problem_text(problem)])
+    rule = ["the fastest"] if tuned else []
+    return "\n".join([*environment(problem.device), *rule, f"reference {fingerprint}", problem_text(problem)])
 
 
 def problem_text(problem: Problem) -> str:

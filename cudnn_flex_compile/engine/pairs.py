@@ -89,6 +89,42 @@ def masked_scores(sample: Sample, scores: torch.Tensor, *where: torch.Tensor) ->
 
 
 @dataclass(slots=True)
+class ModifiedGradient:
+    """Of the modified scores [P, R, C], which is that of a bias added to them.
+
+    Attributes:
+        weights, wobble: of the scores; the wobble with that of the log-sum-exps.
+        value: in float64 or float32, never rounded.
+        before: the magnitudes that it is a sum of.
+        size: those of its two terms, that of the output and that of the log-sum-exp, which may be off each for itself.
+        noise: what else float32 arithmetic inside of the kernel may add; 0 in stock precision.
+    """
+
+    weights: torch.Tensor
+    wobble: torch.Tensor
+    value: torch.Tensor
+    before: torch.Tensor
+    size: torch.Tensor
+    noise: torch.Tensor
+
+
+def modified_gradient_of(
+    pairs: Pairs, value: torch.Tensor, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, grad_lse: torch.Tensor
+) -> ModifiedGradient:
+    weights, change = pairs.weights(lse), grad @ value.mT
+    of_out = change - (grad * out).sum(-1, keepdim=True)
+    found = weights * (of_out + grad_lse)
+    before = weights * (change.abs() + _row_term(grad, out) + grad_lse.abs())
+    size = weights * (of_out.abs() + grad_lse.abs())
+    if pairs.low:
+        return ModifiedGradient(weights, pairs.wobble, found, before, size, pairs.wobble)
+    wobble = pairs.wobble + torch.where(lse.isfinite(), 2 * ROUNDING * lse.abs(), 0.0)
+    wobble = torch.expm1(wobble.clamp(max=50.0))
+    summed = SUM_ERROR * (grad.abs() @ value.abs().mT + (grad * out).abs().sum(-1, keepdim=True))
+    return ModifiedGradient(weights, wobble, found, before, size, size * wobble + weights * summed)
+
+
+@dataclass(slots=True)
 class Gradient:
     """Of the raw scores [P, R, C]: their gradient times the scale; the magnitudes that it is a sum of; its noise."""
 
@@ -103,21 +139,12 @@ def gradient_of(
     pairs: Pairs, value: torch.Tensor, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
     grad_lse: torch.Tensor, off: torch.Tensor,
 ) -> Gradient:  # fmt: skip
-    """The weights of the two terms, that of the output and that of the log-sum-exp, may be off each for itself."""
-    scale = pairs.problem.scale
-    weights, change = pairs.weights(lse), grad @ value.mT
-    of_out = change - (grad * out).sum(-1, keepdim=True)
-    d_masked = weights * (of_out + grad_lse)
-    d_scores = pairs.rounded(d_masked * pairs.slope * scale)  # scaled before it is rounded: fp16 underflows that later
-    before = weights * (change.abs() + _row_term(grad, out) + grad_lse.abs()) * pairs.slope * scale
-    if pairs.low:
-        return Gradient(weights, pairs.wobble, d_scores, before, pairs.wobble)
-    wobble = pairs.wobble + torch.where(lse.isfinite(), 2 * ROUNDING * lse.abs(), 0.0)
-    wobble = torch.expm1(wobble.clamp(max=50.0))
-    summed = SUM_ERROR * (grad.abs() @ value.abs().mT + (grad * out).abs().sum(-1, keepdim=True))
-    size = weights * (of_out.abs() + grad_lse.abs())
-    noise = size * (pairs.slope.abs() * wobble + off) + weights * pairs.slope.abs() * summed
-    return Gradient(weights, wobble, d_scores, before, noise * abs(scale))
+    """`off` is what the slope may be off by."""
+    scale, modified = pairs.problem.scale, modified_gradient_of(pairs, value, grad, out, lse, grad_lse)
+    scores = pairs.rounded(modified.value * pairs.slope * scale)  # scaled first: rounded to fp16, it underflows later
+    before = modified.before * pairs.slope * scale
+    noise = (modified.noise * pairs.slope.abs() + modified.size * off) * abs(scale) if not pairs.low else pairs.wobble
+    return Gradient(modified.weights, modified.wobble, scores, before, noise)
 
 
 def _row_term(grad: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ import torch
 
 from cudnn_flex_compile.engine.merge import merge
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem, TensorSpec, dense
+from cudnn_flex_compile.engine.record import Error
 from cudnn_flex_compile.reasons import Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import TRUE, Program
@@ -75,12 +76,13 @@ class Part:
 class PartsPlan:
     """Several plans that behave as one (engine/plan.py)."""
 
-    __slots__ = ("_bare_columns", "_bare_rows", "_parts", "device", "outputs", "problem", "strategy")
+    __slots__ = ("_bare_columns", "_bare_rows", "_parts", "device", "errors", "outputs", "problem", "strategy")
 
     def __init__(self, problem: Problem, parts: Sequence[Part], outputs: tuple[TensorSpec, ...]) -> None:
         self.problem, self.outputs, self._parts = problem, outputs, tuple(parts)
         self.strategy = f"parts ({', '.join(part.plan.strategy for part in parts)})"
         self.device = torch.device("cuda", problem.device)
+        self.errors: tuple[Error, ...] = ()
         own = [[(p.box.top, p.box.bottom) for p in parts if p.rows_own]]
         own.append([(p.box.left, p.box.right) for p in parts if p.columns_own])
         self._bare_rows, self._bare_columns = map(_gaps, own, problem.lengths)

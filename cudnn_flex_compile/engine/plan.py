@@ -15,13 +15,15 @@ from cudnn_flex_compile.engine.launch import launcher
 from cudnn_flex_compile.engine.lowering import Lowering
 from cudnn_flex_compile.engine.memory import empty
 from cudnn_flex_compile.engine.problem import FORWARD, Problem
-from cudnn_flex_compile.engine.record import Binding
+from cudnn_flex_compile.engine.record import Binding, Error
 from cudnn_flex_compile.reasons import Code, Reason
 
 PYTHON_ENGINES = 20_000  # the first id of an engine of the frontend's own (cudnn.engines.engine_ids)
 EXPECTED = (cudnn.cudnnGraphNotSupportedError, RuntimeError, ValueError)  # of a graph that cuDNN does not support
 FORWARD_ROLES = ("query", "key", "value", "out", "stats")
-BACKWARD_ROLES = ("query", "key", "value", "out", "stats", "grad_out", "minus_lse", "grad_lse", "dq", "dk", "dv")
+BACKWARD_ROLES = (
+    "query", "key", "value", "out", "stats", "grad_out", "minus_lse", "grad_lse", "dq", "dk", "dv", "dbias",
+)  # fmt: skip
 
 
 DTYPES = {int: torch.int32, float: torch.float32}
@@ -34,13 +36,14 @@ class Plan:
         problem: what it is for.
         strategy: how it was lowered.
         device: where it runs.
-        outputs: layouts of out and stats, or of dq, dk and dv.
+        outputs: layouts of out and stats, or of dq, dk, dv, and dbias if an operand is learned.
         workspace: bytes that each run needs.
+        errors: what certification measured, once it has.
     """
 
     __slots__ = (
         "_constant_addresses", "_constants", "_floats", "_graph", "_ints", "_launch", "_operands",
-        "binding", "device", "outputs", "problem", "strategy", "workspace",
+        "binding", "device", "errors", "outputs", "problem", "strategy", "workspace",
     )  # fmt: skip
 
     def __init__(self, problem: Problem, graph: Any, binding: Binding) -> None:
@@ -55,6 +58,7 @@ class Plan:
         self._operands, self._ints, self._floats = binding.operands, binding.ints, binding.floats
         self._launch = launcher(graph, binding.uids)
         self.outputs = output_specs(problem)
+        self.errors: tuple[Error, ...] = ()
 
     def serialized(self) -> bytes:
         """The built graph, as restore takes it. Raises ValueError if cuDNN cannot serialise it."""

@@ -22,13 +22,16 @@ class TensorSpec:
 
     @staticmethod
     def of(tensor: torch.Tensor) -> "TensorSpec":
+        """Of a tensor of any device."""
         return TensorSpec(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
 
     @property
     def layout(self) -> Layout:
+        """What engine/memory.py allocates by."""
         return self.shape, self.stride, self.dtype
 
     def empty(self, device: torch.device) -> torch.Tensor:
+        """An uninitialised tensor of this layout."""
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device)
 
 
@@ -70,11 +73,13 @@ class Problem:
 
     @property
     def lse_shape(self) -> tuple[int, int, int]:
+        """B, Hq, Sq."""
         batch, heads, length, _ = self.query.shape
         return batch, heads, length
 
     @property
     def lengths(self) -> tuple[int, int]:
+        """Sq, Skv."""
         return self.query.shape[2], self.key.shape[2]
 
     def forward(self) -> "Problem":

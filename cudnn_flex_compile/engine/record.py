@@ -6,11 +6,25 @@ Knows nothing of files or of cuDNN. JSON, which keeps floats exactly, and the pl
 import json
 import struct
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from cudnn_flex_compile.reasons import Code, Reason
 
 LENGTH = struct.Struct("<Q")
+
+
+class Error(NamedTuple):
+    """How far one result of a plan was off on usual data, relative to its size (both in the 2-norm).
+
+    Attributes:
+        name: out, dQ, dK or dV.
+        found: of the plan.
+        stock: of the same computation in stock precision.
+    """
+
+    name: str
+    found: float
+    stock: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,25 +68,27 @@ class StoredPlan:
 @dataclass(frozen=True, slots=True)
 class Certified:
     """Plans that passed together: one, or with `in_parts` one for each box of the problem, in order; with `wide` of the
-    problem with wider values (engine/wide.py).
+    problem with wider values (engine/wide.py). errors: what certification measured.
     """
 
     plans: tuple[StoredPlan, ...]
     in_parts: bool = False
     wide: bool = False
+    errors: tuple[Error, ...] = ()
 
 
 Verdict = Certified | Reason
 
 
 def encode(verdict: Verdict) -> bytes:
+    """The bytes that `decode` reads."""
     if isinstance(verdict, Reason):
         return _joined({"reason": [verdict.code.name, verdict.detail]}, b"")
     plans = [
         {"problem": p.problem, "binding": asdict(p.binding), "workspace": p.workspace, "bytes": len(p.data)}
         for p in verdict.plans
     ]
-    head = {"in_parts": verdict.in_parts, "wide": verdict.wide, "plans": plans}
+    head = {"in_parts": verdict.in_parts, "wide": verdict.wide, "plans": plans, "errors": verdict.errors}
     return _joined(head, b"".join(p.data for p in verdict.plans))
 
 
@@ -100,7 +116,8 @@ def _certified(head: dict[str, Any], rest: bytes) -> Certified:
         plans.append(StoredPlan(str(plan["problem"]), binding, int(plan["workspace"]), data))
     if rest or not plans or (len(plans) > 1 and not head["in_parts"]):
         raise ValueError("plans and their bytes do not fit")
-    return Certified(tuple(plans), bool(head["in_parts"]), bool(head["wide"]))
+    errors = tuple(Error(str(name), float(found), float(stock)) for name, found, stock in head["errors"])
+    return Certified(tuple(plans), bool(head["in_parts"]), bool(head["wide"]), errors)
 
 
 def _joined(head: dict[str, Any], rest: bytes) -> bytes:

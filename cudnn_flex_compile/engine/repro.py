@@ -45,7 +45,7 @@ sys.exit(rerun(PROBLEM, attempt={attempt}))
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
-    """attempt: its number among select.attempts. strategy: of the plan. verdict: what was wrong with it."""
+    """attempt: its number among attempts.attempts. strategy: of the plan. verdict: what was wrong with it."""
 
     attempt: int
     strategy: str
@@ -125,7 +125,7 @@ def rerun(problem: Problem, attempt: int) -> int:
 
 
 def _wrong(problem: Problem, attempt: int) -> str | None:
-    from cudnn_flex_compile.engine.select import attempts
+    from cudnn_flex_compile.engine.attempts import attempts
     from cudnn_flex_compile.engine.verify import certify
 
     reference = ProgramReference(parse(problem.program))

@@ -15,6 +15,7 @@ from cudnn_flex_compile.engine.problem import TensorSpec, dense
 from cudnn_flex_compile.reasons import Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import AXES, F32, I32, SCORE, TRUE, Expr
+from cudnn_flex_compile.scoremod.learned import with_bias
 from cudnn_flex_compile.scoremod.masks.form import hides
 from cudnn_flex_compile.scoremod.masks.linear import KV, Q
 from cudnn_flex_compile.scoremod.optable import make
@@ -59,6 +60,7 @@ PROGRAMS = (
     Program("symmetric window", mask=make("and", _within(64), make("ge", ir.const(64, I32), KV - Q))),
     Program("odd lengths, a bias of pairs", SCORE + ir.operand(0, F32, "hqk"), CAUSAL, (("hqk", BF16),),
             lengths=(777, 1000)),
+    Program("learned bias, causal", with_bias(SCORE, ir.operand(0, F32, "hqk")), CAUSAL, (("hqk", torch.float32),)),
     Program("square, guarded ends", SCORE * SCORE * 0.125, CAUSAL, lengths=(1000, 1000)),
     Program("half precision, sigmoid", SCORE * make("sigmoid", SCORE), CAUSAL, dtype=FP16, head_dim=128),
     Program("head dim 256, relative positions", SCORE + ir.cast(Q - KV, F32) * 0.01, head_dim=256,
@@ -78,9 +80,9 @@ class Outcome:
 
 def run(device: int) -> Iterator[Outcome]:
     """Plans and certifies all programs on a CUDA device, one after the other, whatever verdicts are stored."""
-    from cudnn_flex_compile.engine.select import set_certify
+    from cudnn_flex_compile.engine.select import set_policy
 
-    set_certify("always")
+    set_policy("always")
     for program in PROGRAMS:
         start = time.perf_counter()
         strategies, reason = _planned(program, device)

@@ -21,6 +21,7 @@ import torch
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.interpret import TORCH_DTYPE, const_tensor, evaluate
 from cudnn_flex_compile.scoremod.ir import F32, GRAD, GRAD_LSE, I32, SCORE, TRUE, Expr, Program
+from cudnn_flex_compile.scoremod.learned import with_bias, without_bias
 from cudnn_flex_compile.scoremod.masks.form import MaskForm, as_predicate, split
 from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.simplify import simplify
@@ -47,12 +48,13 @@ def guarded(program: Program, lengths: tuple[int, int]) -> Program:
     rows, columns = _below(lengths)
     zero, form = ir.const(0.0, F32), split(program.mask)
     inside = make("where", columns, make("where", rows, SCORE, zero), zero)
-    score = ir.rebuild(program.score, {SCORE: inside})
+    score, learned = without_bias(program.score)
+    score = ir.rebuild(score, {SCORE: inside})
     for bias in form.biases:
         score = score + bias
     score = make("where", rows, score, ir.const(-math.inf, F32))
     shown = as_predicate(MaskForm(form.bounds, residual=form.residual))
-    return ir.program(score, simplify(make("and", shown, columns)))
+    return ir.program(with_bias(score, learned), simplify(make("and", shown, columns)))
 
 
 def _is_read_beyond(node: Expr) -> bool:

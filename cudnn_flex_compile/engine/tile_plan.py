@@ -16,7 +16,7 @@ from cudnn_flex_compile.engine.attention_graph import output_specs
 from cudnn_flex_compile.engine.interval_kernels import intervals_missing
 from cudnn_flex_compile.engine.memory import empty
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem, TensorSpec, dense
-from cudnn_flex_compile.engine.record import Binding
+from cudnn_flex_compile.engine.record import Binding, Error
 from cudnn_flex_compile.engine.tiles import (
     ARCHITECTURE,
     BACKWARD_PARTS,
@@ -75,10 +75,10 @@ class TilePlan:
     """Runs one problem. Immutable once built; any thread may run it.
 
     Attributes:
-        problem, strategy, device, outputs, workspace, binding: as of a Plan (engine/plan.py).
+        problem, strategy, device, outputs, workspace, binding, errors: as of a Plan (engine/plan.py).
     """
 
-    __slots__ = ("_kernels", "_mask", "_parts", "_tiler", "binding", "device", "outputs", "problem")
+    __slots__ = ("_kernels", "_mask", "_parts", "_tiler", "binding", "device", "errors", "outputs", "problem")
 
     strategy, workspace = NAME, 0
 
@@ -91,6 +91,7 @@ class TilePlan:
         self._tiler = tiler_of(geometry_of(problem, training=not forward), problem.device)
         self._kernels = _Forward(problem) if forward else _Backward(problem)
         self._parts = FORWARD_PARTS if forward else BACKWARD_PARTS
+        self.errors: tuple[Error, ...] = ()
 
     def serialized(self) -> bytes:
         """Nothing: the frontend keeps what it compiled (engine/interval_kernels.py)."""

@@ -18,6 +18,7 @@ from cudnn_flex_compile.engine.identity import key_of, problem_text
 from cudnn_flex_compile.engine.interval_kernels import keep_in
 from cudnn_flex_compile.engine.parts import PartsPlan, assemble_parts, divided
 from cudnn_flex_compile.engine.problem import Problem
+from cudnn_flex_compile.engine.ready import Runs
 from cudnn_flex_compile.engine.record import Certified, StoredPlan, decode, encode
 from cudnn_flex_compile.engine.reference import Reference
 from cudnn_flex_compile.engine.store import Store
@@ -29,10 +30,6 @@ from cudnn_flex_compile.scoremod.text import parse
 
 if TYPE_CHECKING:
     from cudnn_flex_compile.engine.plan import Plan
-    from cudnn_flex_compile.engine.tile_plan import TilePlan
-    from cudnn_flex_compile.engine.wide import WidePlan
-
-    Runs = Plan | PartsPlan | WidePlan | TilePlan
 
 log = logging.getLogger("cudnn_flex_compile")
 
@@ -58,29 +55,35 @@ def use_folder(folder: Path | None, megabytes: int) -> None:
         _stores[:] = [] if wanted is None else [Store(*wanted)]
 
 
-def recall(problem: Problem, reference: Reference, rule: str) -> "Runs | Reason | None":
+def recall(problem: Problem, reference: Reference, rule: str, tuned: bool) -> Runs | Reason | None:
     """The stored verdict on a problem, its plans ready to run on the current device; None if there is none.
 
     Args:
         reference: what plans of the problem are compared with.
         rule: of certification; a stored verdict is not always trusted.
+        tuned: whether the plan is wanted that was the fastest, not the first.
     """
     fingerprint = reference.fingerprint
     if not _stores or fingerprint is None or not USES.get(rule, NEITHER).trusted:
         return None
     with phase("restore"):
-        data = _stores[0].read(key_of(problem, fingerprint))
+        data = _stores[0].read(key_of(problem, fingerprint, tuned))
         if data is None:
             return None
         try:
             verdict = decode(data)
-            return verdict if isinstance(verdict, Reason) else _restored(problem, verdict)
+            if isinstance(verdict, Reason):
+                return verdict
+            found = _restored(problem, verdict)
+            if not isinstance(found, Reason):
+                found.errors = verdict.errors
+            return found
         except ValueError as error:
             log.info("cudnn_flex: a stored plan cannot be used and is built anew: %s", error)
             return None
 
 
-def keep(problem: Problem, reference: Reference, rule: str, found: "Runs | Reason") -> None:
+def keep(problem: Problem, reference: Reference, rule: str, tuned: bool, found: Runs | Reason) -> None:
     """Stores a verdict that was found out under this rule."""
     passing = isinstance(found, Reason) and not found.lasting
     if not _stores or reference.fingerprint is None or passing or not USES.get(rule, NEITHER).kept:
@@ -91,20 +94,32 @@ def keep(problem: Problem, reference: Reference, rule: str, found: "Runs | Reaso
         except ValueError as error:
             log.info("cudnn_flex: a plan is not kept beyond this process: %s", error)
             return
-        _stores[0].write(key_of(problem, reference.fingerprint), data)
+        _stores[0].write(key_of(problem, reference.fingerprint, tuned), data)
 
 
-def _stored(found: "Runs") -> Certified:
+def recall_text(key: str) -> str | None:
+    """What keep_text kept under this key, in this process or in another."""
+    data = _stores[0].read(key) if _stores else None
+    return None if data is None else data.decode()
+
+
+def keep_text(key: str, value: str) -> None:
+    """Keeps what was measured; the key has all that it depends on."""
+    if _stores:
+        _stores[0].write(key, value.encode())
+
+
+def _stored(found: Runs) -> Certified:
     from cudnn_flex_compile.engine.wide import WidePlan
 
     if isinstance(found, WidePlan):
-        return replace(_stored(found.inner), wide=True)
+        return replace(_stored(found.inner), wide=True, errors=found.errors)
     plans: list[Any] = list(found.plans) if isinstance(found, PartsPlan) else [found]
     stored = [StoredPlan(problem_text(p.problem), p.binding, p.workspace, p.serialized()) for p in plans]
-    return Certified(tuple(stored), isinstance(found, PartsPlan))
+    return Certified(tuple(stored), isinstance(found, PartsPlan), errors=found.errors)
 
 
-def _compiled(problem: Problem) -> "Runs":
+def _compiled(problem: Problem) -> Runs:
     """A plan of kernels that the frontend keeps."""
     from cudnn_flex_compile.engine.tile_plan import build
 
@@ -114,7 +129,7 @@ def _compiled(problem: Problem) -> "Runs":
     return plan
 
 
-def _restored(problem: Problem, verdict: Certified) -> "Runs | Reason":
+def _restored(problem: Problem, verdict: Certified) -> Runs | Reason:
     """Raises ValueError for plans of other problems: our code cannot have changed, but be sure."""
     from cudnn_flex_compile.engine.attention_graph import output_specs
     from cudnn_flex_compile.engine.plan import restore

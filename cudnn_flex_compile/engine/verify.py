@@ -12,8 +12,9 @@ from typing import Protocol
 
 import torch
 
-from cudnn_flex_compile.engine.compare import Finding, first_wrong, of_log_sums, of_memory, of_rows
+from cudnn_flex_compile.engine.compare import Finding, errors_of, first_wrong, of_log_sums, of_memory, of_rows
 from cudnn_flex_compile.engine.expected import (
+    expected_bias,
     expected_columns,
     expected_dq,
     expected_rows,
@@ -22,6 +23,7 @@ from cudnn_flex_compile.engine.expected import (
 )
 from cudnn_flex_compile.engine.places import SEED, Places, places
 from cudnn_flex_compile.engine.problem import BACKWARD, Problem, TensorSpec
+from cudnn_flex_compile.engine.record import Error
 from cudnn_flex_compile.engine.reference import Reference, Sample
 from cudnn_flex_compile.engine.regimes import (
     REGIMES,
@@ -44,6 +46,7 @@ class Runnable(Protocol):
     strategy: str
     outputs: tuple[TensorSpec, ...]
     device: torch.device
+    errors: tuple[Error, ...]
 
     def run(
         self, tensors: Sequence[torch.Tensor], operands: Sequence[torch.Tensor], ints: Sequence[int],
@@ -65,20 +68,23 @@ class Data:
     off: torch.Tensor
 
 
-def certify(plan: Runnable, forward: Runnable, reference: Reference) -> Reason | None:
-    """None if the plan is right on every sample, else what is wrong.
+def certify(
+    plan: Runnable, forward: Runnable, reference: Reference, regimes: Sequence[Regime] = REGIMES
+) -> Reason | None:  # fmt: skip
+    """None if the plan is right on every sample, which then has its `errors`; else what is wrong.
 
     Args:
         plan: the plan under test.
         forward: the plan itself, or for a backward a certified forward of the same call.
         reference: where the expected values come from.
+        regimes: kinds of data.
     """
     problem = plan.problem
     generator = torch.Generator(plan.device).manual_seed(SEED)
     tensors = drawn(problem, generator)
     at_random = _data(problem, tensors, reference.sample(problem, generator))
     findings: list[Finding] = []
-    for regime in REGIMES:
+    for regime in regimes:
         data = at_random
         if regime.extremes:
             if not _varies(at_random.sample):
@@ -87,7 +93,10 @@ def certify(plan: Runnable, forward: Runnable, reference: Reference) -> Reason |
         with applied(regime, tensors, problem.scale):
             findings += _findings(plan, forward, tensors, regime, data)
     wrong = first_wrong(findings, at_random.where.names)
-    return None if wrong is None else Reason(Code.CERTIFICATION, f"{plan.strategy}, {problem.direction}, {wrong}")
+    if wrong is not None:
+        return Reason(Code.CERTIFICATION, f"{plan.strategy}, {problem.direction}, {wrong}")
+    plan.errors = errors_of(findings)
+    return None
 
 
 def _varies(sample: Sample) -> bool:
@@ -135,13 +144,23 @@ def _of_backward(plan: Runnable, t: Tensors, regime: Regime, data: Data) -> Iter
     gradients = tuple(poisoned(spec, t.query.device) for spec in plan.outputs)
     rows = [surrounded(r) for r in rows_of(t.stats, t.grad_lse if problem.lse_gradient else None)]
     _run(plan, (t.query, t.key, t.value, t.out, t.stats, t.grad, *rows), gradients, data.sample)
-    for gradient, label in zip(gradients, ("dQ", "dK", "dV"), strict=True):
+    for gradient, label in zip(gradients, ("dQ", "dK", "dV", "dBias"), strict=False):
         yield of_memory(regime, label, gradient)
     batches, kv_heads = where.batches[:, None], where.heads[:, None] // group_of(problem)
-    dq, dk, dv = gradients
+    dq, dk, dv, *dbias = gradients
     exact, stock = (expected_dq(problem, t, data.sample, where, flag, data.off) for flag in (False, True))
     yield of_rows(regime, "dQ", dq[batches, where.heads[:, None], where.rows], exact, stock, noisy)
     columns = (expected_columns(problem, t, data.sample, where, flag, data.off) for flag in (False, True))
     (exact_dk, exact_dv), (stock_dk, stock_dv) = columns
     yield of_rows(regime, "dK", dk[batches, kv_heads, where.columns], exact_dk, stock_dk, noisy)
     yield of_rows(regime, "dV", dv[batches, kv_heads, where.columns], exact_dv, stock_dv)
+    for gradient in dbias:
+        yield from _of_bias(problem, t, regime, data, gradient)
+
+
+def _of_bias(problem: Problem, t: Tensors, regime: Regime, data: Data, dbias: torch.Tensor) -> Iterator[Finding]:
+    where, spec = data.where, TensorSpec.of(dbias)
+    near = (where.batches[:, None] * (spec.shape[0] > 1), where.heads[:, None] * (spec.shape[1] > 1))
+    exact, stock = (expected_bias(problem, t, data.sample, where, spec, flag) for flag in (False, True))
+    yield of_rows(regime, "dBias", dbias[(*near, where.rows)], exact[0], stock[0])
+    yield of_rows(regime, "dBias", dbias.mT[(*near, where.columns)], exact[1], stock[1])

@@ -15,6 +15,7 @@ import torch
 
 from cudnn_flex_compile.engine.attention_graph import output_specs
 from cudnn_flex_compile.engine.problem import Problem, TensorSpec, strides_like
+from cudnn_flex_compile.engine.record import Error
 
 # The columns that are added to V, a multiple of what cuDNN takes. dLSE is the sum of what dO' has there times these,
 # each part what the ones before it left over: 24 bits of bfloat16, and beyond the range of float16.
@@ -38,12 +39,13 @@ def _wide(spec: TensorSpec) -> TensorSpec:
 class WidePlan:
     """A plan (engine/plan.py) that runs `inner`, one of the widened problem."""
 
-    __slots__ = ("device", "inner", "outputs", "problem", "strategy")
+    __slots__ = ("device", "errors", "inner", "outputs", "problem", "strategy")
 
     def __init__(self, problem: Problem, inner: Any) -> None:
         self.problem, self.inner, self.device = problem, inner, inner.device
         self.outputs = output_specs(problem)
         self.strategy = f"{inner.strategy}, wider values"
+        self.errors: tuple[Error, ...] = ()
 
     def run(
         self, tensors: Sequence[torch.Tensor], operands: Sequence[torch.Tensor], ints: Sequence[int],

@@ -10,11 +10,11 @@ from typing import Any
 from torch.fx import GraphModule
 
 from cudnn_flex_compile.config import Options
-from cudnn_flex_compile.inner import direct, inductor, registered
+from cudnn_flex_compile.inner import direct, inductor, registered, torch_tensorrt
 
 Compile = Callable[[GraphModule, Sequence[Any], Options], Callable[..., Any]]
 
-BACKENDS: dict[str, Compile] = {inductor.NAME: inductor.compile}
+BACKENDS: dict[str, Compile] = {inductor.NAME: inductor.compile, torch_tensorrt.NAME: torch_tensorrt.compile}
 
 
 def compile_inner(graph_module: GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:

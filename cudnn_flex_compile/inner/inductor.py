@@ -15,6 +15,7 @@ NAME = "inductor"
 
 
 def compile(graph_module: GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+    """The compiled graph, with `mode` and `inner_options` as Inductor's own configuration."""
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from cudnn_flex_compile.scoremod.derive import derive
 from cudnn_flex_compile.scoremod.interpret import environment, evaluate
 from cudnn_flex_compile.scoremod.ir import Program
+from cudnn_flex_compile.scoremod.learned import position
 from cudnn_flex_compile.scoremod.simplify import simplify
 from cudnn_flex_compile.scoremod.text import parse
 
@@ -101,22 +102,30 @@ def _weights(block: Block, lse: Tensor) -> Tensor:
 def backward(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
     operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor], program: str, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dQ, dK, dV in float32, dK and dV per kv head; `grad_lse` is with respect to the natural log-sum-exp."""
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """dQ, dK, dV in float32, dK and dV per kv head, and the gradient of the learned operand, if there is one.
+
+    `grad_lse` is with respect to the natural log-sum-exp.
+    """
     heads, kv_heads = query.shape[1], key.shape[1]
     keys, values = per_head(key, heads), per_head(value, heads)
+    parsed = parse(program)
+    learned = position(parsed)
+    dbias = [] if learned is None else [torch.zeros(operands[learned].shape)]
     dq = torch.empty(query.shape)
     dk, dv = torch.zeros(keys.shape), torch.zeros(values.shape)
     delta = (grad_out.float() * out.float()).sum(-1)
     if grad_lse is not None:  # the log-sum-exp's derivative with respect to a score is its weight
         delta = delta - grad_lse
-    for block in _blocks(query, key, operands, ints, floats, parse(program), scale):
+    for block in _blocks(query, key, operands, ints, floats, parsed, scale):
         rows = block.rows
         grad, weights = grad_out[:, :, rows].float(), _weights(block, stats[:, :, rows])
         d_masked = weights * (grad @ values.transpose(-2, -1) - delta[:, :, rows].unsqueeze(-1))
+        for near in (tensor[:, :, rows] for tensor in dbias):
+            near += torch.where(block.visible, d_masked, 0.0).sum_to_size(near.shape)
         d_scores = torch.where(block.visible, block.gradient_of(d_masked), 0.0) * scale
         dq[:, :, rows] = d_scores @ keys
         dk += d_scores.transpose(-2, -1) @ query[:, :, rows].float()
         dv += weights.transpose(-2, -1) @ grad
     group = (kv_heads, heads // kv_heads)
-    return dq, dk.unflatten(1, group).sum(2), dv.unflatten(1, group).sum(2)
+    return dq, dk.unflatten(1, group).sum(2), dv.unflatten(1, group).sum(2), *dbias

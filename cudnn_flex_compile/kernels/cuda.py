@@ -13,14 +13,15 @@ from cudnn_flex_compile.engine.call import backward_key, forward_key
 from cudnn_flex_compile.engine.clean import above_autograd
 from cudnn_flex_compile.engine.memory import empty
 from cudnn_flex_compile.engine.problem import TensorSpec, dense
+from cudnn_flex_compile.engine.ready import Ready, plans
 from cudnn_flex_compile.engine.repro import warned
 from cudnn_flex_compile.engine.rows import rows_of
-from cudnn_flex_compile.engine.select import Ready, find_plan, plans
+from cudnn_flex_compile.engine.select import find_plan
 from cudnn_flex_compile.kernels import fallback
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod.ranges import VALUE_LIMIT
 
-Gradients = tuple[Tensor, Tensor, Tensor]
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 log = logging.getLogger("cudnn_flex_compile")
 _warned: set[str] = set()
 
@@ -54,6 +55,7 @@ def forward(
         del out, outputs
         out, lse = _fallback_forward(query, key, value, operands, ints, floats, program, scale)
         return out, lse if stats else lse.new_empty(0)
+    _hold_if_captured(found)
     return out, lse
 
 
@@ -62,7 +64,8 @@ def backward(
     operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor], program: str, scale: float,
     tiles: Tensor | None = None,
 ) -> Gradients:  # fmt: skip
-    """dQ, dK, dV in the layouts of torch.empty_like of query, key and value.
+    """dQ, dK, dV in the layouts of torch.empty_like of query, key and value, and the gradient of the learned operand in
+    the query's dtype, empty if there is none.
 
     A gradient of the (natural) log-sum-exp is given or not as the loss has it: these are two plans.
     """
@@ -79,16 +82,25 @@ def backward(
     if found.copied:
         query, key, value = _copied(found, query, key, value)
         grad_out = torch.empty_like(out).copy_(grad_out) if found.copies[3] else grad_out
-    q_layout, k_layout, v_layout = found.layouts
+    q_layout, k_layout, v_layout, *bias_layout = found.layouts
     dq, dk, dv = empty(*q_layout), empty(*k_layout), empty(*v_layout)
+    dbias = empty(*bias_layout[0]) if bias_layout else empty((0,), (1,), query.dtype)
+    gradients = (dq, dk, dv, dbias) if bias_layout else (dq, dk, dv)
     inputs = _aligned((query, key, value, out, stats, grad_out, *rows_of(stats, grad_lse)))
     try:
-        _run(found, (*inputs, dq, dk, dv), operands, ints, floats, tiles)
+        _run(found, (*inputs, *gradients), operands, ints, floats, tiles)
     except torch.OutOfMemoryError as error:
         _explain(program, _no_workspace(found, error))
-        del dq, dk, dv
+        del dq, dk, dv, dbias, gradients
         return _fallback_backward(grad_out, grad_lse, query, key, value, operands, ints, floats, program, scale)
-    return dq, dk, dv
+    _hold_if_captured(found)
+    return dq, dk, dv, dbias
+
+
+def _hold_if_captured(found: Ready) -> None:
+    """A CUDA graph that is replayed reads the plan's kernels and constants, whether the plan is still cached or not."""
+    if torch.cuda.is_current_stream_capturing():
+        plans.hold(found)
 
 
 def _run(
@@ -157,5 +169,5 @@ def _fallback_backward(
     with above_autograd():
         gradients = fallback.backward(grad_out, grad_lse, query, key, value, operands, ints, floats, program, scale)
     like = (torch.empty_like(t) for t in (query, key, value))
-    dq, dk, dv = (g if g.stride() == t.stride() else t.copy_(g) for g, t in zip(gradients, like, strict=True))
-    return dq, dk, dv
+    dq, dk, dv = (g if g.stride() == t.stride() else t.copy_(g) for g, t in zip(gradients[:3], like, strict=True))
+    return dq, dk, dv, gradients[3].to(query.dtype) if len(gradients) > 3 else query.new_empty(0)

@@ -19,6 +19,7 @@ from cudnn_flex_compile.scoremod.masks.intervals import every_endpoint
 from cudnn_flex_compile.scoremod.text import parse
 
 log = logging.getLogger("cudnn_flex_compile")
+_replayed: set[Tiler] = set()  # whose kernels a CUDA graph holds, which are to stay as long as the process
 
 
 def make(
@@ -70,6 +71,7 @@ def none(
 
 
 def _captured(tiler: Tiler, table: Tensor, blocks: Sequence[Tensor], block_sizes: Sequence[int]) -> Tensor:
+    _replayed.add(tiler)
     if blocks:
         torch._assert_async(agree_with_endpoints(blocks, table, tiler.geometry.sizes, block_sizes))
     return tiler.list(table)

@@ -13,6 +13,7 @@ from torch import Tensor
 from cudnn_flex_compile.ops.implementations import new_stats
 from cudnn_flex_compile.ops.schemas import library
 from cudnn_flex_compile.ops.undispatched import backward, forward
+from cudnn_flex_compile.scoremod.learned import position_in
 
 LOG2E = 1 / math.log(2)
 # What a stock compiled flex_attention raises.
@@ -24,16 +25,18 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], ints: list[int],
-        floats: list[Tensor], program: str, scale: float, return_lse: bool, guard: Tensor | None,
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, operands: list[Tensor],
+        ints: list[int], floats: list[Tensor], program: str, scale: float, return_lse: bool, guard: Tensor | None,
         tiles: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """`bias` is the learned operand: autograd sees no tensors in lists."""
         out, stats = forward(query, key, value, operands, ints, floats, program, scale, True, guard, tiles)
         ctx.set_materialize_grads(False)
         if not return_lse:
             ctx.mark_non_differentiable(stats)
         ctx.save_for_backward(query, key, value, out, stats, tiles, *operands, *floats)
         ctx.operands, ctx.ints, ctx.program, ctx.scale = len(operands), ints, program, scale
+        ctx.learned = bias is not None
         return out, stats
 
     @staticmethod
@@ -42,14 +45,15 @@ class Attention(torch.autograd.Function):
     ) -> Any:
         query, key, value, out, stats, tiles, *rest = ctx.saved_tensors
         if grad_out is None and grad_stats is None:
-            return (None,) * 11
+            return (None,) * 12
         with torch.no_grad():
             gradients = backward(
                 torch.zeros_like(out) if grad_out is None else grad_out,
                 *(grad_stats, query, key, value, out, stats, rest[: ctx.operands], ctx.ints, rest[ctx.operands :]),
                 *(ctx.program, ctx.scale, tiles),
             )
-        return (*_once(gradients), *(None,) * 8)
+        *main, dbias = _once(gradients)
+        return (*main, dbias if ctx.learned else None, *(None,) * 8)
 
 
 def _once(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -70,11 +74,14 @@ def attention(
     tiles: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
     """As the op, without dispatch: out, the log-sum-exp in base 2, and the natural one (with a gradient)."""
-    arguments = (query, key, value, operands, ints, floats, program, scale)
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        out, natural = Attention.apply(*arguments, return_lse, guard, tiles)  # pyright: ignore
+    position = position_in(program) if operands else None
+    bias = None if position is None else operands[position]
+    learned = bias is not None and bias.requires_grad
+    rest = (operands, ints, floats, program, scale)
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad or learned):
+        out, natural = Attention.apply(query, key, value, bias, *rest, return_lse, guard, tiles)  # pyright: ignore
     else:
-        out, natural = forward(*arguments, stats or return_lse, guard, tiles)
+        out, natural = forward(query, key, value, *rest, stats or return_lse, guard, tiles)
     return out, natural * LOG2E if return_lse else None, natural
 
 

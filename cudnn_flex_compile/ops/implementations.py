@@ -9,6 +9,7 @@ from torch import Tensor
 from cudnn_flex_compile.engine.problem import strides_like
 from cudnn_flex_compile.ops.profiling import named
 from cudnn_flex_compile.ops.schemas import Gradients, library
+from cudnn_flex_compile.scoremod.learned import position_in
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -30,7 +31,13 @@ def _new_out(query: Tensor, value: Tensor) -> Tensor:
 
 
 def new_stats(query: Tensor, wanted: bool) -> Tensor:
+    """Uninitialised natural log-sum-exps [B, H, Sq], float32; empty if not wanted."""
     return query.new_empty(query.shape[:3] if wanted else (0,), dtype=torch.float32)
+
+
+def _new_bias(query: Tensor, operands: list[Tensor], program: str) -> Tensor:
+    position = position_in(program)
+    return query.new_empty((0,) if position is None else operands[position].shape)
 
 
 @torch.library.impl(library, "attention_forward", "CUDA")
@@ -90,8 +97,11 @@ def _backward_cpu(
     rest = (operands, ints, floats, program, scale)
     with named("backward", program), torch.autocast("cpu", enabled=False):
         gradients = cpu.backward(grad_out, grad_stats, query, key, value, out, stats, *rest)
-    dq, dk, dv = (torch.empty_like(t).copy_(g) for t, g in zip((query, key, value), gradients, strict=True))
-    return dq, dk, dv
+    dq, dk, dv = (torch.empty_like(t) for t in (query, key, value))
+    dbias = _new_bias(query, operands, program)
+    for into, gradient in zip((dq, dk, dv, dbias), gradients, strict=False):
+        into.copy_(gradient)
+    return dq, dk, dv, dbias
 
 
 def _backward_fake(
@@ -99,7 +109,8 @@ def _backward_fake(
     operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str, scale: float,
     tiles: Tensor | None = None,
 ) -> Gradients:  # fmt: skip
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    like = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
+    return *like, _new_bias(query, operands, program)
 
 
 for _name, _fake in {"attention_forward": _forward_fake, "attention_backward": _backward_fake}.items():

@@ -19,7 +19,7 @@ SCHEMAS = {
     "attention_backward": (
         "(Tensor grad_out, Tensor? grad_stats, Tensor query, Tensor key, Tensor value, Tensor out, Tensor stats,"
         " Tensor[] operands, SymInt[] ints, Tensor[] floats, str program, float scale, Tensor? tiles=None)"
-        " -> (Tensor dq, Tensor dk, Tensor dv)"
+        " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)"
     ),
     "permute_keys": "(Tensor keys, Tensor order, Tensor slots) -> Tensor",
     "check_block_mask": (
@@ -44,4 +44,5 @@ permute_keys = namespace.permute_keys.default
 check_block_mask = namespace.check_block_mask.default
 list_tiles = namespace.list_tiles.default
 
-Gradients = tuple[Tensor, Tensor, Tensor]
+# dq, dk, dv; and in the query's dtype the gradient of the program's learned operand, empty if it has none.
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
 from cudnn_flex_compile import ops
@@ -75,7 +76,12 @@ class InputCheck:
     _seen: tuple[tuple[int, torch.Tensor, int], ...] = ()
 
     def __call__(self, inputs: Sequence[Any]) -> None:
-        """Raises RuntimeError if the tensors are others than last time and do not agree with the mask."""
+        """Raises RuntimeError if the tensors are others than last time and do not agree with the mask.
+
+        Fake ones, on which DDP's optimizer runs each of its graphs once, have nothing that could be compared.
+        """
+        if isinstance(inputs[self.blocks[0]], FakeTensor):
+            return
         capturing = inputs[self.blocks[0]].is_cuda and torch.cuda.is_current_stream_capturing()
         if self._seen and not capturing:
             for position, tensor, version in self._seen:

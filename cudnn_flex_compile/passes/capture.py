@@ -24,6 +24,7 @@ class Captures:
         nodes: the node (or number) of each leaf.
         of_score, of_mask: the captured arguments of the two subgraphs, in order.
         ints, floats: the scalar leaves, in the order of their positions.
+        learned: the leaves of tensors that require grad.
     """
 
     nodes: dict[Expr, Any] = field(default_factory=dict[Expr, Any])
@@ -31,6 +32,7 @@ class Captures:
     of_mask: list[Captured] = field(default_factory=list[Captured])
     ints: list[Expr] = field(default_factory=list[Expr])
     floats: list[Expr] = field(default_factory=list[Expr])
+    learned: set[Expr] = field(default_factory=set[Expr])
 
     @property
     def stored(self) -> dict[Expr, torch.dtype]:
@@ -76,12 +78,14 @@ def read_captures(call: Call) -> Captures | Reason:
             only_item = _only_item(module, leading + position) and tensor.device.type == "cpu"
             if tensor.device != device and not only_item:
                 return Reason(Code.DEVICE, f"a captured tensor is on {tensor.device}, the query on {device}")
-            if tensor.requires_grad and torch.is_grad_enabled():
-                return Reason(Code.CAPTURED_GRADIENT, f"a captured tensor of shape {tuple(tensor.shape)} requires grad")
+            learned = tensor.requires_grad and torch.is_grad_enabled()
+            if learned and only_item:
+                return Reason(Code.CAPTURED_GRADIENT, "a captured tensor that requires grad is read by item()")
             try:
                 arguments.append(Captured(tensor, captures.leaf_of(value, only_item)))
             except Untraceable as error:
                 return Reason(Code.UNKNOWN_OP, str(error))
+            captures.learned.update([arguments[-1].leaf] if learned else [])
     return captures
 
 

@@ -18,7 +18,7 @@ from cudnn_flex_compile.passes.compact import LENGTH, counts_of, order_of, slots
 from cudnn_flex_compile.passes.find import changes, example
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.interpret import TORCH_DTYPE, evaluate
-from cudnn_flex_compile.scoremod.ir import I32, Expr
+from cudnn_flex_compile.scoremod.ir import F32, I32, Expr
 from cudnn_flex_compile.scoremod.masks.intervals import VIEWS, endpoints_of
 from cudnn_flex_compile.scoremod.partition import Hoisted
 
@@ -49,7 +49,7 @@ def operand_value(
             return torch.full((1, 1, 1, 1), sizes[3], dtype=torch.int32, device=device)
         if node.kind == "scalar" and node.dtype == I32:
             return torch.full((1, 1, 1, 1), captured(node), dtype=torch.int64, device=device)
-        return captured(node)
+        return _summed_in_float32(captured(node)) if hoisted.learned and node.dtype == F32 else captured(node)
 
     plain = _as_it_is(hoisted, captured, sizes)
     if plain is not None:
@@ -61,25 +61,30 @@ def operand_value(
     return value.to(hoisted.stored).expand(*shape).contiguous()
 
 
+def _summed_in_float32(tensor: Any) -> Any:
+    """A captured tensor whose gradient is a sum over many pairs, which 16 bits would not hold on the way."""
+    return tensor if _known_tensor(tensor).dtype == torch.float32 else tensor.to(torch.float32)
+
+
+def _known_tensor(tensor: Any) -> torch.Tensor:
+    return example(tensor.node) if isinstance(tensor, Proxy) else tensor
+
+
 def _as_it_is(hoisted: Hoisted, captured: Callable[[Expr], Any], sizes: tuple[Any, ...]) -> Any:
     """A view of the captured tensor, if the operand is one: slopes[h], bias[h, q, kv]. It needs no kernel."""
     root = hoisted.expression
     if hoisted.limit:
         return None
     axes = [str(a.value) for a in root.args[1:] if a.kind == "index"] if root.kind == "gather" else []
-    if not axes or len(axes) < len(root.args) - 1 or "".join(axes) != _in_order(axes):
+    if not axes or len(axes) < len(root.args) - 1 or "".join(axes) != hoisted.dims:
         return None
     tensor = captured(root.args[0])
     shape = [size if axis in axes else 1 for axis, size in zip(ir.AXES, sizes, strict=True)]
-    known = example(tensor.node) if isinstance(tensor, Proxy) else tensor
+    known = _known_tensor(tensor)
     exact = [n for axis, n in zip(ir.AXES, shape, strict=True) if axis in axes]
     static = all(isinstance(n, int) for n in (*exact, *known.shape))
     same = static and list(known.shape) == exact and known.dtype == hoisted.stored and known.is_contiguous()
     return tensor.view(*shape) if same else None
-
-
-def _in_order(axes: list[str]) -> str:
-    return "".join(a for a in ir.AXES if a in axes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from cudnn_flex_compile.passes.traced import Traced
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.interpret import visible_rows
-from cudnn_flex_compile.scoremod.ir import TRUE
+from cudnn_flex_compile.scoremod.ir import TRUE, Expr
 from cudnn_flex_compile.scoremod.masks.form import split
 from cudnn_flex_compile.scoremod.masks.intervals import NARROW, most_endpoints
 from cudnn_flex_compile.scoremod.text import text
@@ -31,22 +31,18 @@ from cudnn_flex_compile.scoremod.text import text
 ITEMSIZE, MIB = 4, 2**20
 
 
-def better(traced: Traced, other: Reason | None) -> bool:
-    """Whether a call is to be tried by intervals: where the other roads are out, or read a bias or predicate at pairs.
-
-    Args:
-        other: why they are out, or None.
-    """
+def tiled(target: Target, traced: Traced) -> Target | None:
+    """The call by intervals; None where nothing is hidden, or `traced.pairwise` is None."""
     if traced.pairwise is None or traced.program.mask is TRUE:
-        return False
-    form = split(traced.program.mask)
-    return other is not None or form.residual is not TRUE or any({"q", "k"} <= set(b.dims) for b in form.biases)
-
-
-def tiled(target: Target, traced: Traced) -> Target:
-    """The call by intervals."""
-    program, hoisted = traced.pairwise or (target.program, target.hoisted)
+        return None
+    program, hoisted = traced.pairwise
     return replace(target, program=program, hoisted=hoisted, compact=None, tiled=True)
+
+
+def over_pairs(mask: Expr) -> bool:
+    """Whether the plans of a program with this mask would read a bias or compute a predicate at pairs."""
+    form = split(mask)
+    return form.residual is not TRUE or any({"q", "k"} <= set(bias.dims) for bias in form.biases)
 
 
 def unsuitable(target: Target, values: tuple[Any, Any, Any] | None, budget: int) -> Reason | None:

@@ -8,30 +8,34 @@ import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from cudnn_flex_compile.passes import block_mask, intervals, speed
+from cudnn_flex_compile.passes import autotune, block_mask, intervals, speed
 from cudnn_flex_compile.passes.autocast import with_casts, without_casts
 from cudnn_flex_compile.passes.block_mask import MaskProgram
 from cudnn_flex_compile.passes.capture import Captures, read_captures
 from cudnn_flex_compile.passes.compact import COUNTS, compacted
+from cudnn_flex_compile.passes.describe import describe_functions, describe_mask
 from cudnn_flex_compile.passes.find import Call, example, find_calls, hint, scale_of
 from cudnn_flex_compile.passes.hoist import Writer, operand_value
 from cudnn_flex_compile.passes.prune import live_nodes, prune
 from cudnn_flex_compile.passes.rewrite import replace, with_batch
-from cudnn_flex_compile.passes.target import Target, judge
+from cudnn_flex_compile.passes.target import Accepted, Target, judge
 from cudnn_flex_compile.passes.traced import traced_of
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.report import CallReport
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.fingerprint import graph_text
-from cudnn_flex_compile.scoremod.partition import Hoisted
+from cudnn_flex_compile.scoremod.partition import HALF, Hoisted
 from cudnn_flex_compile.scoremod.text import text
 
 log = logging.getLogger("cudnn_flex_compile")
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +50,11 @@ class Context:
     real: dict[Node, Any]
     only_faster: bool
     bias_budget: int
+    autotune: bool
     sharing: Counter[Hashable]
-    known: dict[tuple[Any, ...], Reason | None] = field(default_factory=dict[tuple[Any, ...], Reason | None])
+    known: dict[tuple[Any, ...], Any] = field(default_factory=dict[tuple[Any, ...], Any])
 
-    def once(self, key: tuple[Any, ...], find: Callable[[], Reason | None]) -> Reason | None:
+    def once(self, key: tuple[Any, ...], find: Callable[[], Found]) -> Found:
         if key not in self.known:
             self.known[key] = find()
         return self.known[key]
@@ -65,21 +70,23 @@ class Lowered:
 
 def lower_calls(
     graph_module: GraphModule, example_inputs: Sequence[Any], only_faster: bool = True, bias_budget: int = 256,
-    graphs: bool = False,
+    autotuned: bool = False, graphs: bool = False,
 ) -> Lowered:  # fmt: skip
     """Rewrites the graph in place.
 
     Args:
         only_faster: keep the calls that are slower on cuDNN.
         bias_budget: MiB that one operand over (q, kv) pairs, or one list of tiles, may take.
+        autotuned: find out by measuring which calls these are.
         graphs: whether the inner backend captures CUDA graphs, where the host can look at no data.
     """
     inputs = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
-    real = dict(zip(inputs, example_inputs, strict=False))
+    pairs = zip(inputs, example_inputs, strict=False)
+    real = {node: value for node, value in pairs if not isinstance(value, FakeTensor)}  # DDP's optimizer gives such
     writer = Writer()
     tiles, guards = None if graphs else intervals.Tiles(writer), block_mask.Guards(inputs, writer)
     sharing = Counter(_mask_of(call) for call in find_calls(graph_module))
-    context = Context(writer, tiles, guards, real, only_faster, bias_budget, sharing)
+    context = Context(writer, tiles, guards, real, only_faster, bias_budget, autotuned, sharing)
     reports: list[CallReport] = []
     changed: list[GraphModule] = []
     live: dict[Graph, set[Node]] = {}
@@ -104,6 +111,7 @@ def _mask_of(call: Call) -> Hashable:
 
 def _lower(call: Call, context: Context) -> CallReport:
     report = CallReport(source=call.source)
+    describe_functions(report, call)
     before, checks = set(call.node.graph.nodes), len(context.guards.outside)
     try:
         cast = with_casts(call)
@@ -142,58 +150,83 @@ def _lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason
         return traced
     program, hoisted, checked = traced.program, traced.hoisted, traced.checked(captures)
     report.program = program
-    other = _over_budget(call, hoisted, context.bias_budget)
-    if other is not None and traced.pairwise is None:
-        return other
-    training = bool(example(call.node)[0].requires_grad)
+    describe_mask(report, call, hoisted, captures, context.real)
+    large = _over_budget(call, hoisted, context.bias_budget)
+    if large is not None and traced.pairwise is None:
+        return large
+    training = bool(example(call.node)[0].requires_grad) or any(part.learned for part in hoisted)
     wrong = None if checked is None else _disagreement(call, captures, checked, context)
     if wrong is not None:
         return wrong
-    compact = compacted(program, hoisted)
-    running = (program, hoisted) if compact is None else (compact.program, compact.hoisted)
-    target = Target(call, program, hoisted, captures, training, context.real, compact, traced.fingerprint)
-    if context.only_faster and target.lse_gradient:
-        return speed.UNMEASURED
-    if other is None and context.only_faster:
-        other = _slower(call, *running, training, context)
-    missing = None
-    if intervals.better(traced, other):
-        missing = _by_intervals(intervals.tiled(target, traced), context, report)
-        if missing is None:
-            return None
-    if other is not None:
-        return missing if missing is not None and missing.code is Code.INTERVALS else other
+    target = Target(
+        call, program, hoisted, captures, training, context.real, compacted(program, hoisted), traced.fingerprint
+    )
+
+    def by_plans() -> Reason | None:
+        return large or _by_plans(target, checked, context, report)
+
+    tiled = intervals.tiled(target, traced)
+    if tiled is None:
+        return by_plans()
+    other = None
+    if not intervals.over_pairs(program.mask):
+        other = by_plans()
+        if other is None or other.code not in BY_INTERVALS:
+            return other
+    missing = _by_intervals(tiled, context, report)
+    if missing is None:
+        return None
+    other = other or by_plans()
+    needed = other is not None and other.code in BY_INTERVALS and missing.code is Code.INTERVALS
+    return missing if needed else other
+
+
+BY_INTERVALS = (Code.SLOWER, Code.BIAS_BUDGET)  # why a call is not run by plans, but may be by intervals
+
+
+def _by_plans(target: Target, checked: MaskProgram | None, context: Context, report: CallReport) -> Reason | None:
+    """Rewrites the call to run by plans that know its mask, or says why it does not."""
+    measured = context.autotune and autotune.measurable(target)
+    slower = _slower(target, context) if context.only_faster and not measured else None
+    if slower is not None:
+        return slower
     verdict = judge(target)
     if isinstance(verdict, Reason):
         return verdict
-    report.strategies = verdict
-    guard = None if checked is None else context.guards.write(call, checked)
+    slower = _measured_slower(target, context) if context.only_faster and measured else None
+    if slower is not None:
+        return slower
+    _accept(target, verdict, context, report)
+    guard = None if checked is None else context.guards.write(target.call, checked)
     _rewrite(target, context, guard)
     return None
 
 
 def _by_intervals(target: Target, context: Context, report: CallReport) -> Reason | None:
-    """Rewrites the call to run by intervals, or says why it does not."""
+    """Rewrites the call to run by the intervals of its mask's rows, or says why it does not."""
     call = target.call
     if context.tiles is None:
         return Reason(Code.UNSUPPORTED_CALL, "intervals under CUDA graphs")
-    calls = context.sharing[_mask_of(call)]
-    if context.only_faster:
-        slower = speed.slower_by_intervals(call, target.training, calls, context.real.get)  # pyright: ignore
-        if slower is not None:
-            return slower
+    slower = _slower(target, context) if context.only_faster else None
+    if slower is not None:
+        return slower
 
     def unsuitable() -> Reason | None:
         values = _real_values(call, target.captures, target.hoisted, context)
         return intervals.unsuitable(target, values, context.bias_budget)
 
-    captured = tuple(target.captures.nodes.values())
-    verdict = context.once((*_given(call), target.program, target.hoisted, captured), unsuitable) or judge(target)
+    known = ("unsuitable", *_given(call), target.program, target.hoisted, *target.captures.nodes.values())
+    verdict = context.once(known, unsuitable) or judge(target)
     if isinstance(verdict, Reason):
         return verdict
-    report.strategies = verdict
+    _accept(target, verdict, context, report)
     _rewrite(target, context, None)
     return None
+
+
+def _accept(target: Target, verdict: Accepted, context: Context, report: CallReport) -> None:
+    report.strategies, report.errors = verdict
+    report.expected = speed.expected(_facts(target, context))
 
 
 def _unsuitable(call: Call) -> Reason | None:
@@ -208,8 +241,11 @@ def _unsuitable(call: Call) -> Reason | None:
         return Reason(Code.UNSUPPORTED_CALL, "the scale changes between calls")
     if tensors[0].device.type not in ("cuda", "cpu"):
         return Reason(Code.DEVICE, f"tensors are on {tensors[0].device}")
-    if any(type(t) is not type(tensors[0]) or t.is_nested for t in tensors):
-        return Reason(Code.UNSUPPORTED_CALL, "tensors of different or nested types")
+    if any(type(t) is not type(tensors[0]) or t.is_nested or is_traceable_wrapper_subclass(t) for t in tensors):
+        types = sorted({type(t).__name__ for t in tensors})
+        return Reason(Code.UNSUPPORTED_CALL, f"tensors of different, nested or wrapping types: {', '.join(types)}")
+    if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        return Reason(Code.CAPTURING, "this call was compiled while a CUDA graph was captured", lasting=False)
     return None
 
 
@@ -218,13 +254,23 @@ MIB = 2**20
 
 def _over_budget(call: Call, hoisted: Sequence[Hoisted], budget: int) -> Reason | None:
     """A reason if an operand over (q, kv) pairs takes more memory than the option allows."""
+    sizes = _sizes(call)
     for part in hoisted:
-        count = math.prod(n for axis, n in zip(ir.AXES, _sizes(call), strict=True) if axis in part.dims)
-        mib = count * part.stored.itemsize / MIB
+        count = math.prod(n for axis, n in zip(ir.AXES, sizes, strict=True) if axis in part.dims)
+        gradients = count + _gradient_work(sizes) if part.learned else 0
+        mib = (count * part.stored.itemsize + gradients * HALF.itemsize) / MIB
         if {"q", "k"} <= set(part.dims) and mib > budget:
-            detail = f"a bias over (q, kv) pairs takes {mib:.0f} MiB, more than bias_budget_mb={budget}"
-            return Reason(Code.BIAS_BUDGET, detail)
+            what = "a bias over (q, kv) pairs" + (", its gradient and the memory to work in" if part.learned else "")
+            return Reason(Code.BIAS_BUDGET, f"{what} takes {mib:.0f} MiB, more than bias_budget_mb={budget}")
     return None
+
+
+def _gradient_work(sizes: tuple[int, int, int, int]) -> int:
+    """The 16-bit numbers that a plan works on where it gives a bias's gradient: one a pair of each batch entry and
+    head, in tiles of 64 by 128 (1.07 GB at B 2, H 16, S 4096).
+    """
+    batch, heads, rows, columns = sizes
+    return batch * heads * math.ceil(rows / 64) * 64 * math.ceil(columns / 128) * 128
 
 
 def _sizes(call: Call) -> tuple[int, int, int, int]:
@@ -239,16 +285,27 @@ def _disagreement(call: Call, captures: Captures, checked: MaskProgram, context:
         return block_mask.disagreement(call, checked.program, context.real.get, values)  # pyright: ignore
 
     captured = tuple(checked.nodes[leaf] for leaf in checked.leaves)
-    return context.once((*_given(call), checked.program, checked.hoisted, captured), find)
+    return context.once(("disagreement", *_given(call), checked.program, checked.hoisted, captured), find)
 
 
-def _slower(
-    call: Call, program: ir.Program, hoisted: tuple[Hoisted, ...], training: bool, context: Context
-) -> Reason | None:
-    def find() -> Reason | None:
-        return speed.slower(call, program, hoisted, training, context.real.get)  # pyright: ignore
+def _slower(target: Target, context: Context) -> Reason | None:
+    facts = _facts(target, context)
+    known = (facts.program, facts.hoisted, facts.training, facts.lse_gradient, facts.tiled, facts.sharing)
+    return context.once(("slower", *_given(target.call), *known), lambda: speed.slower(facts))
 
-    return context.once((*_given(call), program, hoisted, training), find)
+
+def _facts(target: Target, context: Context) -> speed.Facts:
+    call, real = target.call, context.real.get
+    share = context.once(("share", *_given(call)), lambda: speed.share_of(call, real))  # pyright: ignore
+    sharing = context.sharing[_mask_of(call)] if target.tiled else 1
+    asked = target.training, target.lse_gradient, share, target.tiled, sharing
+    return speed.Facts(call, *target.running, *asked)
+
+
+def _measured_slower(target: Target, context: Context) -> Reason | None:
+    """By the rules, where measuring fails."""
+    times = autotune.times_of(target)
+    return _slower(target, context) if times is None else times.reason
 
 
 def _given(call: Call) -> tuple[Any, ...]:

@@ -1,9 +1,11 @@
-"""Which calls stock flex_attention runs faster, as measured.
+"""Which calls stock flex_attention runs faster, as measured: one table, and what its conditions are computed from.
 
-Knows nothing of numbers' correctness. Each number states the command that shows it.
+Knows nothing of numbers' correctness. Each row names the command that reproduces it.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.fx import Node
@@ -15,6 +17,7 @@ from cudnn_flex_compile.passes.find import Call, example, hint
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import TRUE, Program
+from cudnn_flex_compile.scoremod.learned import without_bias
 from cudnn_flex_compile.scoremod.masks.boxes import pruned
 from cudnn_flex_compile.scoremod.masks.form import split
 from cudnn_flex_compile.scoremod.partition import Hoisted
@@ -23,15 +26,14 @@ from cudnn_flex_compile.scoremod.partition import Hoisted
 # Inductor all blocks that the BlockMask omits.
 # (cudnn-flex bench --mods causal prefix-LM documents --mode reduce-overhead --lower always)
 PAIR_COST = 0.75
+# At lengths below this, the host and whole tiles decide, not the pairs. (cudnn-flex bench --forty)
+BY_PAIRS = 2048
 # What hiding pairs by a bias costs. (cudnn-flex bench --mods "dilated window" documents --lower always)
 BIAS_COST = 1.8
 # Several plans in the forward keep the host busy: as called, sinks + window take 1.11 times as long as Inductor's
 # kernel, prefix-LM 0.95 times, where by their pairs it were 0.94 and 0.76 times.
 # (cudnn-flex bench --mods "sink tokens + window" prefix-LM --lower always)
 PARTS_COST = 1.15
-# A score's own bias over pairs: Inductor gathers it faster, but for float32 in the forward.
-# (cudnn-flex bench --mods "relative table" "bias tensor" --lower always)
-FORWARD_ITEMSIZE = 4
 BACKWARD_WEIGHT = 2.7  # of a pair in the backward, where it is 1 in the forward
 # Interval kernels take this share less than Inductor's, whose rate is in FLOP a millisecond: at B 2, H 16, S 4096, 16
 # documents 0.28 ms by themselves where Inductor's take 0.53 as called, forward and backward, on one H200. What finding
@@ -40,53 +42,181 @@ BACKWARD_WEIGHT = 2.7  # of a pair in the backward, where it is 1 in the forward
 INTERVALS_GAIN, INDUCTOR_RATE, INTERVALS_SETUP = 0.45, 250e9, 0.5
 BACKWARD_TIME = 3.0  # of Inductor's backward, where its forward is 1
 GUESSED_SHARE = 0.1
-# Its plans are certified like all others, but nobody has measured them. (python3 -m tests.gpu.lse_time will)
-UNMEASURED = Reason(Code.LSE_GRADIENT, "the LSE takes part in the loss, and how fast cuDNN is then was not measured")
+# A score's own bias over pairs: Inductor gathers it faster, but for items of this many bytes in the forward.
+FORWARD_ITEMSIZE = 4
+SELECTION = "python3 -m tests.gpu.selection"
 
 
-def slower(
-    call: Call, program: Program, hoisted: Sequence[Hoisted], training: bool,
-    real: Callable[[Node], torch.Tensor | None],
-) -> Reason | None:  # fmt: skip
-    """A reason to keep the call, or None. `real` gives the tensor of an input of the graph."""
-    stored = _pair_operands(program, hoisted)
-    if stored and (training or min(d.itemsize for d in stored) < FORWARD_ITEMSIZE):
-        return Reason(Code.SLOWER, "a score over (q, kv) pairs is read from memory, which cuDNN does slower")
-    if not call.blocks:
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """A box of sizes, ends included, in which a call is kept on CUDA devices.
+
+    Attributes:
+        training: whether gradients are recorded.
+        queries, keys, head_dim: lengths, and the head dim of queries and keys.
+        why: what the call is.
+    """
+
+    why: str
+    training: bool
+    queries: tuple[float, float] = (1, math.inf)
+    keys: tuple[float, float] = (1, math.inf)
+    head_dim: tuple[float, float] = (1, math.inf)
+
+
+# To be changed after a run of SELECTION: its table says for each size how much faster we are.
+SIZES = (
+    Sizes("decoding: a few queries, for which Inductor has a kernel that divides the keys", False, queries=(1, 16)),
+    Sizes("a short sequence, where the host takes longer than the GPU", True, queries=(1, 128), keys=(1, 128)),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known of a call.
+
+    Attributes:
+        program, hoisted: what would run.
+        training: whether a gradient may be asked for.
+        lse_gradient: whether one of the log-sum-exp may be, too.
+        share: of the blocks, that its BlockMask lists; None without one, or if that is not known.
+        tiled: whether it would run by a list of its mask's tiles (passes/intervals.py).
+        sharing: how many calls would share that list.
+    """
+
+    call: Call
+    program: Program
+    hoisted: Sequence[Hoisted]
+    training: bool
+    lse_gradient: bool
+    share: float | None
+    tiled: bool = False
+    sharing: int = 1
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        return hint(example(self.call.query).shape[2]), hint(example(self.call.key).shape[2])
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A rule.
+
+    Attributes:
+        applies: why such a call is kept, or None.
+        command: what reproduces the measurement.
+        code: of the reason.
+        tiled: whether it is about calls by lists of tiles, or about others; None for both.
+    """
+
+    applies: Callable[[Facts], str | None]
+    command: str
+    code: Code = Code.SLOWER
+    tiled: bool | None = False
+
+
+def _lse_in_the_loss(facts: Facts) -> str | None:
+    """Its plans are certified like all others, but nobody has measured them."""
+    return "the LSE takes part in the loss, and how fast cuDNN is then was not measured" if facts.lse_gradient else None
+
+
+def _by_sizes(facts: Facts) -> str | None:
+    """On the CPU, where programs are checked and explained, sizes say nothing of those to come."""
+    if example(facts.call.query).device.type != "cuda":
         return None
-    sizes = hint(example(call.query).shape[2]), hint(example(call.key).shape[2])
-    ours = _pairs(program, sizes, training)
-    share = _share(call, real)
-    if share is None:
-        form = split(program.mask)
-        known = form.residual is TRUE and not any("q" in bias.dims for bias in form.biases)
-        unknown = Reason(Code.SLOWER, "a mask without tile skipping, under a BlockMask made in the graph")
-        return None if known else unknown
-    theirs = share * sizes[0] * sizes[1]
-    if ours * PAIR_COST <= theirs:
+    found = (*facts.lengths, hint(example(facts.call.query).shape[3]))
+    for box in SIZES:
+        ranges = (box.queries, box.keys, box.head_dim)
+        if box.training == facts.training and all(
+            low <= n <= high for n, (low, high) in zip(found, ranges, strict=True)
+        ):
+            return f"{box.why} ({found[0]} queries, {found[1]} keys)"
+    return None
+
+
+def _pair_operands(facts: Facts) -> list[torch.dtype]:
+    """The dtypes of the operands over (q, kv) pairs that the score_mod reads; a learned bias is none of its."""
+    operands = [n for n in ir.walk(without_bias(facts.program.score)[0]) if n.kind == "operand"]
+    return [facts.hoisted[int(n.value or 0)].stored for n in operands if {"q", "k"} <= set(n.dims)]
+
+
+def _pairs_are_read(facts: Facts) -> str | None:
+    stored = _pair_operands(facts)
+    if stored and (facts.training or min(d.itemsize for d in stored) < FORWARD_ITEMSIZE):
+        return "a score over (q, kv) pairs is read from memory, which cuDNN does slower"
+    return None
+
+
+def _unknown_blocks(facts: Facts) -> str | None:
+    form = split(facts.program.mask)
+    skipped = form.residual is TRUE and not any("q" in bias.dims for bias in form.biases)
+    if not facts.call.blocks or facts.share is not None or skipped:
         return None
-    percent = ours / (sizes[0] * sizes[1])
-    return Reason(Code.SLOWER, f"cuDNN would compute {percent:.0%} of the pairs, the BlockMask lists {share:.0%}")
+    return "a mask without tile skipping, under a BlockMask made in the graph"
 
 
-def slower_by_intervals(
-    call: Call, training: bool, calls: int, real: Callable[[Node], torch.Tensor | None]
-) -> Reason | None:
-    """A reason not to run by intervals, or None, for a mask that so many calls share."""
-    share = _share(call, real) if call.blocks else 1.0
+def _more_pairs(facts: Facts) -> str | None:
+    if facts.share is None:
+        return None
+    lengths = facts.lengths
+    all_pairs = lengths[0] * lengths[1]
+    ours = _pairs(facts.program, lengths, facts.training)
+    if ours * PAIR_COST <= facts.share * all_pairs:
+        return None
+    return f"cuDNN would compute {ours / all_pairs:.0%} of the pairs, the BlockMask lists {facts.share:.0%}"
+
+
+def _interval_times(facts: Facts) -> tuple[float, float]:
+    """Milliseconds that all calls with one mask take a step, on Inductor's kernel and by intervals."""
+    call, share = facts.call, facts.share if facts.call.blocks else 1.0
     query, key, value = (tuple(hint(n) for n in example(node).shape) for node in (call.query, call.key, call.value))
     pairs = (GUESSED_SHARE if share is None else share) * query[0] * query[1] * query[2] * key[2]
-    time = pairs * 2 * (query[3] + value[3]) / INDUCTOR_RATE * (1 + BACKWARD_TIME if training else 1)
-    if calls * time * INTERVALS_GAIN >= INTERVALS_SETUP:
+    stock = pairs * 2 * (query[3] + value[3]) / INDUCTOR_RATE * (1 + BACKWARD_TIME if facts.training else 1)
+    stock *= facts.sharing
+    return stock, stock * (1 - INTERVALS_GAIN) + INTERVALS_SETUP
+
+
+def _listing_takes_longer(facts: Facts) -> str | None:
+    stock, ours = _interval_times(facts)
+    if ours <= stock:
         return None
-    saved = calls * time * INTERVALS_GAIN
-    return Reason(Code.SLOWER, f"listing the mask's tiles takes longer than the {saved:.2f} ms that it saves a step")
+    return f"listing the mask's tiles takes longer than the {stock * INTERVALS_GAIN:.2f} ms that it saves a step"
 
 
-def _pair_operands(program: Program, hoisted: Sequence[Hoisted]) -> list[torch.dtype]:
-    """The dtypes of the operands over (q, kv) pairs that the score reads."""
-    operands = [n for n in ir.walk(program.score) if n.kind == "operand" and {"q", "k"} <= set(n.dims)]
-    return [hoisted[int(n.value or 0)].stored for n in operands]
+ROWS = (
+    Row(_lse_in_the_loss, "python3 -m tests.gpu.lse_time", Code.LSE_GRADIENT, tiled=None),
+    Row(_by_sizes, SELECTION, tiled=None),
+    Row(_pairs_are_read, 'cudnn-flex bench --mods "relative table" "bias tensor" --lower always'),
+    Row(_unknown_blocks, 'cudnn-flex bench --mods "dilated window" documents --lower always'),
+    Row(_more_pairs, "cudnn-flex bench --mods causal prefix-LM documents --mode reduce-overhead --lower always"),
+    Row(_listing_takes_longer, "python3 -m tests.gpu.documents_time", tiled=True),
+)
+
+
+def slower(facts: Facts) -> Reason | None:
+    """The reason of the first row that applies, or None."""
+    for row in ROWS:
+        if row.tiled not in (None, facts.tiled):
+            continue
+        detail = row.applies(facts)
+        if detail is not None:
+            return Reason(row.code, f"{detail} ({row.command})")
+    return None
+
+
+def expected(facts: Facts) -> float | None:
+    """How many times as fast as Inductor's kernel the plans are, by the pairs that either computes; None if that is not
+    known. What a score's arithmetic adds to this is not in it: with a soft cap, for one, it is more.
+    """
+    if facts.tiled:
+        stock, ours = _interval_times(facts)
+        return stock / ours
+    lengths = facts.lengths
+    share = facts.share if facts.call.blocks else 1.0
+    if share is None or min(lengths) < BY_PAIRS or _pair_operands(facts):
+        return None
+    ours = _pairs(facts.program, lengths, facts.training) * PAIR_COST
+    return share * lengths[0] * lengths[1] / ours if ours else None
 
 
 def _pairs(program: Program, lengths: tuple[int, int], training: bool) -> float:
@@ -99,8 +229,14 @@ def _pairs(program: Program, lengths: tuple[int, int], training: bool) -> float:
     return total * (BIAS_COST if split(program.mask).biases else 1.0)
 
 
-def _share(call: Call, real: Callable[[Node], torch.Tensor | None]) -> float | None:
-    """The share of blocks that the BlockMask lists, if its tensors are at hand."""
+def share_of(call: Call, real: Callable[[Node], torch.Tensor | None]) -> float | None:
+    """The share of blocks that the BlockMask lists, if its tensors are at hand.
+
+    Args:
+        real: gives the tensor of an input of the graph.
+    """
+    if not call.blocks:
+        return None
     pairs = [pair for pair in (call.blocks[:2], call.blocks[2:4]) if None not in pair]
     tensors = [[real(block) for block in pair] for pair in pairs]  # pyright: ignore[reportArgumentType]
     if any(t is None for pair in tensors for t in pair):

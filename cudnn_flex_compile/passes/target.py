@@ -6,13 +6,14 @@ Knows nothing of rewriting.
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.fx import Node
 
-from cudnn_flex_compile.engine.call import Meta, backward_key, forward_key, problem_of
+from cudnn_flex_compile.engine.call import Key, Meta, backward_key, forward_key, problem_of
 from cudnn_flex_compile.engine.problem import Problem, TensorSpec, dense
+from cudnn_flex_compile.engine.record import Error
 from cudnn_flex_compile.engine.reference import CapturedValue, SubgraphReference
 from cudnn_flex_compile.engine.strategies import STRATEGIES
 from cudnn_flex_compile.engine.support import refused
@@ -27,6 +28,9 @@ from cudnn_flex_compile.scoremod.ir import AXES, Expr, Program
 from cudnn_flex_compile.scoremod.partition import Hoisted
 from cudnn_flex_compile.scoremod.text import text
 from cudnn_flex_compile.scoremod.trace import without_items
+
+if TYPE_CHECKING:
+    from cudnn_flex_compile.engine.ready import Ready
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,25 +68,33 @@ class Target:
         return (self.program, self.hoisted) if self.compact is None else (self.compact.program, self.compact.hoisted)
 
 
-def judge(target: Target) -> tuple[str, ...] | Reason:
-    """The strategies of forward and backward, or why the call is kept."""
+class Accepted(NamedTuple):
+    """strategies: of forward and backward, or of the forward. errors: what certification measured of these plans."""
+
+    strategies: tuple[str, ...]
+    errors: tuple[Error, ...] = ()
+
+
+def judge(target: Target) -> Accepted | Reason:
+    """How a call runs, or why it is kept."""
     device = example(target.call.query).device
-    call = _key(target, device)
+    call = forward_call(target, target.running, device)
     problem = problem_of(call)
     if device.type == "cuda":
         return _certified(target, call, problem)
     program, _ = target.running
-    reason = refused(problem.backward() if target.training else problem, program, _any_version())
+    asked = problem.backward(target.lse_gradient) if target.training else problem
+    reason = refused(asked, program, _any_version())
     if reason is not None:
         return reason
     if target.tiled:
-        return (INTERVALS,)
+        return Accepted((INTERVALS,))
     inside = ends(problem.lengths) if target.lse_gradient else None
     reasons: list[Reason] = []
     for strategy in STRATEGIES:
         lowering = strategy.lower(program, target.training, inside)
         if not isinstance(lowering, Reason):
-            return (strategy.name,)
+            return Accepted((strategy.name,))
         reasons.append(lowering)
     return next((r for r in reasons if r.code is not Code.UNSUPPORTED_CALL), reasons[-1])
 
@@ -91,25 +103,37 @@ def _any_version() -> int:
     return 10**9
 
 
-def _certified(target: Target, call: tuple[Any, ...], problem: Problem) -> tuple[str, ...] | Reason:
-    from cudnn_flex_compile.engine.select import Ready, find_plan
+def _certified(target: Target, call: Key, problem: Problem) -> Accepted | Reason:
+    from cudnn_flex_compile.engine.ready import Ready
+    from cudnn_flex_compile.engine.select import find_plan
 
     asked = functools.cache(lambda: _reference(target)), target.fingerprint
     found = find_plan(call, *asked)
     if isinstance(found, Reason):
         return found
     if not target.training:
-        return (found.plan.strategy,)
-    grad = Meta(problem.out, torch.device("cuda", problem.device))
-    backward = find_plan(backward_key(call, grad), *asked)
+        return _accepted(found)
+    backward = find_plan(backward_call(call), *asked)
     if isinstance(backward, Ready) and target.lse_gradient:  # what of both is run, the loss says, maybe at each step
-        backward = find_plan(backward_key(call, grad, True), *asked)
+        backward = find_plan(backward_call(call, lse_gradient=True), *asked)
         if isinstance(backward, Reason):
             return Reason(Code.LSE_GRADIENT, f"with a gradient of the LSE: {backward}", backward.lasting)
-    return backward if isinstance(backward, Reason) else (found.plan.strategy, backward.plan.strategy)
+    return backward if isinstance(backward, Reason) else _accepted(found, backward)
 
 
-def _key(target: Target, device: torch.device) -> tuple[Any, ...]:
+def _accepted(*found: "Ready") -> Accepted:
+    errors = tuple(error for ready in found for error in ready.plan.errors)
+    return Accepted(tuple(ready.plan.strategy for ready in found), errors)
+
+
+def backward_call(forward: Key, lse_gradient: bool = False) -> Key:
+    """Of a forward call, for a gradient that is laid out like the output."""
+    problem = problem_of(forward)
+    return backward_key(forward, Meta(problem.out, torch.device("cuda", problem.device)), lse_gradient)
+
+
+def forward_call(target: Target, running: tuple[Program, tuple[Hoisted, ...]], device: torch.device) -> Key:
+    """The key of the call with this program and these operands: those of the plans, or the user's own."""
     call = target.call
     query, key, value = (Meta(_spec(example(n)), device) for n in (call.query, call.key, call.value))
     if key.shape[0] != query.shape[0]:
@@ -117,8 +141,8 @@ def _key(target: Target, device: torch.device) -> tuple[Any, ...]:
             spec = TensorSpec((query.shape[0], *tensor.shape[1:]), (0, *tensor.stride()[1:]), tensor.dtype)
             tensor.__init__(spec, device)
     sizes = (*query.shape[:3], key.shape[2])
-    program, hoisted = target.running
-    if target.compact is not None:  # the op gets permuted copies
+    program, hoisted = running
+    if target.compact is not None and running == target.running:  # the op gets permuted copies
         key, value = (Meta(dense(TensorSpec(t.shape, t.stride(), t.dtype)), device) for t in (key, value))
     operands = [Meta(_operand_spec(h, sizes), device) for h in hoisted]
     stats = target.training or call.uses(1)

@@ -20,6 +20,7 @@ from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.fingerprint import graph_text
 from cudnn_flex_compile.scoremod.ir import SCORE, Program
+from cudnn_flex_compile.scoremod.learned import NotAdded
 from cudnn_flex_compile.scoremod.partition import Hoisted, ScoreGather, pairwise, partition
 from cudnn_flex_compile.scoremod.ranges import narrow
 from cudnn_flex_compile.scoremod.simplify import normalize
@@ -86,15 +87,15 @@ def _key(call: Call, captures: Captures) -> tuple[Hashable, ...] | None:
         return None
     device = example(call.query).device
     defaults = torch.get_default_dtype(), torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
-    captured = (tuple(map(_layout, captures.of_score)), tuple(map(_layout, captures.of_mask)))
+    captured = tuple(tuple(_layout(c, captures) for c in given) for given in (captures.of_score, captures.of_mask))
     return score, mask, captured, defaults, bool(call.blocks), device
 
 
-def _layout(captured: Captured) -> Hashable:
+def _layout(captured: Captured, captures: Captures) -> Hashable:
     """What tracing reads of a captured value, whose leaf says which other one it is the same as."""
     leaf, tensor = captured.leaf, captured.tensor
     layout = None if tensor is None else (tuple(map(hint, tensor.shape)), tensor.dtype, tensor.device)
-    return leaf.kind, leaf.dtype, leaf.value, layout
+    return leaf.kind, leaf.dtype, leaf.value, layout, leaf in captures.learned
 
 
 def _digest(key: tuple[Hashable, ...]) -> str:
@@ -109,13 +110,15 @@ def _trace(call: Call, captures: Captures, fingerprint: str | None) -> Traced | 
             score = trace(call.score_mod, True, captures.of_score, device)
             mask = trace(call.mask_mod, False, captures.of_mask, device)
         with phase("solve"):
-            normal = normalize(ir.program(narrow(score), narrow(mask)))
-            program, hoisted = partition(normal, captures.stored)
-            pairs = pairwise(normal) if normal.score is SCORE else None
+            whole = normalize(ir.program(narrow(score), narrow(mask)))
+            program, hoisted = partition(whole, captures.stored, captures.learned)
+            pairs = pairwise(whole) if whole.score is SCORE else None
             alone = partition(normalize(ir.program(mask=narrow(mask)))) if call.blocks else None
         count("programs traced")
     except Untraceable as error:
         return Reason(Code.UNKNOWN_OP, str(error))
+    except NotAdded as error:
+        return Reason(Code.CAPTURED_GRADIENT, f"a captured tensor that requires grad takes part in {error}")
     except ScoreGather:
         return Reason(Code.UNKNOWN_OP, "a captured tensor read at an index that depends on the score")
     only_mask, by_pairs = (None if found is None else (found[0], tuple(found[1])) for found in (alone, pairs))

@@ -40,6 +40,7 @@ def evaluate(root: Expr, leaf: Callable[[Expr], Any], high: bool = False) -> Any
 
 
 def const_tensor(node: Expr, device: torch.device | str = "cpu", high: bool = False) -> torch.Tensor:
+    """A constant as a 0-d tensor of its dtype, or of float64 in place of F32."""
     dtype = torch.float64 if high and node.dtype == F32 else TORCH_DTYPE[node.dtype]
     return torch.full((), node.value, dtype=dtype, device=device)  # pyright: ignore
 

@@ -197,6 +197,7 @@ def axes_of(root: Expr) -> str:
 
 
 def depends_on(root: Expr, leaf: Expr) -> bool:
+    """Whether a leaf is anywhere in an expression."""
     return any(node is leaf for node in walk(root))
 
 

@@ -212,6 +212,8 @@ ROWS: tuple[Row, ...] = (
     Row("or", "logic", 2, torch.logical_or, None, "logical_or", BINARY, "({0} | {1})", ("logical_or",)),
     Row("not", "logic", 1, torch.logical_not, None, "logical_not", UNARY, "~{0}", ("logical_not",)),
     Row("where", "where", 3, torch.where, _where_backward, "binary_select", ("mask", "input0", "input1")),
+    # a captured tensor that takes a gradient; without effect (learned.py)
+    Row("learned", "float", 1, lambda x: x, lambda g, a, o: (g,)),
     # casts
     Row("f32", F32, 1, lambda x: x.to(torch.float32), _zero),
     Row("i32", I32, 1, lambda x: x.to(torch.int32), _zero),

@@ -7,10 +7,11 @@ evaluates it in the surrounding graph. Outside go
     the limits of row intervals, kv < end[b, h, q], in 64 bits and clamped to the keys that there are: no clamped
         limit hides or shows another key, and nothing overflows;
     predicates of the columns and, where the kernel cannot compute them, of (q, kv) pairs, as biases of 0 and -inf;
-    whatever else of a score depends on (q, kv) pairs and reads captured tensors at them, or has no legal form.
+    whatever else of a score depends on (q, kv) pairs and reads captured tensors at them, or has no legal form;
+    what captured tensors that require grad add to the score, as one tensor over pairs (learned.py).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +19,7 @@ import torch
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.interpret import TORCH_DTYPE
 from cudnn_flex_compile.scoremod.ir import BOOL, F32, I32, I64, SCORE, TRUE, Expr, Program
+from cudnn_flex_compile.scoremod.learned import PAIRS, NotAdded, reads, separate, with_bias
 from cudnn_flex_compile.scoremod.legalize import computes
 from cudnn_flex_compile.scoremod.masks.form import hides, split
 from cudnn_flex_compile.scoremod.masks.linear import KV
@@ -42,15 +44,19 @@ class Hoisted:
         expression: over captures, indices and scalars.
         stored: the dtype in which the operand is computed and kept.
         limit: whether it is a limit of kv, to be clamped to the number of keys.
+        learned: whether a gradient is asked of it; it has an entry for each pair then.
     """
 
     expression: Expr
     stored: torch.dtype
     limit: bool = False
+    learned: bool = False
 
     @property
     def dims(self) -> str:
-        return ir.axes_of(self.expression)
+        """The axes along which it varies, of `bhqk`."""
+        axes = {*ir.axes_of(self.expression), *(PAIRS if self.learned else "")}
+        return "".join(a for a in ir.AXES if a in axes)
 
 
 @dataclass(slots=True)
@@ -60,8 +66,11 @@ class Partition:
     stored: Stored
     operands: list[Hoisted] = field(default_factory=list[Hoisted])
 
-    def operand(self, expression: Expr, dtype: str, stored: torch.dtype | None = None, limit: bool = False) -> Expr:
-        hoisted = Hoisted(expression, stored or TORCH_DTYPE[dtype], limit)
+    def operand(
+        self, expression: Expr, dtype: str, stored: torch.dtype | None = None, limit: bool = False,
+        learned: bool = False,
+    ) -> Expr:  # fmt: skip
+        hoisted = Hoisted(expression, stored or TORCH_DTYPE[dtype], limit, learned)
         if hoisted not in self.operands:
             self.operands.append(hoisted)
         return ir.operand(self.operands.index(hoisted), dtype, hoisted.dims)
@@ -73,12 +82,15 @@ class Partition:
             return make("gt", self.operand(make("where", node, *ends), I32), KV)
         if node.dtype == I64:
             raise ScoreGather(node)
-        return self.operand(node, node.dtype, self._exactly(node) if node.dtype == F32 else None)
+        large = node.dtype == F32 and set(PAIRS) <= set(ir.axes_of(node))
+        return self.operand(node, node.dtype, self._exactly(node) if large else None)
+
+    def learned(self, node: Expr | None) -> Expr | None:
+        """The operand of a bias that takes a gradient."""
+        return None if node is None else self.operand(node, F32, self._exactly(node), learned=True)
 
     def _exactly(self, node: Expr) -> torch.dtype | None:
-        """The 16-bit dtype that holds every value of a pair operand, which is large, if one does."""
-        if not {"q", "k"} <= set(ir.axes_of(node)):
-            return None
+        """The 16-bit dtype that holds every value, if one does."""
         if node.kind == "gather":
             return self.stored.get(node.args[0])
         if node.kind == "where":
@@ -93,18 +105,25 @@ class Partition:
         return hides(self.operand(make("where", predicate, shown, hidden), F32, HALF))
 
 
-def partition(program: Program, stored: Stored | None = None) -> tuple[Program, list[Hoisted]]:
+def partition(
+    program: Program, stored: Stored | None = None, learned: Set[Expr] = frozenset()
+) -> tuple[Program, list[Hoisted]]:
     """The program with operands in place of captures, and the operands.
 
     Args:
         program: normalized, over captures.
         stored: the dtypes of the captures that are 16-bit floats.
+        learned: the captures that require grad.
 
     Raises:
         ScoreGather: for a gather at an index that depends on the score.
+        NotAdded: where a capture that requires grad is more than added to the score.
     """
+    if reads(program.mask, learned):
+        raise NotAdded("the mask")
     parts = Partition(stored or {})
-    score = _inside(program.score, parts)
+    rest, bias = separate(program.score, learned)
+    score = with_bias(_inside(rest, parts), parts.learned(bias))
     return ir.program(score, _mask(program.mask, parts)), parts.operands
 
 

@@ -17,6 +17,7 @@ Rule = Callable[[Expr], Expr | None]
 
 
 def is_const(node: Expr, value: float | None = None) -> bool:
+    """Whether a node is a constant, of this value if one is given."""
     return node.kind == "const" and (value is None or (node.dtype != BOOL and node.value == value))
 
 

@@ -44,6 +44,7 @@ SMALL = (torch.int16, torch.int8, torch.uint8)
 
 
 def dtype_of(dtype: torch.dtype, what: str = "a tensor") -> str:
+    """The dtype of expressions that holds these values. Raises Untraceable where there is none."""
     if dtype not in DTYPES:
         raise Untraceable(f"{what} of {dtype}")
     return DTYPES[dtype]

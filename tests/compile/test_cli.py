@@ -56,6 +56,30 @@ def test_explains_as_json_and_passes_options_on(script, capsys):
     assert found["calls"][0]["reason"]["code"] == "DTYPE"
 
 
+MASKED = SCRIPT.replace("(x, x, x)", "(x, x, x, lambda s, b, h, q, kv: torch.where(q >= kv, s, -float('inf')))")
+
+
+@pytest.mark.parametrize(("source", "said"), [(MASKED, "1 masks drawn"), (SCRIPT, "no call has a mask")])
+def test_draws_the_masks(source, said, tmp_path, capsys):
+    (tmp_path / "script.py").write_text(source)
+    assert cli.main(["explain", "--plot", str(tmp_path / "masks.png"), str(tmp_path / "script.py"), "bfloat16"]) == 0
+    assert said in capsys.readouterr().err
+    assert (tmp_path / "masks.png").exists() == (source == MASKED)
+
+
+def test_says_why_nothing_is_drawn(tmp_path, capsys, monkeypatch):
+    (tmp_path / "script.py").write_text(MASKED)
+    assert cli.main(["explain", "--plot", str(tmp_path / "no" / "x.png"), str(tmp_path / "script.py"), "bfloat16"]) == 1
+    shown = capsys.readouterr()
+    assert "1 lowered" in shown.out
+    assert "cannot write" in shown.err
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["explain", "--plot", "masks.png", str(tmp_path / "script.py"), "bfloat16"])
+    assert stopped.value.code == 2
+    assert "pip install matplotlib" in capsys.readouterr().err
+
+
 def test_passes_the_exit_code_on(script, capsys):
     assert cli.main(["explain", script, "bfloat16", "7"]) == 7
     assert "1 lowered" in capsys.readouterr().out

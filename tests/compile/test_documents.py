@@ -10,6 +10,7 @@ from cudnn_flex_compile import ops
 from cudnn_flex_compile.config import Options
 from cudnn_flex_compile.kernels import tiles
 from cudnn_flex_compile.passes import intervals, lower_calls
+from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.report import collect
 from tests import dense
 
@@ -144,13 +145,17 @@ KEPT_AS_THEY_ARE = {
 }
 
 
+@pytest.mark.parametrize("blocks", [False, True])
 @pytest.mark.parametrize("name", KEPT_AS_THEY_ARE)
-def test_other_masks_take_other_roads(name):
-    def plain(q, k, v):
-        return flex_attention(q, k, v, hiding(KEPT_AS_THEY_ARE[name]), enable_gqa=True)
+def test_other_masks_take_other_roads(name, blocks):
+    mod = KEPT_AS_THEY_ARE[name]
+    mask = create_block_mask(mod, None, None, LENGTH, LENGTH, device="cpu", BLOCK_SIZE=32) if blocks else None
+
+    def plain(q, k, v, mask):
+        return flex_attention(q, k, v, None if blocks else hiding(mod), mask, enable_gqa=True)
 
     with collect() as report:
-        compiled(plain)(*inputs(False))
+        compiled(plain)(*inputs(False), mask)
     assert report.calls[0].reason is None
     assert report.calls[0].strategies != ("intervals",)
 
@@ -165,6 +170,72 @@ def test_a_modified_score_takes_another_road():
     with collect() as report:
         compiled(capped)(*inputs(False), packed(0))
     assert report.calls[0].strategies == ("chained",)
+
+
+def with_bias(q, k, v, ids, bias):
+    mask = causal_documents(ids)
+
+    def score_mod(score, b, h, i, j):
+        return torch.where(mask(b, h, i, j), score + bias[h, i, j], -torch.inf)
+
+    return flex_attention(q, k, v, score_mod, enable_gqa=True)
+
+
+def test_a_learned_bias_takes_another_road(lists):
+    ids, bias = packed(0), torch.randn(HEADS, LENGTH, LENGTH, requires_grad=True)
+    given = inputs()
+    with collect() as report:
+        out = compiled(with_bias)(*given, ids, bias)
+    assert report.calls[0].strategies == ("chained",)
+    assert not lists
+    out.sum().backward()
+    exact = [t.detach().double().requires_grad_() for t in (*given, bias)]
+    with_bias(*exact[:3], ids, exact[3]).sum().backward()
+    for found, right in zip((*given, bias), exact, strict=True):
+        assert (found.grad.double() - right.grad).norm() <= 2e-2 * right.grad.norm()
+
+
+def with_lse(q, k, v, ids):
+    out, lse = flex_attention(q, k, v, hiding(causal_documents(ids)), enable_gqa=True, return_lse=True)
+    return out.float().sum() + lse.sin().sum()
+
+
+def test_a_loss_of_the_lse_is_kept_as_on_the_other_roads(lists):
+    with collect() as report:
+        compiled(with_lse, lower="when_faster")(*inputs(), packed(0))
+    assert report.calls[0].reason.code is Code.LSE_GRADIENT
+    assert not lists
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_loss_of_the_lse_runs_by_intervals_only_if_that_is_certified(monkeypatch, lists, right):
+    asked = []
+
+    def judge(target, judge=lower_calls.judge):
+        asked.append((target.tiled, target.lse_gradient))
+        return judge(target) if right or not target.tiled else Reason(Code.CERTIFICATION, "of the LSE's gradient")
+
+    monkeypatch.setattr(lower_calls, "judge", judge)
+    with collect() as report:
+        compiled(with_lse)(*inputs(), packed(0))
+    assert asked == [(True, True)] + [(False, True)] * (not right)
+    assert report.calls[0].strategies == (("intervals",) if right else ("chained",))
+    assert len(lists) == right
+
+
+def test_what_plans_are_slower_for_is_tried_by_intervals(monkeypatch):
+    def rows(q, k, v, ends):
+        return flex_attention(q, k, v, hiding(lambda b, h, i, j: j < ends[b, i]), enable_gqa=True)
+
+    given = (*inputs(False), torch.randint(1, LENGTH, (BATCH, LENGTH)))
+    slower = Reason(Code.SLOWER, "blocks")
+    for reasons, strategies in (((slower, None), ("intervals",)), ((None, None), ("chained",)), ((slower, slower), ())):
+        monkeypatch.setattr(lower_calls.speed, "slower", lambda facts, reasons=reasons: reasons[facts.tiled])
+        torch._dynamo.reset()
+        with collect() as report:
+            compiled(rows, lower="when_faster")(*given)
+        assert report.calls[0].strategies == strategies
+        assert report.calls[0].reason == (None if strategies else slower)
 
 
 def test_no_intervals_under_cuda_graphs(monkeypatch):
@@ -183,11 +254,9 @@ def test_a_small_call_by_itself_is_kept():
 
 
 def test_what_is_missing_is_named(monkeypatch):
-    from cudnn_flex_compile.reasons import Code, Reason
-
     monkeypatch.setattr(intervals, "unusable", lambda device: Reason(Code.INTERVALS, "no cutlass"))
-    monkeypatch.setattr(lower_calls, "_slower", lambda *_: Reason(Code.SLOWER, "blocks"))
-    monkeypatch.setattr(lower_calls.speed, "slower_by_intervals", lambda *_: None)
+    slower = Reason(Code.SLOWER, "blocks")
+    monkeypatch.setattr(lower_calls.speed, "slower", lambda facts: None if facts.tiled else slower)
     with collect() as report:
         compiled(attend, lower="when_faster")(*inputs(False), packed(0))
     assert report.calls[0].reason == Reason(Code.INTERVALS, "no cutlass")

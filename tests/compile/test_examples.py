@@ -35,6 +35,13 @@ def test_training_says_that_it_needs_a_gpu(script):
     assert "no backward on the CPU" in done.stderr
 
 
+def test_distributed_says_that_it_needs_gpus():
+    done = run("distributed.py", "--parallel", "fsdp2")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert "no backward on the CPU" in done.stderr
+
+
 def test_readme_lists_the_options():
     rows = re.findall(r"^\| `(\w+)` \| `(.+?)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
     defaults = dataclasses.asdict(Options())

@@ -122,11 +122,11 @@ def test_plans_of_both_backwards_are_wanted(monkeypatch):
         asked.append((problem.direction, problem.lse_gradient))
         if problem.lse_gradient and refused:
             return Reason(Code.SHAPE_REFUSED, "too many row vectors", lasting=False)
-        return select.Ready(type("P", (), {"strategy": "s", "problem": problem})(), (False,) * 4)
+        return select.Ready(type("P", (), {"strategy": "s", "problem": problem, "errors": ()})(), (False,) * 4)
 
     def judge(wanted):
         device = torch.device("cpu")
-        key = target._key(wanted, device)
+        key = target.forward_call(wanted, wanted.running, device)
         problem = target.problem_of(key)
         return target._certified(wanted, key, problem)
 

@@ -16,10 +16,11 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile.bench.mods import ALL, BY_BATCH
-from cudnn_flex_compile.engine import plan, select
+from cudnn_flex_compile.engine import choice, plan
 from cudnn_flex_compile.engine.attention_graph import output_specs
 from cudnn_flex_compile.engine.call import problem_of
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem
+from cudnn_flex_compile.engine.reference import ProgramReference
 from cudnn_flex_compile.engine.support import refused
 from cudnn_flex_compile.engine.versions import cudnn_version
 from cudnn_flex_compile.passes import lower_calls, target
@@ -73,7 +74,7 @@ def problem(name: str) -> Problem:
     found: list[Problem] = []
 
     def judge(wanted: target.Target) -> Reason:
-        found.append(problem_of(target._key(wanted, torch.device("cpu"))))
+        found.append(problem_of(target.forward_call(wanted, wanted.running, torch.device("cpu"))))
         return Reason(Code.UNSUPPORTED_CALL, "only asked for its program")
 
     def backend(graph_module: Any, inputs: list[Any]) -> Any:
@@ -122,8 +123,8 @@ def judged(asked: Problem, sm: int) -> Cell:
             return Reason(Code.SHAPE_REFUSED, refusal)
         return Accepted(lowering.strategy, output_specs(given))
 
-    with mock.patch.object(plan, "build", build), mock.patch.object(select, "_certified", return_value=None):
-        found = select._first_right(asked, None)
+    with mock.patch.object(plan, "build", build), mock.patch.object(choice, "certified", return_value=None):
+        found = choice.choose(asked, None, ProgramReference(parse(asked.program)), choice.Policy())
     return Cell(_short(found), False) if isinstance(found, Reason) else Cell(found.strategy, True)
 
 

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from cudnn_flex_compile.engine import verify
+from cudnn_flex_compile.engine.choice import OF_SHAPES
 from cudnn_flex_compile.engine.places import places
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem, TensorSpec, out_spec
 from cudnn_flex_compile.engine.reference import ProgramReference
@@ -62,10 +62,14 @@ SELDOM_WRONG = {
 }  # fmt: skip
 
 
-def verdict(asked, computed, direction, operands):
+def without(name):
+    return tuple(regime for regime in REGIMES if regime.name != name)
+
+
+def verdict(asked, computed, direction, operands, regimes=REGIMES):
     forward = StandIn(problem(asked, FORWARD, operands))
     plan = StandIn(problem(asked, direction, operands), computed)
-    return certify(plan, plan if direction == FORWARD else forward, ProgramReference(asked))
+    return certify(plan, plan if direction == FORWARD else forward, ProgramReference(asked), regimes)
 
 
 # A backward gives zeros for a row whose log-sum-exp says that it sees nothing.
@@ -74,11 +78,10 @@ BOTH_WAYS.remove(("an empty batch entry sees its first key", BACKWARD))
 
 
 @pytest.mark.parametrize(("name", "direction"), BOTH_WAYS)
-def test_each_regime_catches_what_others_miss(name, direction, monkeypatch):
+def test_each_regime_catches_what_others_miss(name, direction):
     asked, computed, operands, regime = SELDOM_WRONG[name]
     assert f"{regime}: " in verdict(asked, computed, direction, operands).detail
-    monkeypatch.setattr(verify, "REGIMES", tuple(r for r in REGIMES if r.name != regime))
-    assert verdict(asked, computed, direction, operands) is None
+    assert verdict(asked, computed, direction, operands, without(regime)) is None
 
 
 class Deduplicating(StandIn):
@@ -98,12 +101,41 @@ class Deduplicating(StandIn):
         stats.copy_(kept.logsumexp(-1, keepdim=True))
 
 
-def test_ties_catch_what_others_miss(monkeypatch):
+def test_ties_catch_what_others_miss():
     asked = ir.program(mask=CAUSAL)
     plan = Deduplicating(problem(asked, FORWARD))
     assert "ties: out is off by" in certify(plan, plan, ProgramReference(asked)).detail
-    monkeypatch.setattr(verify, "REGIMES", tuple(r for r in REGIMES if r.name != "ties"))
-    assert certify(plan, plan, ProgramReference(asked)) is None
+    assert certify(plan, plan, ProgramReference(asked), without("ties")) is None
+
+
+class BeyondTheEnd(StandIn):
+    """Sees a key of zeros behind the last one, as a kernel does that forgets where the keys end."""
+
+    def run(self, tensors, operands, ints, floats):
+        super().run(tensors, operands, ints, floats)
+        *_, out, stats = tensors
+        seen = torch.logaddexp(stats, torch.zeros(()))
+        out.mul_(torch.exp(stats - seen))
+        stats.copy_(seen)
+
+
+class NothingBelow(StandIn):
+    """dQ is NaN where the log-sum-exp is below the logarithm of the smallest float32: cuDNN 9.19 at some lengths."""
+
+    def run(self, tensors, operands, ints, floats):
+        super().run(tensors, operands, ints, floats)
+        stats, dq = tensors[4], tensors[6]
+        dq.masked_fill_(stats < -88.7, math.nan)
+
+
+def test_faults_of_single_shapes_are_caught_at_every_shape():
+    """Also where a kind of plans is known, so that fewer regimes are looked at (engine/kinds.py)."""
+    asked = ir.program(mask=CAUSAL)
+    forward = BeyondTheEnd(problem(asked, FORWARD))
+    assert "out is off by" in certify(forward, forward, ProgramReference(asked), OF_SHAPES).detail
+    backward, right = NothingBelow(problem(asked, BACKWARD)), StandIn(problem(asked, FORWARD))
+    assert "-100: dQ" in certify(backward, right, ProgramReference(asked), OF_SHAPES).detail
+    assert certify(backward, right, ProgramReference(asked), without("scores shifted by -100")) is None
 
 
 ROW_LIMITS = ir.program(mask=make("gt", ir.operand(0, I32, "bq"), KV))

@@ -5,7 +5,7 @@ import runpy
 
 import pytest
 
-from cudnn_flex_compile.engine import clean, repro, select
+from cudnn_flex_compile.engine import attempts, choice, clean, repro, select
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem
 from cudnn_flex_compile.engine.reference import ProgramReference
 from cudnn_flex_compile.kernels import cuda
@@ -21,7 +21,7 @@ def fresh(monkeypatch, tmp_path):
     monkeypatch.setattr(repro, "_warned", set())
     monkeypatch.setattr(repro, "folder", lambda: tmp_path)
     monkeypatch.setattr(clean, "run_clean", lambda function, device: function())
-    monkeypatch.setattr(select._policy, "certify", "once")
+    monkeypatch.setattr(select, "_policy", choice.Policy())
 
 
 def stand_in(strategy, wrong, problem=PROBLEM):
@@ -30,11 +30,12 @@ def stand_in(strategy, wrong, problem=PROBLEM):
     return plan
 
 
-def tried(monkeypatch, *plans):
+def tried(monkeypatch, *plans, reference=None, certify="once"):
     """The plan of a problem for which these are the attempts: (strategy, whether it is wrong), or a reason."""
     made = [p if isinstance(p, Reason) else stand_in(*p) for p in plans]
-    monkeypatch.setattr(select, "attempts", lambda problem: [lambda plan=plan: plan for plan in made])
-    return select._first_right(PROBLEM, None)
+    found = [attempts.Attempt(lambda plan=plan: plan) for plan in made]
+    monkeypatch.setattr(choice, "attempts", lambda problem: found)
+    return choice.choose(PROBLEM, None, reference or ProgramReference(PROGRAM), choice.Policy(certify))
 
 
 def warnings(caplog):
@@ -46,8 +47,7 @@ class Sourced(ProgramReference):
 
 
 def test_a_kept_call_is_warned_of_once(monkeypatch, caplog, tmp_path):
-    monkeypatch.setattr(select, "_references", {select._reference_key(PROBLEM): Sourced(PROGRAM)})
-    found = tried(monkeypatch, ("chained", True), ("dense", True))
+    found = tried(monkeypatch, ("chained", True), ("dense", True), reference=Sourced(PROGRAM))
     assert found.code is Code.CERTIFICATION
     (message,) = warnings(caplog)
     (path,) = tmp_path.iterdir()
@@ -104,13 +104,13 @@ def test_the_script_says_whether_the_plan_is_wrong(direction, monkeypatch, tmp_p
     path.write_text(repro.script(rejection, asked, "a call"))
     problems, second = [], [stand_in("chained", True, asked)]
 
-    def attempts(given: Problem):
+    def of(given: Problem):
         problems.append(given)
         forward = stand_in("native", False, problem(PROGRAM, FORWARD))
         plans = [NOT_BUILT, second[0]] if given.direction == direction else [NOT_BUILT, forward]
         return [lambda plan=plan: plan for plan in plans]
 
-    monkeypatch.setattr(select, "attempts", attempts)
+    monkeypatch.setattr(attempts, "attempts", of)
     assert exit_code(path) == 1
     assert "off by" in capsys.readouterr().out
     assert problems[0] == asked
@@ -133,17 +133,16 @@ def test_the_kernel_does_not_repeat_it(monkeypatch, caplog):
 @pytest.mark.parametrize(("mode", "checked"), [("once", 1), ("always", 1), ("off", 0)])
 def test_modes_and_the_count_of_seconds(mode, checked, monkeypatch):
     select.cache_clear()
-    select.set_certify(mode)
-    tried(monkeypatch, ("chained", False))
+    tried(monkeypatch, ("chained", False), certify=mode)
     info = select.cache_info()
     assert info.certifications == checked
     assert (info.certify_seconds > 0) == bool(checked)
 
 
 def test_plans_of_another_mode_go(monkeypatch):
-    select.set_certify("once")
+    select.set_policy("once")
     select.plans.put("call", NOT_BUILT)
-    select.set_certify("once")
+    select.set_policy("once")
     assert select.plans.peek("call") is NOT_BUILT
-    select.set_certify("always")
+    select.set_policy("always")
     assert select.plans.peek("call") is None

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from cudnn_flex_compile.engine import select, selftest
+from cudnn_flex_compile.engine.attempts import _needs_guard
 from cudnn_flex_compile.engine.call import problem_of
 from cudnn_flex_compile.engine.parts import divided
 from cudnn_flex_compile.engine.problem import BACKWARD
-from cudnn_flex_compile.engine.select import _needs_guard
 from cudnn_flex_compile.engine.strategies import STRATEGIES
 from cudnn_flex_compile.engine.support import refused
 from cudnn_flex_compile.reasons import Code, Reason
@@ -48,7 +48,7 @@ def test_outcomes(monkeypatch):
         return select.Ready(type("Plan", (), {"strategy": "native"})(), (False,) * 4)
 
     monkeypatch.setattr(select, "find_plan", find_plan)
-    monkeypatch.setattr(select, "set_certify", rules.append)
+    monkeypatch.setattr(select, "set_policy", rules.append)
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
     outcomes = list(selftest.run(0))
     assert rules == ["always"]

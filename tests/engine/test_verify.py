@@ -1,5 +1,6 @@
 """Certification catches wrong plans and passes right ones: judged on the CPU with stand-ins for plans."""
 
+import functools
 import math
 from dataclasses import replace
 
@@ -73,6 +74,28 @@ def verdict(direction, program=PROGRAM, runs=None, spoil=lambda tensors: None, r
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_right_plans_pass(direction, dtype):
     assert verdict(direction, dtype=dtype) is None
+
+
+def scaled(tensors, factor):
+    for tensor in tensors:
+        if tensor.shape[-1] > 1:
+            tensor[:, :, ::8] *= factor
+
+
+@pytest.mark.parametrize(("direction", "names"), [(FORWARD, ["out"]), (BACKWARD, ["dQ", "dK", "dV"])])
+def test_right_plans_have_their_errors(direction, names):
+    """What a plan adds is in them: here about a rounding step in some rows."""
+    found = {}
+    for factor in (1.0, 1.003):
+        plan = StandIn(problem(PROGRAM, direction), spoil=functools.partial(scaled, factor=factor))
+        forward = plan if direction == FORWARD else StandIn(problem(PROGRAM, FORWARD))
+        assert certify(plan, forward, ProgramReference(PROGRAM)) is None
+        found[factor] = plan.errors
+    assert [error.name for error in found[1.0]] == names
+    for right, off in zip(found[1.0], found[1.003], strict=True):
+        assert right.stock == off.stock
+        assert 0 < right.found < 2 * right.stock
+        assert right.found < off.found
 
 
 WRONG = {

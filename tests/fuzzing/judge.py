@@ -29,7 +29,7 @@ def judge(case: Call, device: str = "cuda") -> Verdict:
     torch._dynamo.reset()
     cache_clear()
     with _fallbacks() as fallbacks:
-        verdict = _guarded(case, device)
+        verdict = _guarded(case, device, fallbacks)
     if device == "cuda" and not _device_lives():
         return Verdict(DIED, f"the CUDA context is lost: {verdict.detail}", strategies=verdict.strategies, fatal=True)
     if verdict.kind == RIGHT and fallbacks:
@@ -43,7 +43,7 @@ def poison(device: str = "cuda") -> None:
     del blocks
 
 
-def _guarded(case: Call, device: str) -> Verdict:
+def _guarded(case: Call, device: str, fallbacks: list[str]) -> Verdict:
     try:
         *qkv, grad = case.inputs(device)
         attention = case.attention(device)
@@ -53,7 +53,7 @@ def _guarded(case: Call, device: str) -> Verdict:
         return Verdict(SKIPPED, f"no such call: {_first_line(error)}")
     leaves = [t.detach().requires_grad_(case.training) for t in qkv]
     try:
-        return _judged(case, attention, leaves, grad, device)
+        return _judged(case, attention, leaves, grad, device, fallbacks)
     except torch.OutOfMemoryError as error:
         return Verdict(SKIPPED, f"out of memory: {_first_line(error)}")
     except Exception as error:
@@ -61,41 +61,51 @@ def _guarded(case: Call, device: str) -> Verdict:
 
 
 def _judged(
-    case: Call, attention: Callable[..., Any], leaves: list[torch.Tensor], grad: torch.Tensor, device: str
-) -> Verdict:
+    case: Call, attention: Callable[..., Any], leaves: list[torch.Tensor], grad: torch.Tensor, device: str,
+    fallbacks: list[str],
+) -> Verdict:  # fmt: skip
     compiled = torch.compile(attention, backend="cudnn_flex", options=OPTIONS)
     poison(device)
+    gradients: tuple[torch.Tensor, ...] = ()
     with collect() as report:
         try:
             result = compiled(*leaves)
+            out, lse = result if case.lse else (result, None)
+            if case.training and not report.kept:
+                poison(device)
+                gradients = torch.autograd.grad(out, leaves, grad)
         except Exception:
-            if report.kept and _stock_raises(attention, leaves):
-                return _kept(report, ", and stock flex_attention raises")
+            if (report.kept or fallbacks) and _stocks(attention, leaves, grad, case, device) is None:
+                note = ", and stock flex_attention raises"
+                return _kept(report, note) if report.kept else Verdict(KEPT, fallbacks[0] + note, AT_RUN_TIME)
             raise
     if report.kept:
         return _kept(report)
-    out, lse = result if case.lse else (result, None)
-    gradients: tuple[torch.Tensor, ...] = ()
-    if case.training:
-        poison(device)
-        gradients = torch.autograd.grad(out, leaves, grad)
     plain = [t.detach() for t in leaves]
     wrong = too_far(case, (out.detach(), *gradients), plain, grad, lse)
     if wrong and device == "cuda" and all("off by" in how for how in wrong.values()):
-        wrong = too_far(case, (out.detach(), *gradients), plain, grad, lse, _rival(attention, leaves, grad, case))
+        rival = _stocks(attention, leaves, grad, case, device)
+        wrong = too_far(case, (out.detach(), *gradients), plain, grad, lse, rival)
     strategies = report.lowered[0].strategies if report.lowered else ()
     what = "; ".join(f"{name}: {how}" for name, how in wrong.items())
     return Verdict(WRONG if wrong else RIGHT, what, strategies=strategies)
 
 
-def _rival(
-    attention: Callable[..., Any], leaves: list[torch.Tensor], grad: torch.Tensor, case: Call
-) -> tuple[torch.Tensor, ...]:
-    """What stock flex_attention's own kernels give: out, dQ, dK and dV, or the first of them."""
+def _stocks(
+    attention: Callable[..., Any], leaves: list[torch.Tensor], grad: torch.Tensor, case: Call, device: str
+) -> tuple[torch.Tensor, ...] | None:
+    """What stock flex_attention gives: out, dQ, dK and dV, or the first of them (it has no backward on the CPU). None
+    where it raises: on GPUs it needs more shared memory than there is for some calls of head dim 256.
+    """
     torch._dynamo.reset()
-    result = torch.compile(attention, backend="inductor", dynamic=False)(*leaves)
-    out = result[0] if case.lse else result
-    gradients = torch.autograd.grad(out, leaves, grad) if case.training else ()
+    on_gpu = device == "cuda"
+    try:
+        stock = torch.compile(attention, backend="inductor" if on_gpu else "aot_eager", dynamic=False)
+        result = stock(*leaves)
+        out = result[0] if case.lse else result
+        gradients = torch.autograd.grad(out, leaves, grad) if case.training and on_gpu else ()
+    except Exception:
+        return None
     return (out.detach(), *gradients)
 
 
@@ -104,15 +114,6 @@ def _kept(report: Report, note: str = "") -> Verdict:
     assert reason is not None
     kind = ERROR if reason.code is Code.INTERNAL else KEPT
     return Verdict(kind, reason.detail + note, reason.code.name)
-
-
-def _stock_raises(attention: Callable[..., Any], leaves: list[torch.Tensor]) -> bool:
-    torch._dynamo.reset()
-    try:
-        torch.compile(attention, backend="aot_eager")(*leaves)
-    except Exception:
-        return True
-    return False
 
 
 @contextmanager

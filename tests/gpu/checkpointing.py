@@ -1,6 +1,6 @@
 """Peak memory and time of a training step, with checkpointing off, of whole layers, and by op: both backends.
 
-    python3 -m tests.gpu.checkpointing [--layers 12] [--length 4096] [--batch 2] [--dim 128] [--steps 20]
+    python3 -m tests.gpu.checkpointing [--layers 6] [--length 4096] [--batch 2] [--dim 128] [--steps 20]
 
 The peak is what a step takes beyond parameters, inputs and gradients, cuDNN's workspaces included. Steps of both
 backends take turns; times are medians. By op, attention is saved, and all else is computed again.
@@ -18,6 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from cudnn_flex_compile import collect, ops
 from tests import layers
+from tests.gpu.unattended import lines
 
 BACKENDS = ("inductor", "cudnn_flex")
 SAVED = (ops.attention_forward, torch.ops.higher_order.flex_attention)
@@ -86,9 +87,19 @@ def compiled(model, x, way):
     return functions
 
 
+def compare(way, model, x, steps):
+    functions = compiled(model, x, way)
+    samples = {backend: [] for backend in BACKENDS}
+    for _, backend in itertools.product(range(steps), BACKENDS):
+        samples[backend].append(measured(functions[backend], x, way))
+    ms, mib = ([statistics.median(s[i] for s in samples[b]) for b in BACKENDS] for i in range(2))
+    times = f"step {ms[0]:.2f} / {ms[1]:.2f} ms, {ms[0] / ms[1]:.2f}x"
+    return f"{way}: {times}; peak {mib[0]:.0f} / {mib[1]:.0f} MiB, {mib[1] / mib[0]:.2f} of Inductor's"
+
+
 def main():
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    for name, default in {"layers": 12, "length": 4096, "batch": 2, "dim": 128, "steps": 20}.items():
+    for name, default in {"layers": 6, "length": 4096, "batch": 2, "dim": 128, "steps": 20}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -96,18 +107,8 @@ def main():
     print(torch.cuda.get_device_name(), "torch", torch.__version__, "cuDNN", torch.backends.cudnn.version())
     model = Model(arguments, "cuda")
     x = layers.inputs(arguments.length, arguments.dim, "cuda", batch=arguments.batch)
-    for way in WAYS:
-        functions = compiled(model, x, way)
-        samples = {backend: [] for backend in BACKENDS}
-        for _, backend in itertools.product(range(arguments.steps), BACKENDS):
-            samples[backend].append(measured(functions[backend], x, way))
-        ms, mib = ([statistics.median(s[i] for s in samples[b]) for b in BACKENDS] for i in range(2))
-        print(
-            f"{way}: step {ms[0]:.2f} / {ms[1]:.2f} ms, {ms[0] / ms[1]:.2f}x;"
-            f" peak {mib[0]:.0f} / {mib[1]:.0f} MiB, {mib[1] / mib[0]:.2f} of Inductor's",
-            flush=True,
-        )
+    return int(not lines(WAYS, compare, model, x, arguments.steps))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

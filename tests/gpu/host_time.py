@@ -66,7 +66,6 @@ def compiled_calls(q, k, v):
 
     functions = {}
     for backend, called in itertools.product(("inductor", "cudnn_flex"), (alone, among_others)):
-        torch._dynamo.reset()
         function = torch.compile(called, backend=backend)
 
         def both(f=function):

@@ -6,16 +6,19 @@ this.
 """
 
 import argparse
+import itertools
 import statistics
+import sys
 
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from cudnn_flex_compile.bench.measure import on_device
 from cudnn_flex_compile.bench.mods import causal, padded, sliding, softcap
 from cudnn_flex_compile.engine import plan
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.report import collect
-from tests.gpu.bench import timed
+from tests.gpu.unattended import lines
 
 SHAPES = ((2, 64, 8, 4096, 64), (2, 16, 16, 4096, 64), (2, 16, 16, 4096, 128), (1, 32, 8, 8192, 128))
 LAYERS = {
@@ -37,14 +40,15 @@ def compiled(layer, shape, backend):
         out, lse = flex_attention(q, k, v, score_mod, mask, enable_gqa=heads != kv_heads, return_lse=True)
         return out * torch.sigmoid(lse - sinks.view(-1, 1)).unsqueeze(-1).to(out.dtype)
 
-    torch._dynamo.reset()
     options = {"lower": "always", "cache": False}  # no verdict of one road for the other
     how = {"options": options} if backend == "cudnn_flex" else {}
     return torch.compile(attend, backend=backend, dynamic=False, **how)
 
 
-def measure(layer, shape):
+def measure(case):
+    layer, shape = case
     batch, heads, kv_heads, length, dim = shape
+    torch._dynamo.reset()
     draw = lambda h: torch.randn(batch, length, h, dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2)  # noqa: E731
     leaves = [draw(h).requires_grad_() for h in (heads, kv_heads, kv_heads)]
     leaves.append(torch.zeros(heads, device="cuda", requires_grad=True))
@@ -58,13 +62,13 @@ def measure(layer, shape):
         for backend, function in functions.items():
             step = lambda f=function: [torch.autograd.grad(f(*leaves), leaves, grad) for _ in range(CALLS)]  # noqa: E731
             if repeat >= WARM_UP:
-                times[backend].append(timed(step)[0] / CALLS)
+                times[backend].append(on_device(step)[0] / CALLS)
             else:
                 step()
     theirs, ours = (statistics.median(times[backend]) for backend in ("inductor", "cudnn_flex"))
     (call,) = report.calls
     how = str(call.reason) if call.reason else "+".join(call.strategies)
-    print(f"{layer}, {shape}, {how}: {theirs:.3f} / {ours:.3f} ms, {theirs / ours:.2f}x", flush=True)
+    return f"{layer}, {shape}, {how}: {theirs:.3f} / {ours:.3f} ms, {theirs / ours:.2f}x"
 
 
 def without_row_terms():
@@ -78,10 +82,8 @@ def main():
     parser.add_argument("--wider-values", action="store_true")
     if parser.parse_args().wider_values:
         without_row_terms()
-    for shape in SHAPES:
-        for layer in LAYERS:
-            measure(layer, shape)
+    return int(not lines(itertools.product(LAYERS, SHAPES), measure))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

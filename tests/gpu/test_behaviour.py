@@ -1,4 +1,4 @@
-"""What holds on the GPU besides numbers: plan keys, layouts, scalars, BlockMasks, fallbacks, CUDA graphs."""
+"""What holds on the GPU besides numbers: plan keys, layouts, scalars, BlockMasks, fallbacks."""
 
 import math
 
@@ -222,33 +222,6 @@ def test_checkpointed_regions():
     assert torch.equal(out, plain)
     for a, b in zip(torch.autograd.grad(out, qkv, grad), torch.autograd.grad(plain, qkv, grad), strict=True):
         assert (a - b).norm() <= 1e-2 * b.norm()
-
-
-def test_reduce_overhead_and_manual_capture():
-    qkv = [draw() for _ in range(3)]
-    mask = create_block_mask(causal, None, None, 256, 256, device="cuda")
-
-    def call(q, k, v):
-        return flex_attention(q, k, v, softcap(2.0), mask)
-
-    expected = compiled(call)(*qkv)
-    torch._dynamo.reset()
-    graphed = torch.compile(call, backend="cudnn_flex", mode="reduce-overhead")
-    for _ in range(4):
-        torch.compiler.cudagraph_mark_step_begin()
-        out = graphed(*qkv).clone()
-        assert torch.equal(out, expected)
-    torch._dynamo.reset()
-    with torch.no_grad():
-        function = compiled(call)
-        function(*qkv)
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
-            captured = function(*qkv)
-        captured.zero_()
-        graph.replay()
-        assert torch.equal(captured, expected)
 
 
 def test_a_mask_that_cudnn_skips_less_of_is_kept_as_slower():

@@ -1,4 +1,4 @@
-"""BlockMasks that change after compilation, on the GPU: numbers or an error, CUDA graphs, and no synchronisation.
+"""BlockMasks that change after compilation, on the GPU: numbers or an error, and no synchronisation.
 
 Knows nothing of which BlockMasks are lowered (tests/compile/test_block_mask.py).
 """
@@ -105,50 +105,6 @@ def test_padding_that_changes_each_step():
             mask_mod = causal_padding(padding(step))
             assert_right(function(*qkv, mask_of(mask_mod, 2)), qkv, None, mask_mod)
     assert not report.kept
-
-
-def test_reduce_overhead_with_a_block_mask_as_input():
-    qkv = inputs()
-    function = torch.compile(attend, backend="cudnn_flex", mode="reduce-overhead")
-    masks = [mask_of(causal_padding(padding(step)), 2) for step in range(4)]
-    for mask in (*masks, *masks):
-        torch.compiler.cudagraph_mark_step_begin()
-        assert_right(function(*qkv, mask).clone(), qkv, None, mask.mask_mod)
-
-
-def test_reduce_overhead_with_a_block_mask_made_in_the_graph():
-    def call(q, k, v, visible):
-        mask = create_block_mask(causal_padding(visible), 2, None, LENGTH, LENGTH, "cuda")
-        return attend(attend(q, k, v, mask), k, v, mask)
-
-    qkv = inputs()
-    function = torch.compile(call, backend="cudnn_flex", mode="reduce-overhead")
-    exact = compiled(attend)
-    for step in range(8):
-        torch.compiler.cudagraph_mark_step_begin()
-        found = function(*qkv, padding(step)).clone()
-        mask = mask_of(causal_padding(padding(step)), 2)
-        between = exact(*qkv, mask)
-        assert_right(found, (between, *qkv[1:]), None, mask.mask_mod)
-
-
-def test_manual_capture_with_a_block_mask_as_input():
-    qkv, function = inputs(), compiled(attend)
-    mask = mask_of(causal)
-    with torch.no_grad():
-        for _ in range(2):
-            function(*qkv, mask)
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
-            captured = function(*qkv, mask)
-    for seed in range(3):
-        torch.manual_seed(seed)
-        for old, new in zip(qkv, inputs(), strict=True):
-            old.copy_(new)
-        captured.zero_()
-        graph.replay()
-        assert_right(captured, qkv, None, causal)
 
 
 def twelve_layers(q, k, v, mask):

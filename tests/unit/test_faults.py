@@ -3,6 +3,7 @@
 Knows nothing of a GPU: plans are stand-ins (tests/gpu/test_faults.py has real ones).
 """
 
+import gc
 import logging
 import math
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -193,6 +195,27 @@ def test_no_workspace_while_a_cuda_graph_is_captured_is_an_error(on_the_host, mo
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(torch.OutOfMemoryError, match="GiB"):
         cuda.forward(query, key, value, [], [], [], PROGRAM, 0.125, True)
+
+
+@pytest.mark.parametrize("capturing", [True, False])
+def test_a_captured_plan_outlives_the_cache(on_the_host, monkeypatch: pytest.MonkeyPatch, capturing: bool) -> None:
+    query, key, value = qkv()
+    forward = forward_key(PROGRAM, query, key, value, [], 0.125, True)
+    refs = []
+    for call in (forward, backward_key(forward, query)):
+        stand_in = ready(call)
+        monkeypatch.setattr(StandIn, "run", lambda *arguments: None)
+        refs.append(weakref.ref(stand_in))
+    del stand_in
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    cuda.forward(query, key, value, [], [], [], PROGRAM, 0.125, True)
+    cuda.backward(query, None, query, key, value, query, torch.zeros(SHAPE[:3]), [], [], [], PROGRAM, 0.125)
+    select.cache_clear()
+    gc.collect()
+    assert [ref() is not None for ref in refs] == [capturing] * 2
+    select.plans.release()
+    gc.collect()
+    assert [ref() for ref in refs] == [None] * 2
 
 
 # Threads

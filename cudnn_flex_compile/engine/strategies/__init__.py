@@ -20,6 +20,8 @@ class Lower(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
+    """name: as reports have it. lower: see above."""
+
     name: str
     lower: Lower
 

@@ -11,6 +11,7 @@ from cudnn_flex_compile.engine.strategies.scores import backward_writer, biased,
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import BOOL, F32, GRAD, I32, TRUE, Expr, Program
+from cudnn_flex_compile.scoremod.learned import position
 from cudnn_flex_compile.scoremod.masks.bound import Bound
 from cudnn_flex_compile.scoremod.masks.form import split
 from cudnn_flex_compile.scoremod.switches import on
@@ -38,7 +39,7 @@ def lower(program: Program, training: bool, inside: Expr | None = None) -> Lower
         return running
 
     leaves = (score, gradient, FILL, *(leaf for bound in form.bounds for leaf in _leaves(bound)))
-    return Lowering(NAME, {}, write, backward_writer(gradient), leaves)
+    return Lowering(NAME, {}, write, backward_writer(gradient), leaves, position(program))
 
 
 def _leaves(bound: Bound) -> tuple[Expr, ...]:

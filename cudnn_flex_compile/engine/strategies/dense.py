@@ -10,6 +10,7 @@ from cudnn_flex_compile.engine.strategies.chained import FILL
 from cudnn_flex_compile.engine.strategies.scores import backward_writer, biased, legal, legal_backward
 from cudnn_flex_compile.reasons import Reason
 from cudnn_flex_compile.scoremod.ir import F32, GRAD, TRUE, Expr, Program
+from cudnn_flex_compile.scoremod.learned import position
 from cudnn_flex_compile.scoremod.masks.form import MaskForm, as_predicate, split
 
 if TYPE_CHECKING:
@@ -33,4 +34,5 @@ def lower(program: Program, training: bool, inside: Expr | None = None) -> Lower
         visible = emitter.emit(mask)  # pyright: ignore[reportArgumentType]
         return emitter.node("where", F32, visible, modified, emitter.inputs.constants[FILL])
 
-    return Lowering(NAME, {}, write, backward_writer(gradient), (score, mask, gradient, FILL))  # pyright: ignore
+    leaves, backward = (score, mask, gradient, FILL), backward_writer(gradient)  # pyright: ignore
+    return Lowering(NAME, {}, write, backward, leaves, position(program))  # pyright: ignore

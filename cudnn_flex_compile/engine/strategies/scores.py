@@ -10,6 +10,7 @@ from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.derive import NoDerivative, derive
 from cudnn_flex_compile.scoremod.ir import F32, GRAD, GRAD_LSE, MINUS_LSE, Expr, Program
+from cudnn_flex_compile.scoremod.learned import position, without_bias
 from cudnn_flex_compile.scoremod.legalize import Illegal, legalize, unsupported
 from cudnn_flex_compile.scoremod.masks.form import MaskForm, as_predicate, split
 from cudnn_flex_compile.scoremod.optable import make
@@ -30,8 +31,8 @@ def legal(root: Expr) -> Expr | Reason:
 
 
 def biased(program: Program) -> Expr | Reason:
-    """The legal score, with the mask's biases added: what is hidden becomes -inf."""
-    score = program.score
+    """The legal score less the learned operand, with the mask's biases added: what is hidden becomes -inf."""
+    score, _ = without_bias(program.score)
     for bias in split(program.mask).biases:
         score = score + bias
     return legal(score)
@@ -51,7 +52,10 @@ def legal_backward(program: Program, inside: Expr | None = None) -> Expr | Reaso
         return Reason(Code.NO_BACKWARD, "the score_mod's result does not depend on the score")
     if inside is not None:
         gradient = ir.rebuild(gradient, {GRAD: GRAD + _of_the_lse(program, inside)})
-    return legal(simplify(gradient))
+    found = legal(simplify(gradient))
+    if isinstance(found, Reason) or found is GRAD or position(program) is None:
+        return found
+    return ir.rebuild(found, {GRAD: GRAD * 1.0})  # beside dBias, cuDNN takes a product as GRAD's one consumer alone
 
 
 def _of_the_lse(program: Program, inside: Expr) -> Expr:

@@ -36,6 +36,7 @@ def hides(bias: Expr) -> Expr:
 
 
 def conjuncts(mask: Expr) -> list[Expr]:
+    """The predicates whose conjunction a mask is; none for one that is always true."""
     if mask.kind == "and":
         return [term for arg in mask.args for term in conjuncts(arg)]
     return [] if mask is TRUE else [mask]

@@ -3,8 +3,10 @@
 Knows nothing of speed: the functions are stand-ins, or run on the CPU.
 """
 
+import contextlib
 import csv
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -171,16 +173,41 @@ def test_calls_are_compiled_by_both_backends_on_the_cpu():
     torch.testing.assert_close(*outs, rtol=2**-6, atol=2**-6)
 
 
-@pytest.mark.parametrize("mod", cases.SDPA_ARGUMENTS)
+@pytest.mark.parametrize("mod", [*cases.SDPA_ARGUMENTS, "sliding window", "documents", "padded lengths"])
 def test_sdpa_computes_the_same(mod):
-    case = Case(mod, SHAPE, torch.float32, device="cpu")
+    shape = SHAPE if mod in cases.SDPA_ARGUMENTS else Shape(1, 2, 2, 16, 8)
+    case = Case(mod, shape, torch.float32, device="cpu")
     layer = case.layer()
     score_mod, mask_mod = ALL[mod](2, 16, "cpu")
     from tests.dense import attention
 
     q, k, v = (t.transpose(1, 2) for t in layer.qkv)
     expected, _ = attention(q, k, v, score_mod, mask_mod, 8**-0.5, True)
-    torch.testing.assert_close(case._sdpa()(*layer.qkv).transpose(1, 2).double(), expected, rtol=1e-5, atol=1e-6)
+    found = case._sdpa(case.sdpa_arguments())(*layer.qkv).transpose(1, 2)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("mod", "shape"),
+    [("soft cap", SHAPE), ("prefix-LM", Shape(1, 2, 1, 16, 8)), ("prefix-LM", Shape(1, 2, 2, 16384, 8))],
+)
+def test_where_sdpa_has_no_kernel(mod, shape):
+    """A score_mod; and under a mask that is a tensor grouped queries, and long sequences."""
+    assert Case(mod, shape, device="cpu").sdpa_arguments() is None
+
+
+def test_an_sdpa_that_fails_is_left_out(monkeypatch):
+    def broken(q, k, v):
+        raise torch.OutOfMemoryError("no 64 GiB")
+
+    functions = {OURS: torch.compile(lambda q, k, v: q, backend="eager"), SDPA: broken}
+    reports = iter([CallReport("here", strategies=("native",))])
+    monkeypatch.setattr(cases, "collect", lambda: contextlib.nullcontext(SimpleNamespace(calls=list(reports))))
+    case = Case("causal", SHAPE, device="cpu")
+    cases.first_calls(case, functions, lambda function, layers: function(*layers[0].qkv))
+    assert list(functions) == [OURS]
+    with pytest.raises(torch.OutOfMemoryError):
+        cases.first_calls(case, {OURS: broken}, lambda function, layers: function(*layers[0].qkv))
 
 
 def results():
@@ -235,8 +262,38 @@ def test_without_a_gpu(capsys, monkeypatch):
     assert "no NVIDIA GPU here" in capsys.readouterr().err
 
 
+def test_a_case_that_fails_costs_no_other(capsys, monkeypatch, tmp_path):
+    """What was measured is in the file, and the exit code says that something is missing."""
+    good = results()
+
+    def measure_or_fail(case, *how):
+        if case.mod == "soft cap":
+            raise RuntimeError("CUDA error: an illegal memory access\nand more")
+        return next(r for r in good if r.case.mod == case.mod)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(command, "measure", measure_or_fail)
+    path = tmp_path / "times.csv"
+    assert main(["bench", "--mods", "soft cap", "full", "causal", "--csv", str(path)]) == 1
+    printed = capsys.readouterr()
+    assert "soft cap at 2,16,16,4096,128 failed: RuntimeError: CUDA error: an illegal memory access\n" in printed.err
+    assert "geometric mean" in printed.out
+    with open(path) as file:
+        assert [row["mod"] for row in csv.DictReader(file)] == ["full", "causal"]
+    assert main(["bench", "--mods", "full", "causal"]) == 0
+    assert main(["bench", "--mods", "soft cap"]) == 1
+
+
 @pytest.mark.parametrize(
-    ("arguments", "what"), [(["--mods", "x"], "no mod is named 'x'"), (["--shapes", "1"], "got '1'")]
+    ("arguments", "what"),
+    [
+        (["--mods", "x"], "no mod is named 'x'"),
+        (["--shapes", "1"], "got '1'"),
+        (["--csv", "none/times.csv"], "there is no folder"),
+        (["--plot", "none/times.png"], "there is no folder"),
+        (["--mods", "padded lengths", "--shapes", "9,2,2,16,8"], "at most 8 batch entries, not of 9"),
+    ],
 )
 def test_wrong_usage(arguments, what, capsys):
     assert main(["bench", *arguments]) == 2

@@ -80,7 +80,7 @@ def test_a_restored_plan_is_bound_as_the_built_one(runs, strategy, program, dire
     (loaded,) = decode(encode(Certified((stored,)))).plans
     restored = module.restore(problem, loaded.binding, loaded.data)
     roles = module.FORWARD_ROLES if direction == FORWARD else module.BACKWARD_ROLES
-    roles = [role for role in roles if direction == WITH_LSE or role not in ROWS]
+    roles = [role for role in roles if (direction == WITH_LSE or role not in ROWS) and role != "dbias"]
     tensors = [torch.empty(16) for _ in roles]
     operands = [torch.tensor([100, 128], dtype=torch.int32).view(2, 1, 1, 1), torch.rand(1, 4, 1, 1)]
     ints, floats = [7, 8, 9], [torch.tensor(n, dtype=torch.float64) for n in (1.5, 2.5)]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cudnn_flex_compile.engine.record import Binding, Certified, StoredPlan, decode, encode
+from cudnn_flex_compile.engine.record import Binding, Certified, Error, StoredPlan, decode, encode
 from cudnn_flex_compile.reasons import Code, Reason
 
 number = st.integers(0, 2**31 - 1)
@@ -24,9 +24,11 @@ bindings = st.builds(
     filled=positions,
 )
 plans = st.builds(StoredPlan, problem=st.text(), binding=bindings, workspace=number, data=st.binary(max_size=200))
+size = st.floats(0, 1)
+errors = st.lists(st.builds(Error, st.sampled_from(["out", "dQ"]), size, size), max_size=3).map(tuple)
 verdicts = st.one_of(
-    st.builds(Certified, plans=plans.map(lambda p: (p,)), in_parts=st.just(False), wide=st.booleans()),
-    st.builds(Certified, plans=st.lists(plans, min_size=1, max_size=4).map(tuple), in_parts=st.just(True)),
+    st.builds(Certified, plans.map(lambda p: (p,)), in_parts=st.just(False), wide=st.booleans(), errors=errors),
+    st.builds(Certified, st.lists(plans, min_size=1, max_size=4).map(tuple), in_parts=st.just(True), errors=errors),
     st.builds(Reason, code=st.sampled_from(Code), detail=st.text()),
 )
 

@@ -65,6 +65,7 @@ def test_a_plan_is_built_once(backend, backward):
         first.copies,
     )
     assert (second.plan.binding, second.plan.data) == (first.plan.binding, first.plan.data)
+    assert second.plan.errors == first.plan.errors == stand_in.ERRORS
     info = cache_info()
     assert (info.builds, info.certifications, info.restored) == (0, 0, 1 + backward)
 
@@ -82,6 +83,7 @@ def test_a_plan_of_wider_values_is_built_once(backend, monkeypatch):
     assert (second.plan.strategy, second.plan.problem) == (first.plan.strategy, first.plan.problem)
     assert second.plan.inner.problem == first.plan.inner.problem == widened(problem_of(key))
     assert second.layouts == first.layouts
+    assert second.plan.errors == stand_in.ERRORS
     assert find_plan(call(backward=True)).plan.strategy == "chained"
 
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from cudnn_flex_compile.kernels import cpu
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import F32, I32, TRUE
+from cudnn_flex_compile.scoremod.learned import with_bias
 from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.partition import partition
 from cudnn_flex_compile.scoremod.simplify import normalize
@@ -35,11 +36,13 @@ def inputs(
     return grid(batch, heads, rows, dim), grid(*n, dim), grid(*n, value_dim), grid(batch, heads, rows, value_dim)
 
 
-def reference(query, key, value, grad, masked: Masked, scale: float, dtype: torch.dtype, grad_lse=None):
-    """out, natural log-sum-exp, dQ, dK, dV: plain dense attention, rows without a visible key giving zeros."""
-    leaves = [t.to(dtype).requires_grad_() for t in (query, key, value)]
+def reference(query, key, value, grad, masked: Masked, scale: float, dtype: torch.dtype, grad_lse=None, more=()):
+    """out, natural log-sum-exp, dQ, dK, dV, and the gradients of `more`: plain dense attention, rows without a visible
+    key giving zeros.
+    """
+    leaves = [*(t.to(dtype).requires_grad_() for t in (query, key, value)), *more]
     group = query.shape[1] // key.shape[1]
-    keys, values = (t.repeat_interleave(group, 1) for t in leaves[1:])
+    keys, values = (t.repeat_interleave(group, 1) for t in leaves[1:3])
     scores = masked(leaves[0] @ keys.transpose(-2, -1) * scale)
     seen = (scores > -math.inf).any(-1, keepdim=True)
     safe = torch.where(seen, scores, 0.0)
@@ -194,6 +197,32 @@ def test_scalars_and_operands_of_every_shape(monkeypatch: pytest.MonkeyPatch) ->
     floats = [torch.tensor(1.5, dtype=torch.float64)]
     got = computed(*tensors, text(ir.program(score, mask)), operands, 0.5, ints=[2], floats=floats)
     assert_right(got, tensors, masked, 0.5)
+
+
+@pytest.mark.parametrize("rows_at_once", [2, 100])
+@pytest.mark.parametrize("dims", ["qk", "hqk", "bqk", "bhqk"])
+@pytest.mark.parametrize("score_name", ["none", "softcap"])
+def test_the_gradient_of_a_learned_operand(monkeypatch: pytest.MonkeyPatch, score_name, dims, rows_at_once) -> None:
+    """Summed over what shares it, 0 where hidden; with a gradient of the log-sum-exp, too."""
+    blocks_of(monkeypatch, rows_at_once, 2 * 4 * 7)
+    tensors, random = inputs(2, 4, 2, 6, 7), torch.Generator().manual_seed(3)
+    shape = [n if axis in dims else 1 for axis, n in zip("bhqk", (2, 4, 6, 7), strict=True)]
+    bias = torch.randn(shape, generator=random)
+    score_mod, mask_mod = SCORE_MODS[score_name], MASK_MODS["some rows see nothing"]
+    plain = traced_program(score_mod, mask_mod)
+    program = text(ir.program(with_bias(plain.score, ir.operand(0, F32, dims)), plain.mask))
+    for grad_lse in (None, torch.linspace(-1, 1, 48).view(2, 4, 6)):
+        leaf = bias.double().requires_grad_()
+
+        def masked(scores, leaf=leaf):
+            where = [torch.arange(n).view([-1 if i == d else 1 for i in range(4)]) for d, n in enumerate(scores.shape)]
+            modified = scores if score_mod is None else score_mod(scores, *where)
+            return torch.where(mask_mod(*where), modified + leaf.to(scores.dtype), -math.inf)
+
+        *got, dbias = computed(*tensors, program, [bias], 0.5, grad_lse=grad_lse)
+        assert_right(got, tensors, masked, 0.5, grad_lse=grad_lse)
+        expected = reference(*tensors, masked, 0.5, torch.float64, grad_lse, more=(leaf,))[-1]
+        torch.testing.assert_close(dbias.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -20,7 +20,7 @@ NO_DERIVATIVE = {
     "or", "not", "gather",
 }  # fmt: skip
 # Rows without a cuDNN method or legal form: never inside a kernel.
-OUTSIDE = {"gather", I64, BOOL}
+OUTSIDE = {"gather", "learned", I64, BOOL}
 REFERENCES = {
     "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b, "div": lambda a, b: a / b,
     "neg": lambda a: -a, "abs": torch.abs, "sign": torch.sign, "reciprocal": lambda a: 1 / a, "min": torch.minimum,
@@ -31,7 +31,7 @@ REFERENCES = {
     "sin": torch.sin, "cos": torch.cos, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "erf": torch.erf,
     "relu": torch.nn.functional.relu, "gelu": torch.nn.functional.gelu, "silu": torch.nn.functional.silu,
     "gelu_tanh": lambda a: torch.nn.functional.gelu(a, approximate="tanh"), "softplus": torch.nn.functional.softplus,
-    "floor": torch.floor, "ceil": torch.ceil, "where": torch.where,
+    "floor": torch.floor, "ceil": torch.ceil, "where": torch.where, "learned": torch.clone,
 }  # fmt: skip
 TIED = {"min", "max", "clamp_min", "clamp_max"}
 
@@ -61,7 +61,8 @@ def test_names_and_aten_names_are_unique() -> None:
 
 @pytest.mark.parametrize("name", [n for n in DIRECT if n not in SPECIAL])
 def test_direct_aten_ops_exist(name: str) -> None:
-    assert hasattr(torch.ops.aten, name) or name in ("gelu_tanh", *NO_DERIVATIVE), "a name that ATen does not have"
+    ours = ("gelu_tanh", "learned", *NO_DERIVATIVE)
+    assert hasattr(torch.ops.aten, name) or name in ours, "a name that ATen does not have"
     assert DIRECT[name] in TABLE
 
 

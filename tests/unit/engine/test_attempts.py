@@ -8,14 +8,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cudnn_flex_compile.engine import plan, select
+from cudnn_flex_compile.engine import plan
+from cudnn_flex_compile.engine.choice import Policy, choose
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem, TensorSpec, dense, out_spec
+from cudnn_flex_compile.engine.reference import ProgramReference
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import F32, I32, Program
 from cudnn_flex_compile.scoremod.masks.linear import KV, Q
 from cudnn_flex_compile.scoremod.optable import make
-from cudnn_flex_compile.scoremod.text import text
+from cudnn_flex_compile.scoremod.text import parse, text
 
 BATCH, HEADS, LENGTH = 2, 4, 256
 WITH_LSE = "backward with a gradient of the log-sum-exp"
@@ -34,6 +36,10 @@ def problem(program: Program, direction: str, *operands: tuple[int, ...]) -> Pro
 
 def wide(*strategies: str) -> list[str]:
     return [f"{strategy} of 72 columns" for strategy in strategies]
+
+
+def chosen(given: Problem):
+    return choose(given, None, ProgramReference(parse(given.program)), Policy())
 
 
 @pytest.fixture
@@ -79,7 +85,7 @@ TRIED = {
 def test_no_graph_is_tried_twice(name: str, tried: list[str]) -> None:
     """Each variant once plain and once guarded, where that may be another graph."""
     program, operands, direction, expected = TRIED[name]
-    reason = select._first_right(problem(program, direction, *operands), None)
+    reason = chosen(problem(program, direction, *operands))
     assert isinstance(reason, Reason)
     assert reason.code is Code.SHAPE_REFUSED
     assert tried == expected
@@ -89,7 +95,7 @@ def test_wider_values_are_tried_within_the_head_dims_that_there_are(tried: list[
     given = problem(ir.program(mask=CAUSAL), WITH_LSE)
     large = dense(TensorSpec((BATCH, HEADS, LENGTH, 256), (), torch.bfloat16))
     given = replace(given, query=large, key=large, value=large, out=large, grad=large)
-    select._first_right(given, None)
+    chosen(given)
     assert {name.partition(" of ")[2] for name in tried} == {"256 columns"}
 
 
@@ -97,6 +103,6 @@ def test_lengths_are_not_expanded(tried: list[str]) -> None:
     program = ir.program(mask=make("gt", ir.operand(0, I32, "b"), KV))
     given = problem(program, FORWARD, (BATCH, 1, 1, 1))
     given = replace(given, operands=(replace(given.operands[0], dtype=torch.int32),))
-    select._first_right(given, None)
+    chosen(given)
     assert "native" in tried
     assert "native expanded" not in tried

@@ -1,0 +1,111 @@
+"""Chooses the plan of a problem among its attempts: the first that is certified, or of all that are the fastest.
+
+Knows nothing of how plans are built or kept.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from cudnn_flex_compile.engine import kinds, timing
+from cudnn_flex_compile.engine.attempts import attempts, most_telling
+from cudnn_flex_compile.engine.places import SEED
+from cudnn_flex_compile.engine.problem import BACKWARD, Problem
+from cudnn_flex_compile.engine.ready import Runs, plans
+from cudnn_flex_compile.engine.reference import Reference
+from cudnn_flex_compile.engine.regimes import REGIMES, drawn
+from cudnn_flex_compile.engine.repro import Rejection, warn_of
+from cudnn_flex_compile.engine.rows import rows_of
+from cudnn_flex_compile.phases import phase
+from cudnn_flex_compile.reasons import Reason
+
+OF_SHAPES = tuple(regime for regime in REGIMES if regime.shapes)
+
+
+@dataclass(slots=True)
+class Policy:
+    """What options say about plans.
+
+    Attributes:
+        certify: "once", "always" or "off" (config.Options).
+        autotune: whether all attempts are timed, and the fastest is kept.
+    """
+
+    certify: str = "once"
+    autotune: bool = False
+
+
+def choose(problem: Problem, forward: Runs | None, reference: Reference, policy: Policy) -> Runs | Reason:
+    """The plan that is kept, or the most telling reason why there is none.
+
+    Args:
+        forward: a certified forward of the call, for a backward.
+    """
+    reasons: list[Reason] = []
+    rejected: list[Rejection] = []
+    right: list[Runs] = []
+    for number, attempt in enumerate(attempts(problem)):
+        if right and attempt.last_resort:
+            continue
+        plan = attempt()
+        if isinstance(plan, Reason):
+            reasons.append(plan)
+            continue
+        verdict = certified(plan, forward or plan, reference, policy)
+        if verdict is None:
+            right.append(plan)
+        elif not right:
+            reasons.append(verdict)
+            rejected.append(Rejection(number, plan.strategy, verdict))
+        if right and not policy.autotune:
+            break
+    chosen = _fastest(right, forward, reference) if right else None
+    warn_of(rejected, problem, reference, chosen and chosen.strategy)
+    return chosen or most_telling(reasons)
+
+
+def certified(plan: Runs, forward: Runs, reference: Reference, policy: Policy) -> Reason | None:
+    """What is wrong with a plan, or None. Of a known kind (kinds.py) it is checked on less."""
+    from cudnn_flex_compile.engine.verify import certify
+
+    if policy.certify == "off":
+        return None
+    kind = kinds.kind_of(plan.problem, plan.strategy, reference.fingerprint)
+    known = policy.certify == "once" and kinds.is_known(kind)
+    plans.count("certifications")
+    start = time.perf_counter()
+    with phase("certify"):
+        verdict = certify(plan, forward, reference, OF_SHAPES if known else REGIMES)
+    plans.count("certify_seconds", time.perf_counter() - start)
+    if verdict is not None:
+        plans.count("rejections")
+    elif not known:
+        kinds.remember(kind)
+    return verdict
+
+
+def _fastest(right: Sequence[Runs], forward: Runs | None, reference: Reference) -> Runs:
+    if len(right) == 1:
+        return right[0]
+    with phase("autotune"):
+        times = timing.milliseconds([run_of(plan, forward or plan, reference) for plan in right])
+    return right[times.index(min(times))]
+
+
+def run_of(plan: Runs, forward: Runs, reference: Reference) -> Callable[[], None]:
+    """Runs a plan on made-up data of its problem."""
+    problem = plan.problem
+    generator = torch.Generator(plan.device).manual_seed(SEED)
+    t, sample = drawn(problem, generator), reference.sample(problem, generator)
+    rest = (sample.operands, sample.ints, sample.floats)
+    inputs = (t.query, t.key, t.value)
+    wanted = (t.out, t.stats) if forward.problem.stats else (t.out,)
+    if problem.direction != BACKWARD:
+        return functools.partial(plan.run, (*inputs, *wanted), *rest)
+    forward.run((*inputs, *wanted), *rest)
+    gradients = [spec.empty(plan.device) for spec in plan.outputs]
+    rows = rows_of(t.stats, t.grad_lse if problem.lse_gradient else None)
+    return functools.partial(plan.run, (*inputs, t.out, t.stats, t.grad, *rows, *gradients), *rest)

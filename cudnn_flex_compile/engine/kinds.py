@@ -1,0 +1,65 @@
+"""Which kinds of plans were certified in full in this process, so that a new shape of one takes less.
+
+Knows nothing of how plans are checked. A plan is built for one shape, and is always certified at just that shape before
+it runs data. But a new shape of a known kind is spared the regimes that are about the program's arithmetic, which its
+strategy computes at every shape alike (large scores, outliers, ties); not those that have shown faults of single shapes
+(regimes.Regime.shapes). Two plans are of one kind if they have the same program, strategy, direction, dtypes, head
+dims, head counts, order of strides, scale and operands, were compared with the same functions, and have lengths that
+are alike in all that faults have depended on: the remainder (a multiple of 128, an odd multiple of 64, another), which
+of the two is larger, and the size to a factor of two, by which cuDNN's heuristics choose kernels.
+"""
+
+from collections import OrderedDict
+from collections.abc import Hashable
+
+from cudnn_flex_compile.engine.problem import Problem, TensorSpec
+
+KINDS = 1024  # that are remembered, the last ones
+
+_certified: OrderedDict[Hashable, None] = OrderedDict()
+
+
+def kind_of(problem: Problem, strategy: str, fingerprint: str | None) -> Hashable:
+    """Equal for two plans if a fault in the arithmetic of one is a fault of the other.
+
+    Args:
+        fingerprint: of what the plan is compared with.
+    """
+    query, key = problem.query.shape, problem.key.shape
+    tensors = (problem.query, problem.key, problem.value, problem.out, problem.grad)
+    lengths = problem.lengths
+    return (
+        problem.program, fingerprint, problem.direction, strategy, problem.device, problem.scale,
+        problem.stats, problem.deterministic, problem.lse_gradient, query[1], query[3], key[1], problem.value.shape[3],
+        tuple(map(_layout, tensors)), tuple(map(_layout, problem.operands)),
+        query[0].bit_length(), tuple(map(_length, lengths)), (lengths[0] > lengths[1]) - (lengths[0] < lengths[1]),
+    )  # fmt: skip
+
+
+def is_known(kind: Hashable) -> bool:
+    return kind in _certified
+
+
+def remember(kind: Hashable) -> None:
+    """A plan of this kind was certified in full."""
+    _certified[kind] = None
+    while len(_certified) > KINDS:
+        _certified.popitem(last=False)
+
+
+def forget() -> None:
+    _certified.clear()
+
+
+def _layout(spec: TensorSpec | None) -> Hashable:
+    """The dtype, the order of strides, and which dimensions are single or broadcast."""
+    if spec is None:
+        return None
+    order = sorted(range(len(spec.stride)), key=lambda axis: (spec.stride[axis], axis))
+    shape = [(size == 1, stride == 0) for size, stride in zip(spec.shape, spec.stride, strict=True)]
+    large = sum((size - 1) * stride for size, stride in zip(spec.shape, spec.stride, strict=True)) >= 2**31
+    return spec.dtype, tuple(order), tuple(shape), large
+
+
+def _length(length: int) -> Hashable:
+    return length.bit_length(), {0: 0, 64: 64}.get(length % 128)

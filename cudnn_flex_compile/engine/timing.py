@@ -1,0 +1,32 @@
+"""The device time of work that is enqueued, contenders by turns.
+
+Knows nothing of attention.
+"""
+
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+
+ROUNDS, CALLS = 7, 5  # samples of each contender that count, and calls in a sample
+AHEAD = 10_000_000  # clock cycles (about 5 ms) that the device sleeps first, so that it waits for no host afterwards
+
+
+def milliseconds(contenders: Sequence[Callable[[], object]]) -> list[float]:
+    """Of one call of each contender on the current stream: the median over the rounds, host time left out."""
+    samples: list[list[float]] = [[] for _ in contenders]
+    for _ in range(ROUNDS + 1):  # the first warms up
+        for run, taken in zip(contenders, samples, strict=True):
+            taken.append(_sample(run))
+    return [statistics.median(taken[1:]) for taken in samples]
+
+
+def _sample(run: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(AHEAD)
+    start.record()
+    for _ in range(CALLS):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / CALLS

@@ -1,0 +1,44 @@
+"""Fills in what a report shows of a call besides what becomes of it.
+
+Knows nothing of how any of it is found out. Done only where somebody collects reports; what goes wrong here is missing
+from the report, and changes nothing else.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from torch.fx import Node
+
+from cudnn_flex_compile.passes.capture import Captures
+from cudnn_flex_compile.passes.find import Call
+from cudnn_flex_compile.passes.sketch import sketch
+from cudnn_flex_compile.passes.written import written
+from cudnn_flex_compile.report import CallReport, collecting
+from cudnn_flex_compile.scoremod.ir import TRUE
+from cudnn_flex_compile.scoremod.partition import Hoisted
+
+log = logging.getLogger("cudnn_flex_compile")
+
+
+def describe_functions(report: CallReport, call: Call) -> None:
+    """The source text of score_mod and mask_mod."""
+    if not collecting():
+        return
+    try:
+        report.score_source, report.mask_source = written(call.score_mod), written(call.mask_mod)
+    except Exception:
+        log.info("cudnn_flex: the source of a call's functions cannot be shown", exc_info=True)
+
+
+def describe_mask(
+    report: CallReport, call: Call, hoisted: Sequence[Hoisted], captures: Captures, real: dict[Node, Any]
+) -> None:
+    """The picture of the mask, if there is one; the arguments are those of sketch."""
+    if report.program is None or report.program.mask is TRUE or not collecting():
+        return
+    try:
+        report.picture = sketch(call, report.program, hoisted, captures, real)
+    except Exception as error:
+        report.picture = f"the mask cannot be drawn: {type(error).__name__}"
+        log.info("cudnn_flex: a mask cannot be drawn", exc_info=True)

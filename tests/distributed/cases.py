@@ -1,0 +1,376 @@
+"""What a process group of two shows, one function a case: on the CPU with gloo, on GPUs with nccl.
+
+    torchrun --nproc-per-node 2 -m tests.distributed.cases --device cuda [case ...]
+
+Numbers: no gradient is further off float64's than twice stock precision's. The first rank prints a line for each case.
+"""
+
+import argparse
+import contextlib
+import copy
+import datetime
+import functools
+import os
+import sys
+import traceback
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._dynamo import config
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.experimental import local_map
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.attention import flex_attention as stock
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.parallel import DistributedDataParallel
+
+from cudnn_flex_compile import ops
+from cudnn_flex_compile.backend import cudnn_flex
+from cudnn_flex_compile.bench.mods import causal, softcap
+from cudnn_flex_compile.ops import sharding  # noqa: F401
+from cudnn_flex_compile.report import collect
+from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod.optable import make
+from cudnn_flex_compile.scoremod.text import text
+from tests import layers
+
+RANKS = 2
+SIZES = {"cpu": (64, 16), "cuda": (256, 64)}  # length, head dim
+OPTIONS = {"inner_backend": "aot_eager", "lower": "always"}
+LEAST_BUCKET = 2**20  # bytes of DDP's first bucket
+SLACK = 1e-3  # of the norm: sums over ranks are rounded
+
+
+def backend(graphs, graph_module, example_inputs):
+    graphs.append(graph_module)
+    return cudnn_flex(graph_module, example_inputs, options=OPTIONS)
+
+
+class Model(nn.Module):
+    """Attention and an MLP in turn, of more than DDP's smallest bucket each."""
+
+    def __init__(self, device):
+        super().__init__()
+        length, dim = SIZES[device]
+        width, inner = layers.HEADS * dim, LEAST_BUCKET // (layers.HEADS * dim)
+        made = {"device": device, "dtype": torch.bfloat16}
+        self.layers = nn.ModuleList(
+            nn.Sequential(attention, nn.Linear(width, inner, **made), nn.GELU(), nn.Linear(inner, width, **made))
+            for attention in layers.model(layers.KINDS, length, dim, device)
+        )
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+def model(device):
+    torch.manual_seed(0)
+    return Model(device)
+
+
+def batch(device):
+    """The whole one, and the rank's own part of it."""
+    length, dim = SIZES[device]
+    torch.manual_seed(1)
+    whole = layers.inputs(length, dim, device, batch=RANKS)
+    return whole, whole[dist.get_rank()].unsqueeze(0)
+
+
+def step(function, x):
+    function(x).float().square().mean().backward()
+
+
+def gradients(module):
+    found = {name.removeprefix("module."): p.grad for name, p in module.named_parameters()}
+    return {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in found.items()}
+
+
+def by_one_process(module, x):
+    """Gradients in float64 and in stock precision, by eager flex_attention."""
+    found = []
+    for dtype in (torch.float64, torch.bfloat16):
+        own = copy.deepcopy(module).to(dtype)
+        with uncompiled():
+            step(own, x.to(dtype))
+        found.append(gradients(own))
+    return found
+
+
+@contextlib.contextmanager
+def uncompiled():
+    """Eager flex_attention without a compiler of its own, which would refuse float64."""
+    before = stock._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG
+    stock._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True
+    try:
+        yield
+    finally:
+        stock._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = before
+
+
+def assert_close(found, exact, stock_precision, what):
+    error, allowed = (found - exact).norm(), 2 * (stock_precision - exact).norm() + SLACK * exact.norm()
+    assert bool(error <= allowed), f"{what}: off by {error / exact.norm():.2e}, allowed {allowed / exact.norm():.2e}"
+
+
+def train_alike(function, module, x, expected, calls):
+    """A step of the compiled module gives the gradients of one process on the whole batch, all calls lowered."""
+    with collect() as report:
+        step(function, x)
+    report.assert_all_lowered()
+    assert len(report.lowered) == calls, report.summary
+    exact, rounded = expected
+    found = gradients(module)
+    assert found.keys() == exact.keys()
+    for name, gradient in found.items():
+        assert_close(gradient, exact[name], rounded[name], name)
+
+
+def ddp(device, optimize=True):
+    """DDP, whose optimizer gives the backend one graph for each of its buckets."""
+    module, (whole, mine) = model(device), batch(device)
+    expected, graphs = by_one_process(module, whole), []
+    wrapped = DistributedDataParallel(module, bucket_cap_mb=1)
+    with config.patch(optimize_ddp=optimize):
+        compiled = torch.compile(wrapped, backend=functools.partial(backend, graphs))
+        train_alike(compiled, wrapped, mine, expected, len(layers.KINDS))
+    assert len(graphs) >= len(layers.KINDS) if optimize else len(graphs) == 1, len(graphs)
+
+
+def ddp_in_one_graph(device):
+    ddp(device, optimize=False)
+
+
+def fsdp2(device, regional=True):
+    """Fully sharded layers, compiled one by one, as regional compilation does."""
+    module, (whole, mine) = model(device), batch(device)
+    expected, graphs = by_one_process(module, whole), []
+    mesh = init_device_mesh(device, (RANKS,))
+    own = functools.partial(backend, graphs)
+    for layer in module.layers:
+        if regional:
+            layer.compile(backend=own)
+        fully_shard(layer, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    train_alike(module if regional else torch.compile(module, backend=own), module, mine, expected, len(layers.KINDS))
+
+
+def fsdp2_as_a_whole(device):
+    fsdp2(device, regional=False)
+
+
+class Heads(nn.Module):
+    """Attention whose projections may be sharded: queries, keys and values are plain tensors of the rank's heads."""
+
+    def __init__(self, device, dim, length, mod):
+        super().__init__()
+        width = layers.HEADS * dim
+        made = {"bias": False, "device": device, "dtype": torch.bfloat16}
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width, **made) for _ in range(4))
+        self.mask = create_block_mask(causal, None, None, length, length, device=device)
+        self.dim, self.mod = dim, mod
+
+    def forward(self, x):
+        q, k, v = (p(x).unflatten(-1, (-1, self.dim)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        return self.out(flex_attention(q, k, v, self.mod, self.mask).transpose(1, 2).flatten(2))
+
+
+def tensor_parallel(device):
+    length, dim = SIZES[device]
+    torch.manual_seed(0)
+    module, (whole, _) = Heads(device, dim, length, softcap(5.0)), batch(device)
+    expected = by_one_process(module, whole)
+    plan = {"q": ColwiseParallel(), "k": ColwiseParallel(), "v": ColwiseParallel(), "out": RowwiseParallel()}
+    parallelize_module(module, init_device_mesh(device, (RANKS,)), plan)
+    compiled = torch.compile(module, backend=functools.partial(backend, []))
+    train_alike(compiled, module, whole, expected, calls=1)
+
+
+def qkv(device, heads=4, kv_heads=4, batch=2):
+    length, dim = SIZES[device]
+    torch.manual_seed(2)
+    draw = functools.partial(torch.randn, device=device, dtype=torch.bfloat16)
+    return [draw(batch, h, length, dim) for h in (heads, kv_heads, kv_heads)]
+
+
+def dtensor_by_local_map(device):
+    """flex_attention of a rank's part of DTensors, inside of a compiled function."""
+    given, mod = qkv(device), softcap(2.0)
+    mesh = init_device_mesh(device, (RANKS,))
+    attend = functools.partial(flex_attention, score_mod=mod)
+    found = []
+    for placement in (Shard(0), Shard(1)):
+        torch._dynamo.reset()
+        local = local_map(attend, [placement], ([placement],) * 3, device_mesh=mesh)
+        leaves = [distribute_tensor(t, mesh, [placement]).requires_grad_() for t in given]
+        with collect() as report:
+            out = torch.compile(local, backend=functools.partial(backend, []))(*leaves)
+        report.assert_all_lowered()
+        assert len(report.lowered) == 1
+        assert out.placements == (placement,)
+        out.square().sum().backward()
+        found.append([t.full_tensor() for t in (out.detach(), *(t.grad for t in leaves))])
+    torch._dynamo.reset()
+    plain = [t.clone().requires_grad_() for t in given]
+    out = torch.compile(attend, backend=functools.partial(backend, []))(*plain)
+    out.square().sum().backward()
+    for sharded in found:
+        for f, e in zip(sharded, (out.detach(), *(t.grad for t in plain)), strict=True):
+            assert (f - e).norm() <= 1e-2 * e.norm()
+
+
+CAPPED = make("tanh", ir.SCORE / 2.0) * 2.0
+PROGRAMS = {
+    "soft cap": (text(ir.program(CAPPED)), False),
+    "another cap": (text(ir.program(make("tanh", ir.SCORE / 3.0) * 3.0)), False),
+    "slopes": (text(ir.program(CAPPED + ir.operand(0, ir.F32, "h"))), True),
+    "heads": (text(ir.program(CAPPED + ir.cast(ir.index("h"), ir.F32))), False),
+    "batch": (text(ir.program(CAPPED + ir.cast(ir.index("b"), ir.F32))), False),
+}
+OF_SLOPES = {"slopes": PROGRAMS["slopes"]}
+HEADS_AND_BATCHES = ((4, 4, 2), (6, 3, 2), (4, 2, 3), (4, 1, 1))  # query heads, kv heads, batch
+PLACEMENTS = (Shard(0), Shard(1), Shard(2), Replicate())
+
+
+def _expected(name, placement, kv_heads, batch):
+    """The output's placement: the queries' where that axis can be divided."""
+    divides = {Shard(0): name != "batch" and batch % RANKS == 0, Shard(1): name != "heads" and kv_heads % RANKS == 0}
+    return placement if divides.get(placement, False) else Replicate()
+
+
+def sharding_rule(device):
+    """The ops on DTensors of each placement: the numbers of whole tensors, and the batch or heads stay sharded."""
+    mesh = init_device_mesh(device, (RANKS,))
+    for sizes in HEADS_AND_BATCHES:
+        whole = qkv(device, *sizes)
+        slopes = torch.arange(sizes[0], dtype=torch.float32, device=device).view(1, -1, 1, 1)
+        for name, (program, reads) in (PROGRAMS if sizes == HEADS_AND_BATCHES[0] else OF_SLOPES).items():
+            operands = [slopes] if reads else []
+            exact = _run(whole, operands, program)
+            for placement in PLACEMENTS:
+                where = [Shard(1) if placement == Shard(1) else Replicate()]
+                sharded = [distribute_tensor(t, mesh, [placement]) for t in whole]
+                found = _run(sharded, [distribute_tensor(t, mesh, where) for t in operands], program)
+                wanted = _expected(name, placement, sizes[1], sizes[2])
+                assert {t.placements for t in found} <= {(wanted,), (Replicate(),)}, (sizes, name, placement)
+                assert found[0].placements == (wanted,), (sizes, name, placement, found[0].placements)
+                for f, e in zip(found, exact, strict=True):
+                    assert (f.full_tensor() - e).norm() <= 1e-2 * e.norm(), (sizes, name, placement)
+
+
+def sharding_rule_with_tiles(device):
+    """A list of tiles is of all pairs, and so an op that takes one runs on whole tensors. The CPU reads no list."""
+    mesh = init_device_mesh(device, (RANKS,))
+    whole, (program, _) = qkv(device), next(iter(PROGRAMS.values()))
+    tiles = distribute_tensor(torch.empty(0, dtype=torch.int32, device=device), mesh, [Replicate()])
+    exact = _run(whole, [], program)
+    for placement in PLACEMENTS:
+        found = _run([distribute_tensor(t, mesh, [placement]) for t in whole], [], program, tiles)
+        assert {t.placements for t in found[:2]} == {(Replicate(),)}, placement
+        for f, e in zip(found, exact, strict=True):
+            assert (f.full_tensor() - e).norm() <= 1e-2 * e.norm(), placement
+
+
+def _run(tensors, operands, program, tiles=None):
+    """out, the log-sum-exp, dQ, dK and dV, through autograd."""
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    out, lse, _ = ops.attention(*leaves, operands, [], [], program, 0.25, True, False, None, tiles)
+    (out.float().square().sum() + lse.sin().sum()).backward()
+    return [out.detach(), lse.detach(), *(t.grad for t in leaves)]
+
+
+def alibi_of_all_heads(device):
+    """A slope for each head, as a DTensor among the operands' sources, under local_map with the heads sharded."""
+    given, mesh = qkv(device), init_device_mesh(device, (RANKS,))
+    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625], device=device)
+
+    def attend(q, k, v, s):
+        return flex_attention(q, k, v, lambda score, b, h, i, j: score - s[h] * (i - j))
+
+    local = local_map(attend, [Shard(1)], (*([Shard(1)],) * 3, [Shard(0)]), device_mesh=mesh)
+    shards = [*(distribute_tensor(t, mesh, [Shard(1)]) for t in given), distribute_tensor(slopes, mesh, [Shard(0)])]
+    with collect() as report:
+        out = torch.compile(local, backend=functools.partial(backend, []))(*shards)
+    report.assert_all_lowered()
+    with uncompiled():
+        exact = flex_attention(*(t.double() for t in given), alibi_with(slopes))
+        rounded = flex_attention(*given, alibi_with(slopes))
+    assert_close(out.full_tensor(), exact, rounded, "out")
+
+
+def alibi_with(slopes):
+    return lambda score, b, h, q, kv: score - slopes[h] * (q - kv)
+
+
+def example(device):
+    """examples/distributed.py: each way of it has the losses of one process."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+    import distributed
+
+    length, dim = SIZES[device]
+    sizes = f"--steps 3 --layers 4 --heads 4 --batch 4 --dim {4 * dim} --length {length}".split()
+    losses = {}
+    with patch.dict(os.environ, CUDNN_FLEX_INNER_BACKEND="aot_eager", CUDNN_FLEX_LOWER="always"):
+        for way in distributed.PARALLEL:
+            torch._dynamo.reset()
+            with patch.object(sys, "argv", ["distributed.py", "--parallel", way, *sizes]), collect() as report:
+                losses[way], _ = distributed.run(distributed.parse(), device)
+            report.assert_all_lowered()
+            assert len(report.lowered) == 4, (way, report.summary)
+    for way, found in losses.items():
+        assert all(abs(f - e) <= 2e-3 * e for f, e in zip(found, losses["none"], strict=True)), (way, losses)
+
+
+CASES = {case.__name__: case for case in (
+    ddp, ddp_in_one_graph, fsdp2, fsdp2_as_a_whole, tensor_parallel, dtensor_by_local_map, alibi_of_all_heads,
+    sharding_rule, sharding_rule_with_tiles, example,
+)}  # fmt: skip
+ONLY_ON_CPU = ("sharding_rule_with_tiles",)
+
+
+def cases_on(device):
+    return [case for case in CASES if device == "cpu" or case not in ONLY_ON_CPU]
+
+
+def verdict(name, device):
+    """ "ok", or what went wrong on any rank."""
+    torch._dynamo.reset()
+    try:
+        CASES[name](device)
+        mine = ""
+    except Exception as error:
+        traceback.print_exc()
+        mine = f"rank {dist.get_rank()}: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+    every = [None] * RANKS
+    dist.all_gather_object(every, mine)
+    return "; ".join(filter(None, every)) or "ok"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", choices=SIZES, default="cpu")
+    parser.add_argument("cases", nargs="*")
+    given = parser.parse_args()
+    if given.device == "cpu":
+        stock._validate_device = lambda *_: None  # as tests/conftest.py's trainable
+    else:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    limit = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo" if given.device == "cpu" else "nccl", timeout=limit)
+    verdicts = []
+    for name in given.cases or cases_on(given.device):
+        verdicts.append(verdict(name, given.device))
+        if dist.get_rank() == 0:
+            print(f"case {name}: {verdicts[-1]}", flush=True)
+    dist.destroy_process_group()
+    return int(any(v != "ok" for v in verdicts))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

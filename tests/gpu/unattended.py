@@ -1,0 +1,25 @@
+"""For measuring scripts that nobody watches: a case that fails does not lose the others.
+
+Knows nothing of what is measured.
+"""
+
+import traceback
+
+
+def line_of(name, run, *arguments):
+    """What `run` gives for a case, or that it failed, printed at once; and whether it went well."""
+    try:
+        line, well = run(name, *arguments), True
+    except Exception as error:
+        traceback.print_exc()
+        said = (str(error).strip().splitlines() or [""])[0][:120]
+        line, well = f"{name}: FAILED, {type(error).__name__}: {said}", False
+    print(line, flush=True)
+    return line, well
+
+
+def lines(names, run, *arguments):
+    """The lines of all cases, once more, and as the last that is printed; whether all went well."""
+    found = [line_of(name, run, *arguments) for name in names]
+    print("\n" + "\n".join(line for line, _ in found), flush=True)
+    return all(well for _, well in found)

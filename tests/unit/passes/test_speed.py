@@ -1,0 +1,105 @@
+"""The table of speed rules: each row keeps the calls that it is about, and names a command that exists."""
+
+import importlib.util
+import shlex
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from cudnn_flex_compile.bench.mods import ALL
+from cudnn_flex_compile.passes import speed
+from cudnn_flex_compile.passes.speed import ROWS, SIZES, Facts, slower
+from cudnn_flex_compile.reasons import Code
+from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod.ir import F32
+from cudnn_flex_compile.scoremod.optable import make
+
+CAUSAL = ir.program(mask=make("ge", ir.index("q"), ir.index("k")))
+PAIRS = ir.program(ir.SCORE + ir.operand(0, F32, "hqk"))
+DISTANCE = ir.index("q") - ir.index("k")
+STRIPED = ir.program(mask=make("eq", make("mod", DISTANCE, ir.const(3, ir.I32)), ir.const(0, ir.I32)))
+
+
+def facts(queries=2048, keys=2048, training=True, device="cuda", program=CAUSAL, share=None, blocks=True, **more):
+    def tensor(length):
+        return SimpleNamespace(shape=(2, 4, length, 64), device=torch.device(device))
+
+    given = {"query": tensor(queries), "key": tensor(keys), "value": tensor(keys)}
+    call = SimpleNamespace(**given, blocks=("there",) if blocks else ())
+    more = {"hoisted": (), "lse_gradient": False, **more}
+    return Facts(call, program, training=training, share=share, **more)  # pyright: ignore
+
+
+def stored(dtype):
+    return {"program": PAIRS, "hoisted": (SimpleNamespace(stored=dtype),), "blocks": False}
+
+
+KEPT = {
+    "decoding": ({"queries": 1, "training": False}, "decoding"),
+    "decoding, the last length": ({"queries": 16, "keys": 32768, "training": False}, "decoding"),
+    "a short sequence": ({"queries": 128, "keys": 128}, "a short sequence"),
+    "a loss of the LSE": ({"lse_gradient": True}, "the LSE takes part"),
+    "a bias is read": (stored(torch.float32), "read from memory"),
+    "a bias of bfloat16 in the forward": (stored(torch.bfloat16) | {"training": False}, "read from memory"),
+    "blocks that are not known": ({"program": STRIPED}, "without tile skipping"),
+    "fewer blocks": ({"share": 0.2}, "of the pairs, the BlockMask lists 20%"),
+    "a list of tiles for one short call": ({"tiled": True, "share": 0.2}, "listing the mask's tiles takes longer"),
+    "a list of tiles, blocks that are not known": ({"tiled": True}, "listing the mask's tiles takes longer"),
+    "a list of tiles, a loss of the LSE": ({"tiled": True, "lse_gradient": True}, "the LSE takes part"),
+    "a list of tiles in decoding": ({"tiled": True, "queries": 1, "training": False}, "decoding"),
+}
+LOWERED = {
+    "known tile skipping": {},
+    "as many blocks": {"share": 0.53},
+    "decoding with gradients": {"queries": 16},
+    "more queries": {"queries": 17, "training": False},
+    "a short sequence without gradients": {"queries": 128, "keys": 128, "training": False},
+    "few queries, many keys, in training": {"queries": 128, "keys": 129},
+    "on the CPU": {"queries": 1, "training": False, "device": "cpu"},
+    "a bias of float32 in the forward": stored(torch.float32) | {"training": False},
+    "no BlockMask": {"program": STRIPED, "blocks": False},
+    "a list of tiles that layers share": {"tiled": True, "queries": 4096, "keys": 4096, "share": 0.2, "sharing": 24},
+    "a list of tiles for a long call": {"tiled": True, "queries": 32768, "keys": 32768, "share": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_is_kept(name):
+    given, detail = KEPT[name]
+    reason = slower(facts(**given))
+    assert detail in reason.detail
+    assert reason.code is (Code.LSE_GRADIENT if "lse_gradient" in given else Code.SLOWER)
+    assert any(f"({row.command})" in reason.detail for row in ROWS)
+
+
+@pytest.mark.parametrize("name", LOWERED)
+def test_what_is_lowered(name):
+    assert slower(facts(**LOWERED[name])) is None
+
+
+def test_a_list_of_tiles_is_expected_to_gain_what_its_rule_says():
+    few, many = (speed.expected(facts(tiled=True, share=0.2, sharing=n)) for n in (1, 10**6))
+    assert few < 1 < many
+    assert many == pytest.approx(1 / (1 - speed.INTERVALS_GAIN), rel=1e-3)
+
+
+def test_a_size_is_changed_in_one_place(monkeypatch):
+    monkeypatch.setattr(speed, "SIZES", ())
+    assert slower(facts(queries=1, training=False)) is None
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.command)
+def test_commands_exist(row):
+    words = shlex.split(row.command)
+    if words[0] == "python3":
+        assert importlib.util.find_spec(words[2]) is not None
+    else:
+        assert words[:2] == ["cudnn-flex", "bench"]
+        mods = words[words.index("--mods") + 1 : next(i for i, w in enumerate(words) if w in ("--mode", "--lower"))]
+        assert mods
+        assert set(mods) <= set(ALL)
+
+
+def test_boxes_say_what_the_call_is():
+    assert len({box.why for box in SIZES}) == len(SIZES)
