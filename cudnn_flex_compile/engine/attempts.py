@@ -52,7 +52,7 @@ def attempts(problem: Problem) -> list[Attempt]:
     found = [Attempt(functools.partial(_in_parts, program, problem))]
     for variant in _variants(program, problem):
         found.append(Attempt(functools.partial(_build_with, variant, program, problem), variant.last_resort))
-    return [*found, *_with_wider_values(problem)] if problem.lse_gradient else found
+    return _with_others(problem, found) if problem.lse_gradient else found
 
 
 def _of_tiles(problem: Problem) -> Runs | Reason:
@@ -63,17 +63,21 @@ def _of_tiles(problem: Problem) -> Runs | Reason:
         return build(problem)
 
 
-def _with_wider_values(problem: Problem) -> Iterator[Attempt]:
-    """All of it for the problem without a gradient of the log-sum-exp whose plans give one with it."""
-    from cudnn_flex_compile.engine.wide import WidePlan, widened
+def _with_others(problem: Problem, found: list[Attempt]) -> list[Attempt]:
+    """With all attempts for the problem without a gradient of the log-sum-exp whose plans give one with it."""
+    from cudnn_flex_compile.engine.ways import WAYS
+
+    way = next(way for way in WAYS.values() if way.takes(problem))
+    plain = way.inner_problem(problem)
+    if refused(plain, parse(plain.program), cudnn_version()) is not None:
+        return found
 
     def make(inner: Attempt) -> Runs | Reason:
         plan = inner()
-        return plan if isinstance(plan, Reason) else WidePlan(problem, plan)
+        return plan if isinstance(plan, Reason) else way(problem, plan)
 
-    wide = widened(problem)
-    if refused(wide, parse(wide.program), cudnn_version()) is None:
-        yield from (Attempt(functools.partial(make, inner), last_resort=True) for inner in attempts(wide))
+    others = [Attempt(functools.partial(make, inner), inner.last_resort) for inner in attempts(plain)]
+    return [*others, *found] if way.FIRST else [*found, *others]
 
 
 def _in_parts(program: Program, problem: Problem) -> Runs | Reason:

@@ -17,12 +17,12 @@ from cudnn_flex_compile.engine.problem import BACKWARD, TensorSpec, dense
 from cudnn_flex_compile.reasons import Reason
 
 if TYPE_CHECKING:
+    from cudnn_flex_compile.engine.around import Around
     from cudnn_flex_compile.engine.parts import PartsPlan
     from cudnn_flex_compile.engine.plan import Plan
     from cudnn_flex_compile.engine.tile_plan import TilePlan
-    from cudnn_flex_compile.engine.wide import WidePlan
 
-Runs: TypeAlias = Union["Plan", "PartsPlan", "WidePlan", "TilePlan"]
+Runs: TypeAlias = Union["Plan", "PartsPlan", "Around", "TilePlan"]
 
 
 @dataclass(frozen=True)

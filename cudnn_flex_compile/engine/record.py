@@ -67,13 +67,13 @@ class StoredPlan:
 
 @dataclass(frozen=True, slots=True)
 class Certified:
-    """Plans that passed together: one, or with `in_parts` one for each box of the problem, in order; with `wide` of the
-    problem with wider values (engine/wide.py). errors: what certification measured.
+    """Plans that passed together: one, or with `in_parts` one for each box of the problem, in order; `around` names
+    the plan that runs them (engine/around.py), if one does. errors: what certification measured.
     """
 
     plans: tuple[StoredPlan, ...]
     in_parts: bool = False
-    wide: bool = False
+    around: str = ""
     errors: tuple[Error, ...] = ()
 
 
@@ -88,7 +88,7 @@ def encode(verdict: Verdict) -> bytes:
         {"problem": p.problem, "binding": asdict(p.binding), "workspace": p.workspace, "bytes": len(p.data)}
         for p in verdict.plans
     ]
-    head = {"in_parts": verdict.in_parts, "wide": verdict.wide, "plans": plans, "errors": verdict.errors}
+    head = {"in_parts": verdict.in_parts, "around": verdict.around, "plans": plans, "errors": verdict.errors}
     return _joined(head, b"".join(p.data for p in verdict.plans))
 
 
@@ -117,7 +117,7 @@ def _certified(head: dict[str, Any], rest: bytes) -> Certified:
     if rest or not plans or (len(plans) > 1 and not head["in_parts"]):
         raise ValueError("plans and their bytes do not fit")
     errors = tuple(Error(str(name), float(found), float(stock)) for name, found, stock in head["errors"])
-    return Certified(tuple(plans), bool(head["in_parts"]), bool(head["wide"]), errors)
+    return Certified(tuple(plans), bool(head["in_parts"]), str(head["around"]), errors)
 
 
 def _joined(head: dict[str, Any], rest: bytes) -> bytes:

@@ -110,10 +110,10 @@ def keep_text(key: str, value: str) -> None:
 
 
 def _stored(found: Runs) -> Certified:
-    from cudnn_flex_compile.engine.wide import WidePlan
+    from cudnn_flex_compile.engine.around import Around
 
-    if isinstance(found, WidePlan):
-        return replace(_stored(found.inner), wide=True, errors=found.errors)
+    if isinstance(found, Around):
+        return replace(_stored(found.inner), around=found.NAME, errors=found.errors)
     plans: list[Any] = list(found.plans) if isinstance(found, PartsPlan) else [found]
     stored = [StoredPlan(problem_text(p.problem), p.binding, p.workspace, p.serialized()) for p in plans]
     return Certified(tuple(stored), isinstance(found, PartsPlan), errors=found.errors)
@@ -133,12 +133,13 @@ def _restored(problem: Problem, verdict: Certified) -> Runs | Reason:
     """Raises ValueError for plans of other problems: our code cannot have changed, but be sure."""
     from cudnn_flex_compile.engine.attention_graph import output_specs
     from cudnn_flex_compile.engine.plan import restore
-    from cudnn_flex_compile.engine.wide import WidePlan, widened
+    from cudnn_flex_compile.engine.ways import WAYS
 
     if problem.tiled:
         return _compiled(problem)
-    if verdict.wide:
-        return WidePlan(problem, _restored(widened(problem), replace(verdict, wide=False)))
+    if verdict.around:
+        way = WAYS[verdict.around]
+        return way(problem, _restored(way.inner_problem(problem), replace(verdict, around="")))
     left = list(verdict.plans)
 
     def next_plan(_: Program, part: Problem) -> "Plan":

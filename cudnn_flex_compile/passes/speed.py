@@ -116,8 +116,12 @@ class Row:
 
 
 def _lse_in_the_loss(facts: Facts) -> str | None:
-    """Its plans are certified like all others, but nobody has measured them."""
-    return "the LSE takes part in the loss, and how fast cuDNN is then was not measured" if facts.lse_gradient else None
+    """By row vectors or wider values, which float16 needs, cuDNN took 1.1 to 3.4 times as long as Inductor's kernel for
+    plain scores, and 0.6 to 1.1 times with a soft cap (bfloat16, where engine/folded.py makes neither needed).
+    """
+    folded = example(facts.call.query).dtype == torch.bfloat16
+    other = facts.lse_gradient and not folded
+    return "the LSE takes part in the loss, in another dtype than bfloat16" if other else None
 
 
 def _by_sizes(facts: Facts) -> str | None:
@@ -184,7 +188,7 @@ def _listing_takes_longer(facts: Facts) -> str | None:
 
 
 ROWS = (
-    Row(_lse_in_the_loss, "python3 -m tests.gpu.lse_time", Code.LSE_GRADIENT, tiled=None),
+    Row(_lse_in_the_loss, "python3 -m tests.gpu.lse_time", Code.LSE_GRADIENT),
     Row(_by_sizes, SELECTION, tiled=None),
     Row(_pairs_are_read, 'cudnn-flex bench --mods "relative table" "bias tensor" --lower always'),
     Row(_unknown_blocks, 'cudnn-flex bench --mods "dilated window" documents --lower always'),

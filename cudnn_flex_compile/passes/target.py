@@ -12,6 +12,7 @@ import torch
 from torch.fx import Node
 
 from cudnn_flex_compile.engine.call import Key, Meta, backward_key, forward_key, problem_of
+from cudnn_flex_compile.engine.folded import FoldedPlan
 from cudnn_flex_compile.engine.problem import Problem, TensorSpec, dense
 from cudnn_flex_compile.engine.record import Error
 from cudnn_flex_compile.engine.reference import CapturedValue, SubgraphReference
@@ -89,7 +90,7 @@ def judge(target: Target) -> Accepted | Reason:
         return reason
     if target.tiled:
         return Accepted((INTERVALS,))
-    inside = ends(problem.lengths) if target.lse_gradient else None
+    inside = ends(problem.lengths) if target.lse_gradient and not FoldedPlan.takes(problem) else None
     reasons: list[Reason] = []
     for strategy in STRATEGIES:
         lowering = strategy.lower(program, target.training, inside)

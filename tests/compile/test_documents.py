@@ -200,13 +200,6 @@ def with_lse(q, k, v, ids):
     return out.float().sum() + lse.sin().sum()
 
 
-def test_a_loss_of_the_lse_is_kept_as_on_the_other_roads(lists):
-    with collect() as report:
-        compiled(with_lse, lower="when_faster")(*inputs(), packed(0))
-    assert report.calls[0].reason.code is Code.LSE_GRADIENT
-    assert not lists
-
-
 @pytest.mark.parametrize("right", [True, False])
 def test_a_loss_of_the_lse_runs_by_intervals_only_if_that_is_certified(monkeypatch, lists, right):
     asked = []

@@ -1,4 +1,5 @@
-"""Backwards that take a gradient of the log-sum-exp: the real cuDNN accepts them by row vectors, or by wider values.
+"""Backwards that take a gradient of the log-sum-exp: the real cuDNN accepts them wherever it accepts those without, in
+bfloat16; by row vectors, or by wider values, in float16.
 
 Knows nothing of their numbers.
 """
@@ -51,11 +52,19 @@ def has_row_vectors(name):
 
 
 @functools.cache
-def of_head_dim(name, dim):
+def of_head_dim(name, dim, dtype=torch.float16):
     forward = matrix.problem(name)
     specs = {role: getattr(forward, role) for role in ("query", "key", "value", "out")}
-    cut = {role: dense(replace(spec, shape=(*spec.shape[:3], dim))) for role, spec in specs.items()}
+    cut = {r: dense(replace(spec, shape=(*spec.shape[:3], dim), dtype=dtype)) for r, spec in specs.items()}
     return replace(forward, **cut).backward(lse_gradient=True)
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_every_plan_takes_an_output_that_holds_the_gradient(name):
+    for sm in SMS:
+        plain, found = matrix.cell(name, sm, BACKWARD), matrix.judged(of_head_dim(name, 128, torch.bfloat16), sm)
+        assert found.accepted == plain.accepted, f"SM{sm}: {found.text}"
+        assert found.text == (f"{plain.text}, folded" if plain.accepted else plain.text), f"SM{sm}"
 
 
 @pytest.mark.parametrize("dim", [64, 128])

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cudnn_flex_compile.engine import wide as wide_module
+from cudnn_flex_compile.engine.folded import TINY, FoldedPlan, fold
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, TensorSpec
 from cudnn_flex_compile.engine.reference import ProgramReference
 from cudnn_flex_compile.engine.rows import rows_of
@@ -17,7 +18,7 @@ from cudnn_flex_compile.engine.strategies import STRATEGIES
 from cudnn_flex_compile.engine.strategies.native import NAME as NATIVE
 from cudnn_flex_compile.engine.tail import ends, guarded
 from cudnn_flex_compile.engine.verify import certify
-from cudnn_flex_compile.engine.wide import WidePlan, widened
+from cudnn_flex_compile.engine.wide import WidePlan
 from cudnn_flex_compile.reasons import Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.interpret import environment, evaluate
@@ -143,9 +144,13 @@ def verdict(stand_in, program, **how):
     return certify(stand_in(asked), forward, ProgramReference(program))
 
 
+def around(way, inner):
+    """A plan around one that knows no gradient of the log-sum-exp."""
+    return lambda asked: way(asked, inner(way.inner_problem(asked)))
+
+
 def wide(inner):
-    """A plan of wider values around one that knows no gradient of the log-sum-exp."""
-    return lambda asked: WidePlan(asked, inner(widened(asked)))
+    return around(WidePlan, inner)
 
 
 @pytest.mark.parametrize("stand_in", [StandIn, FlashStandIn, wide(StandIn), wide(FlashStandIn)])
@@ -153,6 +158,41 @@ def wide(inner):
 @pytest.mark.parametrize("name", CERTIFIED)
 def test_right_plans_pass(name, dtype, stand_in):
     assert verdict(stand_in, CERTIFIED[name], dtype=dtype) is None
+
+
+@pytest.mark.parametrize("name", CERTIFIED)
+def test_an_output_that_holds_the_gradient_passes(name):
+    assert verdict(around(FoldedPlan, FlashStandIn), CERTIFIED[name]) is None
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, 1.1, 1 / math.log(2)])
+@pytest.mark.parametrize("name", CERTIFIED)
+def test_another_gradient_in_the_output_is_caught(name, factor):
+    class Wrong(FoldedPlan):
+        def run(self, tensors, *rest):
+            super().run((*tensors[:7], tensors[7] * factor, *tensors[8:]), *rest)
+
+    assert "off by" in verdict(around(Wrong, FlashStandIn), CERTIFIED[name]).detail
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-35, 1e-20, 1e-3, 1.0, 1e4])
+@pytest.mark.parametrize("grad_size", [0.0, 1e-38, 1e-20, 1e-6, 1.0, 1e4])
+def test_the_output_holds_the_gradient(size, grad_size):
+    """In the product of O' and dO', to a half of bfloat16's step of each; and what else reads dO reads the same."""
+    out, grad = (torch.randn(2, 3, 40, 64, generator=NUMBERS) for _ in range(2))
+    out, grad = out.bfloat16(), (grad * grad_size).bfloat16()
+    grad[:, :, 7], grad[:, :, 8, 1:] = 0.0, 0.0
+    grad_lse = torch.randn(2, 3, 40, generator=NUMBERS) * size
+    grad_lse[..., 9] = 0.0
+    folded, folded_grad = torch.full_like(out, math.nan), torch.full_like(out, math.nan)
+    fold(out, grad, grad_lse, folded, folded_grad)
+    exact = (out.double() * grad.double()).sum(-1) - grad_lse.double()
+    parts = folded.double() * folded_grad.double()
+    assert ((parts.sum(-1) - exact).abs() <= 2**-8 * parts.abs().sum(-1) + 8 * TINY).all()
+    assert torch.equal(folded[:, :, 9], out[:, :, 9])
+    assert (folded_grad.double() - grad.double()).abs().max() <= 1.01 * TINY
+    changed = (folded_grad != grad).any(-1)
+    assert bool((~changed | (grad.abs().amax(-1) < TINY)).all())
 
 
 WRONG = {

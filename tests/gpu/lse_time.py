@@ -1,11 +1,11 @@
-"""Times a layer of attention with learnt sinks, forward and backward: `python3 -m tests.gpu.lse_time [--wider-values]`.
+"""Times a layer of attention with learnt sinks: `python3 -m tests.gpu.lse_time [--dtype float16]`.
 
-Knows nothing of right numbers (tests/gpu/test_lse_gradient.py). Inductor's time / ours, medians, interleaved. With
-`--wider-values` the row term inside of the score_mod is not tried: which of both roads comes first is to be decided by
-this.
+Knows nothing of right numbers (tests/gpu/test_lse_gradient.py). Inductor's time / ours, forward and backward, medians,
+interleaved.
 """
 
 import argparse
+import functools
 import itertools
 import statistics
 import sys
@@ -15,8 +15,6 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile.bench.measure import on_device
 from cudnn_flex_compile.bench.mods import causal, padded, sliding, softcap
-from cudnn_flex_compile.engine import plan
-from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.report import collect
 from tests.gpu.unattended import lines
 
@@ -40,16 +38,16 @@ def compiled(layer, shape, backend):
         out, lse = flex_attention(q, k, v, score_mod, mask, enable_gqa=heads != kv_heads, return_lse=True)
         return out * torch.sigmoid(lse - sinks.view(-1, 1)).unsqueeze(-1).to(out.dtype)
 
-    options = {"lower": "always", "cache": False}  # no verdict of one road for the other
+    options = {"lower": "always", "cache": False}
     how = {"options": options} if backend == "cudnn_flex" else {}
     return torch.compile(attend, backend=backend, dynamic=False, **how)
 
 
-def measure(case):
+def measure(dtype, case):
     layer, shape = case
     batch, heads, kv_heads, length, dim = shape
     torch._dynamo.reset()
-    draw = lambda h: torch.randn(batch, length, h, dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2)  # noqa: E731
+    draw = lambda h: torch.randn(batch, length, h, dim, device="cuda", dtype=dtype).transpose(1, 2)  # noqa: E731
     leaves = [draw(h).requires_grad_() for h in (heads, kv_heads, kv_heads)]
     leaves.append(torch.zeros(heads, device="cuda", requires_grad=True))
     grad, functions = draw(heads), {}
@@ -71,18 +69,11 @@ def measure(case):
     return f"{layer}, {shape}, {how}: {theirs:.3f} / {ours:.3f} ms, {theirs / ours:.2f}x"
 
 
-def without_row_terms():
-    build = plan.build
-    refusal = Reason(Code.SHAPE_REFUSED, "not tried")
-    plan.build = lambda problem, lowering: refusal if problem.lse_gradient else build(problem, lowering)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--wider-values", action="store_true")
-    if parser.parse_args().wider_values:
-        without_row_terms()
-    return int(not lines(itertools.product(LAYERS, SHAPES), measure))
+    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
+    dtype = getattr(torch, parser.parse_args().dtype)
+    return int(not lines(itertools.product(LAYERS, SHAPES), functools.partial(measure, dtype)))
 
 
 if __name__ == "__main__":

@@ -137,15 +137,16 @@ def main():
     begun = time.perf_counter()
     compile_ahead(given.processes)
     ahead = time.perf_counter() - begun
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}")
     lines = ["| case | as called, Inductor / ours | on the device | ours runs as |", "| --- | --- | --- | --- |"]
+    print(*lines, sep="\n", flush=True)
     for case in CASES:
         lines.append(row(case))
+        print(lines[-1], flush=True)
         if given.log:
             with open(given.log, "w") as file:
                 file.write("\n".join(lines) + "\n")
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}")
     print(f"compiled ahead in {ahead:.0f} s, all in {time.perf_counter() - begun:.0f} s")
-    print("\n".join(lines))
 
 
 if __name__ == "__main__":

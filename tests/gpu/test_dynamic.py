@@ -63,7 +63,8 @@ def draw(length, batch=1, requires_grad=False):
 def assert_right(out, qkv, gradients=(), grad=None):
     grad = torch.zeros_like(out) if grad is None else grad
     arguments = (soft_cap, causal, DIM**-0.5, grad)
-    exact, stock = (dense.with_gradients(*qkv, *arguments, exact=e) for e in (True, False))
+    with torch.enable_grad():
+        exact, stock = (dense.with_gradients(*qkv, *arguments, exact=e) for e in (True, False))
     for f, e, s in zip((out.detach(), None, *gradients), exact, stock, strict=False):
         assert f is None or (f - e).norm() <= 2 * (s - e).norm() + 1e-6
 
@@ -140,7 +141,8 @@ def test_training_at_new_batches_and_lengths():
             assert_right(out, qkv, torch.autograd.grad(out, qkv, grad), grad)
     print(f"5 shapes, with gradients: {time.perf_counter() - begun:.1f} s")
     report.assert_no_recompiles()
-    assert cache_info().size == 10
+    # AOTAutograd makes gradients of its outputs contiguous; the first shape had a plan for one laid out like the output
+    assert cache_info().size == 10 + 1
 
 
 def test_marked_dimensions():

@@ -20,6 +20,7 @@ from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.text import parse, text
 
 BATCH, HEADS, LENGTH = 2, 4, 256
+BF16, FP16 = torch.bfloat16, torch.float16
 WITH_LSE = "backward with a gradient of the log-sum-exp"
 CAPPED = make("tanh", ir.SCORE / 20.0) * 20.0
 CAUSAL = make("ge", Q, KV)
@@ -27,8 +28,8 @@ HEAD_BIAS = ir.SCORE + ir.operand(0, F32, "h") * ir.cast(Q - KV, F32)
 FULL_BIAS = ir.SCORE + ir.operand(0, F32, "bhqk")
 
 
-def problem(program: Program, direction: str, *operands: tuple[int, ...]) -> Problem:
-    query = dense(TensorSpec((BATCH, HEADS, LENGTH, 64), (), torch.bfloat16))
+def problem(program: Program, direction: str, *operands: tuple[int, ...], dtype: torch.dtype = BF16) -> Problem:
+    query = dense(TensorSpec((BATCH, HEADS, LENGTH, 64), (), dtype))
     given = tuple(dense(TensorSpec(shape, (), torch.float32)) for shape in operands)
     forward = Problem(text(program), FORWARD, query, query, query, out_spec(query, query), given, 0.125, 0)
     return forward if direction == FORWARD else forward.backward(direction == WITH_LSE)
@@ -56,21 +57,18 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
+# With a gradient of the log-sum-exp: by plans without one, and by those with one.
+WITHOUT = {
+    "plain": ["native", "chained", "chained", "dense"], "causal": ["native", "chained", "dense", "chained", "dense"],
+    "soft cap": ["chained", "chained", "dense"],
+}  # fmt: skip
+WITH = {"plain": ["chained", "dense"], "causal": ["chained", "dense"] * 2, "soft cap": ["chained", "dense"]}
+PROGRAMS = {"plain": ir.program(), "causal": ir.program(mask=CAUSAL), "soft cap": ir.program(CAPPED)}
 TRIED = {
     "plain": (ir.program(), (), FORWARD, ["native", "chained", "chained", "dense"]),
     "causal": (ir.program(mask=CAUSAL), (), FORWARD, ["native", "chained", "dense", "chained", "dense"]),
     "soft cap": (ir.program(CAPPED), (), FORWARD, ["chained", "chained", "dense"]),
     "soft cap, backward": (ir.program(CAPPED), (), BACKWARD, ["chained", "chained", "dense"]),
-    "plain, gradient of the LSE": (
-        ir.program(), (), WITH_LSE, ["chained", "dense", *wide("native", "chained", "chained", "dense")],
-    ),
-    "causal, gradient of the LSE": (
-        ir.program(mask=CAUSAL), (), WITH_LSE,
-        ["chained", "dense", "chained", "dense", *wide("native", "chained", "dense", "chained", "dense")],
-    ),
-    "soft cap, gradient of the LSE": (
-        ir.program(CAPPED), (), WITH_LSE, ["chained", "dense", *wide("chained", "chained", "dense")],
-    ),
     "a bias of all pairs": (
         ir.program(FULL_BIAS, CAUSAL), ((BATCH, HEADS, LENGTH, LENGTH),), FORWARD, ["chained", "dense"] * 2,
     ),
@@ -91,9 +89,18 @@ def test_no_graph_is_tried_twice(name: str, tried: list[str]) -> None:
     assert tried == expected
 
 
+@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_ways_to_a_gradient_of_the_log_sum_exp(name: str, dtype: torch.dtype, tried: list[str]) -> None:
+    """float16 would not hold it in the output."""
+    chosen(problem(PROGRAMS[name], WITH_LSE, dtype=dtype))
+    expected = [*WITHOUT[name], *WITH[name]] if dtype == BF16 else [*WITH[name], *wide(*WITHOUT[name])]
+    assert tried == expected
+
+
 def test_wider_values_are_tried_within_the_head_dims_that_there_are(tried: list[str]) -> None:
     given = problem(ir.program(mask=CAUSAL), WITH_LSE)
-    large = dense(TensorSpec((BATCH, HEADS, LENGTH, 256), (), torch.bfloat16))
+    large = dense(TensorSpec((BATCH, HEADS, LENGTH, 256), (), torch.float16))
     given = replace(given, query=large, key=large, value=large, out=large, grad=large)
     chosen(given)
     assert {name.partition(" of ")[2] for name in tried} == {"256 columns"}

@@ -27,7 +27,10 @@ plans = st.builds(StoredPlan, problem=st.text(), binding=bindings, workspace=num
 size = st.floats(0, 1)
 errors = st.lists(st.builds(Error, st.sampled_from(["out", "dQ"]), size, size), max_size=3).map(tuple)
 verdicts = st.one_of(
-    st.builds(Certified, plans.map(lambda p: (p,)), in_parts=st.just(False), wide=st.booleans(), errors=errors),
+    st.builds(
+        Certified, plans.map(lambda p: (p,)), in_parts=st.just(False), around=st.sampled_from(["", "folded"]),
+        errors=errors,
+    ),
     st.builds(Certified, st.lists(plans, min_size=1, max_size=4).map(tuple), in_parts=st.just(True), errors=errors),
     st.builds(Reason, code=st.sampled_from(Code), detail=st.text()),
 )

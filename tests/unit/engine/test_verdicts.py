@@ -14,10 +14,10 @@ import torch
 
 from cudnn_flex_compile.engine import identity, plan, select, verdicts
 from cudnn_flex_compile.engine.call import problem_of
+from cudnn_flex_compile.engine.folded import FoldedPlan
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, TensorSpec
 from cudnn_flex_compile.engine.reference import SubgraphReference
 from cudnn_flex_compile.engine.select import cache_clear, cache_info, find_plan, remember_reference
-from cudnn_flex_compile.engine.wide import WidePlan, widened
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod.partition import partition
 from tests import stand_in
@@ -70,18 +70,18 @@ def test_a_plan_is_built_once(backend, backward):
     assert (info.builds, info.certifications, info.restored) == (0, 0, 1 + backward)
 
 
-def test_a_plan_of_wider_values_is_built_once(backend, monkeypatch):
+def test_a_plan_around_another_is_built_once(backend, monkeypatch):
     """Where no plan takes a gradient of the log-sum-exp; it is another verdict than that of the plain backward."""
     refusal = Reason(Code.SHAPE_REFUSED, "too many row vectors")
     monkeypatch.setattr(plan, "build", lambda p, lowering: refusal if p.lse_gradient else backend.build(p, lowering))
     key = call(backward=True, lse_gradient=True)
     first = find_plan(key)
-    assert (first.plan.strategy, first.plan.problem) == ("chained, wider values", problem_of(key))
+    assert (first.plan.strategy, first.plan.problem) == ("chained, folded", problem_of(key))
     second, built, restored = again(backend, key)
     assert (built, restored) == (0, 2)
-    assert isinstance(second.plan, WidePlan)
+    assert isinstance(second.plan, FoldedPlan)
     assert (second.plan.strategy, second.plan.problem) == (first.plan.strategy, first.plan.problem)
-    assert second.plan.inner.problem == first.plan.inner.problem == widened(problem_of(key))
+    assert second.plan.inner.problem == first.plan.inner.problem == FoldedPlan.inner_problem(problem_of(key))
     assert second.layouts == first.layouts
     assert second.plan.errors == stand_in.ERRORS
     assert find_plan(call(backward=True)).plan.strategy == "chained"

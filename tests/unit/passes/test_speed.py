@@ -22,8 +22,10 @@ STRIPED = ir.program(mask=make("eq", make("mod", DISTANCE, ir.const(3, ir.I32)),
 
 
 def facts(queries=2048, keys=2048, training=True, device="cuda", program=CAUSAL, share=None, blocks=True, **more):
+    dtype = more.pop("dtype", torch.bfloat16)
+
     def tensor(length):
-        return SimpleNamespace(shape=(2, 4, length, 64), device=torch.device(device))
+        return SimpleNamespace(shape=(2, 4, length, 64), device=torch.device(device), dtype=dtype)
 
     given = {"query": tensor(queries), "key": tensor(keys), "value": tensor(keys)}
     call = SimpleNamespace(**given, blocks=("there",) if blocks else ())
@@ -39,18 +41,18 @@ KEPT = {
     "decoding": ({"queries": 1, "training": False}, "decoding"),
     "decoding, the last length": ({"queries": 16, "keys": 32768, "training": False}, "decoding"),
     "a short sequence": ({"queries": 128, "keys": 128}, "a short sequence"),
-    "a loss of the LSE": ({"lse_gradient": True}, "the LSE takes part"),
+    "a loss of the LSE": ({"lse_gradient": True, "dtype": torch.float16}, "the LSE takes part"),
     "a bias is read": (stored(torch.float32), "read from memory"),
     "a bias of bfloat16 in the forward": (stored(torch.bfloat16) | {"training": False}, "read from memory"),
     "blocks that are not known": ({"program": STRIPED}, "without tile skipping"),
     "fewer blocks": ({"share": 0.2}, "of the pairs, the BlockMask lists 20%"),
     "a list of tiles for one short call": ({"tiled": True, "share": 0.2}, "listing the mask's tiles takes longer"),
     "a list of tiles, blocks that are not known": ({"tiled": True}, "listing the mask's tiles takes longer"),
-    "a list of tiles, a loss of the LSE": ({"tiled": True, "lse_gradient": True}, "the LSE takes part"),
     "a list of tiles in decoding": ({"tiled": True, "queries": 1, "training": False}, "decoding"),
 }
 LOWERED = {
     "known tile skipping": {},
+    "a loss of the LSE": {"lse_gradient": True},
     "as many blocks": {"share": 0.53},
     "decoding with gradients": {"queries": 16},
     "more queries": {"queries": 17, "training": False},
@@ -60,6 +62,9 @@ LOWERED = {
     "a bias of float32 in the forward": stored(torch.float32) | {"training": False},
     "no BlockMask": {"program": STRIPED, "blocks": False},
     "a list of tiles that layers share": {"tiled": True, "queries": 4096, "keys": 4096, "share": 0.2, "sharing": 24},
+    "a list of tiles, a loss of the LSE": {
+        "tiled": True, "queries": 32768, "keys": 32768, "lse_gradient": True, "dtype": torch.float16,
+    },
     "a list of tiles for a long call": {"tiled": True, "queries": 32768, "keys": 32768, "share": 0.1},
 }
 

@@ -1,0 +1,39 @@
+# pyright: reportMissingParameterType=false, reportMissingImports=false, reportArgumentType=false, reportUntypedFunctionDecorator=false
+"""The Triton kernel of folded.py: one block of query rows of one head.
+
+Knows nothing of who calls it. Apart because Triton is there only with CUDA builds of torch.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def fold_rows(
+    out, grad, grad_lse, folded, folded_grad, heads, rows, dim,
+    out_b, out_h, out_r, grad_b, grad_h, grad_r, lse_b, lse_h, lse_r,
+    folded_b, folded_h, folded_r, fgrad_b, fgrad_h, fgrad_r,
+    ROWS: tl.constexpr, DIM: tl.constexpr, TINY: tl.constexpr,
+):  # fmt: skip
+    b = (tl.program_id(1) // heads).to(tl.int64)
+    h = (tl.program_id(1) % heads).to(tl.int64)
+    r = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    d = tl.arange(0, DIM)
+    inside = r < rows
+    both = inside[:, None] & (d < dim)[None, :]
+    o = tl.load(out + b * out_b + h * out_h + r[:, None] * out_r + d[None, :], mask=both, other=0.0).to(tl.float32)
+    do = tl.load(grad + b * grad_b + h * grad_h + r[:, None] * grad_r + d[None, :], mask=both, other=0.0).to(tl.float32)
+    dlse = tl.load(grad_lse + b * lse_b + h * lse_h + r * lse_r, mask=inside, other=0.0)
+    size = tl.max(tl.abs(do), axis=1)
+    small = size < TINY
+    size = tl.maximum(size, TINY)
+    first = tl.where(d[None, :] == 0, 1.0, 0.0)
+    unit = tl.where(small[:, None], first, do / size[:, None])
+    share = dlse / (size * tl.sum(unit * unit, axis=1))
+    moved = small & (dlse != 0.0)
+    result = o - unit * share[:, None]
+    result_grad = tl.where(moved[:, None], unit * TINY, do)
+    folded_at = folded + b * folded_b + h * folded_h + r[:, None] * folded_r + d[None, :]
+    fgrad_at = folded_grad + b * fgrad_b + h * fgrad_h + r[:, None] * fgrad_r + d[None, :]
+    tl.store(folded_at, result.to(folded.dtype.element_ty), mask=both)
+    tl.store(fgrad_at, result_grad.to(folded_grad.dtype.element_ty), mask=both)

@@ -1,0 +1,75 @@
+"""A backward with a gradient of the log-sum-exp by way of one without: of an output that holds it.
+
+Knows nothing of how plans are built. cuDNN computes delta = dO . O for each row, and with it P * (dP - delta), the
+gradient of the modified score; with a gradient of the log-sum-exp that is P * (dP - delta + dLSE). With
+O' = O - dO * dLSE / |dO|^2, delta is delta - dLSE, and dP and dV, which do not read O, are what they were. So this
+takes any plan, at the cost of one pass over O and dO. Where a row of dO is zero, dO' has one tiny entry instead, which
+leaves dP and dV what they were to 2**-100. O' may be large, which bfloat16 holds and float16 does not.
+
+Rounding O' to bfloat16 puts delta off by 2**-9 * |dO| * |O'| / sqrt(D) or so: less than rounding the gradients of all
+scores to bfloat16, as Inductor's kernel and cuDNN's do, does to dQ.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from cudnn_flex_compile.engine.around import Around
+from cudnn_flex_compile.engine.problem import Problem
+
+TINY = 2.0**-100
+ROWS = 16  # of one block of threads
+
+
+class FoldedPlan(Around):
+    NAME = "folded"
+    FIRST = True
+
+    @staticmethod
+    def takes(problem: Problem) -> bool:
+        return problem.query.dtype == torch.bfloat16
+
+    @staticmethod
+    def inner_problem(problem: Problem) -> Problem:
+        return replace(problem, grad=problem.out, lse_gradient=False)
+
+    def run(
+        self, tensors: Sequence[Tensor], operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor]
+    ) -> None:
+        query, key, value, out, stats, grad, _, grad_lse, *gradients = tensors
+        given = [self.problem.out.empty(out.device) for _ in range(2)]
+        fold(out, grad, grad_lse.view(out.shape[:3]), *given)
+        self.inner.run((query, key, value, given[0], stats, given[1], *gradients), operands, ints, floats)
+
+
+def fold(out: Tensor, grad: Tensor, grad_lse: Tensor, folded: Tensor, folded_grad: Tensor) -> None:
+    """Writes O' and dO' of `out`, `grad` and `grad_lse`.
+
+    Args:
+        out, grad, folded, folded_grad: [B, H, S, D], any strides with a last one of 1.
+        grad_lse: of the natural log-sum-exp, [B, H, S], float32, any strides.
+    """
+    if not out.is_cuda:
+        _fold_on_host(out, grad, grad_lse, folded, folded_grad)
+        return
+    from cudnn_flex_compile.engine.fold_kernel import fold_rows
+
+    batch, heads, rows, dim = out.shape
+    grid = (math.ceil(rows / ROWS), batch * heads)
+    strides = [s for t in (out, grad, grad_lse, folded, folded_grad) for s in t.stride()[:3]]
+    fold_rows[grid](  # pyright: ignore
+        out, grad, grad_lse, folded, folded_grad, heads, rows, dim, *strides, ROWS=ROWS,
+        DIM=1 << (dim - 1).bit_length(), TINY=TINY,
+    )  # fmt: skip
+
+
+def _fold_on_host(out: Tensor, grad: Tensor, grad_lse: Tensor, folded: Tensor, folded_grad: Tensor) -> None:
+    size = grad.float().abs().amax(-1, keepdim=True)
+    first = torch.arange(grad.shape[3], device=grad.device) == 0
+    unit = torch.where(size < TINY, first.float(), grad.float() / size.clamp(min=TINY))
+    share = grad_lse[..., None] / (size.clamp(min=TINY) * unit.square().sum(-1, keepdim=True))
+    folded.copy_(out.float() - unit * share)
+    folded_grad.copy_(torch.where((size < TINY) & (grad_lse[..., None] != 0), unit * TINY, grad.float()))
