@@ -50,7 +50,9 @@ def cudnn_flex(
     use_folder(chosen.cache_folder, chosen.cache_mb)
     with phase("lower"):
         only_faster, budget = chosen.lower == "when_faster", chosen.bias_budget_mb
-        lowered = lower_calls(graph_module, example_inputs, only_faster, budget, chosen.autotune)
+        lowered = lower_calls(
+            graph_module, example_inputs, only_faster, budget, chosen.autotune, chosen.captures_graphs
+        )
     publish(lowered.calls)
     _log(lowered.calls, chosen)
     with phase("inner"):

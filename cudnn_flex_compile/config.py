@@ -36,8 +36,9 @@ class Options:
             for the whole process.
         cache_dir: that folder; empty for the user's own (platformdirs). Whoever may write to it decides what runs.
         cache_mb: MiB that it may take (least recently used first out).
-        bias_budget_mb: MiB that one bias over (q, kv) pairs may take; a call that needs more is kept. The default holds
-            a float32 bias of 16 heads at length 2048, or a mask for one head at length 11585; calls share biases.
+        bias_budget_mb: MiB that one bias over (q, kv) pairs, or one list of tiles, may take; a call that needs more is
+            kept. The default holds a float32 bias of 16 heads at length 2048, or a mask for one head at length 11585;
+            calls share biases and lists.
         verbose: log every call, not only one line a graph.
     """
 
@@ -72,6 +73,11 @@ class Options:
         if not self.cache:
             return None
         return Path(self.cache_dir).expanduser() if self.cache_dir else platformdirs.user_cache_path(PACKAGE, False)
+
+    @property
+    def captures_graphs(self) -> bool:
+        """Whether the inner backend captures CUDA graphs."""
+        return self.mode in ("reduce-overhead", "max-autotune") or bool(self.inner_options.get("triton.cudagraphs"))
 
 
 LEAST = {"plan_cache_size": 1, "cache_mb": 1, "bias_budget_mb": 0}

@@ -26,6 +26,7 @@ class Code(enum.Enum):
     FORCED_BACKEND = "drop BACKEND from kernel_options"
     BLOCK_MASK = "build the BlockMask with create_block_mask from the same mask_mod"
     UNSUPPORTED_CALL = "call flex_attention with a plain BlockMask, or none"
+    INTERVALS = "pip install 'cudnn-flex-compile[intervals]', for kernels that skip what such a mask hides"
     SHAPE_REFUSED = "cuDNN has no kernel for this shape on this GPU"
     KNOWN_WRONG = "cuDNN computes this wrongly; upgrade to the version named"
     SLOWER = "nothing: stock flex_attention is the faster one here (options={'lower': 'always'} overrides)"

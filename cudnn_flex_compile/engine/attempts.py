@@ -1,4 +1,5 @@
-"""What builds a plan of a problem, in the order of trial: parts where they are faster, then each strategy.
+"""What builds a plan of a problem, in the order of trial: parts where they are faster, then each strategy;
+for calls by intervals, the one of their tiles.
 
 Knows nothing of whether a plan is right, nor of which one is kept.
 """
@@ -45,11 +46,21 @@ class Attempt:
 
 def attempts(problem: Problem) -> list[Attempt]:
     """What builds a plan of a problem, in the order of trial."""
+    if problem.tiled:
+        return [Attempt(functools.partial(_of_tiles, problem))]
     program = pruned(parse(problem.program), problem.lengths)
     found = [Attempt(functools.partial(_in_parts, program, problem))]
     for variant in _variants(program, problem):
         found.append(Attempt(functools.partial(_build_with, variant, program, problem), variant.last_resort))
     return _with_others(problem, found) if problem.lse_gradient else found
+
+
+def _of_tiles(problem: Problem) -> Runs | Reason:
+    from cudnn_flex_compile.engine.tile_plan import build
+
+    plans.count("builds")
+    with phase("build"):
+        return build(problem)
 
 
 def _with_others(problem: Problem, found: list[Attempt]) -> list[Attempt]:

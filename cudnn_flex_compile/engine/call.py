@@ -22,13 +22,14 @@ def forward_key(
     operands: Sequence[Any],
     scale: float,
     stats: bool,
+    tiled: bool = False,
 ) -> Key:
     """From tensors, or anything with shape, stride(), dtype and device."""
     return (
         FORWARD, program, query.shape, query.stride(), query.dtype, key.shape, key.stride(), key.dtype,
         value.shape, value.stride(), value.dtype, query.device.index, scale, stats,
         torch.are_deterministic_algorithms_enabled(),
-        tuple([(o.shape, o.stride(), o.dtype) for o in operands]),
+        tuple([(o.shape, o.stride(), o.dtype) for o in operands]), tiled,
     )  # fmt: skip
 
 
@@ -39,10 +40,12 @@ def backward_key(forward: Key, grad: Any, lse_gradient: bool = False) -> Key:
 
 def problem_of(call: Key) -> Problem:
     """The problem: layouts that cuDNN cannot read are replaced by dense ones, into which the op copies."""
-    direction, program, qs, qt, qd, ks, kt, kd, vs, vt, vd, device, scale, stats, deterministic, operands = call[:16]
+    direction, program, qs, qt, qd, ks, kt, kd, vs, vt, vd, device, scale, stats, deterministic, operands, tiled = (
+        call[:17]
+    )
     query, key, value = (TensorSpec(tuple(s), tuple(t), d) for s, t, d in ((qs, qt, qd), (ks, kt, kd), (vs, vt, vd)))
     out = out_spec(query, value)
-    grad = TensorSpec(out.shape, tuple(call[16]), out.dtype) if direction == BACKWARD else None
+    grad = TensorSpec(out.shape, tuple(call[17]), out.dtype) if direction == BACKWARD else None
     return Problem(
         program=program,
         direction=direction,
@@ -56,7 +59,8 @@ def problem_of(call: Key) -> Problem:
         stats=stats,
         grad=None if grad is None else (grad if usable(grad) else out),
         deterministic=deterministic,
-        lse_gradient=direction == BACKWARD and call[17],
+        lse_gradient=direction == BACKWARD and call[18],
+        tiled=tiled,
     )
 
 
@@ -66,7 +70,7 @@ def readable(spec: TensorSpec) -> TensorSpec:
 
 def forward_of(call: Key) -> Key:
     """The forward call, with stats, whose outputs this backward call consumes."""
-    return (FORWARD, *call[1:13], True, *call[14:16])
+    return (FORWARD, *call[1:13], True, *call[14:17])
 
 
 class Meta:

@@ -9,6 +9,7 @@ import ctypes
 import functools
 import hashlib
 from dataclasses import fields
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -57,11 +58,18 @@ def environment(device: int) -> tuple[str, ...]:
     return (
         f"cudnn_flex_compile {__version__} {code_digest()}",
         f"torch {torch_version} CUDA {torch.version.cuda}",
-        f"cudnn {cudnn} frontend {frontend}",
+        f"cudnn {cudnn} frontend {frontend} and its compiler {compiler()}",
         f"driver {driver()}",
         f"device {properties.name} {properties.major}.{properties.minor} {properties.multi_processor_count} "
         f"multiprocessors {properties.total_memory} bytes",
     )
+
+
+def compiler() -> str:
+    """The version of what compiles the interval kernels, if it is there."""
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version("nvidia-cutlass-dsl")
+    return "none"
 
 
 def driver() -> str:

@@ -52,6 +52,7 @@ class Problem:
         deterministic: whether torch.use_deterministic_algorithms was on.
         gradients: layouts of dq, dk and dv, if not those of torch.empty_like.
         lse_gradient: whether the backward takes a gradient of the log-sum-exp, too.
+        tiled: whether a list of tiles tells which pairs are visible, beside the program (engine/tiles.py).
     """
 
     program: str
@@ -68,6 +69,7 @@ class Problem:
     deterministic: bool = False
     gradients: tuple[TensorSpec, ...] | None = None
     lse_gradient: bool = False
+    tiled: bool = False
 
     @property
     def lse_shape(self) -> tuple[int, int, int]:

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from cudnn_flex_compile.engine.around import Around
     from cudnn_flex_compile.engine.parts import PartsPlan
     from cudnn_flex_compile.engine.plan import Plan
+    from cudnn_flex_compile.engine.tile_plan import TilePlan
 
-Runs: TypeAlias = Union["Plan", "PartsPlan", "Around"]
+Runs: TypeAlias = Union["Plan", "PartsPlan", "Around", "TilePlan"]
 
 
 @dataclass(frozen=True)

@@ -166,4 +166,4 @@ def _copies(call: Key, problem: Problem) -> tuple[bool, bool, bool, bool]:
     given = (call[3], call[6], call[9])
     wanted = (problem.query, problem.key, problem.value)
     q, k, v = (tuple(g) != w.stride for g, w in zip(given, wanted, strict=True))
-    return q, k, v, problem.grad is not None and tuple(call[16]) != problem.grad.stride
+    return q, k, v, problem.grad is not None and tuple(call[17]) != problem.grad.stride

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cudnn_flex_compile.engine.identity import key_of, problem_text
+from cudnn_flex_compile.engine.interval_kernels import keep_in
 from cudnn_flex_compile.engine.parts import PartsPlan, assemble_parts, divided
 from cudnn_flex_compile.engine.problem import Problem
 from cudnn_flex_compile.engine.ready import Runs
@@ -40,6 +41,7 @@ class Use(NamedTuple):
     kept: bool
 
 
+KERNELS = "interval_kernels"  # the subfolder in which the frontend keeps those
 NEITHER = Use(False, False)
 USES = {"once": Use(True, True), "always": Use(False, True)}
 _stores: list[Store] = []
@@ -47,6 +49,7 @@ _stores: list[Store] = []
 
 def use_folder(folder: Path | None, megabytes: int) -> None:
     """Where verdicts are kept (MiB at most), or that they are not, from now on and in the whole process."""
+    keep_in(None if folder is None else folder / KERNELS)
     wanted = None if folder is None else (folder, megabytes * 2**20)
     if wanted != next(((s.folder, s.bound) for s in _stores), None):
         _stores[:] = [] if wanted is None else [Store(*wanted)]
@@ -116,12 +119,24 @@ def _stored(found: Runs) -> Certified:
     return Certified(tuple(stored), isinstance(found, PartsPlan), errors=found.errors)
 
 
+def _compiled(problem: Problem) -> Runs:
+    """A plan of kernels that the frontend keeps."""
+    from cudnn_flex_compile.engine.tile_plan import build
+
+    plan = build(problem)
+    if isinstance(plan, Reason):
+        raise ValueError(str(plan))
+    return plan
+
+
 def _restored(problem: Problem, verdict: Certified) -> Runs | Reason:
     """Raises ValueError for plans of other problems: our code cannot have changed, but be sure."""
     from cudnn_flex_compile.engine.attention_graph import output_specs
     from cudnn_flex_compile.engine.plan import restore
     from cudnn_flex_compile.engine.ways import WAYS
 
+    if problem.tiled:
+        return _compiled(problem)
     if verdict.around:
         way = WAYS[verdict.around]
         return way(problem, _restored(way.inner_problem(problem), replace(verdict, around="")))

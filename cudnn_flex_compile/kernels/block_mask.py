@@ -5,7 +5,7 @@ plans compute the mask everywhere. Both agree if no omitted block has a visible 
 pair; blocks that are listed needlessly do no harm.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
-from cudnn_flex_compile.scoremod import ir
-from cudnn_flex_compile.scoremod.interpret import environment, evaluate
+from cudnn_flex_compile.scoremod.interpret import visible_rows
 from cudnn_flex_compile.scoremod.ir import TRUE, Program
 from cudnn_flex_compile.scoremod.masks.form import split
 from cudnn_flex_compile.scoremod.text import parse
 
-CHUNK = 2**25
 MISMATCH = (
     "cudnn_flex: the BlockMask's blocks do not agree with its mask_mod: a block that the mask_mod leaves visible is"
     " omitted, or a block listed as full has masked pairs. Build it with create_block_mask from the same mask_mod, or"
@@ -74,7 +72,31 @@ def agree(
     program: Program, sizes: Sequence[int], block_sizes: Sequence[int],
 ) -> Tensor:  # fmt: skip
     """A boolean scalar on the device of the blocks."""
+    device, block = blocks[0].device, _clipped(block_sizes, sizes)
+    limits = row_limits(program, operands, ints, sizes, device)
+    if limits is not None:
+        return _agree(blocks, [limits.blocks(*block)], sizes, block)
+    pairs = visible_rows(program.mask, operands, ints, floats, sizes, block[0], device)
+    return _agree(blocks, _by_pairs(pairs, *block), sizes, block)
+
+
+def agree_with_endpoints(
+    blocks: Sequence[Tensor], table: Tensor, sizes: Sequence[int], block_sizes: Sequence[int]
+) -> Tensor:
+    """The same for a mask whose rows have these endpoints (scoremod/masks/intervals.py)."""
+    block = _clipped(block_sizes, sizes)
+    return _agree(blocks, [_of_endpoints(table, sizes, *block)], sizes, block)
+
+
+def _clipped(block_sizes: Sequence[int], sizes: Sequence[int]) -> tuple[int, int]:
     q_block, kv_block = (int(min(b, n)) for b, n in zip(block_sizes, sizes[2:], strict=True))
+    return q_block, kv_block
+
+
+def _agree(
+    blocks: Sequence[Tensor], found: Iterable["Blocks"], sizes: Sequence[int], block: tuple[int, int]
+) -> Tensor:
+    q_block, kv_block = block
     rows, columns = -(-sizes[2] // q_block), -(-sizes[3] // kv_block)
     partial = listed(blocks[0], blocks[1], columns)
     every_pair = len(blocks) == 8
@@ -83,9 +105,6 @@ def agree(
         return torch.zeros((), dtype=torch.bool, device=partial.device)
     full = listed(blocks[2], blocks[3], columns) if every_pair else torch.zeros_like(partial)
     good = torch.ones((), dtype=torch.bool, device=partial.device)
-    limits = row_limits(program, operands, ints, sizes, partial.device)
-    pairs = _visible(program, operands, ints, floats, sizes, q_block, partial.device)
-    found = _by_pairs(pairs, q_block, kv_block) if limits is None else [limits.blocks(q_block, kv_block)]
     for start, some, every in found:
         here = slice(start // q_block, start // q_block + some.shape[-2])
         omitted = some & ~partial[:, :, here, :columns] & ~full[:, :, here, :columns]
@@ -120,18 +139,10 @@ class RowLimits:
 
     def blocks(self, q_block: int, kv_block: int) -> Blocks:
         """All of them, in work and memory of Sq x Skv / kv_block."""
-        length = self.counts.shape[-1] - 1
-        edges = torch.arange(0, length + kv_block, kv_block, dtype=torch.int32, device=self.start.device)
-        edges = edges.clamp(max=length)
-        low = torch.maximum(self.start.unsqueeze(-1), edges[:-1])
-        high = torch.maximum(torch.minimum(self.end.unsqueeze(-1), edges[1:]), low)
-        seen = self._counted(high) - self._counted(low)
-        padded = -seen.shape[-2] % q_block
-        some, every = (
-            torch.nn.functional.pad(t, (0, 0, 0, padded), value=fill).unflatten(2, (-1, q_block))
-            for t, fill in ((seen > 0, False), (seen == edges[1:] - edges[:-1], True))
-        )
-        return 0, some.any(3), every.all(3)
+        low, high = _edges(self.counts.shape[-1] - 1, kv_block, self.start.device)
+        start = torch.maximum(self.start.unsqueeze(-1), low)
+        end = torch.maximum(torch.minimum(self.end.unsqueeze(-1), high), start)
+        return _of_counts(self._counted(end) - self._counted(start), high - low, q_block)
 
     def _counted(self, position: Tensor) -> Tensor:
         batch, heads = torch.broadcast_shapes(position.shape[:2], self.counts.shape[:2])
@@ -139,6 +150,32 @@ class RowLimits:
         return counts.gather(2, position.expand(batch, heads, -1, -1).flatten(2).long()).view(
             batch, heads, *position.shape[2:]
         )  # fmt: skip
+
+
+def _of_endpoints(table: Tensor, sizes: Sequence[int], q_block: int, kv_block: int) -> Blocks:
+    heads, width, _ = table.shape
+    ends = table.view(heads, width, sizes[0], sizes[2]).permute(1, 2, 0, 3).unsqueeze(-1)
+    low, high = _edges(sizes[3], kv_block, table.device)
+    seen = torch.minimum(ends[0], high).sub_(low).clamp_(min=0)
+    for start, end in zip(ends[1::2], ends[2::2], strict=True):
+        seen += torch.minimum(end, high).sub_(torch.maximum(start, low)).clamp_(min=0)
+    return _of_counts(seen, high - low, q_block)
+
+
+def _edges(length: int, kv_block: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The first key of each block, and that after its last."""
+    edges = torch.arange(0, length + kv_block, kv_block, dtype=torch.int32, device=device).clamp(max=length)
+    return edges[:-1], edges[1:]
+
+
+def _of_counts(seen: Tensor, size: Tensor, q_block: int) -> Blocks:
+    """From how many keys of each block each row sees, [B or 1, H or 1, Sq, blocks], and how many there are."""
+    padded = -seen.shape[-2] % q_block
+    some, every = (
+        torch.nn.functional.pad(t, (0, 0, 0, padded), value=fill).unflatten(2, (-1, q_block))
+        for t, fill in ((seen > 0, False), (seen == size, True))
+    )
+    return 0, some.any(3), every.all(3)
 
 
 def row_limits(
@@ -176,28 +213,6 @@ def listed(count: Tensor, indices: Tensor, columns: int) -> Tensor:
     valid = torch.arange(indices.shape[-1], device=indices.device) < count.unsqueeze(-1)
     dense = torch.zeros((*count.shape, width + 1), dtype=torch.bool, device=indices.device)
     return dense.scatter(-1, torch.where(valid, indices.long(), width), True)[..., :columns]
-
-
-def _visible(
-    program: Program, operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor],
-    sizes: Sequence[int], q_block: int, device: torch.device,
-) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
-    """The mask as [B or 1, H or 1, R, Skv], a chunk of whole blocks of query rows at a time."""
-    axes = ir.axes_of(program.mask)
-    batch, heads = (size if axis in axes else 1 for axis, size in zip("bh", sizes, strict=False))
-    step = max(1, CHUNK // max(1, batch * heads * sizes[3] * q_block)) * q_block
-    span = {a: torch.arange(n, dtype=torch.int32, device=device) for a, n in zip(ir.AXES, sizes, strict=True)}
-    numbers = dict(enumerate(ints)), {i: float(f) for i, f in enumerate(floats)}
-    for start in range(0, sizes[2], step):
-        rows = slice(start, start + step)
-        near = {i: t[:, :, rows] if t.shape[2] > 1 else t for i, t in enumerate(operands)}
-        indices = {
-            "b": span["b"].view(-1, 1, 1, 1), "h": span["h"].view(-1, 1, 1), "q": span["q"][rows].view(-1, 1),
-            "k": span["k"],
-        }  # fmt: skip
-        leaf = environment(torch.zeros((), device=device), indices, near, *numbers)
-        shape = (batch, heads, len(range(sizes[2])[rows]), sizes[3])
-        yield start, evaluate(program.mask, leaf).expand(shape)
 
 
 def _per_block(mask: Tensor, q_block: int, kv_block: int, fill: bool) -> Tensor:

@@ -28,13 +28,16 @@ _warned: set[str] = set()
 
 def forward(
     query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor], ints: Sequence[int],
-    floats: Sequence[Tensor], program: str, scale: float, stats: bool,
+    floats: Sequence[Tensor], program: str, scale: float, stats: bool, tiles: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The output in the query's order of strides, and the natural log-sum-exp [B, H, Sq], empty without `stats`."""
+    """The output in the query's order of strides, and the natural log-sum-exp [B, H, Sq], empty without `stats`.
+
+    With a list of the mask's tiles, it is that by which the plan runs.
+    """
     if query.get_device() != torch._C._cuda_getDevice():
         with torch.cuda.device(query.device):
-            return forward(query, key, value, operands, ints, floats, program, scale, stats)
-    call = forward_key(program, query, key, value, operands, scale, stats)
+            return forward(query, key, value, operands, ints, floats, program, scale, stats, tiles)
+    call = forward_key(program, query, key, value, operands, scale, stats, tiles is not None)
     found = plans.get(call) or find_plan(call)
     if isinstance(found, Reason) or (ints and not _in_range(ints)):
         _explain(program, found)
@@ -46,7 +49,7 @@ def forward(
     inputs = _aligned((query, key, value))
     outputs = (out, lse) if stats else (out,)
     try:
-        found.plan.run((*inputs, *outputs), _aligned(operands) if operands else operands, ints, floats)
+        _run(found, (*inputs, *outputs), operands, ints, floats, tiles)
     except torch.OutOfMemoryError as error:
         _explain(program, _no_workspace(found, error))
         del out, outputs
@@ -59,6 +62,7 @@ def forward(
 def backward(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
     operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor], program: str, scale: float,
+    tiles: Tensor | None = None,
 ) -> Gradients:  # fmt: skip
     """dQ, dK, dV in the layouts of torch.empty_like of query, key and value, and the gradient of the learned operand in
     the query's dtype, empty if there is none.
@@ -67,9 +71,10 @@ def backward(
     """
     if query.get_device() != torch._C._cuda_getDevice():
         with torch.cuda.device(query.device):
-            rest = (out, stats, operands, ints, floats, program, scale)
+            rest = (out, stats, operands, ints, floats, program, scale, tiles)
             return backward(grad_out, grad_lse, query, key, value, *rest)
-    call = backward_key(forward_key(program, query, key, value, operands, scale, True), grad_out, grad_lse is not None)
+    before = forward_key(program, query, key, value, operands, scale, True, tiles is not None)
+    call = backward_key(before, grad_out, grad_lse is not None)
     found = plans.get(call) or find_plan(call)
     if isinstance(found, Reason) or (ints and not _in_range(ints)):
         _explain(program, found)
@@ -83,7 +88,7 @@ def backward(
     gradients = (dq, dk, dv, dbias) if bias_layout else (dq, dk, dv)
     inputs = _aligned((query, key, value, out, stats, grad_out, *rows_of(stats, grad_lse)))
     try:
-        found.plan.run((*inputs, *gradients), _aligned(operands) if operands else operands, ints, floats)
+        _run(found, (*inputs, *gradients), operands, ints, floats, tiles)
     except torch.OutOfMemoryError as error:
         _explain(program, _no_workspace(found, error))
         del dq, dk, dv, dbias, gradients
@@ -96,6 +101,16 @@ def _hold_if_captured(found: Ready) -> None:
     """A CUDA graph that is replayed reads the plan's kernels and constants, whether the plan is still cached or not."""
     if torch.cuda.is_current_stream_capturing():
         plans.hold(found)
+
+
+def _run(
+    found: Ready, tensors: Sequence[Tensor], operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor],
+    tiles: Tensor | None,
+) -> None:  # fmt: skip
+    if tiles is None:
+        found.plan.run(tensors, _aligned(operands) if operands else operands, ints, floats)
+    else:
+        found.plan.launch(tensors, tiles)  # pyright: ignore  # by its key, the plan is one of tiles
 
 
 def _no_workspace(found: Ready, error: torch.OutOfMemoryError) -> Reason:

@@ -1,4 +1,4 @@
-"""The custom ops: `cudnn_flex::attention`, made of `attention_forward` and `attention_backward`, and two helpers.
+"""The custom ops: `cudnn_flex::attention`, made of `attention_forward` and `attention_backward`, and three helpers.
 
 Importing this registers them.
 """
@@ -9,7 +9,8 @@ from cudnn_flex_compile.ops.schemas import (
     attention_backward,
     attention_forward,
     check_block_mask,
+    list_tiles,
     permute_keys,
 )
 
-__all__ = ["attention", "attention_backward", "attention_forward", "check_block_mask", "permute_keys"]
+__all__ = ["attention", "attention_backward", "attention_forward", "check_block_mask", "list_tiles", "permute_keys"]

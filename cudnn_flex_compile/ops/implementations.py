@@ -43,18 +43,18 @@ def _new_bias(query: Tensor, operands: list[Tensor], program: str) -> Tensor:
 @torch.library.impl(library, "attention_forward", "CUDA")
 def _forward_cuda(
     query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], ints: list[int], floats: list[Tensor],
-    program: str, scale: float, stats: bool, guard: Tensor | None,
+    program: str, scale: float, stats: bool, guard: Tensor | None, tiles: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     from cudnn_flex_compile.kernels import cuda
 
     with named("forward", program):
-        return cuda.forward(query, key, value, operands, ints, floats, program, scale, stats)
+        return cuda.forward(query, key, value, operands, ints, floats, program, scale, stats, tiles)
 
 
 @torch.library.impl(library, "attention_forward", "CPU")
 def _forward_cpu(
     query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], ints: list[int], floats: list[Tensor],
-    program: str, scale: float, stats: bool, guard: Tensor | None,
+    program: str, scale: float, stats: bool, guard: Tensor | None, tiles: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     from cudnn_flex_compile.kernels import cpu
 
@@ -67,7 +67,7 @@ def _forward_cpu(
 
 def _forward_fake(
     query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], ints: list[int], floats: list[Tensor],
-    program: str, scale: float, stats: bool, guard: Tensor | None,
+    program: str, scale: float, stats: bool, guard: Tensor | None, tiles: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     _check(query, key, value)
     return _new_out(query, value), new_stats(query, stats)
@@ -77,10 +77,11 @@ def _forward_fake(
 def _backward_cuda(
     grad_out: Tensor, grad_stats: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
     operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str, scale: float,
+    tiles: Tensor | None = None,
 ) -> Gradients:  # fmt: skip
     from cudnn_flex_compile.kernels import cuda
 
-    rest = (operands, ints, floats, program, scale)
+    rest = (operands, ints, floats, program, scale, tiles)
     with named("backward", program):
         return cuda.backward(grad_out, grad_stats, query, key, value, out, stats, *rest)
 
@@ -89,6 +90,7 @@ def _backward_cuda(
 def _backward_cpu(
     grad_out: Tensor, grad_stats: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
     operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str, scale: float,
+    tiles: Tensor | None = None,
 ) -> Gradients:  # fmt: skip
     from cudnn_flex_compile.kernels import cpu
 
@@ -105,6 +107,7 @@ def _backward_cpu(
 def _backward_fake(
     grad_out: Tensor, grad_stats: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
     operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str, scale: float,
+    tiles: Tensor | None = None,
 ) -> Gradients:  # fmt: skip
     like = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
     return *like, _new_bias(query, operands, program)

@@ -1,4 +1,4 @@
-"""The ops about masks: keys in another order, and the check of a BlockMask.
+"""The ops about masks: keys in another order, the check of a BlockMask, and the list of a mask's tiles.
 
 Knows nothing of attention.
 """
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cudnn_flex_compile.engine.tiles import Geometry
 from cudnn_flex_compile.ops.schemas import library
 
 
@@ -55,6 +56,43 @@ def _check_fake(
     return blocks[0].new_empty(0, dtype=torch.int32)
 
 
+
+@torch.library.impl(library, "list_tiles", "CUDA")
+def _list_tiles_cuda(
+    table: Tensor, most: Tensor, agreed: Tensor | None, blocks: list[Tensor], block_sizes: list[int],
+    operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str, geometry: list[int],
+    dtype: torch.dtype, size: int,
+) -> Tensor:  # fmt: skip
+    """A list for attention to run on, int32 [size] (engine/tiles.py). Raises RuntimeError as check_block_mask does."""
+    from cudnn_flex_compile.kernels import tiles
+
+    with torch.cuda.device(table.device):
+        mask = (blocks, block_sizes, operands, ints, floats, program)
+        return tiles.make(table, most, agreed, *mask, Geometry.of(geometry, dtype))
+
+
+@torch.library.impl(library, "list_tiles", "CPU")
+def _list_tiles_cpu(
+    table: Tensor, most: Tensor, agreed: Tensor | None, blocks: list[Tensor], block_sizes: list[int],
+    operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str, geometry: list[int],
+    dtype: torch.dtype, size: int,
+) -> Tensor:  # fmt: skip
+    """Nothing to run on: the CPU's kernel evaluates the mask."""
+    from cudnn_flex_compile.kernels import tiles
+
+    mask = (blocks, block_sizes, operands, ints, floats, program)
+    return tiles.none(table, most, agreed, *mask, Geometry.of(geometry, dtype))
+
+
+def _list_tiles_fake(
+    table: Tensor, most: Tensor, agreed: Tensor | None, blocks: list[Tensor], block_sizes: list[int],
+    operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str, geometry: list[int],
+    dtype: torch.dtype, size: int,
+) -> Tensor:  # fmt: skip
+    return table.new_empty(size)
+
+
 for _device in ("CPU", "CUDA"):
     library.impl("check_block_mask", _check_block_mask, _device)
+torch.library.register_fake("cudnn_flex::list_tiles", _list_tiles_fake, lib=library)
 torch.library.register_fake("cudnn_flex::check_block_mask", _check_fake, lib=library)

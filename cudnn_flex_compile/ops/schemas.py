@@ -9,21 +9,26 @@ from torch import Tensor
 SCHEMAS = {
     "attention": (
         "(Tensor query, Tensor key, Tensor value, Tensor[] operands, SymInt[] ints, Tensor[] floats, str program,"
-        " float scale, bool return_lse, bool stats, Tensor? guard) -> (Tensor out, Tensor lse, Tensor stats)"
+        " float scale, bool return_lse, bool stats, Tensor? guard, Tensor? tiles=None)"
+        " -> (Tensor out, Tensor lse, Tensor stats)"
     ),
     "attention_forward": (
         "(Tensor query, Tensor key, Tensor value, Tensor[] operands, SymInt[] ints, Tensor[] floats, str program,"
-        " float scale, bool stats, Tensor? guard) -> (Tensor out, Tensor stats)"
+        " float scale, bool stats, Tensor? guard, Tensor? tiles=None) -> (Tensor out, Tensor stats)"
     ),
     "attention_backward": (
         "(Tensor grad_out, Tensor? grad_stats, Tensor query, Tensor key, Tensor value, Tensor out, Tensor stats,"
-        " Tensor[] operands, SymInt[] ints, Tensor[] floats, str program, float scale)"
+        " Tensor[] operands, SymInt[] ints, Tensor[] floats, str program, float scale, Tensor? tiles=None)"
         " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)"
     ),
     "permute_keys": "(Tensor keys, Tensor order, Tensor slots) -> Tensor",
     "check_block_mask": (
         "(Tensor[] blocks, Tensor[] operands, SymInt[] ints, Tensor[] floats, str program, SymInt[] sizes,"
         " SymInt[] block_sizes) -> Tensor"
+    ),
+    "list_tiles": (
+        "(Tensor table, Tensor most, Tensor? agreed, Tensor[] blocks, SymInt[] block_sizes, Tensor[] operands,"
+        " SymInt[] ints, Tensor[] floats, str program, int[] geometry, ScalarType dtype, int size) -> Tensor"
     ),
 }
 
@@ -37,6 +42,7 @@ attention_forward = namespace.attention_forward.default
 attention_backward = namespace.attention_backward.default
 permute_keys = namespace.permute_keys.default
 check_block_mask = namespace.check_block_mask.default
+list_tiles = namespace.list_tiles.default
 
 # dq, dk, dv; and in the query's dtype the gradient of the program's learned operand, empty if it has none.
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]

@@ -2,6 +2,7 @@
 
 Importing this registers it; nothing else here imports torch.distributed. The indices b and h of a program are those
 of the whole tensor, so an axis whose index is read by the program itself is not sharded; operands are, with the axis.
+A list of tiles is of the whole mask, so with one nothing is sharded.
 """
 
 from collections.abc import Sequence
@@ -32,14 +33,17 @@ def _rest(operands: Sequence[Any], floats: Sequence[Any], dim: int) -> list[Any]
     return [*(Shard(dim) if o.shape[dim] > 1 else Replicate() for o in operands), *[Replicate()] * len(floats)]
 
 
+def _whole(outputs: int, tensors: int) -> Sharding:
+    return [Replicate()] * outputs, [Replicate()] * tensors
+
+
 def _forward(
     query: Any, key: Any, value: Any, operands: Sequence[Any], ints: Any, floats: Sequence[Any], program: str,
-    scale: float, stats: bool, guard: Any,
+    scale: float, stats: bool, guard: Any, tiles: Any = None,
 ) -> list[Sharding]:  # fmt: skip
-    guards = [] if guard is None else [Replicate()]
-    whole: Sharding = [Replicate()] * 2, [Replicate()] * (3 + len(operands) + len(floats) + len(guards))
-    found = [whole]
-    for dim in _divided(program, key):
+    guards = [Replicate()] * (guard is not None)
+    found = [_whole(2, 3 + len(operands) + len(floats) + len(guards) + (tiles is not None))]
+    for dim in _divided(program, key) if tiles is None else ():
         outputs = [Shard(dim), Shard(dim) if stats else Replicate()]  # without stats these are empty
         found.append((outputs, [Shard(dim)] * 3 + _rest(operands, floats, dim) + guards))
     return found
@@ -47,12 +51,11 @@ def _forward(
 
 def _backward(
     grad_out: Any, grad_stats: Any, query: Any, key: Any, value: Any, out: Any, stats: Any, operands: Sequence[Any],
-    ints: Any, floats: Sequence[Any], program: str, scale: float,
+    ints: Any, floats: Sequence[Any], program: str, scale: float, tiles: Any = None,
 ) -> list[Sharding]:  # fmt: skip
     count = 6 + (grad_stats is not None)
-    whole: Sharding = [Replicate()] * 4, [Replicate()] * (count + len(operands) + len(floats))
-    found = [whole]
-    for dim in _divided(program, key) if position_in(program) is None else ():
+    found = [_whole(4, count + len(operands) + len(floats) + (tiles is not None))]
+    for dim in _divided(program, key) if tiles is None and position_in(program) is None else ():
         outputs = [*[Shard(dim)] * 3, Replicate()]  # without a learned bias its gradient is empty
         found.append((outputs, [Shard(dim)] * count + _rest(operands, floats, dim)))
     return found

@@ -41,22 +41,23 @@ def _cuda() -> Any:
 
 def forward(
     query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], ints: list[int], floats: list[Tensor],
-    program: str, scale: float, stats: bool, guard: Tensor | None,
+    program: str, scale: float, stats: bool, guard: Tensor | None, tiles: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As the op `attention_forward`."""
     if _dispatched(query):
-        return attention_forward(query, key, value, operands, ints, floats, program, scale, stats, guard)
-    return _cuda().forward(query, key, value, operands, ints, floats, program, scale, stats)
+        return attention_forward(query, key, value, operands, ints, floats, program, scale, stats, guard, tiles)
+    return _cuda().forward(query, key, value, operands, ints, floats, program, scale, stats, tiles)
 
 
 def backward(
     grad_out: Tensor, grad_stats: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
     operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str, scale: float,
+    tiles: Tensor | None = None,
 ) -> Gradients:  # fmt: skip
     """As the op `attention_backward`."""
     plain = type(grad_out) in PLAIN and (grad_stats is None or type(grad_stats) in PLAIN)
     call = _cuda().backward if plain and not _dispatched(query) else attention_backward
-    return call(grad_out, grad_stats, query, key, value, out, stats, operands, ints, floats, program, scale)
+    return call(grad_out, grad_stats, query, key, value, out, stats, operands, ints, floats, program, scale, tiles)
 
 
 # Where Inductor's generated code finds them, also code from its caches.

@@ -3,13 +3,14 @@
 Knows nothing of cuDNN. Each node is written once per graph: calls that need the same value share it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node, Proxy
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.proxy import GraphAppendingTracer
 
 from cudnn_flex_compile import ops
@@ -18,9 +19,8 @@ from cudnn_flex_compile.passes.find import changes, example
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.interpret import TORCH_DTYPE, evaluate
 from cudnn_flex_compile.scoremod.ir import F32, I32, Expr
+from cudnn_flex_compile.scoremod.masks.intervals import VIEWS, endpoints_of
 from cudnn_flex_compile.scoremod.partition import Hoisted
-
-VIEWS = {"b": (-1, 1, 1, 1), "h": (1, -1, 1, 1), "q": (1, 1, -1, 1), "k": (1, 1, 1, -1)}
 
 
 def operand_value(
@@ -102,11 +102,13 @@ class Writer:
     def __init__(self) -> None:
         self._written: dict[tuple[Any, ...], Node] = {}
         self._orders: dict[tuple[Any, ...], KeyOrder] = {}
+        self._endpoints: dict[tuple[Any, ...], tuple[Node, Node]] = {}
 
     def forget(self) -> None:
         """Writes everything anew from now on; what was written stays for those that use it."""
         self._written.clear()
         self._orders.clear()
+        self._endpoints.clear()
 
     def write(self, hoisted: Hoisted, captured: dict[Expr, Any], query: Node, key: Node, before: Node) -> Node:
         """The node of an operand, above `before`."""
@@ -139,6 +141,45 @@ class Writer:
             _annotate(first.next, before, example(key).fake_mode)
             self._orders[shared] = KeyOrder(counts.node, order.node, slots.node)
         return self._orders[shared]
+
+    def write_endpoints(
+        self, mask: Expr, operands: Sequence[Node], ints: Sequence[Any], floats: Sequence[Node], call: Sequence[Node]
+    ) -> tuple[Node, Node]:
+        """The table of a mask's endpoints, and how many a row has at most (scoremod/masks/intervals.py).
+
+        Args:
+            call: query and key, of known sizes, and the node above which they are written.
+        """
+        query, key, before = call
+        sizes = (*example(query).shape[:3], example(key).shape[2])
+        shared = (before.graph, mask, *operands, *ints, *floats, *sizes)
+        if shared not in self._endpoints:
+            first = before.prev
+            with before.graph.inserting_before(before):
+                tracer = GraphAppendingTracer(before.graph)
+                of_mask, numbers, scalars = (
+                    [Proxy(n, tracer) if isinstance(n, Node) else n for n in bank] for bank in (operands, ints, floats)
+                )
+                with _ProxyFactories(tracer):
+                    found = endpoints_of(mask, of_mask, numbers, scalars, sizes, example(query).device)
+            _annotate(first.next, before, example(query).fake_mode)
+            self._endpoints[shared] = found.table.node, found.most.node
+        return self._endpoints[shared]
+
+    def write_function(self, function: Callable[..., torch.Tensor], inputs: Sequence[Node], before: Node) -> Node:
+        """The node of a function's result, above `before`, for inputs of these sizes; anew for each call."""
+        fakes = [example(n) for n in inputs]
+        with fakes[0].fake_mode, torch.no_grad():
+            traced = make_fx(function)(*fakes)
+        placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
+        first = before.prev
+        with before.graph.inserting_before(before):
+            result: Any = before.graph.graph_copy(traced.graph, dict(zip(placeholders, inputs, strict=True)))
+        node = first.next
+        while node is not before:
+            node.meta["example_value"] = node.meta["val"]
+            node = node.next
+        return result
 
     def permute(self, tensor: Node, order: KeyOrder, before: Node) -> Node:
         """Keys or values in that order; anew for each call, for they may change in place."""

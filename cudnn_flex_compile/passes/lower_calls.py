@@ -5,7 +5,8 @@ Knows nothing of the inner backend. An exception in one call keeps that call; th
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from cudnn_flex_compile.passes import autotune, block_mask, speed
+from cudnn_flex_compile.passes import autotune, block_mask, intervals, speed
 from cudnn_flex_compile.passes.autocast import with_casts, without_casts
 from cudnn_flex_compile.passes.block_mask import MaskProgram
 from cudnn_flex_compile.passes.capture import Captures, read_captures
@@ -24,11 +25,12 @@ from cudnn_flex_compile.passes.find import Call, example, find_calls, hint, scal
 from cudnn_flex_compile.passes.hoist import Writer, operand_value
 from cudnn_flex_compile.passes.prune import live_nodes, prune
 from cudnn_flex_compile.passes.rewrite import replace, with_batch
-from cudnn_flex_compile.passes.target import Target, judge
+from cudnn_flex_compile.passes.target import Accepted, Target, judge
 from cudnn_flex_compile.passes.traced import traced_of
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.report import CallReport
 from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod.fingerprint import graph_text
 from cudnn_flex_compile.scoremod.partition import HALF, Hoisted
 from cudnn_flex_compile.scoremod.text import text
 
@@ -38,15 +40,18 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What the calls of one graph share: writers that write each node once, the graph's real inputs, and what was
-    found out about these, which takes a look at their data."""
+    """What the calls of one graph share: writers that write each node once (of tiles, none under CUDA graphs), the
+    graph's real inputs, how many calls share a mask, and what was found out about all that, which takes a look at data.
+    """
 
     operands: Writer
+    tiles: intervals.Tiles | None
     guards: block_mask.Guards
     real: dict[Node, Any]
     only_faster: bool
     bias_budget: int
     autotune: bool
+    sharing: Counter[Hashable]
     known: dict[tuple[Any, ...], Any] = field(default_factory=dict[tuple[Any, ...], Any])
 
     def once(self, key: tuple[Any, ...], find: Callable[[], Found]) -> Found:
@@ -65,20 +70,23 @@ class Lowered:
 
 def lower_calls(
     graph_module: GraphModule, example_inputs: Sequence[Any], only_faster: bool = True, bias_budget: int = 256,
-    autotuned: bool = False,
+    autotuned: bool = False, graphs: bool = False,
 ) -> Lowered:  # fmt: skip
     """Rewrites the graph in place.
 
     Args:
         only_faster: keep the calls that are slower on cuDNN.
-        bias_budget: MiB that one operand over (q, kv) pairs may take.
+        bias_budget: MiB that one operand over (q, kv) pairs, or one list of tiles, may take.
         autotuned: find out by measuring which calls these are.
+        graphs: whether the inner backend captures CUDA graphs, where the host can look at no data.
     """
     inputs = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
     pairs = zip(inputs, example_inputs, strict=False)
     real = {node: value for node, value in pairs if not isinstance(value, FakeTensor)}  # DDP's optimizer gives such
     writer = Writer()
-    context = Context(writer, block_mask.Guards(inputs, writer), real, only_faster, bias_budget, autotuned)
+    tiles, guards = None if graphs else intervals.Tiles(writer), block_mask.Guards(inputs, writer)
+    sharing = Counter(_mask_of(call) for call in find_calls(graph_module))
+    context = Context(writer, tiles, guards, real, only_faster, bias_budget, autotuned, sharing)
     reports: list[CallReport] = []
     changed: list[GraphModule] = []
     live: dict[Graph, set[Node]] = {}
@@ -94,6 +102,11 @@ def lower_calls(
         module.graph.lint()
         module.recompile()
     return Lowered(reports, context.guards.outside)
+
+
+def _mask_of(call: Call) -> Hashable:
+    """Equal for calls with one mask; what has no text is equal to nothing else."""
+    return graph_text(call.mask_mod) or call.node, call.mask_captured, call.blocks
 
 
 def _lower(call: Call, context: Context) -> CallReport:
@@ -121,6 +134,8 @@ def _take_back(call: Call, before: set[Node], context: Context) -> None:
             graph.erase_node(node)
     context.operands.forget()
     context.guards.forget()
+    if context.tiles is not None:
+        context.tiles.forget()
 
 
 def _lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason | None:
@@ -137,14 +152,40 @@ def _lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason
     report.program = program
     describe_mask(report, call, hoisted, captures, context.real)
     large = _over_budget(call, hoisted, context.bias_budget)
-    if large is not None:
+    if large is not None and traced.pairwise is None:
         return large
     training = bool(example(call.node)[0].requires_grad) or any(part.learned for part in hoisted)
     wrong = None if checked is None else _disagreement(call, captures, checked, context)
     if wrong is not None:
         return wrong
-    compact = compacted(program, hoisted)
-    target = Target(call, program, hoisted, captures, training, context.real, compact, traced.fingerprint)
+    target = Target(
+        call, program, hoisted, captures, training, context.real, compacted(program, hoisted), traced.fingerprint
+    )
+
+    def by_plans() -> Reason | None:
+        return large or _by_plans(target, checked, context, report)
+
+    tiled = intervals.tiled(target, traced)
+    if tiled is None:
+        return by_plans()
+    other = None
+    if not intervals.over_pairs(program.mask):
+        other = by_plans()
+        if other is None or other.code not in BY_INTERVALS:
+            return other
+    missing = _by_intervals(tiled, context, report)
+    if missing is None:
+        return None
+    other = other or by_plans()
+    needed = other is not None and other.code in BY_INTERVALS and missing.code is Code.INTERVALS
+    return missing if needed else other
+
+
+BY_INTERVALS = (Code.SLOWER, Code.BIAS_BUDGET)  # why a call is not run by plans, but may be by intervals
+
+
+def _by_plans(target: Target, checked: MaskProgram | None, context: Context, report: CallReport) -> Reason | None:
+    """Rewrites the call to run by plans that know its mask, or says why it does not."""
     measured = context.autotune and autotune.measurable(target)
     slower = _slower(target, context) if context.only_faster and not measured else None
     if slower is not None:
@@ -155,11 +196,37 @@ def _lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason
     slower = _measured_slower(target, context) if context.only_faster and measured else None
     if slower is not None:
         return slower
-    report.strategies, report.errors = verdict
-    report.expected = speed.expected(_facts(target, context))
-    guard = None if checked is None else context.guards.write(call, checked)
+    _accept(target, verdict, context, report)
+    guard = None if checked is None else context.guards.write(target.call, checked)
     _rewrite(target, context, guard)
     return None
+
+
+def _by_intervals(target: Target, context: Context, report: CallReport) -> Reason | None:
+    """Rewrites the call to run by the intervals of its mask's rows, or says why it does not."""
+    call = target.call
+    if context.tiles is None:
+        return Reason(Code.UNSUPPORTED_CALL, "intervals under CUDA graphs")
+    slower = _slower(target, context) if context.only_faster else None
+    if slower is not None:
+        return slower
+
+    def unsuitable() -> Reason | None:
+        values = _real_values(call, target.captures, target.hoisted, context)
+        return intervals.unsuitable(target, values, context.bias_budget)
+
+    known = ("unsuitable", *_given(call), target.program, target.hoisted, *target.captures.nodes.values())
+    verdict = context.once(known, unsuitable) or judge(target)
+    if isinstance(verdict, Reason):
+        return verdict
+    _accept(target, verdict, context, report)
+    _rewrite(target, context, None)
+    return None
+
+
+def _accept(target: Target, verdict: Accepted, context: Context, report: CallReport) -> None:
+    report.strategies, report.errors = verdict
+    report.expected = speed.expected(_facts(target, context))
 
 
 def _unsuitable(call: Call) -> Reason | None:
@@ -218,18 +285,22 @@ def _disagreement(call: Call, captures: Captures, checked: MaskProgram, context:
         return block_mask.disagreement(call, checked, context.real.get, values)  # pyright: ignore
 
     captured = tuple(checked.nodes[leaf] for leaf in checked.leaves)
-    return context.once((*_given(call), checked.program, checked.hoisted, checked.noop, captured), find)
+    given = ("disagreement", *_given(call), checked.program, checked.hoisted, checked.noop, captured)
+    return context.once(given, find)
 
 
 def _slower(target: Target, context: Context) -> Reason | None:
-    given = (*_given(target.call), *target.running, target.training, target.lse_gradient)
-    return context.once(given, lambda: speed.slower(_facts(target, context)))
+    facts = _facts(target, context)
+    known = (facts.program, facts.hoisted, facts.training, facts.lse_gradient, facts.tiled, facts.sharing)
+    return context.once(("slower", *_given(target.call), *known), lambda: speed.slower(facts))
 
 
 def _facts(target: Target, context: Context) -> speed.Facts:
     call, real = target.call, context.real.get
     share = context.once(("share", *_given(call)), lambda: speed.share_of(call, real))  # pyright: ignore
-    return speed.Facts(call, *target.running, target.training, target.lse_gradient, share)
+    sharing = context.sharing[_mask_of(call)] if target.tiled else 1
+    asked = target.training, target.lse_gradient, share, target.tiled, sharing
+    return speed.Facts(call, *target.running, *asked)
 
 
 def _measured_slower(target: Target, context: Context) -> Reason | None:
@@ -269,4 +340,5 @@ def _rewrite(target: Target, context: Context, guard: Node | None) -> None:
         key, value = (writer.permute(with_batch(n, call), order, call.node) for n in (key, value))
     program, hoisted = target.running
     operands = [writer.write(h, nodes, call.query, call.key, call.node) for h in hoisted]
-    replace(call, key, value, operands, ints, floats, text(program), target.training, guard)
+    tiles = context.tiles.write(target, operands, ints, floats) if target.tiled and context.tiles else None
+    replace(call, key, value, operands, ints, floats, text(program), target.training, guard, tiles)

@@ -35,6 +35,13 @@ BIAS_COST = 1.8
 # (cudnn-flex bench --mods "sink tokens + window" prefix-LM --lower always)
 PARTS_COST = 1.15
 BACKWARD_WEIGHT = 2.7  # of a pair in the backward, where it is 1 in the forward
+# Interval kernels take this share less than Inductor's, whose rate is in FLOP a millisecond: at B 2, H 16, S 4096, 16
+# documents 0.28 ms by themselves where Inductor's take 0.53 as called, forward and backward, on one H200. What finding
+# the intervals and listing the tiles takes a step, in milliseconds, is an upper estimate, which all calls with one mask
+# share; the share of blocks of a BlockMask that is not at hand a guess. (python3 -m tests.gpu.documents_time)
+INTERVALS_GAIN, INDUCTOR_RATE, INTERVALS_SETUP = 0.45, 250e9, 0.5
+BACKWARD_TIME = 3.0  # of Inductor's backward, where its forward is 1
+GUESSED_SHARE = 0.1
 # A score's own bias over pairs: Inductor gathers it faster, but for items of this many bytes in the forward.
 FORWARD_ITEMSIZE = 4
 SELECTION = "python3 -m tests.gpu.selection"
@@ -73,6 +80,8 @@ class Facts:
         training: whether a gradient may be asked for.
         lse_gradient: whether one of the log-sum-exp may be, too.
         share: of the blocks, that its BlockMask lists; None without one, or if that is not known.
+        tiled: whether it would run by a list of its mask's tiles (passes/intervals.py).
+        sharing: how many calls would share that list.
     """
 
     call: Call
@@ -81,6 +90,8 @@ class Facts:
     training: bool
     lse_gradient: bool
     share: float | None
+    tiled: bool = False
+    sharing: int = 1
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -95,11 +106,13 @@ class Row:
         applies: why such a call is kept, or None.
         command: what reproduces the measurement.
         code: of the reason.
+        tiled: whether it is about calls by lists of tiles, or about others; None for both.
     """
 
     applies: Callable[[Facts], str | None]
     command: str
     code: Code = Code.SLOWER
+    tiled: bool | None = False
 
 
 def _lse_in_the_loss(facts: Facts) -> str | None:
@@ -157,18 +170,38 @@ def _more_pairs(facts: Facts) -> str | None:
     return f"cuDNN would compute {ours / all_pairs:.0%} of the pairs, the BlockMask lists {facts.share:.0%}"
 
 
+def _interval_times(facts: Facts) -> tuple[float, float]:
+    """Milliseconds that all calls with one mask take a step, on Inductor's kernel and by intervals."""
+    call, share = facts.call, facts.share if facts.call.blocks else 1.0
+    query, key, value = (tuple(hint(n) for n in example(node).shape) for node in (call.query, call.key, call.value))
+    pairs = (GUESSED_SHARE if share is None else share) * query[0] * query[1] * query[2] * key[2]
+    stock = pairs * 2 * (query[3] + value[3]) / INDUCTOR_RATE * (1 + BACKWARD_TIME if facts.training else 1)
+    stock *= facts.sharing
+    return stock, stock * (1 - INTERVALS_GAIN) + INTERVALS_SETUP
+
+
+def _listing_takes_longer(facts: Facts) -> str | None:
+    stock, ours = _interval_times(facts)
+    if ours <= stock:
+        return None
+    return f"listing the mask's tiles takes longer than the {stock * INTERVALS_GAIN:.2f} ms that it saves a step"
+
+
 ROWS = (
     Row(_lse_in_the_loss, "python3 -m tests.gpu.lse_time", Code.LSE_GRADIENT),
-    Row(_by_sizes, SELECTION),
+    Row(_by_sizes, SELECTION, tiled=None),
     Row(_pairs_are_read, 'cudnn-flex bench --mods "relative table" "bias tensor" --lower always'),
     Row(_unknown_blocks, 'cudnn-flex bench --mods "dilated window" documents --lower always'),
     Row(_more_pairs, "cudnn-flex bench --mods causal prefix-LM documents --mode reduce-overhead --lower always"),
+    Row(_listing_takes_longer, "python3 -m tests.gpu.documents_time", tiled=True),
 )
 
 
 def slower(facts: Facts) -> Reason | None:
     """The reason of the first row that applies, or None."""
     for row in ROWS:
+        if row.tiled not in (None, facts.tiled):
+            continue
         detail = row.applies(facts)
         if detail is not None:
             return Reason(row.code, f"{detail} ({row.command})")
@@ -179,6 +212,9 @@ def expected(facts: Facts) -> float | None:
     """How many times as fast as Inductor's kernel the plans are, by the pairs that either computes; None if that is not
     known. What a score's arithmetic adds to this is not in it: with a soft cap, for one, it is more.
     """
+    if facts.tiled:
+        stock, ours = _interval_times(facts)
+        return stock / ours
     lengths = facts.lengths
     share = facts.share if facts.call.blocks else 1.0
     if share is None or min(lengths) < BY_PAIRS or _pair_operands(facts):

@@ -19,6 +19,7 @@ from cudnn_flex_compile.engine.reference import CapturedValue, SubgraphReference
 from cudnn_flex_compile.engine.strategies import STRATEGIES
 from cudnn_flex_compile.engine.support import refused
 from cudnn_flex_compile.engine.tail import ends
+from cudnn_flex_compile.engine.tiles import NAME as INTERVALS
 from cudnn_flex_compile.passes.capture import Captures, indexing
 from cudnn_flex_compile.passes.compact import COUNTS, Compact, counts_of, order_of, slots_of
 from cudnn_flex_compile.passes.find import Call, example, hint, scale_of
@@ -44,6 +45,7 @@ class Target:
         real: the graph's inputs, by placeholder.
         compact: the program over permuted keys that runs in place of `program`, if there is one.
         fingerprint: of the call's functions (passes/traced.py).
+        tiled: whether it runs by a list of the mask's tiles (passes/intervals.py).
     """
 
     call: Call
@@ -54,6 +56,7 @@ class Target:
     real: dict[Node, Any]
     compact: Compact | None = None
     fingerprint: str | None = None
+    tiled: bool = False
 
     @property
     def lse_gradient(self) -> bool:
@@ -85,6 +88,8 @@ def judge(target: Target) -> Accepted | Reason:
     reason = refused(asked, program, _any_version())
     if reason is not None:
         return reason
+    if target.tiled:
+        return Accepted((INTERVALS,))
     inside = ends(problem.lengths) if target.lse_gradient and not FoldedPlan.takes(problem) else None
     reasons: list[Reason] = []
     for strategy in STRATEGIES:
@@ -142,7 +147,7 @@ def forward_call(target: Target, running: tuple[Program, tuple[Hoisted, ...]], d
         key, value = (Meta(dense(TensorSpec(t.shape, t.stride(), t.dtype)), device) for t in (key, value))
     operands = [Meta(_operand_spec(h, sizes), device) for h in hoisted]
     stats = target.training or call.uses(1)
-    return forward_key(text(program), query, key, value, operands, scale_of(call) or 0.0, stats)
+    return forward_key(text(program), query, key, value, operands, scale_of(call) or 0.0, stats, target.tiled)
 
 
 def _spec(tensor: torch.Tensor) -> TensorSpec:

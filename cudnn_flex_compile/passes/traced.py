@@ -19,9 +19,9 @@ from cudnn_flex_compile.phases import count, phase
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.fingerprint import graph_text
-from cudnn_flex_compile.scoremod.ir import Program
+from cudnn_flex_compile.scoremod.ir import SCORE, Program
 from cudnn_flex_compile.scoremod.learned import NotAdded
-from cudnn_flex_compile.scoremod.partition import Hoisted, ScoreGather, partition
+from cudnn_flex_compile.scoremod.partition import Hoisted, ScoreGather, pairwise, partition
 from cudnn_flex_compile.scoremod.ranges import narrow
 from cudnn_flex_compile.scoremod.simplify import normalize
 from cudnn_flex_compile.scoremod.trace import Captured, Untraceable, trace
@@ -41,12 +41,15 @@ class Traced:
         mask: of the mask_mod alone, with which a BlockMask is compared, and its operands; None without a BlockMask. A
             score_mod masks in blocks of any kind.
         noop: whether the mask_mod is a constant, as BlockMask.from_kv_blocks has it unless told otherwise.
+        pairwise: the same program with the mask as one predicate of rows and columns, and its operands
+            (scoremod/partition.py); None where the score is modified, or the mask reads a captured tensor at pairs.
         fingerprint: of the functions, for verdicts on plans that were compared with them; None if they have none.
     """
 
     program: Program
     hoisted: tuple[Hoisted, ...]
     mask: tuple[Program, tuple[Hoisted, ...]] | None
+    pairwise: tuple[Program, tuple[Hoisted, ...]] | None
     noop: bool = False
     fingerprint: str | None = None
 
@@ -113,6 +116,7 @@ def _trace(call: Call, captures: Captures, fingerprint: str | None) -> Traced | 
         with phase("solve"):
             whole = normalize(ir.program(narrow(score), narrow(mask)))
             program, hoisted = partition(whole, captures.stored, captures.learned)
+            pairs = pairwise(whole) if whole.score is SCORE else None
             alone = partition(normalize(ir.program(mask=narrow(mask)))) if call.blocks else None
         count("programs traced")
     except Untraceable as error:
@@ -121,5 +125,5 @@ def _trace(call: Call, captures: Captures, fingerprint: str | None) -> Traced | 
         return Reason(Code.CAPTURED_GRADIENT, f"a captured tensor that requires grad takes part in {error}")
     except ScoreGather:
         return Reason(Code.UNKNOWN_OP, "a captured tensor read at an index that depends on the score")
-    checked = None if alone is None else (alone[0], tuple(alone[1]))
-    return Traced(program, tuple(hoisted), checked, mask is ir.TRUE, fingerprint)
+    only_mask, by_pairs = (None if found is None else (found[0], tuple(found[1])) for found in (alone, pairs))
+    return Traced(program, tuple(hoisted), only_mask, by_pairs, mask is ir.TRUE, fingerprint)

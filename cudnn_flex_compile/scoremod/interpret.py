@@ -4,7 +4,7 @@ Knows nothing of attention or of cuDNN. The CPU kernel, constant folding, hoisti
 proxies, so that it writes graph nodes instead of computing) and the tests all call it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import BOOL, F32, I32, I64, Expr
 from cudnn_flex_compile.scoremod.optable import TABLE
 
+CHUNK = 2**25  # pairs of visible_rows
 TORCH_DTYPE = {F32: torch.float32, I32: torch.int32, I64: torch.int64, BOOL: torch.bool}
 
 
@@ -91,3 +92,31 @@ def environment(
                 raise ValueError(f"no value for a {kind} here")
 
     return leaf
+
+
+def visible_rows(
+    mask: Expr, operands: Sequence[torch.Tensor], ints: Sequence[int], floats: Sequence[Any], sizes: Sequence[int],
+    block: int, device: torch.device,
+) -> Iterator[tuple[int, torch.Tensor]]:  # fmt: skip
+    """The first row and the mask [B or 1, H or 1, R, Skv] of some rows after the other.
+
+    Args:
+        operands: broadcastable to [B, H, Sq, Skv]; ints, floats: the scalars, by position.
+        sizes: of the axes b, h, q and k.
+        block: rows that stay together.
+    """
+    axes = ir.axes_of(mask)
+    batch, heads = (size if axis in axes else 1 for axis, size in zip("bh", sizes, strict=False))
+    step = max(1, CHUNK // max(1, batch * heads * sizes[3] * block)) * block
+    span = {a: torch.arange(n, dtype=torch.int32, device=device) for a, n in zip(ir.AXES, sizes, strict=True)}
+    numbers = dict(enumerate(ints)), {i: float(f) for i, f in enumerate(floats)}
+    for start in range(0, sizes[2], step):
+        rows = slice(start, start + step)
+        near = {i: t[:, :, rows] if t.shape[2] > 1 else t for i, t in enumerate(operands)}
+        indices = {
+            "b": span["b"].view(-1, 1, 1, 1), "h": span["h"].view(-1, 1, 1), "q": span["q"][rows].view(-1, 1),
+            "k": span["k"],
+        }  # fmt: skip
+        leaf = environment(torch.zeros((), device=device), indices, near, *numbers)
+        shape = (batch, heads, len(range(sizes[2])[rows]), sizes[3])
+        yield start, evaluate(mask, leaf).expand(shape)

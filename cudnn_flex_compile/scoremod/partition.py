@@ -127,6 +127,28 @@ def partition(
     return ir.program(score, _mask(program.mask, parts)), parts.operands
 
 
+def pairwise(program: Program) -> tuple[Program, list[Hoisted]] | None:
+    """The program with its mask as one predicate of rows and columns, which it reads from operands along one of both:
+    what no kernel computes, but what tells quickly which pairs are visible. None where a captured tensor is read at
+    pairs.
+    """
+    parts = Partition({})
+    mask = _along_one(program.mask, parts)
+    return None if mask is None else (ir.program(program.score, simplify(mask)), parts.operands)
+
+
+def _along_one(node: Expr, parts: Partition) -> Expr | None:
+    if not _captures(node):
+        return node
+    if not {"q", "k"} <= set(ir.axes_of(node)):
+        return parts.operand(node, node.dtype)
+    if node.kind == "gather":
+        return None
+    args = [_along_one(a, parts) for a in node.args]
+    found = tuple(a for a in args if a is not None)
+    return ir.intern(node.kind, node.dtype, found, node.value, node.dims) if len(found) == len(args) else None
+
+
 def _mask(mask: Expr, parts: Partition) -> Expr:
     solved = solve(mask)
     terms = [bound.predicate() for bound in solved.bounds]

@@ -46,8 +46,9 @@ def test_an_example_shows_what_it_lowers(command):
     assert "max |difference|" in done.stdout
 
 
-def test_train_says_that_it_needs_a_gpu():
-    done = run("train.py", "--steps", "1")
+@pytest.mark.parametrize("script", ["train.py", "packed_documents.py"])
+def test_training_says_that_it_needs_a_gpu(script):
+    done = run(script, "--steps", "1")
     assert (done.returncode, done.stdout) == (2, "")
     assert len(done.stderr.splitlines()) == 1
     assert "no backward on the CPU" in done.stderr

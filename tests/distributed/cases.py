@@ -264,10 +264,23 @@ def sharding_rule(device):
                     assert (f.full_tensor() - e).norm() <= 1e-2 * e.norm(), (sizes, name, placement)
 
 
-def _run(tensors, operands, program):
+def sharding_rule_with_tiles(device):
+    """A list of tiles is of all pairs, and so an op that takes one runs on whole tensors. The CPU reads no list."""
+    mesh = init_device_mesh(device, (RANKS,))
+    whole, (program, _) = qkv(device), next(iter(PROGRAMS.values()))
+    tiles = distribute_tensor(torch.empty(0, dtype=torch.int32, device=device), mesh, [Replicate()])
+    exact = _run(whole, [], program)
+    for placement in PLACEMENTS:
+        found = _run([distribute_tensor(t, mesh, [placement]) for t in whole], [], program, tiles)
+        assert {t.placements for t in found[:2]} == {(Replicate(),)}, placement
+        for f, e in zip(found, exact, strict=True):
+            assert (f.full_tensor() - e).norm() <= 1e-2 * e.norm(), placement
+
+
+def _run(tensors, operands, program, tiles=None):
     """out, the log-sum-exp, dQ, dK and dV, through autograd."""
     leaves = [t.detach().requires_grad_() for t in tensors]
-    out, lse, _ = ops.attention(*leaves, operands, [], [], program, 0.25, True, False, None)
+    out, lse, _ = ops.attention(*leaves, operands, [], [], program, 0.25, True, False, None, tiles)
     (out.float().square().sum() + lse.sin().sum()).backward()
     return [out.detach(), lse.detach(), *(t.grad for t in leaves)]
 
@@ -316,8 +329,13 @@ def example(device):
 
 CASES = {case.__name__: case for case in (
     ddp, ddp_in_one_graph, fsdp2, fsdp2_as_a_whole, tensor_parallel, dtensor_by_local_map, alibi_of_all_heads,
-    sharding_rule, example,
+    sharding_rule, sharding_rule_with_tiles, example,
 )}  # fmt: skip
+ONLY_ON_CPU = ("sharding_rule_with_tiles",)
+
+
+def cases_on(device):
+    return [case for case in CASES if device == "cpu" or case not in ONLY_ON_CPU]
 
 
 def verdict(name, device):
@@ -346,7 +364,7 @@ def main():
     limit = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo" if given.device == "cpu" else "nccl", timeout=limit)
     verdicts = []
-    for name in given.cases or CASES:
+    for name in given.cases or cases_on(given.device):
         verdicts.append(verdict(name, given.device))
         if dist.get_rank() == 0:
             print(f"case {name}: {verdicts[-1]}", flush=True)

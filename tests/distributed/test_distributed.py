@@ -47,7 +47,7 @@ def test_dtensors_by_local_map(found):
 
 
 def test_the_ops_on_dtensors(found):
-    assert_ok(found, "sharding_rule")
+    assert_ok(found, "sharding_rule", "sharding_rule_with_tiles")
 
 
 def test_the_example(found):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from tests.distributed.cases import CASES
+from tests.distributed.cases import cases_on
 from tests.distributed.launch import ROOT, run, verdicts
 
 BACKENDS = ("inductor", "cudnn_flex")
@@ -29,11 +29,12 @@ MISSING = "did not come to an end"
 
 def cases(out, sizes):
     """A line for each: "ok" or what went wrong. Those that one that hangs took along run once more, alone."""
-    found = verdicts(out / "cases.log", SECONDS["cases"], "cuda", *CASES)
-    missing = [name for name in CASES if name not in found]
+    names = cases_on("cuda")
+    found = verdicts(out / "cases.log", SECONDS["cases"], "cuda", *names)
+    missing = [name for name in names if name not in found]
     for name in missing:
         found |= verdicts(out / f"case_{name}.log", SECONDS["alone"], "cuda", name)
-    for name in CASES:
+    for name in names:
         said = found.get(name, MISSING)
         yield f"case {name}", said, said == "ok"
 

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cudnn_flex_compile.kernels import block_mask
-from cudnn_flex_compile.kernels.block_mask import agree
+from cudnn_flex_compile.kernels.block_mask import agree, agree_with_endpoints
+from cudnn_flex_compile.scoremod import interpret
+from cudnn_flex_compile.scoremod.masks.intervals import every_endpoint
 
 from .blocks import BLOCKS, CAUSAL, MASKS, SIZES, STRICT, brute_force, compiled, dense, from_pattern, stock, tensors_of
 
@@ -22,6 +23,9 @@ def test_every_mask_against_every_block_mask(made_for: str, sizes: tuple[int, ..
         program, operands = compiled(name, sizes)
         expected = brute_force(mask, dense(name, sizes), block)
         assert bool(agree(tensors_of(mask), operands, [], [], program, sizes, block)) == expected, name
+        pairs = dense(name, sizes)
+        table = every_endpoint(iter([(0, pairs)]), sizes, pairs.shape[1], sizes[3])
+        assert bool(agree_with_endpoints(tensors_of(mask), table, sizes, block)) == expected, name
         assert expected or name != made_for
 
 
@@ -37,7 +41,7 @@ def test_masks_that_broadcast(name: str) -> None:
 
 @pytest.mark.parametrize("rows", [64, 128])
 def test_long_masks_go_a_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    monkeypatch.setattr(block_mask, "CHUNK", rows * 256 * 4)
+    monkeypatch.setattr(interpret, "CHUNK", rows * 256 * 4)
     for name, made_for in itertools.product(("per batch", "lengths", "causal"), repeat=2):
         sizes, block = (2, 2, 400, 256), (64, 64)
         program, operands = compiled(name, sizes)

@@ -27,9 +27,10 @@ def facts(queries=2048, keys=2048, training=True, device="cuda", program=CAUSAL,
     def tensor(length):
         return SimpleNamespace(shape=(2, 4, length, 64), device=torch.device(device), dtype=dtype)
 
-    call = SimpleNamespace(query=tensor(queries), key=tensor(keys), blocks=("there",) if blocks else ())
-    hoisted = more.pop("hoisted", ())
-    return Facts(call, program, hoisted, training, more.pop("lse_gradient", False), share)  # pyright: ignore
+    given = {"query": tensor(queries), "key": tensor(keys), "value": tensor(keys)}
+    call = SimpleNamespace(**given, blocks=("there",) if blocks else ())
+    more = {"hoisted": (), "lse_gradient": False, **more}
+    return Facts(call, program, training=training, share=share, **more)  # pyright: ignore
 
 
 def stored(dtype):
@@ -45,6 +46,9 @@ KEPT = {
     "a bias of bfloat16 in the forward": (stored(torch.bfloat16) | {"training": False}, "read from memory"),
     "blocks that are not known": ({"program": STRIPED}, "without tile skipping"),
     "fewer blocks": ({"share": 0.2}, "of the pairs, the BlockMask lists 20%"),
+    "a list of tiles for one short call": ({"tiled": True, "share": 0.2}, "listing the mask's tiles takes longer"),
+    "a list of tiles, blocks that are not known": ({"tiled": True}, "listing the mask's tiles takes longer"),
+    "a list of tiles in decoding": ({"tiled": True, "queries": 1, "training": False}, "decoding"),
 }
 LOWERED = {
     "known tile skipping": {},
@@ -57,6 +61,11 @@ LOWERED = {
     "on the CPU": {"queries": 1, "training": False, "device": "cpu"},
     "a bias of float32 in the forward": stored(torch.float32) | {"training": False},
     "no BlockMask": {"program": STRIPED, "blocks": False},
+    "a list of tiles that layers share": {"tiled": True, "queries": 4096, "keys": 4096, "share": 0.2, "sharing": 24},
+    "a list of tiles, a loss of the LSE": {
+        "tiled": True, "queries": 32768, "keys": 32768, "lse_gradient": True, "dtype": torch.float16,
+    },
+    "a list of tiles for a long call": {"tiled": True, "queries": 32768, "keys": 32768, "share": 0.1},
 }
 
 
@@ -72,6 +81,12 @@ def test_what_is_kept(name):
 @pytest.mark.parametrize("name", LOWERED)
 def test_what_is_lowered(name):
     assert slower(facts(**LOWERED[name])) is None
+
+
+def test_a_list_of_tiles_is_expected_to_gain_what_its_rule_says():
+    few, many = (speed.expected(facts(tiled=True, share=0.2, sharing=n)) for n in (1, 10**6))
+    assert few < 1 < many
+    assert many == pytest.approx(1 / (1 - speed.INTERVALS_GAIN), rel=1e-3)
 
 
 def test_a_size_is_changed_in_one_place(monkeypatch):

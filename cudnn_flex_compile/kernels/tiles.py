@@ -1,0 +1,91 @@
+"""Makes the list of a mask's tiles, once a step for all calls that share the mask.
+
+Knows nothing of attention. The endpoints of rows come from the surrounding graph, which finds a few for each row and
+counts how many there are. The host reads that count, and whether the BlockMask agrees, in one look, for which it waits
+when all else is enqueued. Where a row has more endpoints, all of them are found here: slower, and right for any mask.
+Under CUDA graph capture the host can look at nothing, and so there is room for every endpoint that a row can have.
+"""
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cudnn_flex_compile.engine.tiles import Geometry, Tiler, tiler_of
+from cudnn_flex_compile.kernels.block_mask import MISMATCH, agree_with_endpoints, check
+from cudnn_flex_compile.scoremod.interpret import visible_rows
+from cudnn_flex_compile.scoremod.masks.intervals import every_endpoint
+from cudnn_flex_compile.scoremod.text import parse
+
+log = logging.getLogger("cudnn_flex_compile")
+_replayed: set[Tiler] = set()  # whose kernels a CUDA graph holds, which are to stay as long as the process
+
+
+def make(
+    table: Tensor, most: Tensor, agreed: Tensor | None, blocks: Sequence[Tensor], block_sizes: Sequence[int],
+    operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor], program: str, geometry: Geometry,
+) -> Tensor:  # fmt: skip
+    """The list, on the current device, which must be that of the table.
+
+    Args:
+        table, most: endpoints of rows, and how many a row has at most (scoremod/masks/intervals.py).
+        agreed: whether the BlockMask agrees with that table, int32, 0-d; None without a BlockMask.
+        blocks, block_sizes: of the BlockMask, as kernels.block_mask.check takes them.
+        operands, ints, floats, program: of the mask.
+
+    Raises:
+        RuntimeError: the BlockMask does not agree with the mask.
+    """
+    tiler = tiler_of(geometry, table.device.index)
+
+    def all_endpoints(most: int) -> Tensor:
+        rows = visible_rows(parse(program).mask, operands, ints, floats, geometry.sizes, 1, table.device)
+        return every_endpoint(rows, geometry.sizes, geometry.mask_heads, most)
+
+    if torch.cuda.is_current_stream_capturing():
+        log.warning("cudnn_flex: a mask's tiles are listed under CUDA graph capture, for any mask, which is slow")
+        return _captured(tiler, all_endpoints(geometry.columns), blocks, block_sizes)
+    found = _Read(torch.stack((most, most if agreed is None else agreed)))
+    tiles = tiler.list(table)
+    count, right = found()
+    if count > table.shape[1]:
+        table = all_endpoints(count)
+        tiles = tiler.list(table)
+        right = not blocks or bool(agree_with_endpoints(blocks, table, geometry.sizes, block_sizes))
+    if agreed is not None and not right:
+        raise RuntimeError(MISMATCH)
+    return tiles
+
+
+def none(
+    table: Tensor, most: Tensor, agreed: Tensor | None, blocks: Sequence[Tensor], block_sizes: Sequence[int],
+    operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor], program: str, geometry: Geometry,
+) -> Tensor:  # fmt: skip
+    """An empty list, where no kernel reads one. Raises as `make` does."""
+    if agreed is not None and int(most) <= table.shape[1] and not int(agreed):
+        raise RuntimeError(MISMATCH)
+    if agreed is not None and int(most) > table.shape[1]:
+        check(blocks, operands, ints, floats, program, geometry.sizes, block_sizes)
+    return table.new_empty(0)
+
+
+def _captured(tiler: Tiler, table: Tensor, blocks: Sequence[Tensor], block_sizes: Sequence[int]) -> Tensor:
+    _replayed.add(tiler)
+    if blocks:
+        torch._assert_async(agree_with_endpoints(blocks, table, tiler.geometry.sizes, block_sizes))
+    return tiler.list(table)
+
+
+class _Read:
+    """Numbers of the device, read without waiting for what is enqueued after them."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+        self._host.copy_(numbers, non_blocking=True)
+        self._there = torch.cuda.Event()
+        self._there.record()
+
+    def __call__(self) -> list[int]:
+        self._there.synchronize()
+        return self._host.tolist()
