@@ -50,9 +50,8 @@ def cudnn_flex(
     use_folder(chosen.cache_folder, chosen.cache_mb)
     with phase("lower"):
         only_faster, budget = chosen.lower == "when_faster", chosen.bias_budget_mb
-        lowered = lower_calls(
-            graph_module, example_inputs, only_faster, budget, chosen.autotune, chosen.captures_graphs
-        )
+        tiled = chosen.intervals and not chosen.captures_graphs  # under CUDA graphs the host can look at no data
+        lowered = lower_calls(graph_module, example_inputs, only_faster, budget, chosen.autotune, tiled)
     publish(lowered.calls)
     _log(lowered.calls, chosen)
     with phase("inner"):

@@ -31,6 +31,8 @@ class Options:
         lower: "when_faster" keeps calls that measurements say are slower on cuDNN; "always" lowers all it can.
         autotune: which calls are lowered, and how, is measured when they are compiled (passes/autotune.py), in place of
             the rules. How plans are chosen holds for the whole process.
+        intervals: experimental: masks of few runs of keys for each row, such as packed documents, may run on kernels of
+            cudnn.flex_attention.
         plan_cache_size: how many plans are kept (least recently used first out); each holds some host memory.
         cache: whether plans and verdicts are kept beyond the process, in the cache folder. Like the next two, it holds
             for the whole process.
@@ -48,6 +50,7 @@ class Options:
     certify: str = "once"
     lower: str = "when_faster"
     autotune: bool = False
+    intervals: bool = False
     plan_cache_size: int = 256
     cache: bool = True
     cache_dir: str = ""
@@ -99,7 +102,7 @@ SWITCH = {
 }
 KINDS: dict[str, type] = {
     "inner_backend": str, "plan_cache_size": int, "bias_budget_mb": int, "verbose": bool, "inner_options": Mapping,
-    "autotune": bool, "cache": bool, "cache_dir": str, "cache_mb": int,
+    "autotune": bool, "intervals": bool, "cache": bool, "cache_dir": str, "cache_mb": int,
 }  # fmt: skip
 
 

@@ -101,7 +101,8 @@ def train(args: argparse.Namespace, device: str) -> tuple[list[float], list[floa
     """Losses, milliseconds of each step, and how many graphs were compiled after the warm-up."""
     torch.manual_seed(args.seed)
     model = GPT(args).to(device)
-    compiled = torch.compile(model, backend=args.backend, dynamic=False)
+    options = {"options": {"intervals": True}} if args.backend == "cudnn_flex" else {}
+    compiled = torch.compile(model, backend=args.backend, dynamic=False, **options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
     losses: list[Tensor] = []
     clock = [torch.cuda.Event(enable_timing=True) for _ in range(args.steps + 1)]

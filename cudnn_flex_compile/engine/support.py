@@ -14,8 +14,9 @@ import torch
 from cudnn_flex_compile.engine.problem import BACKWARD, Problem
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
-from cudnn_flex_compile.scoremod.ir import Expr, Program
+from cudnn_flex_compile.scoremod.ir import SCORE, TRUE, Expr, Program
 from cudnn_flex_compile.scoremod.learned import without_bias
+from cudnn_flex_compile.scoremod.masks.form import split
 from cudnn_flex_compile.scoremod.ranges import AXIS_LIMIT
 from cudnn_flex_compile.scoremod.switches import switched_off
 
@@ -75,6 +76,21 @@ def _lse_beside_bias(problem: Problem, program: Program) -> str | None:
     return "the LSE takes part in the loss, beside a bias that requires grad" if learned else None
 
 
+def _bias_beside_others(problem: Problem, program: Program) -> str | None:
+    rest, bias = without_bias(program.score)
+    if bias is None:
+        return None
+    if rest is not SCORE:
+        return "a captured tensor that requires grad is added to a score that is modified, too"
+    predicate = split(program.mask).residual is not TRUE
+    return "a captured tensor that requires grad, under a mask that is no band" if predicate else None
+
+
+def _bias_in_float16(problem: Problem, program: Program) -> str | None:
+    learned = without_bias(program.score)[1] is not None and problem.query.dtype != torch.bfloat16
+    return "a captured tensor that requires grad, in another dtype than bfloat16" if learned else None
+
+
 RULES: tuple[Rule, ...] = (
     Rule(Code.DTYPE, _dtype, evidence="cuDNN's flash attention takes bf16 and fp16"),
     Rule(Code.HEAD_DIM, _head_dim, evidence="cudnn_dialect: head dims tried on the H200"),
@@ -82,6 +98,10 @@ RULES: tuple[Rule, ...] = (
     Rule(Code.SHAPE_REFUSED, _single, evidence="cuDNN refuses this backward"),
     Rule(Code.LSE_GRADIENT, _lse_beside_bias, evidence="cuDNN's dBias is the gradient before the score_mod's backward "
          "adds that of the LSE", measured="the frontend's sources, 1.32"),
+    Rule(Code.CAPTURED_GRADIENT, _bias_beside_others, evidence="bias beside a score_mod: dBias off by 90%; beside a "
+         "predicate: out off by 70% (tests/gpu/test_learned.py)", measured="one H200 (SM90), cuDNN 9.19"),
+    Rule(Code.CAPTURED_GRADIENT, _bias_in_float16, evidence="dBias is float16, too: that of T5's table is off by 2.04 "
+         "times what stock's is (S 1000, D 128)", measured="one H200 (SM90), cuDNN 9.19"),
     Rule(Code.ILLEGAL_OP, _two_operands, evidence="a node that does not descend from the score is refused"),
 )  # fmt: skip
 

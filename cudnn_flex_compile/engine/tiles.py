@@ -176,8 +176,9 @@ class Tiler:
         """The list of a mask's tiles; enqueues kernels, and waits for nothing.
 
         Args:
-            table: endpoints of rows, [mask_heads, n, B * Sq], int32, contiguous.
+            table: endpoints of rows, [mask_heads, n, B * Sq], int32, any strides.
         """
+        table = table.contiguous()  # the kernels want a last stride of 1
         tiles = torch.empty(self.size, dtype=torch.int32, device=table.device)
         draft = Draft(table, self.views(tiles), self._scratch(table))
         self._count(draft)

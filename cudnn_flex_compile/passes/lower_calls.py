@@ -70,7 +70,7 @@ class Lowered:
 
 def lower_calls(
     graph_module: GraphModule, example_inputs: Sequence[Any], only_faster: bool = True, bias_budget: int = 256,
-    autotuned: bool = False, graphs: bool = False,
+    autotuned: bool = False, by_intervals: bool = False,
 ) -> Lowered:  # fmt: skip
     """Rewrites the graph in place.
 
@@ -78,13 +78,13 @@ def lower_calls(
         only_faster: keep the calls that are slower on cuDNN.
         bias_budget: MiB that one operand over (q, kv) pairs, or one list of tiles, may take.
         autotuned: find out by measuring which calls these are.
-        graphs: whether the inner backend captures CUDA graphs, where the host can look at no data.
+        by_intervals: try the interval kernels, for which the host looks at two numbers a step.
     """
     inputs = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
     pairs = zip(inputs, example_inputs, strict=False)
     real = {node: value for node, value in pairs if not isinstance(value, FakeTensor)}  # DDP's optimizer gives such
     writer = Writer()
-    tiles, guards = None if graphs else intervals.Tiles(writer), block_mask.Guards(inputs, writer)
+    tiles, guards = intervals.Tiles(writer) if by_intervals else None, block_mask.Guards(inputs, writer)
     sharing = Counter(_mask_of(call) for call in find_calls(graph_module))
     context = Context(writer, tiles, guards, real, only_faster, bias_budget, autotuned, sharing)
     reports: list[CallReport] = []
@@ -206,7 +206,7 @@ def _by_intervals(target: Target, context: Context, report: CallReport) -> Reaso
     """Rewrites the call to run by the intervals of its mask's rows, or says why it does not."""
     call = target.call
     if context.tiles is None:
-        return Reason(Code.UNSUPPORTED_CALL, "intervals under CUDA graphs")
+        return Reason(Code.UNSUPPORTED_CALL, "intervals are not asked for, or CUDA graphs are captured")
     slower = _slower(target, context) if context.only_faster else None
     if slower is not None:
         return slower

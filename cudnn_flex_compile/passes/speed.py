@@ -16,7 +16,7 @@ from cudnn_flex_compile.kernels.block_mask import listed
 from cudnn_flex_compile.passes.find import Call, example, hint
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
-from cudnn_flex_compile.scoremod.ir import TRUE, Program
+from cudnn_flex_compile.scoremod.ir import F32, TRUE, Program
 from cudnn_flex_compile.scoremod.learned import without_bias
 from cudnn_flex_compile.scoremod.masks.boxes import pruned
 from cudnn_flex_compile.scoremod.masks.form import split
@@ -34,6 +34,9 @@ BIAS_COST = 1.8
 # kernel, prefix-LM 0.95 times, where by their pairs it were 0.94 and 0.76 times.
 # (cudnn-flex bench --mods "sink tokens + window" prefix-LM --lower always)
 PARTS_COST = 1.15
+# Of the pairs, below which a gradient of the log-sum-exp costs more than cuDNN saves: somewhere between 0.04 and 0.5.
+# (python3 -m tests.gpu.lse_time)
+LSE_SHARE = 0.4
 BACKWARD_WEIGHT = 2.7  # of a pair in the backward, where it is 1 in the forward
 # Interval kernels take this share less than Inductor's, whose rate is in FLOP a millisecond: at B 2, H 16, S 4096, 16
 # documents 0.28 ms by themselves where Inductor's take 0.53 as called, forward and backward, on one H200. What finding
@@ -117,11 +120,18 @@ class Row:
 
 def _lse_in_the_loss(facts: Facts) -> str | None:
     """By row vectors or wider values, which float16 needs, cuDNN took 1.1 to 3.4 times as long as Inductor's kernel for
-    plain scores, and 0.6 to 1.1 times with a soft cap (bfloat16, where engine/folded.py makes neither needed).
+    plain scores, and 0.6 to 1.1 times with a soft cap (measured in bfloat16, where engine/folded.py makes neither
+    needed). A pass over the outputs, which that takes, is as long as a narrow window's kernels: causal layers of length
+    4096 take 0.8 times as long as Inductor's, windows of 128 in them, 3% of the pairs, 1.4 times.
     """
-    folded = example(facts.call.query).dtype == torch.bfloat16
-    other = facts.lse_gradient and not folded
-    return "the LSE takes part in the loss, in another dtype than bfloat16" if other else None
+    if not facts.lse_gradient:
+        return None
+    if example(facts.call.query).dtype != torch.bfloat16:
+        return "the LSE takes part in the loss, in another dtype than bfloat16"
+    lengths = facts.lengths
+    share = _pairs(facts.program, lengths, True) / (lengths[0] * lengths[1])
+    few = f"the LSE takes part in the loss, and the mask shows {share:.0%} of the pairs"
+    return few if share < LSE_SHARE else None
 
 
 def _by_sizes(facts: Facts) -> str | None:
@@ -148,6 +158,20 @@ def _pairs_are_read(facts: Facts) -> str | None:
     stored = _pair_operands(facts)
     if stored and (facts.training or min(d.itemsize for d in stored) < FORWARD_ITEMSIZE):
         return "a score over (q, kv) pairs is read from memory, which cuDNN does slower"
+    return None
+
+
+def _learned_by_place(facts: Facts) -> str | None:
+    """Of t[h, q, kv] and t[kv] cuDNN takes 1.05 and 1.09 times as long as Inductor's kernel, which adds up few
+    gradients for each entry; of slopes[h] * (kv - q) a 64th. Where it reads a table at a captured index, as for T5,
+    Inductor's kernel of torch 2.11 needs more shared memory than an H200 has.
+    """
+    roots = [part.expression for part in facts.hoisted if part.learned]
+    reads = [n for n in ir.walk(*roots) if n.kind == "gather" and n.dtype == F32]
+    for read in reads:
+        places = {i.value for i in read.args[1:] if i.kind == "index"}
+        if places & {"q", "k"} and all(i.kind in ("index", "const") for i in read.args[1:]):
+            return "a captured tensor that requires grad has an entry for each query or key"
     return None
 
 
@@ -191,6 +215,7 @@ ROWS = (
     Row(_lse_in_the_loss, "python3 -m tests.gpu.lse_time", Code.LSE_GRADIENT),
     Row(_by_sizes, SELECTION, tiled=None),
     Row(_pairs_are_read, 'cudnn-flex bench --mods "relative table" "bias tensor" --lower always'),
+    Row(_learned_by_place, "python3 -m tests.gpu.bias_time"),
     Row(_unknown_blocks, 'cudnn-flex bench --mods "dilated window" documents --lower always'),
     Row(_more_pairs, "cudnn-flex bench --mods causal prefix-LM documents --mode reduce-overhead --lower always"),
     Row(_listing_takes_longer, "python3 -m tests.gpu.documents_time", tiled=True),

@@ -47,7 +47,13 @@ def reads(root: Expr, leaves: Set[Expr]) -> bool:
 
 
 def _terms(root: Expr) -> list[Expr]:
-    return [term for arg in root.args for term in _terms(arg)] if root.kind == "add" else [root]
+    match root.kind:
+        case "add":
+            return [term for arg in root.args for term in _terms(arg)]
+        case "sub":
+            return [*_terms(root.args[0]), *(-term for term in _terms(root.args[1]))]
+        case _:
+            return [root]
 
 
 def _sum(terms: list[Expr]) -> Expr:

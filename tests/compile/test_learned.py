@@ -65,7 +65,7 @@ def vector(length, read):
 
 def several():
     def make(slopes, bias):
-        return lambda s, b, h, q, kv: (s + bias[h, q, kv]) * 0.5 + slopes[h] * 0.1 * (kv - q) - 0.1 * kv
+        return lambda s, b, h, q, kv: s + bias[h, q, kv] * 0.5 + slopes[h] * 0.1 * (kv - q) - 0.1 * kv
 
     return [drawn(HEADS), drawn(HEADS, LENGTH, LENGTH)], make
 
@@ -90,7 +90,8 @@ ROWS = {
     "rows": lambda: vector(LENGTH, lambda t, b, h, q, kv: t[q]),
     "a number for each head": lambda: vector(HEADS, lambda t, b, h, q, kv: t[h]),
 }
-MASKS = {"none": None, "causal": causal, "dilated": lambda b, h, q, kv: (q - kv) % 3 == 0}
+OPTIONS = {"inner_backend": "aot_eager", "lower": "always"}
+MASKS = {"none": None, "causal": causal, "window": lambda b, h, q, kv: (q - kv).abs() <= 9}
 
 
 def inputs(dtype=torch.bfloat16):
@@ -103,7 +104,7 @@ def compiled(score_mod, mask_mod=None, inner="aot_eager", **options):
     def attend(q, k, v):
         return flex_attention(q, k, v, score_mod, block_mask, enable_gqa=True)
 
-    options = {"inner_backend": inner, **options}
+    options = {"inner_backend": inner, "lower": "always", **options}
     return torch.compile(attend, backend="cudnn_flex", options=options, fullgraph=True)
 
 
@@ -125,7 +126,7 @@ def test_gradients(form, mask, trainable):
     leaves, grad = inputs(), torch.randn(BATCH, HEADS, LENGTH, DIM).bfloat16()
     with collect() as report:
         out = compiled(make(*learned), MASKS[mask])(*leaves)
-    assert lowered(report).strategies == (("dense" if mask == "dilated" else "native"),) or form == "several"
+    assert lowered(report).strategies == ("native",)
     found = (out.detach(), *torch.autograd.grad(out, [*leaves, *learned], grad))
     exact, stock = (of_dense(make, MASKS[mask], leaves, learned, grad, e) for e in (True, False))
     # What rounding the output and the scores' gradients to 16 bits does: rows' gradients are nothing else.
@@ -160,7 +161,7 @@ def test_a_bias_that_the_model_computes(trainable):
         return flex_attention(q, k, v, lambda s, b, h, i, j: s + bias[h, i, j], enable_gqa=True)
 
     with collect() as report:
-        out = torch.compile(attend, backend="cudnn_flex", options={"inner_backend": "aot_eager"})(*leaves)
+        out = torch.compile(attend, backend="cudnn_flex", options=OPTIONS)(*leaves)
     lowered(report)
     found = torch.autograd.grad(out, [left, right], grad)
 
@@ -181,7 +182,7 @@ def test_layers_share_one_table_and_add_up_its_gradient(trainable):
         return q
 
     with collect() as report:
-        out = torch.compile(attend, backend="cudnn_flex", options={"inner_backend": "aot_eager"})(*leaves)
+        out = torch.compile(attend, backend="cudnn_flex", options=OPTIONS)(*leaves)
     assert len(report.lowered) == 3
     found = torch.autograd.grad(out.float().sum(), table)[0]
     query, key, value = (dense.leaf(t, True) for t in leaves)
@@ -230,6 +231,33 @@ def test_what_is_no_sum_is_kept(form, trainable):
         compiled(NO_SUMS[form](slopes), inner="eager")(*inputs())
     assert report.kept[0].reason.code is Code.CAPTURED_GRADIENT
     assert "takes part in" in report.kept[0].reason.detail
+
+
+WRONG = {  # by cuDNN 9.19: score_mod, mask, dtype
+    "a score_mod": (lambda t: lambda s, b, h, q, kv: torch.tanh(s) + t[h] * (kv - q), None, torch.bfloat16),
+    "a predicate": (lambda t: lambda s, b, h, q, kv: s + t[h] * (kv - q), lambda b, h, q, kv: (q - kv) % 3 == 0,
+                    torch.bfloat16),
+    "float16": (lambda t: lambda s, b, h, q, kv: s + t[h] * (kv - q), None, torch.float16),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_cudnn_gets_wrong_is_kept(what, trainable):
+    make, mask, dtype = WRONG[what]
+    with collect() as report:
+        compiled(make(drawn(HEADS)), mask, inner="eager")(*inputs(dtype))
+    assert [c.reason.code for c in report.kept] == [Code.CAPTURED_GRADIENT]
+
+
+def test_by_default_a_bias_with_an_entry_for_each_place_is_kept(trainable):
+    """Inductor's kernel is the faster one; where it adds up much for each entry, it is not."""
+    for form, code in (("[H, S, S]", Code.SLOWER), ("columns", Code.SLOWER), ("slopes", None), ("T5", None)):
+        learned, make = FORMS[form]()
+        torch._dynamo.reset()
+        with collect() as report:
+            compiled(make(*learned), inner="eager", lower="when_faster")(*inputs())
+        (call,) = report.calls
+        assert (call.reason and call.reason.code) == code, form
 
 
 def test_the_budget_counts_the_gradient_and_what_it_is_made_in(trainable):

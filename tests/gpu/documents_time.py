@@ -49,8 +49,8 @@ def model(layers):
 def functions(layers):
     torch._dynamo.reset()
     compiled_mask.cache_clear()
-    how = {"lower": "always"} if layers == 1 else {}
-    ours = torch.compile(model(layers), backend="cudnn_flex", dynamic=False, options={"cache": False, **how})
+    how = {"cache": False, "intervals": True, **({"lower": "always"} if layers == 1 else {})}
+    ours = torch.compile(model(layers), backend="cudnn_flex", dynamic=False, options=how)
     return {"inductor": torch.compile(model(layers), dynamic=False), "ours": ours}
 
 

@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from cudnn_flex_compile.bench.mods import causal, sliding, softcap
+from cudnn_flex_compile.bench.mods import causal, sliding
 
 BUCKETS, LARGEST = 32, 128
 
@@ -76,20 +76,9 @@ def rows(batch, heads, length):
 
 def several(batch, heads, length):
     def make(scale, bias):
-        return lambda s, b, h, q, kv: (s + bias[h, q, kv]) * 0.5 + scale[h] * (kv - q)
+        return lambda s, b, h, q, kv: s + bias[h, q, kv] * 0.5 + scale[h] * (kv - q)
 
     return [drawn(heads, scale=0.02), drawn(heads, length, length)], make, causal
-
-
-def behind_a_soft_cap(batch, heads, length):
-    cap = softcap(5.0)
-    make = lambda t: lambda s, b, h, q, kv: cap(s, b, h, q, kv) + t[h, q, kv]  # noqa: E731
-    return [drawn(heads, length, length)], make, causal
-
-
-def chosen(batch, heads, length):
-    make = lambda t: lambda s, b, h, q, kv: torch.where(q >= kv + 64, s * 0.5, s + t[h, q, kv])  # noqa: E731
-    return [drawn(heads, length, length)], make, causal
 
 
 FORMS = {
@@ -99,7 +88,6 @@ FORMS = {
     "relative table, causal": relative,
     "relative table, window": lambda *n: relative(*n, mask=sliding(100)),
     "relative table, symmetric window": lambda *n: relative(*n, mask=lambda b, h, q, kv: (q - kv).abs() <= 100),
-    "relative table, dilated": lambda *n: relative(*n, mask=lambda b, h, q, kv: (q - kv) % 3 == 0),
     "relative table, rows without a key": lambda *n: relative(*n, mask=lambda b, h, q, kv: q >= kv + 200),
     "[H, S, S]": parameter,
     "[H, S, S], causal": lambda *n: parameter(*n, mask=causal),
@@ -112,6 +100,4 @@ FORMS = {
     "columns": columns,
     "rows": rows,
     "several": several,
-    "behind a soft cap": behind_a_soft_cap,
-    "chosen": chosen,
 }

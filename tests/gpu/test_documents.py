@@ -59,7 +59,7 @@ def hiding(mask):
 
 
 def compiled(function, **options):
-    given = {"lower": "always", **options}
+    given = {"lower": "always", "intervals": True, **options}
     return torch.compile(function, backend="cudnn_flex", dynamic=False, options=given)
 
 

@@ -34,7 +34,7 @@ def facts(queries=2048, keys=2048, training=True, device="cuda", program=CAUSAL,
 
 
 def stored(dtype):
-    return {"program": PAIRS, "hoisted": (SimpleNamespace(stored=dtype),), "blocks": False}
+    return {"program": PAIRS, "hoisted": (SimpleNamespace(stored=dtype, learned=False),), "blocks": False}
 
 
 KEPT = {
