@@ -4,7 +4,6 @@ Knows nothing of the inner backend. An exception in one call keeps that call; th
 """
 
 import logging
-import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -13,15 +12,14 @@ from typing import Any, TypeVar
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from cudnn_flex_compile.passes import autotune, block_mask, intervals, speed
+from cudnn_flex_compile.passes import autotune, block_mask, intervals, limits, speed
 from cudnn_flex_compile.passes.autocast import with_casts, without_casts
 from cudnn_flex_compile.passes.block_mask import MaskProgram
 from cudnn_flex_compile.passes.capture import Captures, read_captures
 from cudnn_flex_compile.passes.compact import COUNTS, compacted
 from cudnn_flex_compile.passes.describe import describe_functions, describe_mask
-from cudnn_flex_compile.passes.find import Call, example, find_calls, hint, scale_of
+from cudnn_flex_compile.passes.find import Call, example, find_calls, hint
 from cudnn_flex_compile.passes.hoist import Writer, operand_value
 from cudnn_flex_compile.passes.prune import live_nodes, prune
 from cudnn_flex_compile.passes.rewrite import replace, with_batch
@@ -29,9 +27,8 @@ from cudnn_flex_compile.passes.target import Accepted, Target, judge
 from cudnn_flex_compile.passes.traced import traced_of
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.report import CallReport
-from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.fingerprint import graph_text
-from cudnn_flex_compile.scoremod.partition import HALF, Hoisted
+from cudnn_flex_compile.scoremod.partition import Hoisted
 from cudnn_flex_compile.scoremod.text import text
 
 log = logging.getLogger("cudnn_flex_compile")
@@ -139,7 +136,7 @@ def _take_back(call: Call, before: set[Node], context: Context) -> None:
 
 
 def _lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason | None:
-    refused = _unsuitable(call)
+    refused = limits.unsuitable(call)
     if refused is not None:
         return refused
     captures = read_captures(call)
@@ -151,7 +148,7 @@ def _lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason
     program, hoisted, checked = traced.program, traced.hoisted, traced.checked(captures)
     report.program = program
     describe_mask(report, call, hoisted, captures, context.real)
-    large = _over_budget(call, hoisted, context.bias_budget)
+    large = limits.over_budget(call, hoisted, context.bias_budget)
     if large is not None and traced.pairwise is None:
         return large
     training = bool(example(call.node)[0].requires_grad) or any(part.learned for part in hoisted)
@@ -229,56 +226,6 @@ def _accept(target: Target, verdict: Accepted, context: Context, report: CallRep
     report.expected = speed.expected(_facts(target, context))
 
 
-def _unsuitable(call: Call) -> Reason | None:
-    """Reasons that need no tracing."""
-    tensors = [example(n) for n in (call.query, call.key, call.value)]
-    forced = call.kernel_options.get("BACKEND", "AUTO")
-    if forced != "AUTO" or call.kernel_options.get("FORCE_USE_FLEX_ATTENTION"):
-        return Reason(Code.FORCED_BACKEND, f"kernel_options ask for {forced}")
-    if call.uses(2):
-        return Reason(Code.MAX_SCORES, "the largest scores are used")
-    if scale_of(call) is None:
-        return Reason(Code.UNSUPPORTED_CALL, "the scale changes between calls")
-    if tensors[0].device.type not in ("cuda", "cpu"):
-        return Reason(Code.DEVICE, f"tensors are on {tensors[0].device}")
-    if any(type(t) is not type(tensors[0]) or t.is_nested or is_traceable_wrapper_subclass(t) for t in tensors):
-        types = sorted({type(t).__name__ for t in tensors})
-        return Reason(Code.UNSUPPORTED_CALL, f"tensors of different, nested or wrapping types: {', '.join(types)}")
-    if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
-        return Reason(Code.CAPTURING, "this call was compiled while a CUDA graph was captured", lasting=False)
-    return None
-
-
-MIB = 2**20
-
-
-def _over_budget(call: Call, hoisted: Sequence[Hoisted], budget: int) -> Reason | None:
-    """A reason if an operand over (q, kv) pairs takes more memory than the option allows."""
-    sizes = _sizes(call)
-    for part in hoisted:
-        count = math.prod(n for axis, n in zip(ir.AXES, sizes, strict=True) if axis in part.dims)
-        gradients = count + _gradient_work(sizes) if part.learned else 0
-        mib = (count * part.stored.itemsize + gradients * HALF.itemsize) / MIB
-        if {"q", "k"} <= set(part.dims) and mib > budget:
-            what = "a bias over (q, kv) pairs" + (", its gradient and the memory to work in" if part.learned else "")
-            return Reason(Code.BIAS_BUDGET, f"{what} takes {mib:.0f} MiB, more than bias_budget_mb={budget}")
-    return None
-
-
-def _gradient_work(sizes: tuple[int, int, int, int]) -> int:
-    """The 16-bit numbers that a plan works on where it gives a bias's gradient: one a pair of each batch entry and
-    head, in tiles of 64 by 128 (1.07 GB at B 2, H 16, S 4096).
-    """
-    batch, heads, rows, columns = sizes
-    return batch * heads * math.ceil(rows / 64) * 64 * math.ceil(columns / 128) * 128
-
-
-def _sizes(call: Call) -> tuple[int, int, int, int]:
-    """B, Hq, Sq and Skv in the call that is being compiled."""
-    (batch, heads, rows), columns = example(call.query).shape[:3], example(call.key).shape[2]
-    return hint(batch), hint(heads), hint(rows), hint(columns)
-
-
 def _disagreement(call: Call, captures: Captures, checked: MaskProgram, context: Context) -> Reason | None:
     def find() -> Reason | None:
         values = _real_values(call, captures, checked.hoisted, context)
@@ -290,9 +237,10 @@ def _disagreement(call: Call, captures: Captures, checked: MaskProgram, context:
 
 
 def _slower(target: Target, context: Context) -> Reason | None:
-    facts = _facts(target, context)
-    known = (facts.program, facts.hoisted, facts.training, facts.lse_gradient, facts.tiled, facts.sharing)
-    return context.once(("slower", *_given(target.call), *known), lambda: speed.slower(facts))
+    facts, query = _facts(target, context), example(target.call.query)
+    tensors = *_given(target.call), query.dtype, hint(query.shape[3])
+    known = facts.program, facts.hoisted, facts.training, facts.lse_gradient, facts.tiled, facts.sharing
+    return context.once(("slower", *tensors, *known), lambda: speed.slower(facts))
 
 
 def _facts(target: Target, context: Context) -> speed.Facts:
@@ -310,7 +258,7 @@ def _measured_slower(target: Target, context: Context) -> Reason | None:
 
 
 def _given(call: Call) -> tuple[Any, ...]:
-    return call.node.graph, call.blocks, call.block_sizes, _sizes(call)
+    return call.node.graph, call.blocks, call.block_sizes, limits.sizes_of(call)
 
 
 def _real_values(
@@ -323,8 +271,9 @@ def _real_values(
     numbers = [hint(values[leaf]) for leaf in captures.ints]
     for leaf, number in zip(captures.ints, numbers, strict=True):
         values[leaf] = number
+    sizes, device = limits.sizes_of(call), example(call.query).device
     with torch.no_grad():
-        operands = [operand_value(h, values.__getitem__, _sizes(call), example(call.query).device) for h in hoisted]
+        operands = [operand_value(h, values.__getitem__, sizes, device) for h in hoisted]
     return operands, numbers, [values[leaf] for leaf in captures.floats]
 
 

@@ -1,0 +1,64 @@
+"""What keeps a call whatever its functions compute: what it asks for, its tensors, and the memory that it may take.
+
+Knows nothing of programs but their operands.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from cudnn_flex_compile.passes.find import Call, example, hint, scale_of
+from cudnn_flex_compile.reasons import Code, Reason
+from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod.partition import HALF, Hoisted
+
+MIB = 2**20
+
+
+def unsuitable(call: Call) -> Reason | None:
+    """Reasons that need no tracing."""
+    tensors = [example(n) for n in (call.query, call.key, call.value)]
+    forced = call.kernel_options.get("BACKEND", "AUTO")
+    if forced != "AUTO" or call.kernel_options.get("FORCE_USE_FLEX_ATTENTION"):
+        return Reason(Code.FORCED_BACKEND, f"kernel_options ask for {forced}")
+    if call.uses(2):
+        return Reason(Code.MAX_SCORES, "the largest scores are used")
+    if scale_of(call) is None:
+        return Reason(Code.UNSUPPORTED_CALL, "the scale changes between calls")
+    if tensors[0].device.type not in ("cuda", "cpu"):
+        return Reason(Code.DEVICE, f"tensors are on {tensors[0].device}")
+    if any(type(t) is not type(tensors[0]) or t.is_nested or is_traceable_wrapper_subclass(t) for t in tensors):
+        types = sorted({type(t).__name__ for t in tensors})
+        return Reason(Code.UNSUPPORTED_CALL, f"tensors of different, nested or wrapping types: {', '.join(types)}")
+    if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        return Reason(Code.CAPTURING, "this call was compiled while a CUDA graph was captured", lasting=False)
+    return None
+
+
+def over_budget(call: Call, hoisted: Sequence[Hoisted], budget: int) -> Reason | None:
+    """A reason if an operand over (q, kv) pairs takes more memory than the option allows."""
+    sizes = sizes_of(call)
+    for part in hoisted:
+        count = math.prod(n for axis, n in zip(ir.AXES, sizes, strict=True) if axis in part.dims)
+        gradients = count + _gradient_work(sizes) if part.learned else 0
+        mib = (count * part.stored.itemsize + gradients * HALF.itemsize) / MIB
+        if {"q", "k"} <= set(part.dims) and mib > budget:
+            what = "a bias over (q, kv) pairs" + (", its gradient and the memory to work in" if part.learned else "")
+            return Reason(Code.BIAS_BUDGET, f"{what} takes {mib:.0f} MiB, more than bias_budget_mb={budget}")
+    return None
+
+
+def _gradient_work(sizes: tuple[int, int, int, int]) -> int:
+    """The 16-bit numbers that a plan works on where it gives a bias's gradient: one a pair of each batch entry and
+    head, in tiles of 64 by 128 (1.07 GB at B 2, H 16, S 4096).
+    """
+    batch, heads, rows, columns = sizes
+    return batch * heads * math.ceil(rows / 64) * 64 * math.ceil(columns / 128) * 128
+
+
+def sizes_of(call: Call) -> tuple[int, int, int, int]:
+    """B, Hq, Sq and Skv in the call that is being compiled."""
+    (batch, heads, rows), columns = example(call.query).shape[:3], example(call.key).shape[2]
+    return hint(batch), hint(heads), hint(rows), hint(columns)
