@@ -78,6 +78,8 @@ def test_the_sum_is_the_score(name):
 def test_what_fits_into_the_tensor_is_added_there():
     (_, hoisted) = partition(ir.program(FORMS["beside what fits in"][0]), learned=LEARNED)
     assert len(hoisted) == 1
+    subtracted = separate(SCORE + PAIRS - ir.cast(KV, F32) * 0.25, LEARNED)
+    assert subtracted[0] is SCORE
     program, hoisted = partition(ir.program(FORMS["beside what does not"][0]), learned=LEARNED)
     assert [h.learned for h in hoisted].count(True) == 1 < len(hoisted)
     assert without_bias(program.score)[0] is not SCORE
