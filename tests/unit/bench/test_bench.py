@@ -273,6 +273,7 @@ def test_a_case_that_fails_costs_no_other(capsys, monkeypatch, tmp_path):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)  # builds with CUDA look at the devices
     monkeypatch.setattr(command, "measure", measure_or_fail)
     path = tmp_path / "times.csv"
     assert main(["bench", "--mods", "soft cap", "full", "causal", "--csv", str(path)]) == 1
