@@ -3,6 +3,7 @@
 Knows nothing of how plans are built. engine/folded.py and engine/wide.py are the two ways.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -12,7 +13,7 @@ from cudnn_flex_compile.engine.problem import Problem
 from cudnn_flex_compile.engine.record import Error
 
 
-class Around:
+class Around(ABC):
     """A plan (engine/plan.py) around `inner`, one of `inner_problem(problem)`. FIRST: whether this way is tried before
     plans that take the gradient of the log-sum-exp themselves.
     """
@@ -30,18 +31,18 @@ class Around:
         self.errors: tuple[Error, ...] = ()
 
     @staticmethod
+    @abstractmethod
     def takes(problem: Problem) -> bool:
         """Whether this is a way for a problem with a gradient of the log-sum-exp."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def inner_problem(problem: Problem) -> Problem:
         """The problem without a gradient of the log-sum-exp."""
-        raise NotImplementedError
 
+    @abstractmethod
     def run(
         self, tensors: Sequence[torch.Tensor], operands: Sequence[torch.Tensor], ints: Sequence[int],
         floats: Sequence[torch.Tensor],
     ) -> None:  # fmt: skip
         """As Plan.run."""
-        raise NotImplementedError

@@ -6,7 +6,7 @@ Knows nothing of whether a plan is right, nor of which one is kept.
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
 
 from cudnn_flex_compile.engine.lowering import Lowering
@@ -35,10 +35,12 @@ class Attempt:
 
     Attributes:
         last_resort: whether it is an attempt before it, written in another way that does more work.
+        variant: how its graph is written, the same at every shape; None where that depends on the lengths.
     """
 
     make: Callable[[], Runs | Reason]
     last_resort: bool = False
+    variant: tuple[Hashable, ...] | None = None
 
     def __call__(self) -> Runs | Reason:
         return self.make()
@@ -51,7 +53,8 @@ def attempts(problem: Problem) -> list[Attempt]:
     program = pruned(parse(problem.program), problem.lengths)
     found = [Attempt(functools.partial(_in_parts, program, problem))]
     for variant in _variants(program, problem):
-        found.append(Attempt(functools.partial(_build_with, variant, program, problem), variant.last_resort))
+        written = variant.strategy.name, variant.guard, variant.expand
+        found.append(Attempt(functools.partial(_build_with, variant, program, problem), variant.last_resort, written))
     return _with_others(problem, found) if problem.lse_gradient else found
 
 
@@ -76,7 +79,10 @@ def _with_others(problem: Problem, found: list[Attempt]) -> list[Attempt]:
         plan = inner()
         return plan if isinstance(plan, Reason) else way(problem, plan)
 
-    others = [Attempt(functools.partial(make, inner), inner.last_resort) for inner in attempts(plain)]
+    others = [
+        Attempt(functools.partial(make, inner), inner.last_resort, inner.variant and (way.NAME, *inner.variant))
+        for inner in attempts(plain)
+    ]
     return [*others, *found] if way.FIRST else [*found, *others]
 
 

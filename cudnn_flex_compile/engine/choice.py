@@ -5,7 +5,7 @@ Knows nothing of how plans are built or kept.
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,7 +54,7 @@ def choose(problem: Problem, forward: Runs | None, reference: Reference, policy:
         if isinstance(plan, Reason):
             reasons.append(plan)
             continue
-        verdict = certified(plan, forward or plan, reference, policy)
+        verdict = certified(plan, forward or plan, reference, policy, attempt.variant)
         if verdict is None:
             right.append(plan)
         elif not right:
@@ -67,14 +67,20 @@ def choose(problem: Problem, forward: Runs | None, reference: Reference, policy:
     return chosen or most_telling(reasons)
 
 
-def certified(plan: Runs, forward: Runs, reference: Reference, policy: Policy) -> Reason | None:
-    """What is wrong with a plan, or None. Of a known kind (kinds.py) it is checked on less."""
+def certified(
+    plan: Runs, forward: Runs, reference: Reference, policy: Policy, variant: tuple[Hashable, ...] | None = None
+) -> Reason | None:
+    """What is wrong with a plan, or None.
+
+    Args:
+        variant: of its attempt. Where there is one, and the kind is known (kinds.py), the plan is checked on less.
+    """
     from cudnn_flex_compile.engine.verify import certify
 
     if policy.certify == "off":
         return None
-    kind = kinds.kind_of(plan.problem, plan.strategy, reference.fingerprint)
-    known = policy.certify == "once" and kinds.is_known(kind)
+    kind = variant and kinds.kind_of(plan.problem, variant, reference.fingerprint)
+    known = policy.certify == "once" and kind is not None and kinds.is_known(kind)
     plans.count("certifications")
     start = time.perf_counter()
     with phase("certify"):
@@ -82,7 +88,7 @@ def certified(plan: Runs, forward: Runs, reference: Reference, policy: Policy) -
     plans.count("certify_seconds", time.perf_counter() - start)
     if verdict is not None:
         plans.count("rejections")
-    elif not known:
+    elif kind is not None and not known:
         kinds.remember(kind)
     return verdict
 

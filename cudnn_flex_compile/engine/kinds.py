@@ -3,10 +3,11 @@
 Knows nothing of how plans are checked. A plan is built for one shape, and is always certified at just that shape before
 it runs data. But a new shape of a known kind is spared the regimes that are about the program's arithmetic, which its
 strategy computes at every shape alike (large scores, outliers, ties); not those that have shown faults of single shapes
-(regimes.Regime.shapes). Two plans are of one kind if they have the same program, strategy, direction, dtypes, head
-dims, head counts, order of strides, scale and operands, were compared with the same functions, and have lengths that
-are alike in all that faults have depended on: the remainder (a multiple of 128, an odd multiple of 64, another), which
-of the two is larger, and the size to a factor of two, by which cuDNN's heuristics choose kernels.
+(regimes.Regime.shapes). Two plans are of one kind if they have the same program, are written as the same graph, have
+the same direction, dtypes, head dims, head counts, order of strides, scale and operands, were compared with the same
+functions, and have lengths that are alike in all that faults have depended on: the remainder (a multiple of 128, an odd
+multiple of 64, another), which of the two is larger, and the size to a factor of two, by which cuDNN's heuristics
+choose kernels. Several plans for one call, whose boxes have lengths of their own, are of no kind.
 """
 
 from collections import OrderedDict
@@ -19,17 +20,18 @@ KINDS = 1024  # that are remembered, the last ones
 _certified: OrderedDict[Hashable, None] = OrderedDict()
 
 
-def kind_of(problem: Problem, strategy: str, fingerprint: str | None) -> Hashable:
+def kind_of(problem: Problem, variant: Hashable, fingerprint: str | None) -> Hashable:
     """Equal for two plans if a fault in the arithmetic of one is a fault of the other.
 
     Args:
+        variant: how the graph is written: the strategy, and its guards and expansions (attempts.Attempt).
         fingerprint: of what the plan is compared with.
     """
     query, key = problem.query.shape, problem.key.shape
     tensors = (problem.query, problem.key, problem.value, problem.out, problem.grad)
     lengths = problem.lengths
     return (
-        problem.program, fingerprint, problem.direction, strategy, problem.device, problem.scale,
+        problem.program, fingerprint, problem.direction, variant, problem.device, problem.scale,
         problem.stats, problem.deterministic, problem.lse_gradient, query[1], query[3], key[1], problem.value.shape[3],
         tuple(map(_layout, tensors)), tuple(map(_layout, problem.operands)),
         query[0].bit_length(), tuple(map(_length, lengths)), (lengths[0] > lengths[1]) - (lengths[0] < lengths[1]),

@@ -98,13 +98,20 @@ def find_plan(
 
 def _compared(call: Key, found: Ready, reference: Reference) -> Ready | Reason:
     """The plan, if it is right for these functions as well."""
-    before = plans.peek(forward_of(call)) if call[0] == BACKWARD else found
-    if isinstance(before, Ready):
-        verdict = certified(found.plan, before.plan, reference, _policy)
-        if verdict is not None:
-            return verdict
-        found.references.add(reference.fingerprint)
+    before = _forward(call) if call[0] == BACKWARD else found
+    if isinstance(before, Reason):
+        return before
+    verdict = certified(found.plan, before.plan, reference, _policy)
+    if verdict is not None:
+        return verdict
+    found.references.add(reference.fingerprint)
     return found
+
+
+def _forward(call: Key) -> Ready | Reason:
+    """Of a backward call, also where the cache has dropped it."""
+    key = forward_of(call)
+    return plans.peek(key) or plans.put(key, _make(key))
 
 
 def _build(call: Key) -> Ready | Reason:
@@ -126,8 +133,7 @@ def _make(call: Key) -> Ready | Reason:
         return reason
     forward = None
     if problem.direction == BACKWARD:
-        before = forward_of(call)
-        ready = plans.peek(before) or plans.put(before, _make(before))
+        ready = _forward(call)
         if isinstance(ready, Reason):
             return ready
         forward = ready.plan

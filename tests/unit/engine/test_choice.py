@@ -106,6 +106,20 @@ def test_a_wrong_plan_makes_no_kind_known(backend):
     assert backend.regimes == [len(REGIMES)]
 
 
+def test_a_guarded_graph_makes_no_other_known(backend, monkeypatch):
+    """They have one strategy, and another arithmetic."""
+    real, guarded = choice.attempts, []
+
+    def attempts(problem):
+        return [a for a in real(problem) if a.variant is None or a.variant[1] == guarded[-1]]
+
+    monkeypatch.setattr(choice, "attempts", attempts)
+    for length, guard in ((257, True), (301, False), (385, True), (511, False)):
+        guarded.append(guard)
+        find_plan(call(length=length))
+    assert backend.regimes == [len(REGIMES)] * 2 + [len(OF_SHAPES)] * 2
+
+
 def test_kinds_are_bounded(monkeypatch):
     monkeypatch.setattr(kinds, "KINDS", 3)
     kinds.forget()
