@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from cudnn_flex_compile.engine import identity, plan, select, verdicts
-from cudnn_flex_compile.engine.call import problem_of
+from cudnn_flex_compile.engine.call import forward_of, problem_of
 from cudnn_flex_compile.engine.folded import FoldedPlan
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, TensorSpec
+from cudnn_flex_compile.engine.ready import plans
 from cudnn_flex_compile.engine.reference import SubgraphReference
 from cudnn_flex_compile.engine.select import cache_clear, cache_info, find_plan, remember_reference
 from cudnn_flex_compile.reasons import Code, Reason
@@ -226,6 +227,21 @@ def test_a_plan_that_other_functions_find_is_compared_with_them(backend, backwar
     for _ in range(3):
         assert find_plan(key, *second) is ready
     assert (len(backend.built), len(backend.certified)) == (built, certified + 2)
+
+
+def test_a_backward_is_compared_with_other_functions_though_its_forward_was_dropped(backend):
+    key = call(backward=True)
+    find_plan(key, *asked("first"))
+    del plans._entries[forward_of(key)]
+    backend.certified.clear()
+    backend.wrong.add("chained")
+    assert isinstance(find_plan(key, *asked("second")), Reason)
+    assert backend.certified
+    backend.wrong.clear()
+    cache_clear()
+    ready = find_plan(key, *asked("first"))
+    del plans._entries[forward_of(key)]
+    assert find_plan(key, *asked("second")) is ready
 
 
 def test_memory_short_in_comparing_a_plan_again(backend, monkeypatch):
