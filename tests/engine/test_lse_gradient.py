@@ -175,6 +175,18 @@ def test_another_gradient_in_the_output_is_caught(name, factor):
     assert "off by" in verdict(around(Wrong, FlashStandIn), CERTIFIED[name]).detail
 
 
+@pytest.mark.parametrize("name", CERTIFIED)
+def test_rows_without_another_gradient_are_looked_at(name):
+    """Without the tiny entry their gradient of the log-sum-exp is lost."""
+
+    class Lost(FoldedPlan):
+        def run(self, tensors, *rest):
+            alone = (tensors[5] == 0).all(-1, keepdim=True)
+            super().run((*tensors[:7], tensors[7].masked_fill(alone, 0.0), *tensors[8:]), *rest)
+
+    assert "off by" in verdict(around(Lost, FlashStandIn), CERTIFIED[name]).detail
+
+
 @pytest.mark.parametrize("size", [0.0, 1e-35, 1e-20, 1e-3, 1.0, 1e4])
 @pytest.mark.parametrize("grad_size", [0.0, 1e-38, 1e-20, 1e-6, 1.0, 1e4])
 def test_the_output_holds_the_gradient(size, grad_size):
