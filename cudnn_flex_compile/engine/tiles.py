@@ -2,16 +2,18 @@
 
 Knows nothing of programs: it takes the endpoints of rows (scoremod/masks/intervals.py). The frontend's own
 `create_mask_plan` looks at what the device counted, and allocates so much, in tensors of their own. Here the list has
-room for all tiles, and so it is one tensor, of a shape that a compiled graph knows, and the host looks at nothing. The
-stages are the frontend's. They are private: one that is missing, or takes other arguments, means that there is no plan
-(engine/tile_plan.py), and what they list is certified with the kernels that read it.
+room for all tiles, and so it is one tensor, of a shape that a compiled graph knows, and the host looks at nothing. What
+finds the tiles and writes their bits are stages of the frontend. They are private: one that is missing, or takes other
+arguments, means that there is no plan (engine/tile_plan.py), and what they list is certified with the kernels that read
+it. Its stages that add counts up and order the work run on one thread; torch does that here.
 
 The list is for one geometry. Its first part serves the forward; a second one, in training, the backward.
 """
 
+import contextlib
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +21,11 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from cudnn_flex_compile.engine.tile_layout import Layout, Views
+
 NAME = "intervals"  # of the strategy that runs by a list
 ARCHITECTURE = 90  # the stages and their shapes were read, and measured, for this one
-ALIGNED = 32  # numbers of 4 bytes: the kernels read 16 bytes at a time
+L2_BYTES = 50 * 2**20  # of keys and values that are read by what runs at one time
 NO_SEQUENCES = (None, None, None)  # all sequences have one length
 
 
@@ -61,29 +65,6 @@ class Geometry:
         return Geometry(batch, heads, kv_heads, rows, columns, dim, value_dim, mask_heads, bool(training), dtype)
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One tensor of a list: where it starts, in numbers of 4 bytes."""
-
-    shape: tuple[int, ...]
-    start: int
-    dtype: torch.dtype
-
-    @property
-    def end(self) -> int:
-        return self.start + math.prod(self.shape)
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        return tuple(math.prod(self.shape[d + 1 :]) for d in range(len(self.shape)))
-
-    def of(self, storage: torch.UntypedStorage) -> Tensor:
-        """The tensor, which keeps the storage alive, but not the list as a tensor."""
-        empty = torch.empty(0, dtype=self.dtype, device=storage.device)
-        return empty.set_(storage, self.start, self.shape, self.strides)
-
-
-Views = dict[str, Tensor]
 _known: Any = WeakTensorKeyDictionary()  # views of the lists that are alive: all layers read them
 # The order in which kernels take them; None for what only sequences of several lengths, or a backward, have.
 FORWARD_PARTS = (
@@ -98,17 +79,19 @@ BACKWARD_PARTS = (
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A list that is being made.
+    """A list that is being made, and may be made again.
 
     Attributes:
-        table: endpoints of rows.
-        views: of the list.
-        scratch: what only the stages read.
+        table: endpoints of rows, [mask_heads, n, B * Sq], int32, contiguous.
+        tiles, views: the list, and its parts.
+        scratch, bits: what only the stages read, and its parts.
     """
 
     table: Tensor
+    tiles: Tensor
     views: Views
-    scratch: Views
+    scratch: Tensor
+    bits: Views
 
 
 class Tiler:
@@ -124,50 +107,58 @@ class Tiler:
         same: dict[str, Any] = {**heads, **dims, "is_varlen": False}
         self._forward = builder.resolve_sm90_fwd_consumer_config(**same, hmask=g.mask_heads, pack_gqa=None)
         self._backward = builder.resolve_sm90_bwd_consumer_config(**same) if g.training else None
-        self._parts: dict[str, Part] = {}
+        self._list, self._scratch = Layout(), Layout()
         self._place()
         self._stages: dict[str, Any] = {}
 
     @property
     def size(self) -> int:
         """Of a list, in numbers of 4 bytes."""
-        return max(part.end for part in self._parts.values())
+        return self._list.size
 
     def _place(self) -> None:
         g, f, b = self.geometry, self._forward, self._backward
-        packed = f.qhead_per_kvhead if f.pack_gqa else 1
-        self._q_blocks, self._k_blocks = math.ceil(g.rows * packed / f.block_size[0]), math.ceil(g.columns / f.tile_n)
-        self._q_blocks_b = self._k_blocks_b = 0
-        rows, every = g.batch * self._q_blocks, g.mask_heads * g.batch * self._q_blocks * self._k_blocks
-        scheduled = g.kv_heads if f.pack_gqa else g.heads
-        self._add("", rows, every, (f.physical_subtiles, f.num_mask_payload_groups, f.payload_padded_words))
-        self._put("work", (rows * scheduled, 4))
+        self._packed = f.qhead_per_kvhead if f.pack_gqa else 1
+        self._q_blocks = math.ceil(g.rows * self._packed / f.block_size[0])
+        self._k_blocks = math.ceil(g.columns / f.tile_n)
+        self._put("", self._q_blocks, self._k_blocks, self._q_blocks, f.num_mask_payload_groups, f)
+        self._work = _work_shape(g, g.heads // self._packed, self._q_blocks)
+        self._list.put("work", (math.prod(self._work[:4]), 4))
+        self._scratch.put("invalid", (1,), torch.uint32)
         if b is not None:
-            self._q_blocks_b, self._k_blocks_b = math.ceil(g.rows / b.sparse_tile_m), math.ceil(g.columns / b.tile_n)
-            rows, every = g.batch * self._k_blocks_b, g.mask_heads * g.batch * self._k_blocks_b * self._q_blocks_b
-            self._add("k_", rows, every, (b.physical_subtiles, b.num_mma_threads, b.payload_padded_words))
-            self._put("k_order", (every,))
-            self._put("k_full_order", (every,))
+            q_blocks = self._q_blocks_b = math.ceil(g.rows / b.sparse_tile_m)
+            k_blocks = self._k_blocks_b = math.ceil(g.columns / b.tile_n)
+            self._put("k_", q_blocks, k_blocks, k_blocks, b.num_mma_threads, b)
+            for name in ("k_order", "k_full_order"):
+                self._list.put(name, self._list.parts["k_indices"].shape)
+            for name in ("q_counts", "q_full_counts"):
+                self._scratch.put(name, (g.mask_heads, g.batch * q_blocks))
 
-    def _add(self, prefix: str, rows: int, every: int, payload: tuple[int, ...]) -> None:
-        """Counts and offsets of tiles by row of tiles, their indices, and the bits of those that are not full."""
-        heads = self.geometry.mask_heads
-        for kind in ("", "full_"):
-            self._put(f"{prefix}{kind}counts", (heads, rows))
-            self._put(f"{prefix}{kind}offsets", (heads * rows + 1,))
-            self._put(f"{prefix}{kind}indices", (every,))
-        self._put(f"{prefix}masks", (every, *payload), torch.uint32)
+    def _put(self, prefix: str, q_blocks: int, k_blocks: int, outer: int, groups: int, config: Any) -> None:
+        """Counts and offsets of tiles by row of tiles, their indices, and the bits of those that are not full.
 
-    def _put(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.int32) -> None:
-        start = -(-max((p.end for p in self._parts.values()), default=0) // ALIGNED) * ALIGNED
-        self._parts[name] = Part(shape, start, dtype)
+        Args:
+            outer: rows of tiles, which are columns of them in the backward.
+        """
+        heads, batch = self.geometry.mask_heads, self.geometry.batch
+        rows, every = batch * outer, heads * batch * q_blocks * k_blocks
+        count = heads * rows
+        counts, offsets = (self._list.put(f"{prefix}{name}", (2, 1 + count)) for name in ("zero_counts", "sums"))
+        for i, kind in enumerate(("", "full_")):  # the offset of each row is the sum of a zero and what is before it
+            self._list.put_within(f"{prefix}{kind}counts", counts.start + i * (1 + count) + 1, (heads, rows))
+            self._list.put_within(f"{prefix}{kind}offsets", offsets.start + i * (1 + count), (count + 1,))
+            self._list.put(f"{prefix}{kind}indices", (every,))
+        payload = (config.physical_subtiles, groups, config.payload_padded_words)
+        self._list.put(f"{prefix}masks", (every, *payload), torch.uint32)
+        for name in ("seen", "full"):
+            self._scratch.put(prefix + name, (heads, batch * q_blocks, max(1, -(-k_blocks // 32))), torch.uint32)
+        self._scratch.put(f"{prefix}places", (every, 4))
 
     def views(self, tiles: Tensor) -> Views:
         """The parts of a list, by name."""
         known = _known.get(tiles)
-        if known is None or len(known) < len(self._parts):
-            storage = tiles.untyped_storage()
-            known = {name: part.of(storage) for name, part in self._parts.items()}
+        if known is None or len(known) < len(self._list.parts):
+            known = self._list.views(tiles)
             if not torch.cuda.is_current_stream_capturing():  # what is in the pool of a graph must not be kept
                 _known[tiles] = known
         return known
@@ -178,115 +169,122 @@ class Tiler:
         Args:
             table: endpoints of rows, [mask_heads, n, B * Sq], int32, any strides.
         """
-        table = table.contiguous()  # the kernels want a last stride of 1
-        tiles = torch.empty(self.size, dtype=torch.int32, device=table.device)
-        draft = Draft(table, self.views(tiles), self._scratch(table))
-        self._count(draft)
-        self._write_rows(draft)
-        if self.geometry.training:
-            self._write_keys(draft)
-        self._schedule(draft)
-        return tiles
+        draft = self.draft(table)
+        self.fill(draft)
+        return draft.tiles
 
-    def _scratch(self, table: Tensor) -> Views:
-        g = self.geometry
-        found = self._bits("", self._q_blocks, self._k_blocks, table)
-        found["invalid"] = self._empty(table, 1, unsigned=True)
-        found["header"] = torch.empty(9, dtype=torch.int64, device=table.device)
-        found["histogram"] = self._empty(table, g.batch * g.kv_heads, self._k_blocks + 1)
-        found["costs"] = torch.empty(g.batch * g.kv_heads, dtype=torch.int64, device=table.device)
-        if g.training:
-            found |= self._bits("k_", self._q_blocks_b, self._k_blocks_b, table)
-            for name in ("q_counts", "q_full_counts"):
-                found[name] = self._empty(table, g.mask_heads, g.batch * self._q_blocks_b)
-        return found
+    def draft(self, table: Tensor) -> Draft:
+        """Memory for a list, with what is the same for all masks."""
+        tiles = torch.zeros(self.size, dtype=torch.int32, device=table.device)
+        scratch = torch.empty(self._scratch.size, dtype=torch.int32, device=table.device)
+        draft = Draft(table.contiguous(), tiles, self._list.views(tiles), scratch, self._scratch.views(scratch))
+        batch, groups, _, heads, _ = self._work
+        _, head, entry, rows = draft.views["work"].view(self._work).unbind(-1)
+        head.copy_(torch.arange(groups * heads, device=table.device).view(1, groups, 1, heads))
+        entry.copy_(torch.arange(batch, device=table.device).view(batch, 1, 1, 1))
+        rows.fill_(self._forward.block_size[0])
+        return draft
 
-    def _count(self, draft: Draft) -> None:
-        g, v, s = self.geometry, draft.views, draft.scratch
-        forward, backward = [s["seen"], s["full"], v["counts"], v["full_counts"]], [None] * 6
-        if g.training:
-            backward = [s["k_seen"], s["k_full"], s["q_counts"], s["q_full_counts"], v["k_counts"], v["k_full_counts"]]
-        of_schedule = (s["invalid"], s["histogram"], s["costs"])
-        self._run("init", "_compile_plan_workspace_init", ARCHITECTURE, (*forward, *of_schedule, *backward))
-        self._classify("classify", self._forward, forward, draft, self._q_blocks, self._k_blocks)
-        if g.training:
-            topology = self._builder._ResolvedSm90BwdTopologyConfig(self._backward)
-            self._classify("k classify", topology, backward[:4], draft, self._q_blocks_b, self._k_blocks_b)
-            counted = (*backward[:2], *backward[4:], None, *NO_SEQUENCES)
-            self._run("count", "_compile_k2q_count", self._backward, counted, (*self._lengths, self._k_blocks_b))
-        self._scan(draft, backward[4:])
+    def fill(self, draft: Draft, beside: torch.cuda.Stream | None = None) -> None:
+        """Makes the list.
 
-    def _empty(self, table: Tensor, *shape: int, unsigned: bool = False) -> Tensor:
-        return torch.empty(shape, dtype=torch.uint32 if unsigned else torch.int32, device=table.device)
-
-    def _bits(self, prefix: str, q_blocks: int, k_blocks: int, table: Tensor) -> Views:
-        shape = self.geometry.mask_heads, self.geometry.batch * q_blocks, max(1, -(-k_blocks // 32))
-        return {prefix + name: self._empty(table, *shape, unsigned=True) for name in ("seen", "full")}
+        Args:
+            beside: a stream for the backward's part of it, which is made at the same time then.
+        """
+        draft.scratch.zero_()
+        with _beside(beside):
+            if self.geometry.training:
+                self._list_columns(draft)
+        self._list_rows(draft)
+        if beside is not None:
+            torch.cuda.current_stream().wait_stream(beside)
 
     @property
     def _lengths(self) -> tuple[int, ...]:
         g = self.geometry
         return g.batch, g.rows, g.columns, g.batch * g.rows, g.batch * g.columns
 
-    def _classify(
-        self, stage: str, config: Any, bits: Sequence[Any], draft: Draft, q_blocks: int, k_blocks: int
-    ) -> None:
-        tensors = (draft.table, *bits, draft.scratch["invalid"], *NO_SEQUENCES)
-        numbers = (*self._lengths, q_blocks, k_blocks, draft.table.shape[1])
-        self._run(stage, "_compile_classify", config, tensors, numbers)
-
-    def _scan(self, draft: Draft, k_counts: Sequence[Any]) -> None:
-        g, v = self.geometry, draft.views
-        offsets = (v["k_offsets"], v["k_full_offsets"]) if g.training else (None, None)
+    def _list_rows(self, draft: Draft) -> None:
+        """The forward's part."""
+        v, s = draft.views, draft.bits
+        blocks, width = (self._q_blocks, self._k_blocks), draft.table.shape[1]
+        bits = (s["seen"], s["full"], v["counts"], v["full_counts"])
+        numbers = (*self._lengths, *blocks, width)
+        self._run(
+            "classify", "_compile_classify", self._forward, (draft.table, *bits, s["invalid"], *NO_SEQUENCES), numbers
+        )
+        self._add_up("", draft)
         tensors = (
-            v["counts"], v["full_counts"], v["offsets"], v["full_offsets"], *k_counts, *offsets, None, None, None, None,
-            draft.scratch["invalid"], draft.scratch["header"],
+            draft.table, s["seen"], s["full"], v["offsets"], v["indices"], v["masks"], s["places"], v["full_offsets"],
+            v["full_indices"], *NO_SEQUENCES,
         )  # fmt: skip
-        numbers = [g.batch * n for n in (self._q_blocks, self._q_blocks_b, self._k_blocks_b)]
-        self._run("scan", "_compile_fixed_scan_header", ARCHITECTURE, tensors, numbers)
+        self._run("write", "_compile_materialize", self._forward, tensors, numbers)
+        self._order_work(draft)
 
-    def _run(self, stage: str, compiler: str, config: Any, tensors: Sequence[Any], numbers: Sequence[int] = ()) -> None:
+    def _list_columns(self, draft: Draft) -> None:
+        """The backward's part."""
+        v, s, config = draft.views, draft.bits, self._backward
+        blocks, width = (self._q_blocks_b, self._k_blocks_b), draft.table.shape[1]
+        bits, counts = (s["k_seen"], s["k_full"]), (s["q_counts"], s["q_full_counts"])
+        topology = self._builder._ResolvedSm90BwdTopologyConfig(config)
+        tensors = (draft.table, *bits, *counts, s["invalid"], *NO_SEQUENCES)
+        self._run("k classify", "_compile_classify", topology, tensors, (*self._lengths, *blocks, width))
+        tensors = (*bits, v["k_counts"], v["k_full_counts"], None, *NO_SEQUENCES)
+        self._run("k count", "_compile_k2q_count", config, tensors, (*self._lengths, blocks[1]))
+        self._add_up("k_", draft)
+        tensors = (
+            draft.table, *bits, *counts, v["k_offsets"], v["k_indices"], v["k_masks"], s["k_places"], v["k_order"],
+            v["k_full_offsets"], v["k_full_indices"], v["k_full_order"], None, *NO_SEQUENCES,
+        )  # fmt: skip
+        self._run("k write", "_compile_k2q_materialize", config, tensors, (*self._lengths, blocks[1], width))
+
+    def _run(self, stage: str, compiler: str, config: Any, tensors: Sequence[Any], numbers: Sequence[int]) -> None:
         """Compiles a stage the first time, by its tensors, and enqueues it."""
         run = self._stages.get(stage)
         if run is None:
             run = self._stages[stage] = getattr(self._builder, compiler)(config, *tensors)
         run(*tensors, *numbers)
 
-    def _write_rows(self, draft: Draft) -> None:
-        v, s = draft.views, draft.scratch
-        tensors = (
-            draft.table, s["seen"], s["full"], v["offsets"], v["indices"], v["masks"], _blank(v["indices"]),
-            v["full_offsets"], v["full_indices"], *NO_SEQUENCES,
-        )  # fmt: skip
-        numbers = (*self._lengths, self._q_blocks, self._k_blocks, draft.table.shape[1])
-        self._run("write", "_compile_materialize", self._forward, tensors, numbers)
+    def _add_up(self, prefix: str, draft: Draft) -> None:
+        v = draft.views
+        torch.cumsum(v[f"{prefix}zero_counts"], 1, dtype=torch.int32, out=v[f"{prefix}sums"])
 
-    def _write_keys(self, draft: Draft) -> None:
-        v, s = draft.views, draft.scratch
-        tensors = (
-            draft.table, s["k_seen"], s["k_full"], s["q_counts"], s["q_full_counts"], v["k_offsets"], v["k_indices"],
-            v["k_masks"], _blank(v["k_indices"]), v["k_order"], v["k_full_offsets"], v["k_full_indices"],
-            v["k_full_order"], None, *NO_SEQUENCES,
-        )  # fmt: skip
-        numbers = (*self._lengths, self._k_blocks_b, draft.table.shape[1])
-        self._run("k write", "_compile_k2q_materialize", self._backward, tensors, numbers)
-
-    def _schedule(self, draft: Draft) -> None:
-        g, v, s = self.geometry, draft.views, draft.scratch
-        _, work = self._builder._build_forward_schedule(
-            self._forward, v["counts"], v["full_counts"], batch_size=g.batch, total_m_blocks=g.batch * self._q_blocks,
-            max_m_blocks=self._q_blocks, max_task_cost=self._k_blocks, seqlen_q_fixed=g.rows, seqlen_k_fixed=g.columns,
-            head_dim=g.dim, head_dim_v=g.value_dim, element_size=g.dtype.itemsize, cu_seqlens_q=None, cu_seqlens_k=None,
-            cu_total_m_blocks=None, schedule_histogram=s["histogram"], schedule_section_cost=s["costs"],
-        )  # fmt: skip
-        v["work"].copy_(work)
+    def _order_work(self, draft: Draft) -> None:
+        """By heads that share the L2 cache, longest rows of tiles first: block, head, batch entry, how many rows."""
+        g, v, (batch, groups, q_blocks, heads, _) = self.geometry, draft.views, self._work
+        length = (v["counts"] + v["full_counts"]).view(g.mask_heads, batch, q_blocks)
+        order = length.sort(stable=True, dim=-1, descending=True).indices
+        by_head = (groups, heads) if g.mask_heads > 1 else (1, 1)
+        order, tile = order.view(*by_head, batch, q_blocks).permute(2, 0, 3, 1), self._forward.block_size[0]
+        block, _, _, rows = v["work"].view(self._work).unbind(-1)
+        block.copy_(order)
+        last = g.rows * self._packed - (q_blocks - 1) * tile
+        if last < tile:
+            rows.copy_(torch.where(order == q_blocks - 1, last, tile))
 
 
-def _blank(indices: Tensor) -> Tensor:
-    """Where a stage notes of which tile each payload is. What is not counted stays that of the first tile, which there
-    is, and no kernel reads such a payload.
+def _work_shape(g: Geometry, heads: int, q_blocks: int) -> tuple[int, int, int, int, int]:
+    """Batch entries, groups of heads, blocks, heads of a group, and 4.
+
+    Args:
+        heads: that are scheduled, each `g.kv_heads` th part of which reads the same keys and values.
     """
-    return indices.new_zeros(indices.shape[0], 4)
+    together, size = 1, g.columns * (g.dim + g.value_dim) * g.dtype.itemsize
+    while g.kv_heads % (2 * together) == 0 and 2 * together * size <= L2_BYTES:
+        together *= 2
+    groups = g.kv_heads // together
+    return g.batch, groups, q_blocks, heads // groups, 4
+
+
+@contextlib.contextmanager
+def _beside(stream: torch.cuda.Stream | None) -> Generator[None]:
+    """On another stream, from here on."""
+    if stream is None:
+        yield
+        return
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
 
 
 Arguments = tuple[Tensor | None, ...]

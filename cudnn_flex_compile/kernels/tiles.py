@@ -2,8 +2,9 @@
 
 Knows nothing of attention. The endpoints of rows come from the surrounding graph, which finds a few for each row and
 counts how many there are. The host reads that count, and whether the BlockMask agrees, in one look, for which it waits
-when all else is enqueued. Where a row has more endpoints, all of them are found here: slower, and right for any mask.
-Under CUDA graph capture the host can look at nothing, and so there is room for every endpoint that a row can have.
+when the list is enqueued, so that the device does not wait for the host. Where a row has more endpoints, all of them
+are found here: slower, and right for any mask. Under CUDA graph capture the host can look at nothing, and so there is
+room for every endpoint that a row can have.
 """
 
 import logging
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cudnn_flex_compile.engine.tile_recording import recording_of
 from cudnn_flex_compile.engine.tiles import Geometry, Tiler, tiler_of
 from cudnn_flex_compile.kernels.block_mask import MISMATCH, agree_with_endpoints, check
 from cudnn_flex_compile.scoremod.interpret import visible_rows
@@ -23,14 +25,14 @@ _replayed: set[Tiler] = set()  # whose kernels a CUDA graph holds, which are to 
 
 
 def make(
-    table: Tensor, most: Tensor, agreed: Tensor | None, blocks: Sequence[Tensor], block_sizes: Sequence[int],
+    table: Tensor, found: Tensor, blocks: Sequence[Tensor], block_sizes: Sequence[int],
     operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor], program: str, geometry: Geometry,
 ) -> Tensor:  # fmt: skip
     """The list, on the current device, which must be that of the table.
 
     Args:
-        table, most: endpoints of rows, and how many a row has at most (scoremod/masks/intervals.py).
-        agreed: whether the BlockMask agrees with that table, int32, 0-d; None without a BlockMask.
+        table: endpoints of rows (scoremod/masks/intervals.py).
+        found: how many a row has at most, and, under a BlockMask, whether that agrees with the table; int32, [1 or 2].
         blocks, block_sizes: of the BlockMask, as kernels.block_mask.check takes them.
         operands, ints, floats, program: of the mask.
 
@@ -46,27 +48,29 @@ def make(
     if torch.cuda.is_current_stream_capturing():
         log.warning("cudnn_flex: a mask's tiles are listed under CUDA graph capture, for any mask, which is slow")
         return _captured(tiler, all_endpoints(geometry.columns), blocks, block_sizes)
-    found = _Read(torch.stack((most, most if agreed is None else agreed)))
-    tiles = tiler.list(table)
-    count, right = found()
+    numbers = _Read(found)
+    recording = recording_of(geometry, table.device.index, torch.cuda.current_stream().cuda_stream)
+    tiles = (recording or tiler).list(table)
+    count, *right = numbers()
     if count > table.shape[1]:
         table = all_endpoints(count)
         tiles = tiler.list(table)
-        right = not blocks or bool(agree_with_endpoints(blocks, table, geometry.sizes, block_sizes))
-    if agreed is not None and not right:
+        right = [bool(agree_with_endpoints(blocks, table, geometry.sizes, block_sizes))] if blocks else []
+    if not all(right):
         raise RuntimeError(MISMATCH)
     return tiles
 
 
 def none(
-    table: Tensor, most: Tensor, agreed: Tensor | None, blocks: Sequence[Tensor], block_sizes: Sequence[int],
+    table: Tensor, found: Tensor, blocks: Sequence[Tensor], block_sizes: Sequence[int],
     operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor], program: str, geometry: Geometry,
 ) -> Tensor:  # fmt: skip
     """An empty list, where no kernel reads one. Raises as `make` does."""
-    if agreed is not None and int(most) <= table.shape[1] and not int(agreed):
-        raise RuntimeError(MISMATCH)
-    if agreed is not None and int(most) > table.shape[1]:
+    count, *right = found.tolist()
+    if blocks and count > table.shape[1]:
         check(blocks, operands, ints, floats, program, geometry.sizes, block_sizes)
+    elif not all(right):
+        raise RuntimeError(MISMATCH)
     return table.new_empty(0)
 
 

@@ -59,35 +59,32 @@ def _check_fake(
 
 @torch.library.impl(library, "list_tiles", "CUDA")
 def _list_tiles_cuda(
-    table: Tensor, most: Tensor, agreed: Tensor | None, blocks: list[Tensor], block_sizes: list[int],
-    operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str, geometry: list[int],
-    dtype: torch.dtype, size: int,
+    table: Tensor, found: Tensor, blocks: list[Tensor], block_sizes: list[int], operands: list[Tensor],
+    ints: list[int], floats: list[Tensor], program: str, geometry: list[int], dtype: torch.dtype, size: int,
 ) -> Tensor:  # fmt: skip
     """A list for attention to run on, int32 [size] (engine/tiles.py). Raises RuntimeError as check_block_mask does."""
     from cudnn_flex_compile.kernels import tiles
 
     with torch.cuda.device(table.device):
         mask = (blocks, block_sizes, operands, ints, floats, program)
-        return tiles.make(table, most, agreed, *mask, Geometry.of(geometry, dtype))
+        return tiles.make(table, found, *mask, Geometry.of(geometry, dtype))
 
 
 @torch.library.impl(library, "list_tiles", "CPU")
 def _list_tiles_cpu(
-    table: Tensor, most: Tensor, agreed: Tensor | None, blocks: list[Tensor], block_sizes: list[int],
-    operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str, geometry: list[int],
-    dtype: torch.dtype, size: int,
+    table: Tensor, found: Tensor, blocks: list[Tensor], block_sizes: list[int], operands: list[Tensor],
+    ints: list[int], floats: list[Tensor], program: str, geometry: list[int], dtype: torch.dtype, size: int,
 ) -> Tensor:  # fmt: skip
     """Nothing to run on: the CPU's kernel evaluates the mask."""
     from cudnn_flex_compile.kernels import tiles
 
     mask = (blocks, block_sizes, operands, ints, floats, program)
-    return tiles.none(table, most, agreed, *mask, Geometry.of(geometry, dtype))
+    return tiles.none(table, found, *mask, Geometry.of(geometry, dtype))
 
 
 def _list_tiles_fake(
-    table: Tensor, most: Tensor, agreed: Tensor | None, blocks: list[Tensor], block_sizes: list[int],
-    operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str, geometry: list[int],
-    dtype: torch.dtype, size: int,
+    table: Tensor, found: Tensor, blocks: list[Tensor], block_sizes: list[int], operands: list[Tensor],
+    ints: list[int], floats: list[Tensor], program: str, geometry: list[int], dtype: torch.dtype, size: int,
 ) -> Tensor:  # fmt: skip
     return table.new_empty(size)
 

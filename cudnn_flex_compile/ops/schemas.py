@@ -27,8 +27,8 @@ SCHEMAS = {
         " SymInt[] block_sizes) -> Tensor"
     ),
     "list_tiles": (
-        "(Tensor table, Tensor most, Tensor? agreed, Tensor[] blocks, SymInt[] block_sizes, Tensor[] operands,"
-        " SymInt[] ints, Tensor[] floats, str program, int[] geometry, ScalarType dtype, int size) -> Tensor"
+        "(Tensor table, Tensor found, Tensor[] blocks, SymInt[] block_sizes, Tensor[] operands, SymInt[] ints,"
+        " Tensor[] floats, str program, int[] geometry, ScalarType dtype, int size) -> Tensor"
     ),
 }
 

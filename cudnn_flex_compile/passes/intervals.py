@@ -127,7 +127,7 @@ class Tiles:
             place = (call.query, call.key, call.node)
             table, most = self._writer.write_endpoints(mask, operands, ints, floats, place)
             arguments = (
-                *(table, most, self._agreement(call, table), blocks, list(call.block_sizes) if blocks else []),
+                *(table, self._found(call, table, most), blocks, list(call.block_sizes) if blocks else []),
                 *(list(operands), list(ints), list(floats), text(target.program)),
                 *(geometry.numbers, geometry.dtype, size_of(target)),
             )
@@ -137,13 +137,12 @@ class Tiles:
             self._written[shared] = node
         return self._written[shared]
 
-    def _agreement(self, call: Call, table: Node) -> Node | None:
-        """Whether the BlockMask's blocks, if there are any, agree with the endpoints."""
-        if not call.blocks:
-            return None
+    def _found(self, call: Call, table: Node, most: Node) -> Node:
+        """How many endpoints there are, and whether the BlockMask's blocks, if there are any, agree with them."""
         sizes, block_sizes = _sizes(call), [hint(example(n)) for n in call.block_sizes]
 
-        def agree(table: torch.Tensor, *blocks: torch.Tensor) -> torch.Tensor:
-            return agree_with_endpoints(blocks, table, sizes, block_sizes).to(torch.int32)
+        def found(table: torch.Tensor, most: torch.Tensor, *blocks: torch.Tensor) -> torch.Tensor:
+            agreed = [agree_with_endpoints(blocks, table, sizes, block_sizes).to(torch.int32)] if blocks else []
+            return torch.stack((most, *agreed))
 
-        return self._writer.write_function(agree, [table, *present(call)], call.node)
+        return self._writer.write_function(found, [table, most, *present(call)], call.node)

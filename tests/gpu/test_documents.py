@@ -13,9 +13,10 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile.engine.interval_kernels import intervals_missing
 from cudnn_flex_compile.engine.select import cache_info
+from cudnn_flex_compile.engine.tile_recording import recording_of
 from cudnn_flex_compile.engine.tiles import Geometry, tiler_of
 from cudnn_flex_compile.report import collect
-from cudnn_flex_compile.scoremod.masks.intervals import every_endpoint
+from cudnn_flex_compile.scoremod.masks.intervals import NARROW, every_endpoint
 from tests import dense
 from tests.documents import SPELLINGS, causal_documents, layout
 
@@ -33,6 +34,10 @@ THEIRS = {
     "counts": "mask_block_cnt", "offsets": "mask_block_offset", "indices": "mask_block_idx",
     "masks": "mask_block_masks", "full_counts": "full_block_cnt", "full_offsets": "full_block_offset",
     "full_indices": "full_block_idx",
+}  # fmt: skip
+LISTED = {  # what a list has for each tile, by the offsets that say of how many
+    "": ("indices", "masks"), "full_": ("full_indices",), "k_": ("k_indices", "k_masks", "k_order"),
+    "k_full_": ("k_full_indices", "k_full_order"),
 }  # fmt: skip
 
 
@@ -106,7 +111,7 @@ def test_the_list_is_the_frontends():
         where = [torch.arange(n, device="cuda").view([-1 if i == d else 1 for i in range(4)]) for d, n in
                  enumerate((batch, heads if by_head else 1, length, length))]  # fmt: skip
         mask = causal_documents(ids)(*where) | (where[3] < 8 * where[1])
-        table = every_endpoint(iter([(0, mask)]), (batch, heads, length, length), mask.shape[1], 5)
+        table = every_endpoint(iter([(0, mask)]), (batch, heads, length, length), mask.shape[1], 5).contiguous()
         geometry = Geometry(batch, heads, kv_heads, length, length, dim, dim, mask.shape[1], True, dtype)
         tiler = tiler_of(geometry, 0)
         found = tiler.views(tiler.list(table))
@@ -117,6 +122,30 @@ def test_the_list_is_the_frontends():
                 there = theirs[name]
                 here = found[prefix + mine][: there.shape[0]]
                 assert torch.equal(here.view(torch.int32), there.view(torch.int32)), (shape, by_head, prefix + mine)
+
+
+def test_a_recorded_list_is_the_one_that_is_not():
+    """And each stays as it is when the next one is made."""
+    for batch, length, heads, kv_heads, dim, dtype in SHAPES.values():
+        geometry = Geometry(batch, heads, kv_heads, length, length, dim, dim, 1, True, dtype)
+        tiler, recording = tiler_of(geometry, 0), recording_of(geometry, 0, torch.cuda.current_stream().cuda_stream)
+        assert recording is not None
+        lists = []
+        for number in (0, 5, 4, 9):
+            ids = layout(number, batch, length).cuda()
+            where = [torch.arange(n, device="cuda").view([-1 if i == d else 1 for i in range(4)]) for d, n in
+                     enumerate((batch, 1, length, length))]  # fmt: skip
+            mask = causal_documents(ids)(*where)
+            table = every_endpoint(iter([(0, mask)]), (batch, heads, length, length), 1, NARROW)
+            lists.append((recording.list(table), tiler.list(table)))
+        for number, (recorded, eager) in enumerate(lists):
+            mine, right = tiler.views(recorded), tiler.views(eager)
+            assert torch.equal(mine["work"], right["work"]), number
+            for kind, listed in LISTED.items():
+                assert torch.equal(mine[f"{kind}offsets"], right[f"{kind}offsets"]), (number, kind)
+                end = int(right[f"{kind}offsets"][-1])  # behind that may be anything
+                for name in listed:
+                    assert torch.equal(*(v[name][:end].view(torch.int32) for v in (mine, right))), (number, name)
 
 
 @pytest.mark.parametrize("with_mask", [False, True])

@@ -1,0 +1,61 @@
+"""Where the parts of one tensor of numbers of 4 bytes are: a list of tiles, and what is needed to make one.
+
+Knows nothing of masks.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ALIGNED = 32  # numbers of 4 bytes: the kernels read 16 bytes at a time
+Views = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A tensor in another one, from the number `start` on."""
+
+    shape: tuple[int, ...]
+    start: int
+    dtype: torch.dtype
+
+    @property
+    def end(self) -> int:
+        return self.start + math.prod(self.shape)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        return tuple(math.prod(self.shape[d + 1 :]) for d in range(len(self.shape)))
+
+    def of(self, numbers: Tensor) -> Tensor:
+        part = numbers.as_strided(self.shape, self.strides, self.start)
+        return part if self.dtype is torch.int32 else part.view(self.dtype)
+
+
+class Layout:
+    """Parts by name, one behind the other."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, Part] = {}
+
+    @property
+    def size(self) -> int:
+        """Of all parts, in numbers."""
+        return max(part.end for part in self.parts.values())
+
+    def put(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.int32) -> Part:
+        """A part behind all others."""
+        start = -(-max((p.end for p in self.parts.values()), default=0) // ALIGNED) * ALIGNED
+        self.parts[name] = Part(shape, start, dtype)
+        return self.parts[name]
+
+    def put_within(self, name: str, start: int, shape: tuple[int, ...]) -> None:
+        """Another name for some numbers of a part."""
+        self.parts[name] = Part(shape, start, torch.int32)
+
+    def views(self, numbers: Tensor) -> Views:
+        """The parts of a tensor [size], int32. They keep its memory alive, but not the tensor."""
+        numbers = numbers.data
+        return {name: part.of(numbers) for name, part in self.parts.items()}
