@@ -31,7 +31,7 @@ class Options:
         lower: "when_faster" keeps calls that measurements say are slower on cuDNN; "always" lowers all it can.
         autotune: which calls are lowered, and how, is measured when they are compiled (passes/autotune.py), in place of
             the rules. How plans are chosen holds for the whole process.
-        intervals: experimental: masks of few runs of keys for each row, such as packed documents, may run on kernels of
+        intervals: masks of few runs of keys for each row, such as packed documents, may run on kernels of
             cudnn.flex_attention.
         plan_cache_size: how many plans are kept (least recently used first out); each holds some host memory.
         cache: whether plans and verdicts are kept beyond the process, in the cache folder. Like the next two, it holds
@@ -50,7 +50,7 @@ class Options:
     certify: str = "once"
     lower: str = "when_faster"
     autotune: bool = False
-    intervals: bool = False
+    intervals: bool = True
     plan_cache_size: int = 256
     cache: bool = True
     cache_dir: str = ""

@@ -1,13 +1,17 @@
 """Times packed documents with new ids every step, forward and backward: `python3 -m tests.gpu.documents_time [LOG]`.
 
-Knows nothing of right numbers (tests/gpu/test_documents.py). Each row is Inductor's time / ours, medians of interleaved
-steps, milliseconds. A step has new document ids and a new BlockMask of them, and everything that belongs to it counts:
+Knows nothing of right numbers (tests/gpu/test_documents.py). A step has new document ids and a new BlockMask of them,
+and everything that belongs to it counts. Each layer has queries, keys and values of its own; all share the BlockMask.
+Each row is Inductor's milliseconds / ours, medians of interleaved steps, with every call run by intervals:
 
     a layer         a step of one layer, with `create_block_mask`, compiled as torch recommends
-    of 12           the same of twelve layers that share the mask, per layer
-    kernels         twelve layers less one, per layer: what a layer takes by itself
+    of 12           the same of twelve layers, per layer
+    by itself       twelve layers less one, per layer: what a layer takes beside what is done once a step
+    set-up          one layer less that: what is done once a step
+    host            of that one layer's step, until the host is through, with nothing to wait for at its start
+    forward, backward   what the device computes for a layer, and set-up of the step in the forward, by the profiler
 
-and what the host spends on a call of ours, microseconds, by its mean over calls in a row that the GPU is not behind of.
+The last tables are the ratios, with what the rule of passes/speed.py says of each case, and the rows of that rule.
 """
 
 import functools
@@ -16,20 +20,39 @@ import statistics
 import sys
 import time
 import traceback
+from dataclasses import dataclass
 
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.profiler import ProfilerActivity, profile
 
+from cudnn_flex_compile.engine.tile_recording import recording_of
+from cudnn_flex_compile.engine.tiles import Geometry, tiler_of
+from cudnn_flex_compile.passes import speed
 from cudnn_flex_compile.report import collect
+from cudnn_flex_compile.scoremod.masks.intervals import NARROW
 from tests.documents import causal_documents, runs_of
 
-CASES = {  # B, S, H, Hkv, documents
-    "B2 S4096, 16 docs": (2, 4096, 16, 16, 16), "B1 S8192, 8 docs": (1, 8192, 16, 16, 8),
-    "B1 S8192, 32 docs": (1, 8192, 16, 16, 32), "B1 S8192, 128 docs": (1, 8192, 16, 16, 128),
-    "B2 S4096, 16 docs, GQA": (2, 4096, 32, 8, 16), "B1 S8192, 32 docs, GQA": (1, 8192, 32, 8, 32),
+SHAPES = {  # B, S, H, Hkv: numbers of documents. Each shape is compiled once
+    (2, 4096, 16, 16): (16,), (1, 8192, 16, 16): (8, 32, 128), (2, 4096, 32, 8): (16,), (1, 8192, 32, 8): (32,),
+    (1, 16384, 16, 16): (32,),
 }  # fmt: skip
-DIM, WARM_UP, REPEATS, LAYERS = 128, 4, 12, 12
+DIM, LAYERS, WARM_UP, REPEATS, PROFILED = 128, 12, 4, 10, 2
+NAMES = ("inductor", "ours")
+Pair = tuple[float, float]  # Inductor's, and ours
 compiled_mask = functools.cache(lambda: torch.compile(create_block_mask, dynamic=False))
+
+
+@dataclass
+class Times:
+    """Milliseconds of steps of so many layers."""
+
+    step: Pair
+    host: Pair
+    forward: Pair
+    backward: Pair
+    share: float
+    how: str
 
 
 def packed(seed, batch, length, count):
@@ -37,69 +60,161 @@ def packed(seed, batch, length, count):
     return torch.stack([runs_of(count, length, generator) for _ in range(batch)]).cuda()
 
 
-def model(layers):
-    def attend(q, k, v, mask):
-        for _ in range(layers):
-            q = q + flex_attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
-        return q
-
-    return attend
+def model(layers, mask):
+    return [flex_attention(*qkv, block_mask=mask, enable_gqa=qkv[0].shape[1] != qkv[1].shape[1]) for qkv in layers]
 
 
-def functions(layers):
-    torch._dynamo.reset()
-    compiled_mask.cache_clear()
-    how = {"cache": False, "intervals": True, **({"lower": "always"} if layers == 1 else {})}
-    ours = torch.compile(model(layers), backend="cudnn_flex", dynamic=False, options=how)
-    return {"inductor": torch.compile(model(layers), dynamic=False), "ours": ours}
+class Model:
+    """Both ways to run so many layers of one shape."""
 
+    def __init__(self, shape, count):
+        self.batch, self.length, heads, kv_heads = shape
+        self.leaves = [[self.draw(h).requires_grad_() for h in (heads, kv_heads, kv_heads)] for _ in range(count)]
+        self.grads, self.flat = [self.draw(heads) for _ in range(count)], [t for qkv in self.leaves for t in qkv]
+        ours = {"cache": False, "lower": "always"}
+        theirs = torch.compile(model, dynamic=False)
+        self.run = {"inductor": theirs, "ours": torch.compile(model, backend="cudnn_flex", dynamic=False, options=ours)}
 
-def steps(case, layers):
-    """Milliseconds a step of both, and how ours ran."""
-    batch, length, heads, kv_heads, count = case
-    draw = lambda h: torch.randn(batch, length, h, DIM, device="cuda", dtype=torch.bfloat16).transpose(1, 2)  # noqa: E731
-    qkv = [draw(h).requires_grad_() for h in (heads, kv_heads, kv_heads)]
-    grad, compiled = draw(heads), functions(layers)
-    times = {name: [] for name in compiled}
-    with collect() as report:
-        for step in range(WARM_UP + REPEATS):
-            ids = packed(step, batch, length, count)
-            for name, function in compiled.items():
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    def draw(self, heads):
+        return torch.randn(self.batch, self.length, heads, DIM, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+
+    def mask(self, documents, step):
+        ids = packed(step, self.batch, self.length, documents)
+        return functools.partial(
+            compiled_mask(), causal_documents(ids), self.batch, None, self.length, self.length, device="cuda"
+        )
+
+    def timed(self, name, make):
+        """Milliseconds of a step, and of the host in it."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        begin = time.perf_counter()
+        torch.autograd.grad(self.run[name](self.leaves, make()), self.flat, self.grads)
+        host = 1e3 * (time.perf_counter() - begin)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end), host
+
+    def on_device(self, name, mask):
+        """Milliseconds that kernels take in the forward, and in the backward."""
+        found = []
+        for _ in range(PROFILED):
+            with profile(activities=[ProfilerActivity.CUDA]) as forward:
+                outs = self.run[name](self.leaves, mask)
                 torch.cuda.synchronize()
-                start.record()
-                mask = compiled_mask()(causal_documents(ids), batch, None, length, length, device="cuda")
-                torch.autograd.grad(function(*qkv, mask), qkv, grad)
-                end.record()
-                end.synchronize()
-                if step >= WARM_UP:
-                    times[name].append(start.elapsed_time(end))
-    call = next(c for c in report.calls)
-    how = str(call.reason) if call.reason else "+".join(call.strategies)
-    return statistics.median(times["inductor"]), statistics.median(times["ours"]), how
+            with profile(activities=[ProfilerActivity.CUDA]) as backward:
+                torch.autograd.grad(outs, self.flat, self.grads)
+                torch.cuda.synchronize()
+            found.append([kernels_of(p) for p in (forward, backward)])
+        return [min(column) for column in zip(*found, strict=True)]
+
+    def times(self, documents):
+        steps = {name: [] for name in NAMES}
+        with collect() as report:
+            for step in range(WARM_UP + REPEATS):
+                make = self.mask(documents, step)
+                for name in NAMES:
+                    steps[name].append(self.timed(name, make))
+        medians = [[statistics.median(c) for c in zip(*steps[name][WARM_UP:], strict=True)] for name in NAMES]
+        mask = make()
+        device = [self.on_device(name, mask) for name in NAMES]
+        pairs = [tuple(column) for column in zip(*medians, strict=True)] + list(zip(*device, strict=True))
+        how = "as before" if not report.calls else str(report.calls[0].reason or "+".join(report.calls[0].strategies))
+        return Times(*pairs, 1 - mask.sparsity() / 100, how)
 
 
-def measure(name, case, log):
-    one, many = steps(case, 1), steps(case, LAYERS)
-    by_layer = [m / LAYERS for m in many[:2]]
-    alone = [(m - o) / (LAYERS - 1) for m, o in zip(many[:2], one[:2], strict=True)]
-    rows = {"a layer": (*one[:2], one[2]), "of 12": (*by_layer, many[2]), "kernels": (*alone, many[2])}
-    ratios = {}
-    for what, (theirs, ours, how) in rows.items():
-        ratios[what] = theirs / ours
-        print(f"{name}, {what}: {theirs:.3f} / {ours:.3f} ms, {theirs / ours:.2f}x ({how})", file=log, flush=True)
-    return ratios
+def kernels_of(profiled):
+    on_cuda = [e for e in profiled.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(e.self_device_time_total for e in on_cuda) / 1e3
 
 
-def host_times():
+def by_layer(one, many):
+    return tuple((m - o) / (LAYERS - 1) for o, m in zip(one, many, strict=True))
+
+
+def less(one, other):
+    return tuple(a - b for a, b in zip(one, other, strict=True))
+
+
+def measured(name, one, many, log):
+    """All rows of a case."""
+    alone, forward, backward = (
+        by_layer(getattr(one, n), getattr(many, n)) for n in ("step", "forward", "backward")
+    )  # fmt: skip
+    rows = {
+        "a layer": one.step, "of 12": tuple(t / LAYERS for t in many.step), "by itself": alone,
+        "set-up": less(one.step, alone), "host": one.host, "forward": forward, "backward": backward,
+        "set-up, device": less(one.forward, forward),
+    }  # fmt: skip
+    print(f"{name}: {one.share:.1%} of the blocks, {one.how}", file=log, flush=True)
+    for what, (theirs, ours) in rows.items():
+        ratio = f"{theirs / ours:.2f}x" if min(theirs, ours) > 0 else ""
+        print(f"    {what:<16} {theirs:8.3f} / {ours:8.3f} ms  {ratio}", file=log, flush=True)
+    return rows
+
+
+def rule(shape, share, layers):
+    """What passes/speed.py says of so many layers in training: whether they run by intervals."""
+    batch, length = shape[:2]
+    stock, ours = (layers * line.at(tflop(shape, share)) for line in speed.CALLS[True])
+    return stock - ours > speed.SURELY * speed.LIST.at(batch * length**2 / 1e9)
+
+
+def tflop(shape, share):
+    batch, length, heads, _ = shape
+    return 4 * DIM * batch * heads * length**2 * share / 1e12
+
+
+def line(points):
+    """Of least squares, neither falling nor below nothing."""
+    mean_x, mean_y = (statistics.fmean(c) for c in zip(*points, strict=True))
+    spread = sum((x - mean_x) ** 2 for x, _ in points)
+    slope = max(0.0, sum((x - mean_x) * (y - mean_y) for x, y in points) / spread)
+    base = mean_y - slope * mean_x
+    if base < 0:
+        base, slope = 0.0, sum(x * y for x, y in points) / sum(x * x for x, _ in points)
+    return f"Line({base:.3f}, {slope:.2f})"
+
+
+def print_rule(found):
+    """The rows of passes/speed.py, of these measurements."""
+    by_tflop = {name: tflop(shape, share) for name, (shape, share, _) in found.items()}
+
+    def fitted(what, side):
+        return line([(by_tflop[name], rows[what][side]) for name, (_, _, rows) in found.items()])
+
+    print("CALLS = {")
+    for training, what in ((False, "forward"), (True, "by itself")):
+        print(f"    {training}: ({fitted(what, 0)}, {fitted(what, 1)}),")
+    print("}")
+    setups = [(s[0] * s[1] ** 2 / 1e9, rows["set-up"][1] - rows["set-up"][0]) for s, _, rows in found.values()]
+    print(f"LIST = {line(setups)}")
+
+
+def lists(log):
+    """A list by itself, as it is recorded, and as it is not: on the device, and on the host."""
+    for batch, length, heads, kv_heads in SHAPES:
+        geometry = Geometry(batch, heads, kv_heads, length, length, DIM, DIM, 1, True, torch.bfloat16)
+        table = torch.full((1, NARROW, batch * length), length, dtype=torch.int32, device="cuda")
+        table[:, 0], table[:, 1], table[:, 2] = 0, 0, torch.arange(1, batch * length + 1, device="cuda") % length
+        tiler, recording = tiler_of(geometry, 0), recording_of(geometry, 0, torch.cuda.current_stream().cuda_stream)
+        for what, maker in (("recorded", recording), ("not recorded", tiler)):
+            if maker is None:
+                print(f"list, B{batch} S{length}: not recorded", file=log)
+                continue
+            host, device = microseconds(functools.partial(maker.list, table), 20)
+            name = f"list, B{batch} S{length} H{heads}/{kv_heads}, {what}"
+            print(f"{name}: host {host:.0f} us, all {device:.0f} us", file=log, flush=True)
+
+
+def host_times(log):
     """Of a call that is so small that the GPU never keeps the host waiting, and of making its list."""
     from cudnn_flex_compile.kernels import cuda, tiles
 
-    batch, length, kept = 1, 512, {}
-    draw = lambda: torch.randn(batch, length, 2, DIM, device="cuda", dtype=torch.bfloat16).transpose(1, 2)  # noqa: E731
-    qkv, ids = [draw().requires_grad_() for _ in range(3)], packed(0, batch, length, 4)
-    mask = create_block_mask(causal_documents(ids), batch, None, length, length)
-    watched = {"list of tiles": (tiles, "make"), "forward": (cuda, "forward"), "backward": (cuda, "backward")}
+    kept, small = {}, Model((1, 512, 2, 2), 1)
+    watched = {"list of tiles, with a look at it": (tiles, "make"), "forward": (cuda, "forward")}
+    watched["backward"] = (cuda, "backward")
     originals = {name: getattr(*where) for name, where in watched.items()}
 
     def keep(name, *args):
@@ -109,47 +224,66 @@ def host_times():
     try:
         for name, where in watched.items():
             setattr(*where, functools.partial(keep, name))
-        out = functions(1)["ours"](*qkv, mask)
-        torch.autograd.grad(out, qkv, torch.randn_like(out))
+        small.timed("ours", small.mask(4, 0))
     finally:
         for name, where in watched.items():
             setattr(*where, originals[name])
     for name, call in kept.items():
         with torch.no_grad():
-            print(f"host, {name}: {microseconds(call, 50):.0f} us")
+            print(f"host, {name}: {microseconds(call, 50)[0]:.0f} us", file=log, flush=True)
 
 
 def microseconds(call, count):
+    """Of the host, and until the device is through, per call."""
     for _ in range(5):
         call()
     torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(count):
         call()
-    taken = (time.perf_counter() - start) / count * 1e6
+    host = time.perf_counter() - start
     torch.cuda.synchronize()
-    return taken
+    return host / count * 1e6, (time.perf_counter() - start) / count * 1e6
+
+
+def attempt(what, function):
+    """Prints what goes wrong, and goes on."""
+    try:
+        return function()
+    except Exception:
+        print(f"{what}:\n{traceback.format_exc()}", flush=True)
+        return None
+
+
+def cases(shape, counts, log):
+    torch._dynamo.reset()
+    compiled_mask.cache_clear()
+    one, many = (Model(shape, layers) for layers in (1, LAYERS))
+    for count in counts:
+        name = "B{} S{} H{}/{}".format(*shape) + f", {count} docs"
+        times = attempt(name, lambda count=count: (one.times(count), many.times(count)))
+        if times is not None:
+            yield name, (shape, times[0].share, measured(name, *times, log))
 
 
 def main():
     log = open(sys.argv[1], "w") if len(sys.argv) > 1 else sys.stdout  # noqa: SIM115
     found = {}
-    for name, case in CASES.items():
-        try:
-            found[name] = measure(name, case, log)
-        except Exception:
-            print(f"{name}:\n{traceback.format_exc()}", file=log, flush=True)
-    try:
-        host_times()
-    except Exception:
-        traceback.print_exc()
-    print(f"{'Inductor / ours':<24} {'a layer':>8} {'of 12':>8} {'kernels':>8}")
-    for name, ratios in found.items():
-        print(f"{name:<24} " + " ".join(f"{ratio:8.2f}" for ratio in ratios.values()))
+    for shape, counts in SHAPES.items():
+        found |= dict(attempt(str(shape), lambda shape=shape, counts=counts: list(cases(shape, counts, log))) or ())
+    attempt("lists", lambda: lists(log))
+    attempt("host", lambda: host_times(log))
+    columns = ("a layer", "of 12", "by itself", "forward", "backward")
+    print(f"{'Inductor / ours':<26} " + " ".join(f"{c:>9}" for c in columns) + "  by rule: one, twelve")
+    ratios = {name: [rows[c][0] / rows[c][1] for c in columns] for name, (_, _, rows) in found.items()}
+    for name, row in ratios.items():
+        shape, share, _ = found[name]
+        run = ", ".join("intervals" if rule(shape, share, n) else "kept" for n in (1, LAYERS))
+        print(f"{name:<26} " + " ".join(f"{ratio:9.2f}" for ratio in row) + f"  {run}")
     if found:
-        columns = zip(*(ratios.values() for ratios in found.values()), strict=True)
-        means = [math.exp(statistics.fmean(map(math.log, column))) for column in columns]
-        print(f"{'geometric mean':<24} " + " ".join(f"{mean:8.2f}" for mean in means))
+        means = [math.exp(statistics.fmean(map(math.log, column))) for column in zip(*ratios.values(), strict=True)]
+        print(f"{'geometric mean':<26} " + " ".join(f"{mean:9.2f}" for mean in means))
+        print_rule(found)
 
 
 if __name__ == "__main__":
