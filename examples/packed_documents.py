@@ -97,19 +97,18 @@ def packed(files: list[bytes], length: int, longest: int, order: random.Random) 
     return tokens, targets, documents
 
 
-def train(args: argparse.Namespace, device: str) -> tuple[list[float], list[float], int]:
-    """Losses, milliseconds of each step, and how many graphs were compiled after the warm-up."""
+def train(args: argparse.Namespace, device: str) -> tuple[list[float], list[float], list[int]]:
+    """Losses, milliseconds of each step, and how many graphs were compiled and plans built after the warm-up."""
     torch.manual_seed(args.seed)
     model = GPT(args).to(device)
-    options = {"options": {"intervals": True}} if args.backend == "cudnn_flex" else {}
-    compiled = torch.compile(model, backend=args.backend, dynamic=False, **options)
+    compiled = torch.compile(model, backend=args.backend, dynamic=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
     losses: list[Tensor] = []
     clock = [torch.cuda.Event(enable_timing=True) for _ in range(args.steps + 1)]
-    compiled_before = 0
+    before = made()
     for step, (tokens, targets, documents) in zip(range(args.steps), batches(args, device), strict=False):
         if step == WARM_UP:
-            compiled_before = graphs_compiled()
+            before = made()
         clock[step].record()
         mask = mask_of(documents)
         with torch.autocast(device, torch.bfloat16):
@@ -123,11 +122,12 @@ def train(args: argparse.Namespace, device: str) -> tuple[list[float], list[floa
     clock[-1].record()
     torch.cuda.synchronize()
     times = [start.elapsed_time(end) for start, end in pairwise(clock)]
-    return torch.stack(losses).tolist(), times, graphs_compiled() - compiled_before
+    return torch.stack(losses).tolist(), times, [now - then for now, then in zip(made(), before, strict=True)]
 
 
-def graphs_compiled() -> int:
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+def made() -> tuple[int, int]:
+    """Graphs compiled, and plans built."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"], cudnn_flex_compile.cache_info().builds
 
 
 def parse() -> argparse.Namespace:
@@ -151,13 +151,14 @@ def main() -> int:
         print("packed_documents.py needs an NVIDIA GPU: flex_attention has no backward on the CPU", file=sys.stderr)
         return 2
     with cudnn_flex_compile.collect() as report:
-        losses, times, compiled = train(args, "cuda")
+        losses, times, (graphs, plans) = train(args, "cuda")
     if args.csv:
         with args.csv.open("w", newline="") as file:
             csv.writer(file).writerows([("step", "loss"), *enumerate(losses)])
     step = statistics.median(times[WARM_UP:] or times)
     print(f"{args.backend}: loss {losses[0]:.4f} -> {losses[-1]:.4f}, median step {step:.2f} ms,", end=" ")
-    print(f"{1000 * args.batch * args.length / step:,.0f} tokens/s, {compiled} graphs compiled after the warm-up")
+    print(f"{1000 * args.batch * args.length / step:,.0f} tokens/s,", end=" ")
+    print(f"after the warm-up {graphs} graphs compiled, {plans} plans built")
     if args.backend == "cudnn_flex":
         print(report if report.kept else report.summary)
     return 0

@@ -79,9 +79,9 @@ class Line:
         return self.base + self.slope * units
 
 
-# What a call takes, by the TFLOP of one forward on the blocks that its BlockMask lists, and what a list of tiles takes a
-# step more than Inductor does, by 10^9 pairs of the mask. DOCUMENTS prints these rows as it measured them.
-# training: Inductor's kernel, interval kernels
+# What a call takes, without and with its backward, on Inductor's kernel and on interval kernels, by the TFLOP of one
+# forward on the blocks that its BlockMask lists; and what a list of tiles adds to a step, by 10^9 pairs of the mask.
+# Estimates so far; DOCUMENTS prints these lines as it measures them.
 CALLS = {
     False: (Line(0.04, 3.0), Line(0.04, 1.1)),
     True: (Line(0.12, 11.3), Line(0.21, 4.8)),
