@@ -5,7 +5,7 @@ Knows nothing of how calls are lowered.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.fx import GraphModule
 
@@ -14,9 +14,6 @@ from cudnn_flex_compile.inner import compile_inner
 from cudnn_flex_compile.phases import phase
 from cudnn_flex_compile.report import CallReport, publish
 from cudnn_flex_compile.scoremod.text import infix
-
-if TYPE_CHECKING:
-    from cudnn_flex_compile.passes.block_mask import InputCheck
 
 log = logging.getLogger("cudnn_flex_compile")
 
@@ -42,6 +39,7 @@ def cudnn_flex(
     from cudnn_flex_compile.engine.ready import plans
     from cudnn_flex_compile.engine.select import set_policy
     from cudnn_flex_compile.engine.verdicts import use_folder
+    from cudnn_flex_compile.kernels.later import looking_last
     from cudnn_flex_compile.passes.lower_calls import lower_calls
 
     chosen = options_from(options, mode)
@@ -56,18 +54,15 @@ def cudnn_flex(
     _log(lowered.calls, chosen)
     with phase("inner"):
         compiled = compile_inner(graph_module, example_inputs, chosen)
-    return _checked(compiled, lowered.checks) if lowered.checks else compiled
-
-
-def _checked(compiled: Callable[..., Any], checks: "list[InputCheck]") -> Callable[..., Any]:
-    """The compiled graph, with its BlockMasks compared with their mask_mods first."""
+    if not lowered.checked:
+        return compiled
 
     def run(*inputs: Any) -> Any:
-        for check in checks:
+        for check in lowered.checks:
             check(inputs)
         return compiled(*inputs)
 
-    return run
+    return looking_last(run if lowered.checks else compiled)
 
 
 def _log(calls: list[CallReport], options: Options) -> None:

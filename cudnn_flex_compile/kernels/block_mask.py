@@ -1,70 +1,19 @@
 """Compares the blocks that a BlockMask lists with the mask program: the BlockMask contract.
 
-Knows nothing of plans. Stock flex_attention computes nothing in an omitted block and no mask in a "full" one; the
-plans compute the mask everywhere. Both agree if no omitted block has a visible pair and no full one a hidden
-pair; blocks that are listed needlessly do no harm.
+Knows nothing of plans, nor of when to compare (contract.py). Stock flex_attention computes nothing in an omitted block
+and no mask in a "full" one; the plans compute the mask everywhere. Both agree if no omitted block has a visible pair
+and no full one a hidden pair; blocks that are listed needlessly do no harm.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
 from cudnn_flex_compile.scoremod.interpret import visible_rows
 from cudnn_flex_compile.scoremod.ir import TRUE, Program
 from cudnn_flex_compile.scoremod.masks.form import split
-from cudnn_flex_compile.scoremod.text import parse
-
-MISMATCH = (
-    "cudnn_flex: the BlockMask's blocks do not agree with its mask_mod: a block that the mask_mod leaves visible is"
-    " omitted, or a block listed as full has masked pairs. Build it with create_block_mask from the same mask_mod, or"
-    " compile again (torch.compiler.reset()) with this BlockMask, whose calls are then kept on the inner backend."
-)
-# What each kv_indices tensor was last found to agree with; one that is freed takes its entries with it.
-_agreed = WeakIdKeyDictionary()  # to dictionaries of verdicts, by question
-
-
-def check(
-    blocks: Sequence[Tensor], operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor],
-    program: str, sizes: Sequence[int], block_sizes: Sequence[int],
-) -> None:  # fmt: skip
-    """Raises RuntimeError on a mismatch; under CUDA graph capture, asserts on the device at every replay.
-
-    Args:
-        blocks: kv_num_blocks and kv_indices alone; these and q_num_blocks, q_indices; or the pairs of kv_*,
-            full_kv_*, q_* and full_q_*.
-        operands, ints, floats, program: as the attention op takes them; only the mask is evaluated.
-        sizes: of b, h, q, k. block_sizes: of q, k.
-    """
-    capturing = blocks[0].is_cuda and torch.cuda.is_current_stream_capturing()
-    if capturing:
-        torch._assert_async(agree(blocks, operands, ints, floats, parse(program), sizes, block_sizes))
-        return
-    known: dict[tuple[Any, ...], Verdict] = _agreed.setdefault(blocks[1], {})  # pyright: ignore[reportAssignmentType]
-    question = (program, len(blocks), *sizes, *block_sizes)
-    if question in known and known[question].holds(blocks, ints):
-        return
-    if not bool(agree(blocks, operands, ints, floats, parse(program), sizes, block_sizes)):
-        raise RuntimeError(MISMATCH)
-    if not (operands or floats or any(t.is_inference() for t in blocks)):
-        known[question] = Verdict([(TensorWeakRef(t), t._version) for t in blocks], tuple(ints))
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """Which tensors, as they were, agreed under which integers. A freed tensor's address may be another's: none
-    is known by it.
-    """
-
-    tensors: list[tuple[TensorWeakRef, int]]
-    ints: tuple[int, ...]
-
-    def holds(self, blocks: Sequence[Tensor], ints: Sequence[int]) -> bool:
-        known = zip(self.tensors, blocks, strict=True)
-        return tuple(ints) == self.ints and all(ref() is t and version == t._version for (ref, version), t in known)
 
 
 def agree(

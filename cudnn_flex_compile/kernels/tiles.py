@@ -15,7 +15,8 @@ from torch import Tensor
 
 from cudnn_flex_compile.engine.tile_recording import recording_of
 from cudnn_flex_compile.engine.tiles import Geometry, Tiler, tiler_of
-from cudnn_flex_compile.kernels.block_mask import MISMATCH, agree_with_endpoints, check
+from cudnn_flex_compile.kernels.block_mask import agree_with_endpoints
+from cudnn_flex_compile.kernels.contract import MISMATCH, check
 from cudnn_flex_compile.scoremod.interpret import visible_rows
 from cudnn_flex_compile.scoremod.masks.intervals import every_endpoint
 from cudnn_flex_compile.scoremod.text import parse

@@ -42,10 +42,12 @@ def _check_block_mask(
     blocks: list[Tensor], operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str,
     sizes: list[int], block_sizes: list[int],
 ) -> Tensor:  # fmt: skip
-    """An empty tensor, for attention to depend on. Raises RuntimeError where blocks and program disagree."""
-    from cudnn_flex_compile.kernels import block_mask
+    """An empty tensor, for attention to depend on. Raises RuntimeError where blocks and program disagree: at the end of
+    the compiled graph, if it is part of one.
+    """
+    from cudnn_flex_compile.kernels import contract
 
-    block_mask.check(blocks, operands, ints, floats, program, sizes, block_sizes)
+    contract.check(blocks, operands, ints, floats, program, sizes, block_sizes)
     return blocks[0].new_empty(0, dtype=torch.int32)
 
 

@@ -3,7 +3,7 @@
 Knows nothing of the comparison itself (kernels/block_mask.py).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,44 +58,62 @@ def _sizes(call: Call) -> list[int]:
     return [hint(n) for n in (*query.shape[:3], key.shape[2])]
 
 
-@dataclass(slots=True)
 class InputCheck:
     """The check of one BlockMask that is an input of the graph, like all that its mask_mod captured: a few identity
     tests a step. It keeps the tensors that it saw last, so that no other one can have the identity of one of them.
 
-    Attributes:
+    Args:
         blocks, captured: positions among the graph's inputs.
         operands: computes the mask's operands from the captured tensors.
-        arguments: of kernels.block_mask.check, after the operands.
+        question: what an answer holds for, beside these tensors.
+        arguments: of kernels.block_mask.agree, after the operands.
     """
 
-    blocks: tuple[int, ...]
-    captured: tuple[int, ...]
-    operands: Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]
-    arguments: tuple[Any, ...]
-    _seen: tuple[tuple[int, torch.Tensor, int], ...] = ()
+    def __init__(
+        self,
+        blocks: tuple[int, ...],
+        captured: tuple[int, ...],
+        operands: Callable[[Sequence[torch.Tensor]], list[torch.Tensor]],
+        question: Hashable,
+        arguments: tuple[Any, ...],
+    ) -> None:
+        from cudnn_flex_compile.kernels.block_mask import agree
+        from cudnn_flex_compile.kernels.repeated import Repeated
+
+        def compare(*tensors: torch.Tensor) -> torch.Tensor:
+            return agree(tensors[: len(blocks)], operands(tensors[len(blocks) :]), *arguments)
+
+        self._blocks, self._captured, self._question = blocks, captured, question
+        self._compare = Repeated(compare)
+        self._seen: tuple[tuple[int, torch.Tensor, int], ...] = ()
 
     def __call__(self, inputs: Sequence[Any]) -> None:
-        """Raises RuntimeError if the tensors are others than last time and do not agree with the mask.
+        """Raises RuntimeError if the tensors are others than last time and do not agree with the mask, when the graph
+        has run (kernels/later.py).
 
         Fake ones, on which DDP's optimizer runs each of its graphs once, have nothing that could be compared.
         """
-        if isinstance(inputs[self.blocks[0]], FakeTensor):
+        first = inputs[self._blocks[0]]
+        if isinstance(first, FakeTensor):
             return
-        capturing = inputs[self.blocks[0]].is_cuda and torch.cuda.is_current_stream_capturing()
+        capturing = first.is_cuda and torch.cuda.is_current_stream_capturing()
         if self._seen and not capturing:
             for position, tensor, version in self._seen:
                 if inputs[position] is not tensor or tensor._version != version:
                     break
             else:
                 return
-        from cudnn_flex_compile.kernels.block_mask import check
+        from cudnn_flex_compile.kernels.contract import hold
 
-        with torch.no_grad():
-            check([inputs[i] for i in self.blocks], self.operands([inputs[i] for i in self.captured]), *self.arguments)
-        tensors = [(i, inputs[i]) for i in (*self.blocks, *self.captured)]
-        if not capturing and not any(t.is_inference() for _, t in tensors):
-            self._seen = tuple((i, t, t._version) for i, t in tensors)
+        blocks, captured = [inputs[i] for i in self._blocks], [inputs[i] for i in self._captured]
+        versioned = not any(t.is_inference() for t in (*blocks, *captured))
+        positions = (*self._blocks, *self._captured)
+        seen = tuple((i, inputs[i], inputs[i]._version) for i in positions) if versioned else ()
+
+        def remember() -> None:
+            self._seen = seen
+
+        hold(blocks, captured, self._question, lambda: self._compare(*blocks, *captured), remember)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +157,7 @@ class Guards:
         self._writer = writer
         self._written: dict[tuple[Any, ...], Node | None] = {}
         self.outside: list[InputCheck] = []
+        self.inside = False  # whether any check is in the graph
 
     def forget(self) -> None:
         """Checks anew from now on."""
@@ -175,8 +194,10 @@ class Guards:
             return [operand_value(part, by_leaf.__getitem__, tuple(sizes), device) for part in mask.hoisted]
 
         positions = [self._positions[n] for n in nodes]
-        arguments = ([], [], text(mask.program), sizes, list(call.block_sizes))
-        return InputCheck(tuple(positions[: len(blocks)]), tuple(positions[len(blocks) :]), operands, arguments)
+        question = (text(mask.program), *mask.hoisted, *sizes, *call.block_sizes)
+        arguments = ([], [], mask.program, sizes, list(call.block_sizes))
+        of_blocks, of_captured = tuple(positions[: len(blocks)]), tuple(positions[len(blocks) :])
+        return InputCheck(of_blocks, of_captured, operands, question, arguments)
 
     def _inside(self, call: Call, mask: MaskProgram, shapes: list[Any]) -> Node:
         kinds = {n.dtype for n in ir.walk(mask.program.mask) if n.kind == "scalar"}
@@ -191,6 +212,7 @@ class Guards:
             ]
             arguments = (present(call), operands, ints, floats, text(mask.program), sizes, list(call.block_sizes))
             node = graph.call_function(ops.check_block_mask, arguments)
+        self.inside = True
         node.meta["example_value"] = example(call.query).new_empty((0,), dtype=torch.int32)
         return node
 

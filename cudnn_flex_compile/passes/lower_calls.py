@@ -59,10 +59,17 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class Lowered:
-    """calls: one report a call, in order. checks: what to call with the graph's inputs before every run."""
+    """What was done to a graph.
+
+    Attributes:
+        calls: one report a call, in order.
+        checks: what to call with the graph's inputs before every run.
+        checked: whether a run checks anything, in the graph or outside.
+    """
 
     calls: list[CallReport]
     checks: list[block_mask.InputCheck]
+    checked: bool
 
 
 def lower_calls(
@@ -98,7 +105,7 @@ def lower_calls(
         prune(module.graph, live.get(module.graph, set()))
         module.graph.lint()
         module.recompile()
-    return Lowered(reports, context.guards.outside)
+    return Lowered(reports, guards.outside, bool(guards.outside) or guards.inside)
 
 
 def _mask_of(call: Call) -> Hashable:

@@ -137,13 +137,13 @@ def refusal():
 @pytest.fixture
 def comparisons(monkeypatch):
     """One entry for each comparison of blocks with a mask program at run time."""
-    from cudnn_flex_compile.kernels import block_mask
+    from cudnn_flex_compile.kernels import contract
 
-    seen, check = [], block_mask.check
+    seen, hold = [], contract.hold
 
     def counted(blocks, *rest):
         seen.append(blocks)
-        check(blocks, *rest)
+        hold(blocks, *rest)
 
-    monkeypatch.setattr(block_mask, "check", counted)
+    monkeypatch.setattr(contract, "hold", counted)
     return seen

@@ -8,6 +8,7 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile.bench.mods import causal
+from cudnn_flex_compile.kernels import repeated
 from cudnn_flex_compile.report import collect
 from tests.compile.block_masks import (
     attend,
@@ -235,3 +236,26 @@ def test_made_in_the_graph(name, comparisons):
             seen.append(len(comparisons))
     assert code_of(report.calls) is None
     assert seen == [ONCE_A_STEP[name] * n for n in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("captured", [False, True], ids=["causal", "lengths"])
+def test_new_block_masks_at_every_step_are_compared_by_a_compiled_function(captured, monkeypatch):
+    layouts, compile = [], repeated.Repeated._compile
+    monkeypatch.setattr(repeated, "_pays", lambda tensor: True)
+    monkeypatch.setattr(repeated.Repeated, "_compile", lambda *a: layouts.append(1) or compile(*a))
+
+    def mask_of(step):
+        lengths = torch.tensor([150 - step, 30 + step])
+        return padding_mask(lengths) if captured else created()
+
+    steps = [(*inputs(mask), mask) for mask in map(mask_of, range(repeated.EAGER + 4))]
+    run = compiled(attend)
+    for args in steps:
+        close(run(*args), attend(*args))
+    wrong = mask_of(0)
+    wrong.kv_num_blocks.zero_()
+    for _ in range(2):
+        with refusal():
+            run(*steps[0][:3], wrong)
+    run(*steps[1])
+    assert len(layouts) == 1

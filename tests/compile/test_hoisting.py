@@ -8,7 +8,7 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile import ops
-from cudnn_flex_compile.kernels import block_mask
+from cudnn_flex_compile.kernels import contract
 from cudnn_flex_compile.passes import lower_calls
 from cudnn_flex_compile.reasons import Code
 from tests.compile.test_backend import close, draw, fresh, qkv, run
@@ -121,7 +121,7 @@ def test_a_rewrite_that_fails_leaves_the_call_as_it_was(monkeypatch, step):
 
     monkeypatch.setattr(lower_calls, step, fails_once)
     checked = []
-    monkeypatch.setattr(block_mask, "check", lambda *arguments: checked.append(arguments))
+    monkeypatch.setattr(contract, "hold", lambda *arguments: checked.append(arguments))
 
     def model(q, k, v):
         q = flex_attention(q, k, v, relative, mask) + 1

@@ -10,6 +10,7 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile.bench.mods import causal, causal_padding, sliding, softcap
+from cudnn_flex_compile.kernels.repeated import EAGER
 from cudnn_flex_compile.report import collect
 from tests.gpu.test_behaviour import assert_right, compiled, draw, fresh  # noqa: F401
 
@@ -55,9 +56,15 @@ def test_another_mask_mod_recompiles():
 def test_a_new_block_mask_each_step():
     qkv, function = inputs(), compiled(attend)
     with collect() as report:
-        for block in [128] * 5:
-            assert_right(function(*qkv, mask_of(causal, block=block)), qkv, None, causal)
+        for _ in range(EAGER + 3):
+            assert_right(function(*qkv, mask_of(causal)), qkv, None, causal)
     assert len(report.lowered) == len(report.calls) == 1
+    mask = mask_of(causal)
+    with no_synchronisation():  # the host waits for one number alone
+        function(*qkv, mask)
+    with pytest.raises(RuntimeError, match="do not agree"):
+        function(*qkv, _foreign(mask_of(causal)))
+    assert_right(function(*qkv, mask_of(causal)), qkv, None, causal)
 
 
 def _zeroed(mask):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
-from cudnn_flex_compile.kernels import block_mask
-from cudnn_flex_compile.kernels.block_mask import check
+from cudnn_flex_compile.kernels import contract
+from cudnn_flex_compile.kernels.contract import check
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.text import text
 
@@ -18,7 +18,7 @@ from .blocks import CAUSAL, compiled, from_pattern, stock, tensors_of
 
 @pytest.fixture(autouse=True)
 def _forget() -> None:
-    block_mask._agreed.clear()
+    contract._agreed.clear()
 
 
 def checked(mask: BlockMask, name: str, sizes=(1, 1, 256, 256), block=(128, 128)) -> None:
@@ -46,8 +46,8 @@ def _nothing(name: str):
 
 def test_a_verdict_is_remembered_for_the_same_tensors_only(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    real = block_mask.agree
-    monkeypatch.setattr(block_mask, "agree", lambda *a: calls.append(1) or real(*a))
+    real = contract.agree
+    monkeypatch.setattr(contract, "agree", lambda *a: calls.append(1) or real(*a))
     mask = stock("causal", (1, 1, 256, 256), (128, 128))
     for _ in range(3):
         checked(mask, "causal")
@@ -94,10 +94,10 @@ def test_other_block_sizes_are_another_question() -> None:
 def test_freed_block_masks_are_forgotten() -> None:
     mask = stock("causal", (1, 1, 256, 256), (128, 128))
     checked(mask, "causal")
-    assert len(block_mask._agreed) == 1
+    assert len(contract._agreed) == 1
     del mask
     gc.collect()
-    assert len(block_mask._agreed) == 0
+    assert len(contract._agreed) == 0
 
 
 def test_numbers_and_lengths_of_the_step_count() -> None:

@@ -1,0 +1,88 @@
+"""Holds BlockMasks to their contract at every step: what was compared already, and when the host looks at the result.
+
+Knows nothing of the comparison itself (block_mask.py).
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
+
+from cudnn_flex_compile.kernels.block_mask import agree
+from cudnn_flex_compile.kernels.later import Reading, later
+from cudnn_flex_compile.scoremod.text import parse
+
+MISMATCH = (
+    "cudnn_flex: the BlockMask's blocks do not agree with its mask_mod: a block that the mask_mod leaves visible is"
+    " omitted, or a block listed as full has masked pairs. Build it with create_block_mask from the same mask_mod, or"
+    " compile again (torch.compiler.reset()) with this BlockMask, whose calls are then kept on the inner backend."
+)
+# What each kv_indices tensor was last found to agree with; one that is freed takes its entries with it.
+_agreed = WeakIdKeyDictionary()  # to dictionaries of what _identity gave, by question
+
+
+def check(
+    blocks: Sequence[Tensor], operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor],
+    program: str, sizes: Sequence[int], block_sizes: Sequence[int],
+) -> None:  # fmt: skip
+    """Compares the blocks with a program, unless it is known that they agree.
+
+    Args:
+        blocks: kv_num_blocks and kv_indices alone; these and q_num_blocks, q_indices; or the pairs of kv_*,
+            full_kv_*, q_* and full_q_*.
+        operands, ints, floats, program: as the attention op takes them; only the mask is evaluated.
+        sizes: of b, h, q, k. block_sizes: of q, k.
+
+    Raises:
+        RuntimeError: a mismatch, at the end of the compiled graph (later.py); under CUDA graph capture, an assertion
+            of the device at every replay.
+    """
+    question = None if operands or floats else (program, *sizes, *block_sizes, *ints)
+    hold(blocks, (), question, lambda: agree(blocks, operands, ints, floats, parse(program), sizes, block_sizes))
+
+
+def hold(
+    blocks: Sequence[Tensor], captured: Sequence[Tensor], question: Hashable, compare: Callable[[], Tensor],
+    agreed: Callable[[], None] = lambda: None,
+) -> None:  # fmt: skip
+    """The same for any comparison.
+
+    Args:
+        blocks: the tensors of the BlockMask. captured: what else is compared, beside constants.
+        question: what the answer holds for, beside these tensors; None if it can't be remembered.
+        compare: gives a boolean, 0-d, on their device.
+        agreed: called once it is known that they agree; never under CUDA graph capture.
+    """
+    if blocks[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        torch._assert_async(compare())
+        return
+    tensors = (*blocks, *captured)
+    known: dict[Hashable, Any] = _agreed.setdefault(blocks[1], {})  # pyright: ignore[reportAssignmentType]
+    lasting = question is not None and not any(t.is_inference() for t in tensors)  # their versions are not counted
+    if lasting and question in known and _unchanged(known[question], tensors):
+        agreed()
+        return
+    identity = _identity(tensors) if lasting else None
+    reading = Reading(compare())
+
+    def look() -> None:
+        if not reading():
+            raise RuntimeError(MISMATCH)
+        if identity is not None:
+            known[question] = identity
+            agreed()
+
+    later(look)
+
+
+Identity = list[tuple[TensorWeakRef, int]]  # a freed tensor's address may be another's: none is known by it
+
+
+def _identity(tensors: Sequence[Tensor]) -> Identity:
+    return [(TensorWeakRef(t), t._version) for t in tensors]
+
+
+def _unchanged(identity: Identity, tensors: Sequence[Tensor]) -> bool:
+    return all(ref() is t and version == t._version for (ref, version), t in zip(identity, tensors, strict=True))

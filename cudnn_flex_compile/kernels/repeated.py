@@ -1,0 +1,60 @@
+"""Compiles what is computed over and over on a GPU.
+
+Knows nothing of what that is.
+"""
+
+import logging
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+log = logging.getLogger("cudnn_flex_compile")
+EAGER = 2  # calls on a GPU before there is reason to think that more will come
+
+
+def _pays(tensor: Tensor) -> bool:
+    return tensor.is_cuda and not torch.cuda.is_current_stream_capturing()
+
+
+class Repeated:
+    """A function of tensors, without gradients, on a GPU by Inductor from its third call on.
+
+    Compiling takes about a second, and saves the host some microseconds of every torch op. It is compiled for each
+    layout of its inputs; what can't be compiled runs as it is.
+    """
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self._function = function
+        self._calls = 0
+        self._compiled: dict[Hashable, Callable[..., Any]] = {}
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        self._calls += 1
+        if self._calls <= EAGER or not _pays(tensors[0]):
+            with torch.no_grad():
+                return self._function(*tensors)
+        layout = tuple([(t.shape, t.stride()) for t in tensors])
+        compiled = self._compiled.get(layout)
+        if compiled is None:
+            compiled = self._compiled[layout] = self._compile(tensors)
+        return compiled(*tensors)
+
+    def _compile(self, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
+        from torch._inductor.compile_fx import compile_fx
+
+        try:
+            with torch.no_grad():
+                compiled: Any = compile_fx(make_fx(self._function)(*tensors), list(tensors))
+                compiled(*tensors)  # Inductor's kernels are made in the first call
+        except Exception:
+            log.debug("cudnn_flex: a function that is called at every step can't be compiled", exc_info=True)
+            return self._function
+
+        def run(*tensors: Tensor) -> Any:
+            with torch.no_grad():
+                return compiled(*tensors)
+
+        return run
