@@ -21,6 +21,7 @@ log = logging.getLogger("cudnn_flex_compile")
 class Recording:
     """Of tables of NARROW endpoints a row."""
 
+    @torch.inference_mode(False)  # what is made in it could not be written to outside
     def __init__(self, tiler: Tiler, device: torch.device) -> None:
         """On the current stream, which must not be capturing. Raises what CUDA says where it does not record."""
         g = tiler.geometry

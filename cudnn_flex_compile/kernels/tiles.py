@@ -17,6 +17,7 @@ from cudnn_flex_compile.engine.tile_recording import recording_of
 from cudnn_flex_compile.engine.tiles import Geometry, Tiler, tiler_of
 from cudnn_flex_compile.kernels.block_mask import agree_with_endpoints
 from cudnn_flex_compile.kernels.contract import MISMATCH, check
+from cudnn_flex_compile.kernels.later import Reading
 from cudnn_flex_compile.scoremod.interpret import visible_rows
 from cudnn_flex_compile.scoremod.masks.intervals import every_endpoint
 from cudnn_flex_compile.scoremod.text import parse
@@ -34,7 +35,7 @@ def make(
     Args:
         table: endpoints of rows (scoremod/masks/intervals.py).
         found: how many a row has at most, and, under a BlockMask, whether that agrees with the table; int32, [1 or 2].
-        blocks, block_sizes: of the BlockMask, as kernels.block_mask.check takes them.
+        blocks, block_sizes: of the BlockMask, as kernels.contract.check takes them.
         operands, ints, floats, program: of the mask.
 
     Raises:
@@ -49,7 +50,7 @@ def make(
     if torch.cuda.is_current_stream_capturing():
         log.warning("cudnn_flex: a mask's tiles are listed under CUDA graph capture, for any mask, which is slow")
         return _captured(tiler, all_endpoints(geometry.columns), blocks, block_sizes)
-    numbers = _Read(found)
+    numbers = Reading(found)
     recording = recording_of(geometry, table.device.index, torch.cuda.current_stream().cuda_stream)
     tiles = (recording or tiler).list(table)
     count, *right = numbers()
@@ -80,17 +81,3 @@ def _captured(tiler: Tiler, table: Tensor, blocks: Sequence[Tensor], block_sizes
     if blocks:
         torch._assert_async(agree_with_endpoints(blocks, table, tiler.geometry.sizes, block_sizes))
     return tiler.list(table)
-
-
-class _Read:
-    """Numbers of the device, read without waiting for what is enqueued after them."""
-
-    def __init__(self, numbers: Tensor) -> None:
-        self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-        self._host.copy_(numbers, non_blocking=True)
-        self._there = torch.cuda.Event()
-        self._there.record()
-
-    def __call__(self) -> list[int]:
-        self._there.synchronize()
-        return self._host.tolist()

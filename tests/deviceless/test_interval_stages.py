@@ -5,6 +5,7 @@ The compiler wants to know for which device it compiles, before it is imported.
 """
 
 import collections
+import contextlib
 import gc
 import itertools
 import os
@@ -147,23 +148,45 @@ class Counted(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_a_recorded_list_is_three_launches(geometry, counts):
-    class Graph:
-        replays = 0
+class Stream:
+    def wait_stream(self, other):
+        pass
 
-        def replay(self):
-            self.replays += 1
 
-    tiler = tiles.Tiler(geometry)
-    recording = object.__new__(tile_recording.Recording)
-    recording._lock, recording._graph = tile_recording.new_lock(), Graph()
+class Graph:
+    """Not on a GPU, nothing is recorded, and nothing replayed."""
+
+    replays = 0
+
+    def capture_begin(self, capture_error_mode):
+        assert capture_error_mode == "thread_local"
+
+    def capture_end(self):
+        pass
+
+    def replay(self):
+        self.replays += 1
+
+
+@pytest.fixture
+def without_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_recorded_list_is_three_launches(geometry, counts, without_cuda, inference):
+    with torch.inference_mode(inference):
+        recording = tile_recording.Recording(tiles.Tiler(geometry), torch.device("cpu"))
+    assert len(counts) == 2 * 5
     table = torch.full((1, 3, geometry.batch * geometry.rows), 7, dtype=torch.int32)
-    recording._draft = tiler.draft(torch.zeros_like(table))
     with Counted() as counted:
         listed = recording.list(table)
     assert counted.ops == {"copy_": 1, "clone": 1}
     assert recording._graph.replays == 1
-    assert not counts
+    assert len(counts) == 2 * 5
     assert torch.equal(recording._draft.table, table)
     assert listed.data_ptr() != recording._draft.tiles.data_ptr()
 
