@@ -16,6 +16,7 @@ from cudnn_flex_compile.locks import new_lock
 from cudnn_flex_compile.scoremod.masks.intervals import NARROW
 
 log = logging.getLogger("cudnn_flex_compile")
+LARGEST = 2**25  # numbers of 4 bytes: with a longer list, the device takes longer than the host
 
 
 class Recording:
@@ -47,11 +48,16 @@ class Recording:
             return self._draft.tiles.clone()
 
 
-@functools.lru_cache(16)
+@functools.lru_cache(8)
 def recording_of(geometry: Geometry, device: int, stream: int) -> Recording | None:
-    """The one of a geometry for a device and a stream, which must be the current ones; None where CUDA records none."""
+    """The one of a geometry for a device and a stream, which must be the current ones; None for lists that are too
+    large to be kept twice, and where CUDA records none.
+    """
+    tiler = tiler_of(geometry, device)
+    if tiler.size > LARGEST:
+        return None
     try:
-        return Recording(tiler_of(geometry, device), torch.device("cuda", device))
+        return Recording(tiler, torch.device("cuda", device))
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:

@@ -210,3 +210,12 @@ def test_what_cuda_does_not_record_is_listed_without(geometry, monkeypatch, capl
     assert tile_recording.recording_of(geometry, 0, 0) is None
     assert "not recorded" in caplog.text
     tile_recording.recording_of.cache_clear()
+
+
+def test_a_large_list_is_not_recorded(geometry, monkeypatch):
+    monkeypatch.setattr(tile_recording, "Recording", lambda tiler, device: "recorded")
+    tile_recording.recording_of.cache_clear()
+    long, longer = (replace(geometry, batch=1, rows=n, columns=n) for n in (2**14, 2**15))
+    assert tile_recording.recording_of(long, 0, 0) == "recorded"
+    assert tile_recording.recording_of(longer, 0, 0) is None
+    tile_recording.recording_of.cache_clear()
