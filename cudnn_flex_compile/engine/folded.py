@@ -3,8 +3,9 @@
 Knows nothing of how plans are built. cuDNN computes delta = dO . O for each row, and with it P * (dP - delta), the
 gradient of the modified score; with a gradient of the log-sum-exp that is P * (dP - delta + dLSE). With
 O' = O - dO * dLSE / |dO|^2, delta is delta - dLSE, and dP and dV, which do not read O, are what they were. So this
-takes any plan, at the cost of one pass over O and dO. Where a row of dO is zero, dO' has one tiny entry instead, which
-leaves dP and dV what they were to 2**-100. O' may be large, which bfloat16 holds and float16 does not.
+takes any plan, at the cost of one pass over O and dO. Where a row of dO is zero, dO' has one tiny entry instead, in
+column 0, which leaves dP what it was to 2**-100; what that column of dV may have of such entries is taken for zero, so
+that of a loss of the log-sum-exp alone dV is zero. O' may be large, which bfloat16 holds and float16 does not.
 
 Rounding O' to bfloat16 puts delta off by 2**-9 * |dO| * |O'| / sqrt(D) or so: less than rounding the gradients of all
 scores to bfloat16, as Inductor's kernel and cuDNN's do, does to dQ.
@@ -43,6 +44,7 @@ class FoldedPlan(Around):
         given = [self.problem.out.empty(out.device) for _ in range(2)]
         fold(out, grad, grad_lse.view(out.shape[:3]), *given)
         self.inner.run((query, key, value, given[0], stats, given[1], *gradients), operands, ints, floats)
+        clear(gradients[2], out.shape[1] // value.shape[1] * out.shape[2])
 
 
 def fold(out: Tensor, grad: Tensor, grad_lse: Tensor, folded: Tensor, folded_grad: Tensor) -> None:
@@ -64,6 +66,15 @@ def fold(out: Tensor, grad: Tensor, grad_lse: Tensor, folded: Tensor, folded_gra
         out, grad, grad_lse, folded, folded_grad, heads, rows, dim, *strides, ROWS=ROWS,
         DIM=1 << (dim - 1).bit_length(), TINY=TINY,
     )  # fmt: skip
+
+
+def clear(grad_value: Tensor, rows: int) -> None:
+    """Zeroes what tiny entries in so many rows may have left of a dV that is zero without them: [B, Hkv, Skv, Dv].
+
+    Their weights, rounded, are less than 2 each. A NaN stays one.
+    """
+    touched = grad_value[..., 0]
+    torch.hardshrink(touched, 2 * rows * TINY, out=touched)
 
 
 def _fold_on_host(out: Tensor, grad: Tensor, grad_lse: Tensor, folded: Tensor, folded_grad: Tensor) -> None:
