@@ -10,7 +10,7 @@ import itertools
 import os
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,19 +97,19 @@ def steps(args: argparse.Namespace, device: str) -> Iterator[Tensor]:
         yield loss.detach()
 
 
-def over_ranks(losses: Sequence[Tensor]) -> list[float]:
+def over_ranks(losses: Iterable[Tensor]) -> list[float]:
     """Of the whole batch."""
     mean = torch.stack(list(losses))
     dist.all_reduce(mean)
     return (mean / dist.get_world_size()).tolist()
 
 
-def run(args: argparse.Namespace, device: str) -> tuple[list[float], float]:
+def run(args: argparse.Namespace) -> tuple[list[float], float]:
     """The losses, and milliseconds of a step: the median, the first ones left out."""
     clock = [torch.cuda.Event(enable_timing=True) for _ in range(args.steps + 1)]
     losses: list[Tensor] = []
     clock[0].record()
-    for loss in itertools.islice(steps(args, device), args.steps):
+    for loss in itertools.islice(steps(args, "cuda"), args.steps):
         losses.append(loss)
         clock[len(losses)].record()
     torch.cuda.synchronize()
@@ -140,7 +140,7 @@ def main() -> int:
     dist.init_process_group("nccl")
     try:
         with cudnn_flex_compile.collect() as report:
-            losses, step = run(args, "cuda")
+            losses, step = run(args)
         if dist.get_rank() == 0:
             if args.csv:
                 with args.csv.open("w", newline="") as file:
