@@ -161,13 +161,15 @@ def ddp_adds_no_work(device):
     for ours, split in itertools.product((True, False), (True, False)):
         torch._dynamo.reset()
         wrapped = DistributedDataParallel(model(device), bucket_cap_mb=1)
-        own = functools.partial(backend, []) if ours else "aot_eager"
+        graphs = []
+        own = functools.partial(backend, graphs) if ours else "aot_eager"
         with config.patch(optimize_ddp=split):
             compiled = torch.compile(wrapped, backend=own)
             for _ in range(2):  # DDP fills its buckets anew after the first
                 step(compiled, mine)
             with patch.object(block_mask, "agree", side_effect=AssertionError("a BlockMask is compared again")):
                 found[ours, split] = ops_of(functools.partial(step, compiled, mine))
+        assert not ours or (len(graphs) > 1) == split, len(graphs)
     for kind in KINDS_OF_OPS:
         more = {ours: found[ours, True][kind] - found[ours, False][kind] for ours in (True, False)}
         assert more[True] <= more[False], f"{kind}: {found}"

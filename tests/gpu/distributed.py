@@ -94,20 +94,23 @@ def training(out, sizes):
     """A line for each way, and whether its losses are one GPU's."""
     compile_all(out, sizes)
     one = train(out, "none", sizes)
-    yield "one GPU, whole batch", told("none", one) if one else "FAILED", one is not None
+    yield "one GPU, whole batch", told(out, "none", one) if one else "FAILED", one is not None
     for way in WAYS:
         found = train(out, way, sizes)
         if found is None or one is None:
-            yield way, told(way, found) if found else "FAILED", False
+            yield way, told(out, way, found) if found else "FAILED", False
             continue
         off = distance(curve(found), curve(one))
-        yield way, f"{told(way, found)}; losses {off:.2%} from one GPU's", off <= LIMIT
+        yield way, f"{told(out, way, found)}; losses {off:.2%} from one GPU's", off <= LIMIT
         if any(c["name"] == "alone" for c in found["contenders"]):
             yield "  each GPU alone", ratio(found, "alone"), True
 
 
-def told(way, found):
-    return "; ".join([ratio(found, way), found["calls"], *found["kept"]])
+def told(out, way, found):
+    """Also what went another way than it was compiled to."""
+    others = set(re.findall(r"cudnn_flex: (a call runs on Inductor.*)", (out / f"{way}.log").read_text()))
+    late = [f"{found['late']} plans looked for after the first steps"] if found["late"] else []
+    return "; ".join([ratio(found, way), found["calls"], *found["kept"], *late, *sorted(others)])
 
 
 PARTS = {part.__name__: part for part in (cases, devices, training)}

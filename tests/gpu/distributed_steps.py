@@ -62,14 +62,17 @@ def block(steps, count):
 
 
 def measured(args):
-    losses, times = {}, {}
+    """How many plans were looked for after the first steps, when all should be there; what is told of contenders."""
+    losses, times, built = {}, {}, 0
     functions = contenders(args)
     for first in range(0, args.steps, BLOCK):
         for which, steps in functions.items():
             some, *taken = block(steps, min(BLOCK, args.steps - first))
             losses.setdefault(which, []).extend(some)
             times.setdefault(which, []).append(taken)
-    return [
+        built = built if first else cudnn_flex_compile.cache_info().misses
+    late = cudnn_flex_compile.cache_info().misses - built
+    return late, [
         {
             "name": name, "backend": backend, "losses": distributed.over_ranks(losses[name, backend]),
             "step": statistics.median(step for step, _ in samples[WARM_UP:] or samples),
@@ -86,10 +89,10 @@ def main():
     dist.init_process_group("nccl")
     try:
         with cudnn_flex_compile.collect() as report:
-            found = measured(args)
+            late, found = measured(args)
         if dist.get_rank() == 0:
             kept = sorted({str(call.reason) for call in report.kept})
-            out.write_text(json.dumps({"contenders": found, "calls": report.summary, "kept": kept}))
+            out.write_text(json.dumps({"contenders": found, "calls": report.summary, "kept": kept, "late": late}))
     finally:
         dist.destroy_process_group()
 
