@@ -167,7 +167,7 @@ def ddp_adds_no_work(device):
             compiled = torch.compile(wrapped, backend=own)
             for _ in range(2):  # DDP fills its buckets anew after the first
                 step(compiled, mine)
-            with patch.object(block_mask, "agree", side_effect=AssertionError("a BlockMask is compared again")):
+            with patch.object(block_mask, "_agree", side_effect=AssertionError("a BlockMask is compared again")):
                 found[ours, split] = ops_of(functools.partial(step, compiled, mine))
         assert not ours or (len(graphs) > 1) == split, len(graphs)
     for kind in KINDS_OF_OPS:
