@@ -8,9 +8,9 @@ import argparse
 import csv
 import itertools
 import os
+import statistics
 import sys
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +79,8 @@ def by_type(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
     return [{"params": group} for group in groups.values()]
 
 
-def run(args: argparse.Namespace, device: str) -> tuple[list[float], float]:
-    """The losses of the whole batch, and milliseconds of a step, the first ones left out."""
+def steps(args: argparse.Namespace, device: str) -> Iterator[Tensor]:
+    """Trains, a step each time that one is asked for: the loss of this rank's part of the batch."""
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision(args.matmul_precision)
     model = train.GPT(args, device).to(device)
@@ -88,29 +88,33 @@ def run(args: argparse.Namespace, device: str) -> tuple[list[float], float]:
     optimizer = torch.optim.AdamW(by_type(model.parameters()), lr=args.lr, fused=True)
     ranks, rank = dist.get_world_size(), dist.get_rank()
     mine = slice(rank, None, ranks) if args.parallel in SPLITS_BATCH else slice(None)
-    losses: list[Tensor] = []
-    warm_up = min(train.WARM_UP, args.steps - 1)
-    start = time.perf_counter()
-    for step, (tokens, targets) in zip(range(args.steps), train.batches(args, device), strict=False):
-        if step == warm_up:
-            wait(device)
-            start = time.perf_counter()
+    for tokens, targets in train.batches(args, device):
         with torch.autocast(device, torch.bfloat16):
             loss = compiled(tokens[mine], targets[mine])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.detach())
-    wait(device)
-    elapsed = time.perf_counter() - start
-    mean = torch.stack(losses)
+        yield loss.detach()
+
+
+def over_ranks(losses: Iterable[Tensor]) -> list[float]:
+    """Of the whole batch."""
+    mean = torch.stack(list(losses))
     dist.all_reduce(mean)
-    return (mean / ranks).tolist(), 1000 * elapsed / (args.steps - warm_up)
+    return (mean / dist.get_world_size()).tolist()
 
 
-def wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+def run(args: argparse.Namespace) -> tuple[list[float], float]:
+    """The losses, and milliseconds of a step: the median, the first ones left out."""
+    clock = [torch.cuda.Event(enable_timing=True) for _ in range(args.steps + 1)]
+    losses: list[Tensor] = []
+    clock[0].record()
+    for loss in itertools.islice(steps(args, "cuda"), args.steps):
+        losses.append(loss)
+        clock[len(losses)].record()
+    torch.cuda.synchronize()
+    times = [start.elapsed_time(end) for start, end in itertools.pairwise(clock)]
+    return over_ranks(losses), statistics.median(times[train.WARM_UP :] or times)
 
 
 def parse() -> argparse.Namespace:
@@ -136,13 +140,13 @@ def main() -> int:
     dist.init_process_group("nccl")
     try:
         with cudnn_flex_compile.collect() as report:
-            losses, step = run(args, "cuda")
+            losses, step = run(args)
         if dist.get_rank() == 0:
             if args.csv:
                 with args.csv.open("w", newline="") as file:
                     csv.writer(file).writerows([("step", "loss"), *enumerate(losses)])
             ends = f"loss {losses[0]:.4f} -> {losses[-1]:.4f}"
-            print(f"{args.parallel}, {args.backend}: {ends}, step {step:.2f} ms")
+            print(f"{args.parallel}, {args.backend}: {ends}, median step {step:.2f} ms")
             if args.backend == "cudnn_flex":
                 print(report if report.kept else report.summary)
     finally:

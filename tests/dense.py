@@ -41,9 +41,12 @@ def with_gradients(query, key, value, score_mod, mask_mod, scale, grad, exact):
     return (out.detach(), lse.detach(), *gradients)
 
 
-def captured_gradients(query, key, value, score_mod, mask_mod, scale, grad, captured, dtype=torch.float32):
+def captured_gradients(
+    query, key, value, score_mod, mask_mod, scale, grad, captured, dtype=torch.float32, grad_lse=0.0
+):
     """Gradients of captured tensors as flash attention gives them: the scores' gradients, from an output that is
     rounded, are rounded to `dtype` themselves, before autograd takes them on. Stock's kernel keeps them in float32.
+    `grad_lse` is that of the natural log-sum-exp, [B, H, Sq, 1].
     """
     with torch.no_grad():
         out = attention(query, key, value, score_mod, mask_mod, scale, exact=False)[0].float()
@@ -60,5 +63,5 @@ def captured_gradients(query, key, value, score_mod, mask_mod, scale, grad, capt
     masked = torch.where(shown, modified.detach(), -math.inf)
     weights = torch.where(shown.any(-1, keepdim=True), masked.softmax(-1), 0.0)
     delta = (grad.float() * out).sum(-1, keepdim=True)
-    gradient = weights * (grad.float() @ values.mT - delta)
+    gradient = weights * (grad.float() @ values.mT - delta + grad_lse)
     return torch.autograd.grad(modified, captured, gradient.to(dtype).float())

@@ -13,7 +13,7 @@ def fold_rows(
     out, grad, grad_lse, folded, folded_grad, heads, rows, dim,
     out_b, out_h, out_r, grad_b, grad_h, grad_r, lse_b, lse_h, lse_r,
     folded_b, folded_h, folded_r, fgrad_b, fgrad_h, fgrad_r,
-    ROWS: tl.constexpr, DIM: tl.constexpr, TINY: tl.constexpr,
+    ROWS: tl.constexpr, DIM: tl.constexpr, TINY: tl.constexpr, SECOND: tl.constexpr, LEAST: tl.constexpr,
 ):  # fmt: skip
     b = (tl.program_id(1) // heads).to(tl.int64)
     h = (tl.program_id(1) % heads).to(tl.int64)
@@ -27,13 +27,17 @@ def fold_rows(
     size = tl.max(tl.abs(do), axis=1)
     small = size < TINY
     size = tl.maximum(size, TINY)
-    first = tl.where(d[None, :] == 0, 1.0, 0.0)
-    unit = tl.where(small[:, None], first, do / size[:, None])
+    tiny = tl.where(d == 0, 1.0, tl.where(d == 1, SECOND, 0.0))
+    unit = tl.where(small[:, None], tiny[None, :], do / size[:, None])
     share = dlse / (size * tl.sum(unit * unit, axis=1))
     moved = small & (dlse != 0.0)
-    result = o - unit * share[:, None]
-    result_grad = tl.where(moved[:, None], unit * TINY, do)
+    given = tl.where(moved[:, None], unit * TINY, do)
+    rounded = (o - unit * share[:, None]).to(folded.dtype.element_ty).to(tl.float32)
+    left = tl.sum(given * rounded - do * o, axis=1) + dlse
+    weight = tl.where(tl.abs(given) >= size[:, None] * LEAST, tl.abs(given * rounded), float("inf"))
+    chosen = (d[None, :] == tl.argmin(weight, axis=1)[:, None]) & (given != 0.0)
+    result = tl.where(chosen, rounded - left[:, None] / given, rounded)
     folded_at = folded + b * folded_b + h * folded_h + r[:, None] * folded_r + d[None, :]
     fgrad_at = folded_grad + b * fgrad_b + h * fgrad_h + r[:, None] * fgrad_r + d[None, :]
     tl.store(folded_at, result.to(folded.dtype.element_ty), mask=both)
-    tl.store(fgrad_at, result_grad.to(folded_grad.dtype.element_ty), mask=both)
+    tl.store(fgrad_at, given.to(folded_grad.dtype.element_ty), mask=both)

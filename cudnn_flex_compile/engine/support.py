@@ -71,11 +71,6 @@ def _fed_by_operands(root: Expr) -> bool:
     return any(n.kind == "operand" for n in leaves) and all(n.kind in ("operand", "scalar", "const") for n in leaves)
 
 
-def _lse_beside_bias(problem: Problem, program: Program) -> str | None:
-    learned = problem.lse_gradient and without_bias(program.score)[1] is not None
-    return "the LSE takes part in the loss, beside a bias that requires grad" if learned else None
-
-
 def _bias_beside_others(problem: Problem, program: Program) -> str | None:
     rest, bias = without_bias(program.score)
     if bias is None:
@@ -96,8 +91,6 @@ RULES: tuple[Rule, ...] = (
     Rule(Code.HEAD_DIM, _head_dim, evidence="cudnn_dialect: head dims tried on the H200"),
     Rule(Code.LENGTH, _length, evidence="index arithmetic is 32-bit (scoremod/ranges.py)"),
     Rule(Code.SHAPE_REFUSED, _single, evidence="cuDNN refuses this backward"),
-    Rule(Code.LSE_GRADIENT, _lse_beside_bias, evidence="cuDNN's dBias is the gradient before the score_mod's backward "
-         "adds that of the LSE", measured="the frontend's sources, 1.32"),
     Rule(Code.CAPTURED_GRADIENT, _bias_beside_others, evidence="bias beside a score_mod: dBias off by 90%; beside a "
          "predicate: out off by 70% (tests/gpu/test_learned.py)", measured="one H200 (SM90), cuDNN 9.19"),
     Rule(Code.CAPTURED_GRADIENT, _bias_in_float16, evidence="dBias is float16, too: that of T5's table is off by 2.04 "

@@ -34,9 +34,12 @@ BIAS_COST = 1.8
 # kernel, prefix-LM 0.95 times, where by their pairs it were 0.94 and 0.76 times.
 # (cudnn-flex bench --mods "sink tokens + window" prefix-LM --lower always)
 PARTS_COST = 1.15
-# Of the pairs, below which a gradient of the log-sum-exp costs more than cuDNN saves: somewhere between 0.04 and 0.5.
-# (python3 -m tests.gpu.lse_time)
-LSE_SHARE = 0.4
+# What a gradient of the log-sum-exp costs cuDNN, whatever a query sees: as much as so many keys of it cost Inductor's
+# kernel. Causal at 4096, 2048 keys a query, is 1.35 times as fast as Inductor without it and 1.27 times with it; a
+# window of 128 is 0.70 times as fast with it: both give 96 keys. And what a pair under a soft cap costs Inductor, in
+# those of a plain score: it makes 2.3x of 1.35x. (python3 -m tests.gpu.lse_time)
+LSE_COST = 128
+CAPPED_COST = 1.7
 BACKWARD_WEIGHT = 2.7  # of a pair in the backward, where it is 1 in the forward
 GUESSED_SHARE = 0.1  # of the blocks that a BlockMask lists which is not at hand
 # A score's own bias over pairs: Inductor gathers it faster, but for items of this many bytes in the forward.
@@ -138,17 +141,20 @@ class Row:
 def _lse_in_the_loss(facts: Facts) -> str | None:
     """By row vectors or wider values, which float16 needs, cuDNN took 1.1 to 3.4 times as long as Inductor's kernel for
     plain scores, and 0.6 to 1.1 times with a soft cap (measured in bfloat16, where engine/folded.py makes neither
-    needed). A pass over the outputs, which that takes, is as long as a narrow window's kernels: causal layers of length
-    4096 take 0.8 times as long as Inductor's, windows of 128 in them, 3% of the pairs, 1.4 times.
+    needed). In bfloat16 it takes a pass over the outputs, which is as long as the kernels of a narrow window.
     """
     if not facts.lse_gradient:
         return None
     if example(facts.call.query).dtype != torch.bfloat16:
         return "the LSE takes part in the loss, in another dtype than bfloat16"
-    lengths = facts.lengths
-    share = _pairs(facts.program, lengths, True) / (lengths[0] * lengths[1])
-    few = f"the LSE takes part in the loss, and the mask shows {share:.0%} of the pairs"
-    return few if share < LSE_SHARE else None
+    queries, keys = facts.lengths
+    ours = _pairs(facts.program, facts.lengths, True) / queries
+    share = facts.share if facts.call.blocks else 1.0
+    theirs = ours if share is None else share * keys
+    if any(node.kind == "tanh" for node in ir.walk(facts.program.score)):
+        theirs *= CAPPED_COST
+    few = f"the LSE takes part in the loss, and a query has {ours:.0f} keys to compute on average"
+    return few if ours * PAIR_COST + LSE_COST > theirs else None
 
 
 def _by_sizes(facts: Facts) -> str | None:

@@ -273,15 +273,48 @@ def test_the_budget_counts_the_gradient_and_what_it_is_made_in(trainable):
     lowered(report)
 
 
-def test_the_log_sum_exp_in_the_loss_is_kept(trainable):
-    (table,), make = relative()
+def gated(out, lse):
+    return out * torch.sigmoid(lse).unsqueeze(-1).to(out.dtype)
+
+
+LOSSES = {
+    "both": lambda out, lse, weight: (gated(out, lse) * weight.to(out.dtype)).sum(),
+    "the log-sum-exp alone": lambda out, lse, weight: (lse * weight[..., 0].to(lse.dtype)).sum(),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("form", ["T5", "[H, S, S]", "[S, S]", "slopes", "several"])
+def test_the_log_sum_exp_in_the_loss(form, loss, trainable):
+    learned, make = FORMS[form]()
+    leaves, draws = inputs(), torch.randn(4, BATCH, HEADS, LENGTH, DIM)  # slopes are few numbers
+    mask = create_block_mask(causal, None, None, LENGTH, LENGTH, device="cpu")
 
     def attend(q, k, v):
-        out, lse = flex_attention(q, k, v, make(table), enable_gqa=True, return_lse=True)
-        return out * torch.sigmoid(lse).unsqueeze(-1).to(out.dtype)
+        return flex_attention(q, k, v, make(*learned), mask, enable_gqa=True, return_lse=True)
 
-    options = {"inner_backend": "eager", "lower": "always"}
+    def gradients(out, lse, weight, of):
+        of_loss = LOSSES[loss](out, lse, weight)
+        found = torch.autograd.grad(of_loss, of, retain_graph=True, allow_unused=True)
+        return [torch.zeros_like(t) if g is None else g for g, t in zip(found, of, strict=True)]
+
+    def by_dense(exact):
+        copies, own = ([dense.leaf(t, exact) for t in tensors] for tensors in (leaves, learned))
+        result = dense.attention(*copies, make(*own), causal, DIM**-0.5, exact)
+        return [gradients(*result, weight, [*copies, *own]) for weight in draws]
+
     with collect() as report:
-        torch.compile(attend, backend="cudnn_flex", options=options)(*inputs())
-    assert report.kept[0].reason.code is Code.LSE_GRADIENT
-    assert "beside a bias" in report.kept[0].reason.detail
+        result = torch.compile(attend, backend="cudnn_flex", options=OPTIONS, fullgraph=True)(*leaves)
+    assert lowered(report).strategies == ("native",)
+    outputs = [t.detach().requires_grad_() for t in result]
+    own, flash = [dense.leaf(t, True) for t in learned], []
+    for weight in draws:
+        grad, grad_lse = gradients(*outputs, weight, outputs)
+        how = make(*own), causal, DIM**-0.5, grad, own, leaves[0].dtype, grad_lse.unsqueeze(-1)
+        flash.append([f.to(t.dtype) for f, t in zip(dense.captured_gradients(*leaves, *how), learned, strict=True)])
+    found = [gradients(*result, weight, [*leaves, *learned]) for weight in draws]
+    stock = [[*s[:3], *f] for s, f in zip(by_dense(False), flash, strict=True)]
+    for i, (f, e, s) in enumerate(zip(*(zip(*of, strict=True) for of in (found, by_dense(True), stock)), strict=True)):
+        f, e, s = (torch.stack(tensors).double() for tensors in (f, e, s))
+        error, allowed = (f - e).norm(), 2 * (s - e).norm()
+        assert error <= allowed, f"{i}: {error / e.norm():.1e}, {allowed / 2 / e.norm():.1e}"

@@ -4,6 +4,7 @@ Knows nothing of their numbers.
 """
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from cudnn_flex_compile.engine.tail import guarded
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import F32
 from cudnn_flex_compile.scoremod.learned import with_bias
+from tests.deviceless import matrix
 
 from .accepted import lowerings, operand, problem, program_of, verdict
 from .harness import SMS
@@ -75,6 +77,16 @@ def test_what_shares_a_bias(mask, dims):
 def test_behind_a_score_mod(score, mask):
     """The backward of any: its first node multiplies, or cuDNN refuses it beside dBias."""
     assert_accepted(learned("hqk", SCORES[score], MASKS[mask]), operand("hqk", torch.float32), sms=(80, 90, 100))
+
+
+@pytest.mark.parametrize("mask", sorted(NATIVE))
+def test_with_a_gradient_of_the_log_sum_exp(mask):
+    """By an output that holds it: where no such gradient is asked for, cuDNN takes the same graph."""
+    program = learned("hqk", None, MASKS[mask])
+    asked = problem(program, BACKWARD, (operand("hqk", torch.float32),))
+    for sm in SMS:
+        assert matrix.judged(asked, sm) == matrix.Cell("native", True)
+        assert matrix.judged(replace(asked, lse_gradient=True), sm) == matrix.Cell("native, folded", True)
 
 
 def test_activations_are_sm90s():

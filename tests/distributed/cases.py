@@ -10,6 +10,7 @@ import contextlib
 import copy
 import datetime
 import functools
+import itertools
 import os
 import sys
 import traceback
@@ -32,6 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cudnn_flex_compile import ops
 from cudnn_flex_compile.backend import cudnn_flex
 from cudnn_flex_compile.bench.mods import causal, softcap
+from cudnn_flex_compile.kernels import block_mask
 from cudnn_flex_compile.ops import sharding  # noqa: F401
 from cudnn_flex_compile.report import collect
 from cudnn_flex_compile.scoremod import ir
@@ -43,6 +45,10 @@ RANKS = 2
 SIZES = {"cpu": (64, 16), "cuda": (256, 64)}  # length, head dim
 OPTIONS = {"inner_backend": "aot_eager", "lower": "always"}
 LEAST_BUCKET = 2**20  # bytes of DDP's first bucket
+KINDS_OF_OPS = {
+    "any": (), "copies": ("aten::copy_", "aten::clone", "aten::contiguous"),
+    "waiting": ("aten::item", "aten::_local_scalar_dense", "aten::is_nonzero"),
+}  # fmt: skip
 SLACK = 1e-3  # of the norm: sums over ranks are rounded
 
 
@@ -145,6 +151,37 @@ def ddp(device, optimize=True):
 
 def ddp_in_one_graph(device):
     ddp(device, optimize=False)
+
+
+def ddp_adds_no_work(device):
+    """Steps of the split graph take as many more ops than those of the whole one as with stock flex_attention, and wait
+    for the device no more often; none compares a BlockMask again.
+    """
+    (_, mine), found = batch(device), {}
+    for ours, split in itertools.product((True, False), (True, False)):
+        torch._dynamo.reset()
+        wrapped = DistributedDataParallel(model(device), bucket_cap_mb=1)
+        graphs = []
+        own = functools.partial(backend, graphs) if ours else "aot_eager"
+        with config.patch(optimize_ddp=split):
+            compiled = torch.compile(wrapped, backend=own)
+            for _ in range(2):  # DDP fills its buckets anew after the first
+                step(compiled, mine)
+            with patch.object(block_mask, "_agree", side_effect=AssertionError("a BlockMask is compared again")):
+                found[ours, split] = ops_of(functools.partial(step, compiled, mine))
+        assert not ours or (len(graphs) > 1) == split, len(graphs)
+    for kind in KINDS_OF_OPS:
+        more = {ours: found[ours, True][kind] - found[ours, False][kind] for ours in (True, False)}
+        assert more[True] <= more[False], f"{kind}: {found}"
+    assert found[True, True]["waiting"] == 0, found
+
+
+def ops_of(run):
+    """How many ops run, how many of them copy, and how many wait for the device."""
+    with torch.profiler.profile() as profile:
+        run()
+    names = [event.name for event in profile.events() if event.name.startswith("aten::")]
+    return {kind: sum(name in of if of else True for name in names) for kind, of in KINDS_OF_OPS.items()}
 
 
 def fsdp2(device, regional=True):
@@ -320,7 +357,8 @@ def example(device):
         for way in distributed.PARALLEL:
             torch._dynamo.reset()
             with patch.object(sys, "argv", ["distributed.py", "--parallel", way, *sizes]), collect() as report:
-                losses[way], _ = distributed.run(distributed.parse(), device)
+                args = distributed.parse()
+                losses[way] = distributed.over_ranks(itertools.islice(distributed.steps(args, device), args.steps))
             report.assert_all_lowered()
             assert len(report.lowered) == 4, (way, report.summary)
     for way, found in losses.items():
@@ -328,8 +366,8 @@ def example(device):
 
 
 CASES = {case.__name__: case for case in (
-    ddp, ddp_in_one_graph, fsdp2, fsdp2_as_a_whole, tensor_parallel, dtensor_by_local_map, alibi_of_all_heads,
-    sharding_rule, sharding_rule_with_tiles, example,
+    ddp, ddp_in_one_graph, ddp_adds_no_work, fsdp2, fsdp2_as_a_whole, tensor_parallel, dtensor_by_local_map,
+    alibi_of_all_heads, sharding_rule, sharding_rule_with_tiles, example,
 )}  # fmt: skip
 ONLY_ON_CPU = ("sharding_rule_with_tiles",)
 

@@ -34,6 +34,10 @@ def test_ddp_splits_the_graph_and_every_part_is_lowered(found):
     assert_ok(found, "ddp", "ddp_in_one_graph")
 
 
+def test_ddps_split_graph_adds_no_more_work_than_stocks(found):
+    assert_ok(found, "ddp_adds_no_work")
+
+
 def test_fsdp2_with_regional_and_whole_compilation(found):
     assert_ok(found, "fsdp2", "fsdp2_as_a_whole")
 

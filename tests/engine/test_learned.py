@@ -4,15 +4,17 @@ Knows nothing of cuDNN: plans are stand-ins on the CPU, graphs are computed by t
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from cudnn_flex_compile.engine.attention_graph import output_specs
+from cudnn_flex_compile.engine.folded import FoldedPlan
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, TensorSpec, dense
 from cudnn_flex_compile.engine.reference import ProgramReference
 from cudnn_flex_compile.engine.strategies import STRATEGIES
-from cudnn_flex_compile.engine.tail import guarded
+from cudnn_flex_compile.engine.tail import ends, guarded
 from cudnn_flex_compile.engine.verify import certify
 from cudnn_flex_compile.kernels import cpu
 from cudnn_flex_compile.kernels.cpu import _blocks, per_head
@@ -95,6 +97,41 @@ def verdict(plan, program, dims="hqk", dtype=torch.bfloat16, stored=torch.float3
 def test_right_plans_pass(name, dims, dtype, plan):
     for stored in (torch.float32, dtype):
         assert verdict(plan, learned(name, dims), dims, dtype, stored) is None
+
+
+def of_the_log_sum_exp(program, around=FoldedPlan, inner=Plan, dims="hqk"):
+    given = (operand(dims),)
+    forward, backward = (problem(program, d, given) for d in (FORWARD, BACKWARD))
+    asked = replace(backward, lse_gradient=True)
+    plan = around(asked, inner(around.inner_problem(asked)))
+    return certify(plan, StandIn(forward), ProgramReference(program))
+
+
+@pytest.mark.parametrize("plan", [Plan, Rounded])
+@pytest.mark.parametrize("dims", SHARED)
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_an_output_that_holds_the_log_sum_exps_gradient_passes(name, dims, plan):
+    assert of_the_log_sum_exp(learned(name, dims), inner=plan, dims=dims) is None
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_gradient_without_that_of_the_log_sum_exp_is_caught(name):
+    """As cuDNN gives it where a score_mod's backward adds that: to dQ and dK alone."""
+
+    class Without(FoldedPlan):
+        def run(self, tensors, *rest):
+            super().run(tensors, *rest)
+            unused = [torch.empty_like(t) for t in tensors[8:11]]
+            self.inner.run((*tensors[:6], *unused, tensors[11]), *rest)
+
+    found = of_the_log_sum_exp(learned(name), Without)
+    assert "dBias is off by" in found.detail
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_no_score_mod_adds_the_log_sum_exps_gradient(name):
+    for strategy in STRATEGIES:
+        assert isinstance(strategy.lower(learned(name), True, ends((70, 90))), Reason)
 
 
 def hidden_too(gradient):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cudnn_flex_compile.engine import wide as wide_module
-from cudnn_flex_compile.engine.folded import TINY, FoldedPlan, fold
+from cudnn_flex_compile.engine.folded import TINY, FoldedPlan, clear, fold
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, TensorSpec
 from cudnn_flex_compile.engine.reference import ProgramReference
 from cudnn_flex_compile.engine.rows import rows_of
@@ -190,7 +190,9 @@ def test_rows_without_another_gradient_are_looked_at(name):
 @pytest.mark.parametrize("size", [0.0, 1e-35, 1e-20, 1e-3, 1.0, 1e4])
 @pytest.mark.parametrize("grad_size", [0.0, 1e-38, 1e-20, 1e-6, 1.0, 1e4])
 def test_the_output_holds_the_gradient(size, grad_size):
-    """In the product of O' and dO', to a half of bfloat16's step of each; and what else reads dO reads the same."""
+    """In the product of O' and dO', to 2**-15, or a half of bfloat16's step where dO has one entry; and what else reads
+    dO reads the same.
+    """
     out, grad = (torch.randn(2, 3, 40, 64, generator=NUMBERS) for _ in range(2))
     out, grad = out.bfloat16(), (grad * grad_size).bfloat16()
     grad[:, :, 7], grad[:, :, 8, 1:] = 0.0, 0.0
@@ -200,11 +202,50 @@ def test_the_output_holds_the_gradient(size, grad_size):
     fold(out, grad, grad_lse, folded, folded_grad)
     exact = (out.double() * grad.double()).sum(-1) - grad_lse.double()
     parts = folded.double() * folded_grad.double()
-    assert ((parts.sum(-1) - exact).abs() <= 2**-8 * parts.abs().sum(-1) + 8 * TINY).all()
+    steps = torch.where(torch.arange(40) == 8, 2.0**-8, 2.0**-15)
+    assert ((parts.sum(-1) - exact).abs() <= steps * parts.abs().sum(-1) + 8 * TINY).all()
     assert torch.equal(folded[:, :, 9], out[:, :, 9])
     assert (folded_grad.double() - grad.double()).abs().max() <= 1.01 * TINY
     changed = (folded_grad != grad).any(-1)
     assert bool((~changed | (grad.abs().amax(-1) < TINY)).all())
+
+
+@pytest.mark.parametrize("stand_in", [StandIn, FlashStandIn])
+@pytest.mark.parametrize("name", CERTIFIED)
+def test_of_the_log_sum_exp_alone_no_gradient_reaches_the_values(name, stand_in):
+    """Nor of some rows of it alone: there dV is what it is without a gradient of the log-sum-exp."""
+    program = CERTIFIED[name]
+    asked = replace(problem(program, BACKWARD), lse_gradient=True)
+    plan = around(FoldedPlan, stand_in)(asked)
+    query, key, value, grad = (
+        torch.randn(s.shape, generator=NUMBERS).to(s.dtype) for s in (asked.query, asked.key, asked.value, asked.out)
+    )
+    out, stats = torch.empty_like(grad), torch.empty(*grad.shape[:3], 1)
+    stand_in(problem(program, FORWARD)).run((query, key, value, out, stats), [], [], [])
+    rows = rows_of(stats, torch.randn(stats.shape, generator=NUMBERS))
+
+    def found(runs, grad, *more):
+        gradients = [torch.full(s.shape, math.nan).to(s.dtype) for s in plan.outputs]
+        runs.run((query, key, value, out, stats, grad, *more, *gradients), [], [], [])
+        return gradients
+
+    dq, dk, dv = found(plan, torch.zeros_like(grad), *rows)
+    assert torch.equal(dv, torch.zeros_like(dv))
+    assert dq.any()
+    assert dk.any()
+    grad[:, :, ROWS // 2 :] = 0.0
+    assert torch.equal(found(plan, grad, *rows)[2], found(plan.inner, grad)[2])
+
+
+def test_what_tiny_entries_leave_is_zero_and_all_else_stays():
+    for rows in (1, 70, 2**20):
+        left = 1.9 * rows * TINY
+        given = torch.tensor([left, -left, 0.0, 4 * rows * TINY, -1.0, math.nan, math.inf]).bfloat16()
+        found = given.repeat(2, 1)[:, None, :, None].repeat(1, 1, 1, 4)
+        clear(found, rows)
+        assert torch.equal(found[..., 2:].nan_to_num(), given.view(-1, 1).expand(2, 1, 7, 2).nan_to_num())
+        expected = torch.where(torch.arange(7) < 2, 0.0, given)
+        assert torch.equal(found[1, 0, :, :2].nan_to_num(7.0), expected[:, None].expand(7, 2).nan_to_num(7.0))
 
 
 WRONG = {

@@ -1,18 +1,20 @@
-"""All that needs two GPUs, unattended, in less than six minutes: a short table last, all logs in a folder.
+"""All that needs two GPUs, unattended, in less than six minutes: rows as they come, all logs in a folder.
 
     python3 -m tests.gpu.distributed --out DIR [--steps 100] [--layers 4] [--length 2048] [cases] [devices] [training]
 
-The cases of tests/distributed/cases.py with nccl, tests/gpu/test_devices.py, and examples/distributed.py: the loss of
-each way to train on two GPUs beside that of one, and the time of a step beside Inductor's. Exit code 1 if a case is not
-ok, a run fails, or a loss is further from one GPU's than `LIMIT`.
+The cases of tests/distributed/cases.py with nccl, tests/gpu/test_devices.py, and the training of
+examples/distributed.py: the loss of each way to train on two GPUs beside that of one, and the median time of a step
+beside Inductor's, there and on a GPU alone (tests/gpu/distributed_steps.py; some 150 seconds). Exit code 1 if a case is
+not ok, a run fails, or a loss is further from one GPU's than `LIMIT`.
 """
 
 import argparse
-import csv
+import json
 import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -21,8 +23,9 @@ from tests.distributed.cases import cases_on
 from tests.distributed.launch import ROOT, run, verdicts
 
 BACKENDS = ("inductor", "cudnn_flex")
+STEPS = "tests.gpu.distributed_steps"
 WAYS = ("ddp", "fsdp2", "tensor")
-SECONDS = {"cases": 150, "alone": 60, "devices": 90, "training": 75}
+SECONDS = {"cases": 150, "alone": 60, "devices": 90, "training": 90}
 LIMIT = 0.05  # mean relative distance of two loss curves: bfloat16 rounds, and steps diverge
 MISSING = "did not come to an end"
 
@@ -56,40 +59,58 @@ def pytest_of_devices(out):
     return "ok" if re.search(r"\d+ passed", last) and "failed" not in last and "skipped" not in last else last
 
 
-def train(out, way, backend, sizes):
-    """Losses and milliseconds of a step; None for a run that failed."""
-    name = f"{way}_{backend}"
-    curve = out / f"{name}.csv"
-    command = ["examples/distributed.py", "--parallel", way, "--backend", backend, "--csv", str(curve), *sizes]
-    run(out / f"{name}.log", SECONDS["training"], *command)
-    step = re.search(r"step ([\d.]+) ms", (out / f"{name}.log").read_text())
-    if step is None or not curve.exists():
-        return None
-    with curve.open() as file:
-        return [float(row["loss"]) for row in csv.DictReader(file)], float(step.group(1))
+def train(out, way, sizes, log=None):
+    """What tests/gpu/distributed_steps.py says of a way; None if it failed."""
+    file = out / f"{way}.json"
+    file.unlink(missing_ok=True)
+    run(out / f"{log or way}.log", SECONDS["training"], "-m", STEPS, "--parallel", way, "--out", str(file), *sizes)
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def compile_all(out, sizes):
+    """First steps of all ways at once, so that kernels and plans come from their folders afterwards."""
+    first = [*sizes, "--steps", "1"]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda way: train(out, way, first, f"{way}_first"), ("none", *WAYS)))
 
 
 def distance(found, expected):
     return sum(abs(f - e) / e for f, e in zip(found, expected, strict=True)) / len(expected)
 
 
+def ratio(found, name):
+    """Inductor's median step over ours, with what the hosts take of it."""
+    theirs, ours = (next(c for c in found["contenders"] if (c["name"], c["backend"]) == (name, b)) for b in BACKENDS)
+    times = f"{theirs['step']:.2f} / {ours['step']:.2f} ms (host {theirs['host']:.2f} / {ours['host']:.2f})"
+    return f"{times}, {theirs['step'] / ours['step']:.2f}x"
+
+
+def curve(found):
+    """Our losses."""
+    return next(c["losses"] for c in found["contenders"] if c["backend"] == "cudnn_flex" and c["name"] != "alone")
+
+
 def training(out, sizes):
     """A line for each way, and whether its losses are one GPU's."""
-    one = train(out, "none", "cudnn_flex", sizes)
-    ends = f"loss {one[0][0]:.3f} -> {one[0][-1]:.3f}, step {one[1]:.2f} ms" if one else "FAILED"
-    yield "one GPU", ends, one is not None
+    compile_all(out, sizes)
+    one = train(out, "none", sizes)
+    yield "one GPU, whole batch", told(out, "none", one) if one else "FAILED", one is not None
     for way in WAYS:
-        stock, ours = (train(out, way, backend, sizes) for backend in BACKENDS)
-        if ours is None:
-            yield way, f"FAILED (Inductor: {'FAILED' if stock is None else 'ok'})", False
+        found = train(out, way, sizes)
+        if found is None or one is None:
+            yield way, told(out, way, found) if found else "FAILED", False
             continue
-        lowered = re.search(r"(\d+) flex_attention calls: .*", (out / f"{way}_cudnn_flex.log").read_text())
-        told = [lowered.group(0) if lowered else "no report"]
-        ratio = f"{stock[1]:.2f} / {ours[1]:.2f} ms, {stock[1] / ours[1]:.2f}x" if stock else "Inductor FAILED"
-        told.append(ratio)
-        well = one is not None and distance(ours[0], one[0]) <= LIMIT
-        told.append(f"losses {distance(ours[0], one[0]):.2%} from one GPU's" if one else "no losses to compare with")
-        yield way, "; ".join(told), well
+        off = distance(curve(found), curve(one))
+        yield way, f"{told(out, way, found)}; losses {off:.2%} from one GPU's", off <= LIMIT
+        if any(c["name"] == "alone" for c in found["contenders"]):
+            yield "  each GPU alone", ratio(found, "alone"), True
+
+
+def told(out, way, found):
+    """Also what went another way than it was compiled to."""
+    others = set(re.findall(r"cudnn_flex: (a call runs on Inductor.*)", (out / f"{way}.log").read_text()))
+    late = [f"{found['late']} plans looked for after the first steps"] if found["late"] else []
+    return "; ".join([ratio(found, way), found["calls"], *found["kept"], *late, *sorted(others)])
 
 
 PARTS = {part.__name__: part for part in (cases, devices, training)}
@@ -107,11 +128,13 @@ def main():
     given.out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     sizes = [word for n in ("steps", "layers", "length") for word in (f"--{n}", str(getattr(given, n)))]
-    rows = [row for part in given.parts or PARTS for row in PARTS[part](given.out, [*sizes, "--batch", "2"])]
+    well = True
+    for part in given.parts or PARTS:
+        for name, said, fine in PARTS[part](given.out, [*sizes, "--batch", "2"]):
+            print(f"{name:28} {'' if fine else 'NOT OK: '}{said}", flush=True)
+            well &= fine
     print(f"{torch.cuda.get_device_name()} x2, torch {torch.__version__}, {time.perf_counter() - start:.0f} s")
-    for name, said, well in rows:
-        print(f"{name:28} {'' if well else 'NOT OK: '}{said}")
-    return int(not all(well for *_, well in rows))
+    return int(not well)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,19 @@
-"""Times a layer of attention with learnt sinks: `python3 -m tests.gpu.lse_time [--dtype float16]`.
+"""Times a layer of attention with learnt sinks: `python3 -m tests.gpu.lse_time [--dtype float16] [LAYER ...]`.
 
 Knows nothing of right numbers (tests/gpu/test_lse_gradient.py). Inductor's time / ours, forward and backward, medians,
-interleaved.
+interleaved: a row for each case as it comes, with the keys that a query sees on average, which is what LSE_COST and
+CAPPED_COST of passes/speed.py are about. Several processes compile all cases first, so that Inductor's kernels and our
+plans come from their folders; some 75 seconds in all.
 """
 
 import argparse
 import functools
 import itertools
+import multiprocessing
+import os
 import statistics
 import sys
+import traceback
 
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -18,32 +23,50 @@ from cudnn_flex_compile.bench.mods import causal, padded, sliding, softcap
 from cudnn_flex_compile.report import collect
 from tests.gpu.unattended import lines
 
-SHAPES = ((2, 64, 8, 4096, 64), (2, 16, 16, 4096, 64), (2, 16, 16, 4096, 128), (1, 32, 8, 8192, 128))
+SHAPES = ((2, 16, 16, 4096, 128), (2, 64, 8, 4096, 64))  # the second with the heads of gpt-oss
+WINDOWS = {f"window {n}": sliding(n - 1) for n in (1024, 512, 256, 128)}
 LAYERS = {
-    "full": (None, causal), "sliding": (None, sliding(127)), "soft cap + causal": (softcap(20.0), causal),
-    "padded lengths": (None, padded),
+    name + how: (score_mod, mask_mod)
+    for how, score_mod in {"": None, " + soft cap": softcap(20.0)}.items()
+    for name, mask_mod in {"full": None, "causal": causal, **WINDOWS}.items()
 }  # fmt: skip
-WARM_UP, REPEATS, CALLS = 5, 20, 5
+PADDED = "padded lengths"  # if asked for
+BACKENDS = {"inductor": {}, "cudnn_flex": {"options": {"lower": "always"}}}
+WARM_UP, REPEATS, CALLS = 3, 12, 3
+PROCESSES, THREADS, SECONDS = 8, 2, 60  # that compile; of Inductor in each; for all of it
+
+
+def mods(layer, shape):
+    """score_mod and mask_mod."""
+    batch, _, _, length, _ = shape
+    if layer == PADDED:
+        return None, padded(torch.linspace(length // 2, length, batch, device="cuda").int())
+    return LAYERS[layer]
+
+
+def keys_seen(mask_mod, shape):
+    """By a query, on average."""
+    batch, _, _, length, _ = shape
+    b, q, kv = (torch.arange(n, device="cuda") for n in (batch, length, length))
+    seen = True if mask_mod is None else mask_mod(b.view(-1, 1, 1), 0, q.view(-1, 1), kv).float().mean()
+    return float(seen) * length
 
 
 def compiled(layer, shape, backend):
     batch, heads, kv_heads, length, _ = shape
-    score_mod, mask_mod = LAYERS[layer]
-    entries = batch if mask_mod is padded else None
-    if entries:
-        mask_mod = padded(torch.linspace(length // 2, length, batch, device="cuda").int())
-    mask = create_block_mask(mask_mod, entries, None, length, length, device="cuda")
+    score_mod, mask_mod = mods(layer, shape)
+    entries = batch if layer == PADDED else None
+    mask = create_block_mask(mask_mod, entries, None, length, length, device="cuda") if mask_mod else None
 
     def attend(q, k, v, sinks):
         out, lse = flex_attention(q, k, v, score_mod, mask, enable_gqa=heads != kv_heads, return_lse=True)
         return out * torch.sigmoid(lse - sinks.view(-1, 1)).unsqueeze(-1).to(out.dtype)
 
-    options = {"lower": "always", "cache": False}
-    how = {"options": options} if backend == "cudnn_flex" else {}
-    return torch.compile(attend, backend=backend, dynamic=False, **how)
+    return torch.compile(attend, backend=backend, dynamic=False, **BACKENDS[backend])
 
 
-def measure(dtype, case):
+def first_calls(dtype, case):
+    """What is left to be timed: both functions, their inputs, a gradient, and the report."""
     layer, shape = case
     batch, heads, kv_heads, length, dim = shape
     torch._dynamo.reset()
@@ -52,28 +75,60 @@ def measure(dtype, case):
     leaves.append(torch.zeros(heads, device="cuda", requires_grad=True))
     grad, functions = draw(heads), {}
     with collect() as report:
-        for backend in ("inductor", "cudnn_flex"):
+        for backend in BACKENDS:
             functions[backend] = compiled(layer, shape, backend)
             torch.autograd.grad(functions[backend](*leaves), leaves, grad)
+    return functions, leaves, grad, report
+
+
+def measure(dtype, case):
+    """A row of the table."""
+    layer, shape = case
+    functions, leaves, grad, report = first_calls(dtype, case)
     times = {backend: [] for backend in functions}
     for repeat in range(WARM_UP + REPEATS):
         for backend, function in functions.items():
             step = lambda f=function: [torch.autograd.grad(f(*leaves), leaves, grad) for _ in range(CALLS)]  # noqa: E731
-            if repeat >= WARM_UP:
-                times[backend].append(on_device(step)[0] / CALLS)
-            else:
-                step()
-    theirs, ours = (statistics.median(times[backend]) for backend in ("inductor", "cudnn_flex"))
+            taken = on_device(step)[0] / CALLS
+            times[backend] += [taken] if repeat >= WARM_UP else []
+    theirs, ours = (statistics.median(times[backend]) for backend in BACKENDS)
     (call,) = report.calls
     how = str(call.reason) if call.reason else "+".join(call.strategies)
-    return f"{layer}, {shape}, {how}: {theirs:.3f} / {ours:.3f} ms, {theirs / ours:.2f}x"
+    seen = keys_seen(mods(layer, shape)[1], shape)
+    return f"{layer:22} {shape!s:24} {seen:6.0f} keys {theirs / ours:6.2f}x  {theirs:.3f} / {ours:.3f} ms  {how}"
+
+
+def compile_some(dtype, cases):
+    """In a process of its own. What fails here fails again where it is told."""
+    for case in cases:
+        try:
+            first_calls(dtype, case)
+        except Exception:
+            traceback.print_exc()
+
+
+def compile_all(dtype, cases):
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(THREADS))
+    spawn = multiprocessing.get_context("spawn")
+    parts = [cases[i::PROCESSES] for i in range(min(PROCESSES, len(cases)))]
+    processes = [spawn.Process(target=compile_some, args=(dtype, part)) for part in parts]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(SECONDS)
+        process.terminate()
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
-    dtype = getattr(torch, parser.parse_args().dtype)
-    return int(not lines(itertools.product(LAYERS, SHAPES), functools.partial(measure, dtype)))
+    parser.add_argument("layers", nargs="*", help=", ".join([*LAYERS, PADDED]))
+    given = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("lse_time: no NVIDIA GPU here")
+    dtype, cases = getattr(torch, given.dtype), list(itertools.product(given.layers or LAYERS, SHAPES))
+    compile_all(dtype, cases)
+    return int(not lines(cases, functools.partial(measure, dtype)))
 
 
 if __name__ == "__main__":

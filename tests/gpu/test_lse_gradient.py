@@ -9,6 +9,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from cudnn_flex_compile.bench.mods import MODS, causal, padded, sliding, softcap
 from cudnn_flex_compile.report import collect
 from tests import dense
+from tests.gpu.learned import FORMS
 from tests.gpu.test_numerics import inputs, poison, spelled
 
 # Head counts, window and head dim of gpt-oss; its sliding and full layers alternate.
@@ -97,6 +98,55 @@ def test_losses_of_the_log_sum_exp(name, head_dim, length, group, loss):
     *leaves, _ = inputs(head_dim, length, torch.bfloat16, group)
     mods = OTHERS.get(name) or MODS[name](4, length, "cuda")
     check(mods, LOSSES[loss], leaves)
+
+
+WEIGHTED = {
+    "sinks": lambda out, lse, weight: (sink(out, lse, lse.new_zeros(lse.shape[1])).double() * weight.double()).sum(),
+    "the log-sum-exp alone": lambda out, lse, weight: (lse * weight[..., 0].to(lse.dtype)).sum(),
+}
+DRAWS = 4  # of the loss: a bias of few numbers has a gradient of few numbers
+
+
+@pytest.mark.parametrize("loss", WEIGHTED)
+@pytest.mark.parametrize("form", ["T5", "relative table, window", "[H, S, S], causal", "Graphormer", "slopes"])
+@pytest.mark.parametrize(("head_dim", "length", "group"), [(64, 512, 1), (64, 1000, 2), (128, 1000, 1)])
+def test_learned_biases(form, loss, head_dim, length, group):
+    """Their gradients by the yardstick of test_learned.py."""
+    *leaves, weight = inputs(head_dim, length, torch.bfloat16, group)
+    draws = [torch.randn_like(weight) for _ in range(DRAWS)]
+    learned, make, mask_mod = FORMS[form](*leaves[0].shape[:3])
+    scale = head_dim**-0.5
+    with collect() as report:
+        result = compiled((make(*learned), mask_mod), length, group=group)(*leaves)
+    assert [str(c.reason) for c in report.kept] == []
+    assert report.lowered[0].strategies == ("native", "native, folded")
+
+    def of_draws(out, lse, of):
+        found = []
+        for draw in draws:
+            poison()
+            of_loss = WEIGHTED[loss](out, lse, draw)
+            some = torch.autograd.grad(of_loss, of, retain_graph=True, allow_unused=True)
+            found.append([torch.zeros_like(t) if g is None else g for g, t in zip(some, of, strict=True)])
+        return found
+
+    def by_dense(exact):
+        copies, own = ([dense.leaf(t, exact) for t in tensors] for tensors in (leaves, learned))
+        return of_draws(*dense.attention(*copies, make(*own), mask_mod, scale, exact), [*copies, *own])
+
+    found, exact, stock = of_draws(*result, [*leaves, *learned]), by_dense(True), by_dense(False)
+    outputs = [t.detach().requires_grad_() for t in dense.attention(*leaves, make(*learned), mask_mod, scale, False)]
+    own = [dense.leaf(t, True) for t in learned]
+    for row, (grad, grad_lse) in zip(stock, of_draws(*outputs, outputs), strict=True):
+        how = make(*own), mask_mod, scale, grad, own, torch.bfloat16, grad_lse.unsqueeze(-1)
+        of_biases = dense.captured_gradients(*leaves, *how)
+        row[3:] = [g.to(t.dtype) for g, t in zip(of_biases, learned, strict=True)]
+    labels = ("dQ", "dK", "dV", "bias")
+    for label, *rows in zip(labels, *(zip(*of, strict=True) for of in (found, exact, stock)), strict=True):
+        f, e, s = (torch.stack(tensors).double() for tensors in rows)
+        assert bool(f.isfinite().all()), label
+        error, allowed = (f - e).norm(), 2 * (s - e).norm()
+        assert error <= allowed, f"{label}: {error / e.norm():.2e}, stock {allowed / 2 / e.norm():.2e}"
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

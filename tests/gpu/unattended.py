@@ -6,6 +6,15 @@ Knows nothing of what is measured.
 import traceback
 
 
+def tried(run, *arguments):
+    """What `run` gives, or None where it fails: the log says why."""
+    try:
+        return run(*arguments)
+    except Exception:
+        traceback.print_exc()
+        return None
+
+
 def line_of(name, run, *arguments):
     """What `run` gives for a case, or that it failed, printed at once; and whether it went well."""
     try:

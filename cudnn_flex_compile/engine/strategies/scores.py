@@ -42,8 +42,11 @@ def legal_backward(program: Program, inside: Expr | None = None) -> Expr | Reaso
     """The gradient of the raw score; GRAD itself where it passes unchanged.
 
     Args:
-        inside: None, or a predicate of the pairs at which a gradient of the log-sum-exp counts.
+        inside: None, or a predicate of the pairs at which a gradient of the log-sum-exp counts. None is taken beside a
+            learned bias: cuDNN's dBias is the gradient before this is added (the frontend's sources, 1.32).
     """
+    if inside is not None and position(program) is not None:
+        return Reason(Code.UNSUPPORTED_CALL, "a score_mod's backward gives a bias no gradient of the log-sum-exp")
     try:
         gradient = derive(program.score)
     except NoDerivative as error:

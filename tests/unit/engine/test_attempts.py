@@ -15,6 +15,7 @@ from cudnn_flex_compile.engine.reference import ProgramReference
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import F32, I32, Program
+from cudnn_flex_compile.scoremod.learned import with_bias
 from cudnn_flex_compile.scoremod.masks.linear import KV, Q
 from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.text import parse, text
@@ -96,6 +97,13 @@ def test_ways_to_a_gradient_of_the_log_sum_exp(name: str, dtype: torch.dtype, tr
     chosen(problem(PROGRAMS[name], WITH_LSE, dtype=dtype))
     expected = [*WITHOUT[name], *WITH[name]] if dtype == BF16 else [*WITH[name], *wide(*WITHOUT[name])]
     assert tried == expected
+
+
+def test_beside_a_learned_bias_plans_without_it_give_a_gradient_of_the_log_sum_exp(tried: list[str]) -> None:
+    program = ir.program(with_bias(ir.SCORE, ir.operand(0, F32, "hqk")), CAUSAL)
+    reasons = [chosen(problem(program, how, (1, HEADS, LENGTH, LENGTH))) for how in (BACKWARD, WITH_LSE)]
+    assert tried == ["native", "chained", "dense", "chained", "dense"] * 2
+    assert all(isinstance(reason, Reason) and reason.code is Code.SHAPE_REFUSED for reason in reasons)
 
 
 def test_wider_values_are_tried_within_the_head_dims_that_there_are(tried: list[str]) -> None:

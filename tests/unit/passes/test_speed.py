@@ -16,6 +16,7 @@ from cudnn_flex_compile.scoremod.ir import F32
 from cudnn_flex_compile.scoremod.optable import make
 
 CAUSAL = ir.program(mask=make("ge", ir.index("q"), ir.index("k")))
+CAPPED = ir.program(make("tanh", ir.SCORE / 20.0) * 20.0, CAUSAL.mask)
 PAIRS = ir.program(ir.SCORE + ir.operand(0, F32, "hqk"))
 DISTANCE = ir.index("q") - ir.index("k")
 BY_HEAD = ir.program(mask=make("ge", ir.index("q"), ir.index("k") + ir.index("h")))
@@ -43,6 +44,11 @@ KEPT = {
     "decoding, the last length": ({"queries": 16, "keys": 32768, "training": False}, "decoding"),
     "a short sequence": ({"queries": 128, "keys": 128}, "a short sequence"),
     "a loss of the LSE": ({"lse_gradient": True, "dtype": torch.float16}, "the LSE takes part"),
+    "a loss of the LSE, few keys": ({"lse_gradient": True, "queries": 512, "keys": 512}, "256 keys to compute"),
+    "a loss of the LSE, few blocks": ({"lse_gradient": True, "share": 0.43}, "1024 keys to compute"),
+    "a loss of the LSE, fewer keys, a soft cap": (
+        {"lse_gradient": True, "program": CAPPED, "queries": 129, "keys": 256}, "65 keys to compute",
+    ),
     "a bias is read": (stored(torch.float32), "read from memory"),
     "a bias of bfloat16 in the forward": (stored(torch.bfloat16) | {"training": False}, "read from memory"),
     "blocks that are not known": ({"program": STRIPED}, "without tile skipping"),
@@ -60,6 +66,10 @@ KEPT = {
 LOWERED = {
     "known tile skipping": {},
     "a loss of the LSE": {"lse_gradient": True},
+    "a loss of the LSE, known blocks": {"lse_gradient": True, "share": 0.53},
+    "a loss of the LSE, few keys, a soft cap": {
+        "lse_gradient": True, "program": CAPPED, "queries": 512, "keys": 512, "share": 0.6,
+    },
     "as many blocks": {"share": 0.53},
     "decoding with gradients": {"queries": 16},
     "more queries": {"queries": 17, "training": False},
