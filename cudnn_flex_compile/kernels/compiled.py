@@ -3,6 +3,7 @@
 Knows nothing of what it computes.
 """
 
+import hashlib
 import types
 from collections.abc import Callable
 from typing import Any
@@ -17,10 +18,19 @@ class Compiled:
     Dynamo compiles one piece of code eight times (torch._dynamo.config.recompile_limit), and then raises an error where
     one graph is asked for. Here it gets a copy of the code then, and what was compiled before goes. A copy also keeps
     apart what is compiled of the same function elsewhere.
+
+    Dynamo remembers by the name of the code, which copies share, what numbers changed from one compilation to the next:
+    they become symbolic, and flex_attention fails with a symbolic float (torch 2.11 to 2.13:
+    PendingUnbackedSymbolNotFound). So each purpose has a name.
+
+    Args:
+        function: what is compiled.
+        purpose: what sets this use of the function apart: numbers that differ between two uses are constants of each.
     """
 
-    def __init__(self, function: types.FunctionType) -> None:
+    def __init__(self, function: types.FunctionType, purpose: str) -> None:
         self._function = function
+        self._name = f"{function.__name__}_{hashlib.sha256(purpose.encode()).hexdigest()[:16]}"
         self._compiled = self._anew()
 
     def __call__(self, *arguments: Any) -> Any:
@@ -32,5 +42,5 @@ class Compiled:
 
     def _anew(self) -> Callable[..., Any]:
         given = self._function
-        copy = types.FunctionType(given.__code__.replace(), given.__globals__, given.__name__)
+        copy = types.FunctionType(given.__code__.replace(co_name=self._name), given.__globals__, self._name)
         return torch.compile(copy, fullgraph=True)

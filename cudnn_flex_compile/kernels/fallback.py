@@ -22,7 +22,7 @@ PROGRAMS = 64  # whose kernels are kept, the last ones
 
 
 def mods_of(
-    program: Program, operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float]
+    program: Program, operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float | Tensor]
 ) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     """A stock score_mod and mask_mod that compute the program."""
 
@@ -44,7 +44,9 @@ def mods_of(
     return score_mod, mask_mod
 
 
-def score_mod_of(program: Program, operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float]) -> Any:
+def score_mod_of(
+    program: Program, operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float | Tensor]
+) -> Any:
     """A stock score_mod that computes the program, with -inf where the mask does not hold."""
     modified, visible = mods_of(program, operands, ints, floats)
 
@@ -61,7 +63,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, score_mod: Any, scale:
 
 @functools.lru_cache(PROGRAMS)
 def _compiled(program: str) -> Callable[..., Any]:
-    return Compiled(_attention)
+    return Compiled(_attention, program)
 
 
 def forward(
@@ -69,7 +71,9 @@ def forward(
     floats: Sequence[Tensor], program: str, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The output, and the natural log-sum-exp [B, H, Sq]."""
-    score_mod = score_mod_of(parse(program), operands, ints, [float(f) for f in floats])
+    # Captured tensors: Dynamo makes a float that changes symbolic, and flex_attention fails with it.
+    numbers = [torch.full((), float(f), dtype=torch.float32, device=query.device) for f in floats]
+    score_mod = score_mod_of(parse(program), operands, ints, numbers)
     gqa = query.shape[1] != key.shape[1]
     return _compiled(program)(query, key, value, score_mod, scale, gqa)
 

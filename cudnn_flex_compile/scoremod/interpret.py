@@ -56,7 +56,7 @@ def environment(
     indices: Mapping[str, torch.Tensor],
     operands: Mapping[int, torch.Tensor],
     ints: Mapping[int, int],
-    floats: Mapping[int, float],
+    floats: Mapping[int, float | torch.Tensor],
     grad: torch.Tensor | None = None,
 ) -> Callable[[Expr], torch.Tensor]:
     """A leaf function for `evaluate` on the device and in the float type of `score`.
@@ -65,7 +65,7 @@ def environment(
         score: [B, H, Q, K] scaled scores, float32 or float64 (or any shape that the rest broadcasts with).
         indices: int32 per axis, shaped to broadcast with the score.
         operands: by position, shaped to broadcast with the score.
-        ints, floats: the scalars, by position.
+        ints, floats: the scalars, by position; a float may be a 0-d tensor on the device of the score.
         grad: like the score; needed where the expression has a `grad` leaf.
     """
     high = score.dtype == torch.float64
@@ -87,6 +87,8 @@ def environment(
                 source = floats if node.dtype == F32 else ints
                 number = source[int(node.value)]  # pyright: ignore[reportArgumentType]
                 dtype = score.dtype if node.dtype == F32 else torch.int32
+                if isinstance(number, torch.Tensor):
+                    return number.to(dtype)
                 return torch.full((), number, dtype=dtype, device=score.device)
             case kind:
                 raise ValueError(f"no value for a {kind} here")

@@ -1,7 +1,8 @@
 """HuggingFace models on a GPU, beside Inductor: `python3 -m tests.gpu.models --out DIR [--cases llama:right ...]`.
 
 Writes DIR/models.md, the table, and DIR/<case>.json and .log for each case. A process for each case compiles and
-compares, several at once; then each in turn, with nothing else running, measures what it has compiled.
+compares, several at once; then each in turn, with nothing else running, measures what it has compiled. What is known is
+written at once, whatever ends the run; `--resume` runs the cases that were not measured.
 
 Errors are relative, in L2, over all gradients or over the logits of visible tokens, to the same weights in float32 with
 transformers' own "eager" attention. Times are medians of interleaved runs; a step is a forward and a backward.
@@ -22,11 +23,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-CASES = (
-    "llama:none", "llama:full", "llama:right", "llama:left", "llama:middle", "mistral:full", "mistral:right",
-    "gemma2:full", "gemma2:right", "gemma2:middle", "qwen3:right", "qwen3:left", "gpt_oss:full", "gpt_oss:right",
-    "gpt_neox:full", "gpt_neox:right", "opt:right", "bert:full", "bert:right", "bert:middle", "modernbert:full",
-    "modernbert:right", "vit:none", "t5:full",
+CASES = (  # one of each family first
+    "llama:right", "mistral:right", "gemma2:right", "qwen3:right", "gpt_oss:right", "gpt_neox:right", "opt:right",
+    "bert:right", "modernbert:right", "vit:none", "t5:full",
+    "llama:none", "llama:full", "llama:left", "llama:middle", "mistral:full", "gemma2:full", "gemma2:middle",
+    "qwen3:left", "gpt_oss:full", "gpt_neox:full", "bert:full", "bert:middle", "modernbert:full",
 )  # fmt: skip
 BACKENDS = ("inductor", "cudnn_flex")
 OTHER = {"right": "left", "left": "middle", "middle": "right"}  # the padding of the second step
@@ -132,6 +133,7 @@ def numbers(name, padding, folder):
     """What is right and what is lowered, and the compiled models with the inputs that they saw."""
     import torch
     import torch._dynamo
+    from torch._dynamo.pgo import reset_code_state
 
     from cudnn_flex_compile import collect
     from examples.huggingface import MODELS, make_inputs, make_model
@@ -143,7 +145,7 @@ def numbers(name, padding, folder):
     first, second = (make_inputs(model, kind, family.batch, family.length, seed) for seed, kind in enumerate(kinds))
     reference, found = exact(name, first, folder), {}
     for backend in BACKENDS:
-        torch._dynamo.reset()  # what it skips and has compiled counts for the first backend alone
+        reset_code_state()  # what the first backend saw change is symbolic at once for the other
         models[backend] = Compiled(model, backend)
         with collect() as training:
             loss = models[backend].step(first).detach()
@@ -164,11 +166,6 @@ def numbers(name, padding, folder):
         row[f"second {what}"] = relative(ours["again"][what], stock["again"][what])
     row["breaks"], row["recompiles"] = ([getattr(m, a) for m in models.values()] for a in ("breaks", "recompiles"))
     row["training"], row["inference"] = outcome(training), outcome(inference)
-    models["inductor"] = Compiled(model, "inductor")  # anew, after the reset
-    models["inductor"].step(first)
-    models["inductor"].forward(first)
-    model.zero_grad()
-    torch.cuda.empty_cache()
     return row, models, first
 
 
@@ -203,19 +200,39 @@ def times(models, inputs):
 
 
 def run_case(case, folder):
-    """Says "ready" once compiled, and measures when it is told to."""
-    name, padding = case.split(":")
-    path, row = folder / f"{case.replace(':', '-')}.json", {}
+    """Says "ready" once compiled, and measures when it is told to, if it is."""
+    row = {}
     try:
-        row, models, inputs = numbers(name, padding, folder)
-        path.write_text(json.dumps(row))
+        row, models, inputs = numbers(*case.split(":"), folder)
+        save(case, folder, row)
         print("ready", flush=True)
-        sys.stdin.readline()
-        row["times"] = times(models, inputs)
+        if sys.stdin.readline():
+            row["times"] = times(models, inputs)
+    except BrokenPipeError:  # who would say when to measure has ended; the numbers are saved
+        return
     except Exception as error:
         traceback.print_exc()
         row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
-    path.write_text(json.dumps(row))
+    save(case, folder, row)
+
+
+# ---- what is known of a case
+
+
+def path_of(case, folder, ending):
+    return folder / f"{case.replace(':', '-')}.{ending}"
+
+
+def save(case, folder, row):
+    """Whole or not at all, whenever this process ends."""
+    new = path_of(case, folder, "new")
+    new.write_text(json.dumps(row))
+    new.replace(path_of(case, folder, "json"))
+
+
+def load(case, folder):
+    path = path_of(case, folder, "json")
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 # ---- the process that starts the others
@@ -226,7 +243,7 @@ def start(case, folder, seconds):
     command = [sys.executable, "-m", "tests.gpu.models", "--out", str(folder), "--case", case]
     quiet = {"TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
     env = {**os.environ, **quiet, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    with (folder / f"{case.replace(':', '-')}.log").open("w") as log:
+    with path_of(case, folder, "log").open("w") as log:
         process = subprocess.Popen(
             command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
         )
@@ -280,34 +297,50 @@ def table_row(case, row):
 
 
 def write_table(cases, folder):
-    rows = []
-    for case in cases:
-        path = folder / f"{case.replace(':', '-')}.json"
-        rows.append(table_row(case, json.loads(path.read_text()) if path.exists() else {}))
+    rows = [table_row(case, load(case, folder)) for case in cases]
     lines = [f"| {' | '.join(row)} |" for row in (HEAD, ["---"] * len(HEAD), *rows)]
     (folder / "models.md").write_text("\n".join(lines) + "\n")
     return "\n".join(lines)
+
+
+def run_all(cases, folder, parallel, deadline, show):
+    """Compiles several cases at once until the deadline, then measures what is ready; calls `show` after each."""
+
+    def compiled(case):
+        process = start(case, folder, max(1, deadline - time.monotonic()))
+        show(f"{case}: {verdict(load(case, folder))}")
+        return process
+
+    with ThreadPoolExecutor(parallel) as pool:
+        ready = list(pool.map(compiled, cases))
+    for case, process in zip(cases, ready, strict=True):
+        finish(process, seconds=40)
+        show(f"{case}: {verdict(load(case, folder))}, at the end")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()) / "models", help="folder")
     parser.add_argument("--cases", nargs="+", default=CASES)
-    parser.add_argument("--parallel", type=int, default=10, help="processes that compile at once")
+    parser.add_argument("--resume", action="store_true", help="run only the cases that the folder has no times of")
+    parser.add_argument("--parallel", type=int, default=15, help="processes that compile at once")
     parser.add_argument("--seconds", type=float, default=330, help="for all numbers; then what is ready is measured")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.case:
         return run_case(args.case, args.out)
-    deadline = time.monotonic() + args.seconds
-    with ThreadPoolExecutor(args.parallel) as pool:
-        ready = list(pool.map(lambda case: start(case, args.out, max(1, deadline - time.monotonic())), args.cases))
-    print(f"all compiled after {time.monotonic() - deadline + args.seconds:.0f} s", flush=True)
-    for case, process in zip(args.cases, ready, strict=True):
-        finish(process, seconds=40)
-        print(f"{case} done, {time.monotonic() - deadline + args.seconds:.0f} s", flush=True)
-        write_table(args.cases, args.out)
+    cases = [c for c in args.cases if not (args.resume and "times" in load(c, args.out))]
+    for case in [] if args.resume else cases:
+        path_of(case, args.out, "json").unlink(missing_ok=True)
+    begin, lock = time.monotonic(), threading.Lock()
+
+    def show(what):
+        with lock:
+            print(f"{what}, {time.monotonic() - begin:.0f} s", flush=True)
+            write_table(args.cases, args.out)
+
+    run_all(cases, args.out, args.parallel, begin + args.seconds, show)
     print(write_table(args.cases, args.out))
 
 

@@ -8,8 +8,13 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from cudnn_flex_compile import cache_clear, cache_info
 from cudnn_flex_compile.bench.mods import causal, softcap
+from cudnn_flex_compile.kernels import fallback
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.report import collect
+from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod.ir import F32
+from cudnn_flex_compile.scoremod.optable import make
+from cudnn_flex_compile.scoremod.text import text
 from tests import dense
 
 AOT = {"inner_backend": "aot_eager"}
@@ -177,6 +182,20 @@ def test_without_a_certified_plan_the_call_runs_on_inductor(monkeypatch):
     monkeypatch.setattr(cuda, "find_plan", lambda call: Reason(Code.CERTIFICATION, "for the test"))
     out = function(*qkv)
     assert_right(out, qkv, softcap(2.0), None, grad, torch.autograd.grad(out, qkv, grad))
+
+
+def test_the_fallback_takes_programs_that_differ_in_a_constant_and_floats_that_change():
+    qkv = [draw() for _ in range(3)]
+    grad = torch.randn_like(qkv[0])
+    for limit, factor in ((2.0, 0.5), (3.0, 0.5), (3.0, 0.25)):
+        program = text(ir.program(make("tanh", ir.SCORE / limit) * limit * ir.scalar(0, F32)))
+        given = (*qkv, [], [], [torch.tensor(factor, dtype=torch.float64)], program, 0.125)
+        out, _ = fallback.forward(*given)
+
+        def score_mod(score, b, h, q, kv, limit=limit, factor=factor):
+            return torch.tanh(score / limit) * limit * factor
+
+        assert_right(out, qkv, score_mod, None, grad, fallback.backward(grad, None, *given))
 
 
 def test_a_new_shape_is_planned_when_it_comes():

@@ -11,6 +11,7 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile.kernels import fallback
+from cudnn_flex_compile.reasons import Code
 from cudnn_flex_compile.report import collect
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import F32
@@ -24,6 +25,7 @@ from tests.gpu.test_numerics import inputs, poison
 SHAPES = (64, 512, 1), (64, 1000, 2), (128, 1024, 2), (128, 1000, 1)  # head dim, length, query heads of a key head
 OPTIONS = {"inner_backend": "aot_eager", "lower": "always", "bias_budget_mb": 8192}
 DRAWS = 4  # of the output's gradient: a bias of few numbers has a gradient of few numbers
+KEPT = 0.05  # the part of the calls that certification may keep: each is right, but nearly all have to be fast
 
 
 def compiled(score_mod, mask_mod, length, group, **options):
@@ -36,9 +38,14 @@ def compiled(score_mod, mask_mod, length, group, **options):
     return torch.compile(attend, backend="cudnn_flex", options={**OPTIONS, **options})
 
 
+@pytest.fixture(scope="module")
+def reasons():
+    """Of each call whose numbers were judged, in this process: why certification kept it, or None."""
+    return []
+
+
 def lowered(report):
     assert [str(c.reason) for c in report.kept] == []
-    return report.lowered[0]
 
 
 def judge(labels, found, exact, stock):
@@ -51,14 +58,16 @@ def judge(labels, found, exact, stock):
         assert error <= 2 * off, f"{label}: {error / size:.2e}, stock {off / size:.2e}"
 
 
-def check(form, head_dim, length, dtype, group, heads=4, batch=2, **options):
+def check(reasons, form, head_dim, length, dtype, group, heads=4, batch=2, **options):
     *leaves, grad = inputs(head_dim, length, dtype, group, heads, batch)
     learned, make, mask_mod = FORMS[form](batch, heads, length)
     scale = 1 / math.sqrt(head_dim)
     poison()
     with collect() as report:
         out = compiled(make(*learned), mask_mod, length, group, **options)(*leaves)
-    lowered(report)
+    (call,) = report.calls
+    reasons.append(call.reason)
+    assert call.reason is None or call.reason.code is Code.CERTIFICATION, call.reason
     copies, own = ([dense.leaf(t, True) for t in tensors] for tensors in (leaves, learned))
     exact_out = dense.attention(*copies, make(*own), mask_mod, scale, True)[0]
     low = [dense.leaf(t, False) for t in leaves]
@@ -80,19 +89,27 @@ def check(form, head_dim, length, dtype, group, heads=4, batch=2, **options):
 
 @pytest.mark.parametrize("form", [f for f in FORMS if f != "Swin"])
 @pytest.mark.parametrize(("head_dim", "length", "group"), SHAPES)
-def test_within_twice_stock_error(form, head_dim, length, group):
-    check(form, head_dim, length, torch.bfloat16, group)
+def test_within_twice_stock_error(reasons, form, head_dim, length, group):
+    check(reasons, form, head_dim, length, torch.bfloat16, group)
 
 
 @pytest.mark.parametrize(("length", "batch"), [(49, 64), (64, 64), (144, 16)])
-def test_windows(length, batch):
+def test_windows(reasons, length, batch):
     """Swin's: many windows, each shorter than a tile, of a length that no vector load divides."""
-    check("Swin", 32, length, torch.bfloat16, 1, heads=4, batch=batch)
+    check(reasons, "Swin", 32, length, torch.bfloat16, 1, heads=4, batch=batch)
 
 
 @pytest.mark.parametrize("form", ["T5", "[H, S, S], causal", "slopes"])
-def test_with_inductor(form):
-    check(form, 64, 512, torch.bfloat16, 1, inner_backend="inductor")
+def test_with_inductor(reasons, form):
+    check(reasons, form, 64, 512, torch.bfloat16, 1, inner_backend="inductor")
+
+
+def test_nearly_all_of_these_are_lowered(reasons):
+    """Of the tests above; one may be kept where few of them ran in this process (pytest -n)."""
+    if not reasons:
+        pytest.skip("none of the tests above ran in this process")
+    kept = [str(reason) for reason in reasons if reason is not None]
+    assert len(kept) <= max(1, KEPT * len(reasons)), kept
 
 
 def test_two_layers_share_a_table():
@@ -131,8 +148,10 @@ def test_a_second_run_gives_the_same():
 
 @pytest.mark.parametrize("dims", ["hqk", "qk", "bhqk"])
 def test_where_no_plan_is_found_inductors_kernel_gives_the_gradient(dims):
-    """What runs a shape that has no plan that is right: the op's own fallback."""
-    query, key, value, grad = (t.detach() for t in inputs(64, 256, torch.bfloat16, 2))
+    """What runs a shape that has no plan that is right: the op's own fallback. With a float32 bias of pairs, stock's
+    backward for head dims from 64 to 128 wants more shared memory than an H200 has (torch 2.11).
+    """
+    query, key, value, grad = (t.detach() for t in inputs(32, 256, torch.bfloat16, 2))
     sizes = (2, 4, 256, 256)
     bias = torch.randn([n if a in dims else 1 for a, n in zip("bhqk", sizes, strict=True)], device="cuda")
     program = text(ir.program(with_bias(ir.SCORE, ir.operand(0, F32, dims))))

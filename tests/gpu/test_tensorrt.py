@@ -21,6 +21,7 @@ from cudnn_flex_compile.bench.mods import causal, softcap
 
 LAYERS, WIDTH, HEADS, LENGTH, BATCH, WORDS = 4, 1024, 16, 1024, 4, 8192
 ROUNDS, WARM = 30, 5
+BROKEN = 4  # times eager's error: no rounding does that
 
 
 def _missing() -> str | None:
@@ -169,7 +170,17 @@ def test_logits_engines_and_latency(dtype, engines, capsys):
     assert ours.note == ""
     report.assert_all_lowered()
     assert ours.engines > LAYERS, "one before, between and after the layers' attention"
-    assert ours.error <= 2 * eager
+    assert ours.error <= allowed(eager, found["torch_tensorrt"])
+
+
+def allowed(eager, alone):
+    """The error that the logits may have: twice eager's, or what the engines make with stock attention, and a tenth.
+
+    Engines by themselves round more than eager does (float16 on an H200: 1.7e-3, eager 7.2e-4), which is not for our
+    attention to make good. They are no measure where they failed, or are wrong themselves.
+    """
+    measure = alone.function is not None and alone.error <= BROKEN * eager
+    return max(2 * eager, 1.1 * alone.error) if measure else 2 * eager
 
 
 def show(found, eager, dtype, x):

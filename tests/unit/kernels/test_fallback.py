@@ -51,6 +51,40 @@ def test_right_at_every_length_and_compiled_twice(name):
     assert graphs["unique_graphs"] - before <= 2
 
 
+def differentiated(program, floats=(), scale=0.25):
+    """Outputs and gradients of the fallback and of the interpreter."""
+    qkv, rest = draw(LENGTHS[0]), ([], [], [torch.tensor(f, dtype=torch.float64) for f in floats], text(program), scale)
+    out, lse = fallback.forward(*qkv, *rest)
+    grad = torch.randn_like(out)
+    wanted, wanted_lse = torch.empty_like(out), torch.empty_like(lse)
+    cpu.forward(*qkv, *rest, wanted, wanted_lse)
+    found = (out, *fallback.backward(grad, None, *qkv, *rest))
+    return found, (wanted, *cpu.backward(grad, None, *qkv, out, lse, *rest)[:3])
+
+
+@pytest.mark.parametrize("constants", [(0.5, 0.25, -3.0), (10, 20, 30)], ids=["floats", "ints"])
+def test_programs_that_differ_in_a_constant(constants):
+    """Dynamo would make it symbolic, having compiled the same code for another program."""
+    for constant in constants:
+        if isinstance(constant, float):
+            program = ir.program(CAPPED * constant)
+        else:
+            program = ir.program(ir.SCORE, make("ge", ir.const(constant, I32), Q - KV))
+        torch.testing.assert_close(*differentiated(program), rtol=1e-4, atol=1e-5)
+
+
+def test_a_float_and_a_scale_that_change():
+    """The float is captured as a tensor, for which nothing is compiled again."""
+    program, graphs = ir.program(ir.SCORE * ir.scalar(0, F32)), torch._dynamo.utils.counters["stats"]
+    torch.testing.assert_close(*differentiated(program, [1.5]), rtol=1e-4, atol=1e-5)
+    before = graphs["unique_graphs"]
+    for number in range(2, 5):
+        torch.testing.assert_close(*differentiated(program, [number / 4]), rtol=1e-4, atol=1e-5)
+    assert graphs["unique_graphs"] == before
+    for scale in (0.5, 0.125):
+        torch.testing.assert_close(*differentiated(program, [1.5], scale), rtol=1e-4, atol=1e-5)
+
+
 def test_gradients():
     program, _, _ = PROGRAMS["soft cap + causal"]
     for length in LENGTHS[:3]:
