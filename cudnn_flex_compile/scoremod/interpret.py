@@ -17,6 +17,10 @@ CHUNK = 2**25  # pairs of visible_rows
 TORCH_DTYPE = {F32: torch.float32, I32: torch.int32, I64: torch.int64, BOOL: torch.bool}
 
 
+# In place of comparisons: Inductor orders the bounds of what is compared, and truth values have none that it can order.
+OF_TRUTHS = {"ne": torch.logical_xor, "eq": lambda a, b: torch.logical_xor(a, b).logical_not()}
+
+
 def evaluate(root: Expr, leaf: Callable[[Expr], Any], high: bool = False) -> Any:
     """The value of `root`.
 
@@ -33,7 +37,8 @@ def evaluate(root: Expr, leaf: Callable[[Expr], Any], high: bool = False) -> Any
         elif high and node.kind == "f32":
             values[node] = values[node.args[0]].to(torch.float64)
         else:
-            values[node] = TABLE[node.kind].evaluate(*(values[a] for a in node.args))
+            of_truths = OF_TRUTHS.get(node.kind) if node.args[0].dtype == BOOL else None
+            values[node] = (of_truths or TABLE[node.kind].evaluate)(*(values[a] for a in node.args))
         if node.kind == "gather":  # from a tensor of any dtype: float16 is computed with as F32, uint8 as I32
             values[node] = values[node].to(torch.float64 if high and node.dtype == F32 else TORCH_DTYPE[node.dtype])
     return values[root]

@@ -56,7 +56,7 @@ def endpoints_of(
     )  # fmt: skip
     axes = ir.axes_of(mask)
     shape = (batch if "b" in axes else 1, heads if "h" in axes else 1, rows, columns)
-    changes = (here != (previous | (place == 0))).expand(*shape)
+    changes = torch.logical_xor(here, previous | (place == 0)).expand(*shape)  # Inductor compiles no != of truth values
     count = changes.sum(-1, dtype=torch.int32)
     first, last = torch.where(changes, place, columns).amin(-1), torch.where(changes, place, -1).amax(-1)
     middle = torch.where(changes, place, 0).sum(-1, dtype=torch.int32) - first - last

@@ -88,6 +88,15 @@ def test_endpoints_are_exact(source, seed):
         assert (table.diff(dim=1) >= 0).all()
 
 
+@pytest.mark.parametrize("source", ["(q >= kv) | (kv < 7)", "(q >= kv) != (kv < 7)", "(q >= kv) == (kv < 7)"])
+def test_endpoints_are_compiled_by_inductor(source):
+    """Which orders the bounds of what is compared: truth values have none."""
+    sizes, mask = (1, 1, 24, 24), normal(source).mask
+    torch._dynamo.reset()
+    table = torch.compile(lambda: endpoints_of(mask, [], [], [], sizes, CPU).table, dynamic=False)()
+    assert torch.equal(shown(table, sizes), brute_force(source, {}, sizes))
+
+
 def test_pairwise_reads_operands_along_one_axis():
     given = used(SOURCES["offsets"], captured(1, 2, 8))
     _, hoisted = pairwise(normal(SOURCES["offsets"], given))
