@@ -1,15 +1,15 @@
 """Where we are faster than Inductor, for the rules by sizes (passes/speed.py): decoding, and short sequences.
 
-    python3 -m tests.gpu.selection [log file] [--processes 8]
+    python3 -m tests.gpu.selection [log file] [--processes 12]
 
 Both through torch.compile, ours with lower="always", interleaved: as called, and the device's time alone. Decoding is
-the forward without gradients; short sequences are forward + backward. Other processes fill the compile caches first.
+the forward without gradients; short sequences are forward + backward. Several processes compile at once; then one at a
+time measures, with nothing else running.
 """
 
 import argparse
 import contextlib
-import subprocess
-import sys
+import multiprocessing
 import time
 import traceback
 from dataclasses import dataclass
@@ -19,11 +19,10 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile import collect
-from cudnn_flex_compile.bench.mods import causal, sliding, softcap
+from cudnn_flex_compile.bench.mods import causal, softcap
 from cudnn_flex_compile.engine import timing
-from tests.gpu.host_time import microseconds
 
-ROUNDS = 3
+ROUNDS, CALLS = 3, 40
 OURS, STOCK = "cudnn_flex", "inductor"
 
 
@@ -45,6 +44,7 @@ class Case:
         return f"{self.name}, {sizes}"
 
 
+SHORT = {"full": (None, None), "causal": (None, causal), "soft cap + causal": (softcap(20.0), causal)}
 CASES = [
     *(
         Case("decode, soft cap", 8, 32, 8, queries, keys, 128, False, softcap(20.0))
@@ -52,20 +52,21 @@ CASES = [
         for keys in (1024, 8192, 32768)
     ),
     *(
-        Case(name, 8, 16, 16, length, length, 64, True, score_mod, mask_mod)
-        for length in (128, 256, 512)
-        for name, score_mod, mask_mod in (
-            ("causal", None, causal),
-            ("soft cap + causal", softcap(20.0), causal),
-            ("soft cap + window", softcap(20.0), sliding(length // 4)),
-        )
+        Case(name, 16384 // length, 16, 16, length, length, dim, True, *mods)
+        for length in (128, 256, 512, 1024)
+        for dim in (64, 128)
+        for name, mods in SHORT.items()
     ),
+    *(Case("full", 64, 16, 16, 197, 197, 64, training) for training in (False, True)),
 ]
 
 
-def steps(case):
+def recording(case):
+    return contextlib.nullcontext() if case.training else torch.no_grad()
+
+
+def compiled(case):
     """What a call of each contender is, by name, and how ours runs."""
-    torch._dynamo.reset()
     lengths = [(case.heads, case.queries), (case.kv_heads, case.keys), (case.kv_heads, case.keys)]
     q, k, v = (
         torch.randn(case.batch, length, heads, case.dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
@@ -86,7 +87,7 @@ def steps(case):
             out = function(*leaves)
             return torch.autograd.grad(out, leaves, grad) if case.training else out
 
-        with collect() as report:
+        with recording(case), collect() as report:
             step()
         found[backend] = step
         if backend == OURS:
@@ -94,59 +95,77 @@ def steps(case):
     return found, how
 
 
-def measured(case):
-    with contextlib.nullcontext() if case.training else torch.no_grad():
-        found, how = steps(case)
-        called = dict.fromkeys(found, float("inf"))
+def as_called(step):
+    """Milliseconds of one of several calls in a row, until the device is through."""
+    step()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(CALLS):
+        step()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / CALLS * 1e3
+
+
+def row(case, found, how):
+    called = dict.fromkeys(found, float("inf"))
+    with recording(case):
         for _ in range(ROUNDS):
             for name, step in found.items():
-                called[name] = min(called[name], microseconds(step) / 1000)
+                called[name] = min(called[name], as_called(step))
         device = dict(zip(found, timing.milliseconds(list(found.values())), strict=True))
-    return called, device, how
-
-
-def row(case):
-    try:
-        called, device, how = measured(case)
-    except Exception as error:  # one case must not lose the others
-        traceback.print_exc()
-        return f"| {case} | {type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''} | | | |"
     parts = [f"{t[STOCK]:.3f} / {t[OURS]:.3f} ms, {t[STOCK] / t[OURS]:.2f}x" for t in (called, device)]
     return f"| {case} | {parts[0]} | {parts[1]} | {how} |"
 
 
-def compile_ahead(processes):
-    command = [sys.executable, "-m", "tests.gpu.selection", "--only"]
-    running = [subprocess.Popen([*command, f"{i}/{processes}"], stdout=subprocess.DEVNULL) for i in range(processes)]
-    for process in running:
-        process.wait()
+def attempt(case, function, *arguments):
+    """What the function gives, or a row that tells of a failure: one case must not lose the others."""
+    try:
+        return function(case, *arguments)
+    except Exception as error:
+        traceback.print_exc()
+        return f"| {case} | {type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''} | | | |"
+
+
+def work(connection, mine):
+    """In a process of its own: sends how many cases it has compiled, and a row of each when it is told to."""
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 4 * len(CASES)
+    ready = [(case, attempt(case, compiled)) for case in CASES[mine]]
+    connection.send(len(ready))
+    connection.recv()
+    for case, found in ready:
+        connection.send(found if isinstance(found, str) else attempt(case, row, *found))
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("log", nargs="?")
-    parser.add_argument("--processes", type=int, default=8)
-    parser.add_argument("--only", help=argparse.SUPPRESS)  # I/N: compiles every N-th case from the I-th on
+    parser.add_argument("--processes", type=int, default=12)
     given = parser.parse_args()
-    if given.only:
-        first, count = map(int, given.only.split("/"))
-        for case in CASES[first::count]:
-            with contextlib.suppress(Exception), contextlib.nullcontext() if case.training else torch.no_grad():
-                steps(case)
-        return
-    begun = time.perf_counter()
-    compile_ahead(given.processes)
+    begun, spawn, processes = time.perf_counter(), multiprocessing.get_context("spawn"), []
+    for i in range(given.processes):
+        here, there = spawn.Pipe()
+        processes.append((spawn.Process(target=work, args=(there, slice(i, None, given.processes)), daemon=True), here))
+        processes[-1][0].start()
+        there.close()
+    counts = [connection.recv() for _, connection in processes]
     ahead = time.perf_counter() - begun
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}")
-    lines = ["| case | as called, Inductor / ours | on the device | ours runs as |", "| --- | --- | --- | --- |"]
+    lines = [
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}",
+        "",
+        "| case | as called, Inductor / ours | on the device | ours runs as |",
+        "| --- | --- | --- | --- |",
+    ]
     print(*lines, sep="\n", flush=True)
-    for case in CASES:
-        lines.append(row(case))
-        print(lines[-1], flush=True)
-        if given.log:
-            with open(given.log, "w") as file:
-                file.write("\n".join(lines) + "\n")
-    print(f"compiled ahead in {ahead:.0f} s, all in {time.perf_counter() - begun:.0f} s")
+    for (process, connection), count in zip(processes, counts, strict=True):
+        connection.send("go")
+        for _ in range(count):
+            lines.append(connection.recv())
+            print(lines[-1], flush=True)
+            if given.log:
+                with open(given.log, "w") as file:
+                    file.write("\n".join(lines) + "\n")
+        process.join()
+    print(f"compiled in {ahead:.0f} s, all in {time.perf_counter() - begun:.0f} s")
 
 
 if __name__ == "__main__":
