@@ -156,10 +156,16 @@ def row_limits(
     return RowLimits(start, end, counts)
 
 
+COMPARED = 2**24  # comparisons of indices with columns: up to so many, one kernel is faster than zeros and a scatter
+
+
 def listed(count: Tensor, indices: Tensor, columns: int) -> Tensor:
-    """[B, H, rows, >= columns] booleans from counts [B, H, rows] and indices [B, H, rows, n]."""
-    width = max(columns, indices.shape[-1])
+    """[B, H, rows, columns] booleans from counts [B, H, rows] and indices [B, H, rows, n]."""
     valid = torch.arange(indices.shape[-1], device=indices.device) < count.unsqueeze(-1)
+    if valid.numel() * columns <= COMPARED:
+        column = torch.arange(columns, dtype=indices.dtype, device=indices.device).unsqueeze(-1)
+        return ((indices.unsqueeze(-2) == column) & valid.unsqueeze(-2)).any(-1)
+    width = max(columns, indices.shape[-1])
     dense = torch.zeros((*count.shape, width + 1), dtype=torch.bool, device=indices.device)
     return dense.scatter(-1, torch.where(valid, indices.long(), width), True)[..., :columns]
 

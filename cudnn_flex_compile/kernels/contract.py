@@ -45,15 +45,15 @@ def check(
 
 def hold(
     blocks: Sequence[Tensor], captured: Sequence[Tensor], question: Hashable, compare: Callable[[], Tensor],
-    agreed: Callable[[], None] = lambda: None,
+    disagreed: Callable[[], None] = lambda: None,
 ) -> None:  # fmt: skip
-    """The same for any comparison.
+    """The same for any comparison. What has been compared is taken to agree until the host looks.
 
     Args:
         blocks: the tensors of the BlockMask. captured: what else is compared, beside constants.
         question: what the answer holds for, beside these tensors; None if it can't be remembered.
         compare: gives a boolean, 0-d, on their device.
-        agreed: called once it is known that they agree; never under CUDA graph capture.
+        disagreed: called when the host has seen that they do not agree; never under CUDA graph capture.
     """
     if blocks[0].is_cuda and torch.cuda.is_current_stream_capturing():
         torch._assert_async(compare())
@@ -62,19 +62,18 @@ def hold(
     known: dict[Hashable, Any] = _agreed.setdefault(blocks[1], {})  # pyright: ignore[reportAssignmentType]
     lasting = question is not None and not any(t.is_inference() for t in tensors)  # their versions are not counted
     if lasting and question in known and _unchanged(known[question], tensors):
-        agreed()
         return
-    identity = _identity(tensors) if lasting else None
     reading = Reading(compare())
+    if lasting:
+        known[question] = _identity(tensors)
 
     def look() -> None:
         if not reading():
+            known.pop(question, None)
+            disagreed()
             raise RuntimeError(MISMATCH)
-        if identity is not None:
-            known[question] = identity
-            agreed()
 
-    later(look)
+    later(look, reading.there)
 
 
 Identity = list[tuple[TensorWeakRef, int]]  # a freed tensor's address may be another's: none is known by it

@@ -1,17 +1,43 @@
-"""Lets the host look at numbers of the device when a compiled graph has enqueued all its work, and not before.
+"""Lets the host look at numbers of the device when that delays it least, and before anyone uses a gradient.
 
-Whoever waits for the device in the middle of a graph leaves it idle afterwards. At the end of the graph the number has
-long been there, or the device has enough to do.
+Whoever waits for the device in the middle of a graph leaves it idle afterwards. A graph without gradients looks at its
+end. In training the host had better not wait there either: it looks when the backward is enqueued, by when the number
+has long been there, and what a look raises, `backward()` raises.
 """
 
+import atexit
+import logging
+import os
 import threading
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Variable
+
+from cudnn_flex_compile.locks import new_lock
+
+log = logging.getLogger("cudnn_flex_compile")
+MOST = 64  # looks that are put off
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Attributes:
+    run: looks; raises what there is to raise.
+    ready: whether it would not wait.
+    """
+
+    run: Callable[[], None]
+    ready: Callable[[], bool]
+
 
 _thread = threading.local()
+_put_off: deque[Look] = deque()
+_lock = new_lock()
 
 
 class Reading:
@@ -25,6 +51,9 @@ class Reading:
             self._there = torch.cuda.Event()
             self._there.record()
 
+    def there(self) -> bool:
+        return self._there is None or self._there.query()
+
     def __call__(self) -> Any:
         """A number or a list of them."""
         if self._there is not None:
@@ -32,27 +61,71 @@ class Reading:
         return self._host.tolist()
 
 
-def later(look: Callable[[], None]) -> None:
-    """Calls `look` at the end of the compiled graph that runs in this thread; at once if there is none."""
-    looks: list[Callable[[], None]] | None = getattr(_thread, "looks", None)
+def later(run: Callable[[], None], ready: Callable[[], bool]) -> None:
+    """Calls `run` at the end of the compiled graph that runs in this thread, or of its backward; at once if there is
+    no graph.
+
+    Args:
+        ready: whether `run` would not wait for the device.
+    """
+    looks: list[Look] | None = getattr(_thread, "looks", None)
     if looks is None:
-        look()
+        run()
     else:
-        looks.append(look)
+        looks.append(Look(run, ready))
 
 
 def looking_last(run: Callable[..., Any]) -> Callable[..., Any]:
-    """A compiled graph after which the host looks at what there is to look at: what that raises, it raises."""
+    """A compiled graph after which the host looks at what there is to look at: what that raises, it raises.
+
+    If a gradient may follow, what is not there yet is left to `at_end_of_backward`; should none follow, to the next
+    graphs.
+    """
 
     def run_and_look(*inputs: Any) -> Any:
         outer, _thread.looks = getattr(_thread, "looks", None), []
         try:
             result = run(*inputs)
-            looks: list[Callable[[], None]] = _thread.looks
+            _put_off.extend(_thread.looks)
         finally:
             _thread.looks = outer
-        for look in looks:
-            look()
+        _look(wait=not _differentiable(result))
         return result
 
     return run_and_look
+
+
+def _differentiable(result: Any) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return any(isinstance(t, Tensor) and t.requires_grad for t in (result if isinstance(result, tuple | list) else ()))
+
+
+def _look(wait: bool = True) -> None:
+    """At all that was put off, in order. What one raises leaves the rest for the next time."""
+    while (look := _next(wait)) is not None:
+        look.run()
+
+
+def _next(wait: bool) -> Look | None:
+    with _lock:
+        due = _put_off and (wait or len(_put_off) > MOST or _put_off[0].ready())
+        return _put_off.popleft() if due else None
+
+
+def at_end_of_backward() -> None:
+    """To be called in a backward: the host looks when all of it is enqueued."""
+    if _put_off and torch._C._current_graph_task_id() >= 0:
+        Variable._execution_engine.queue_callback(_look)  # pyright: ignore
+
+
+@atexit.register
+def _at_exit() -> None:
+    try:
+        _look()
+    except Exception as error:
+        log.error("%s", error)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_put_off.clear)  # a child has no part in its parent's CUDA context

@@ -88,8 +88,8 @@ class InputCheck:
         self._seen: tuple[tuple[int, torch.Tensor, int], ...] = ()
 
     def __call__(self, inputs: Sequence[Any]) -> None:
-        """Raises RuntimeError if the tensors are others than last time and do not agree with the mask, when the graph
-        has run (kernels/later.py).
+        """Raises RuntimeError if the tensors are others than last time and do not agree with the mask, when the host
+        looks (kernels/later.py).
 
         Fake ones, on which DDP's optimizer runs each of its graphs once, have nothing that could be compared.
         """
@@ -108,12 +108,11 @@ class InputCheck:
         blocks, captured = [inputs[i] for i in self._blocks], [inputs[i] for i in self._captured]
         versioned = not any(t.is_inference() for t in (*blocks, *captured))
         positions = (*self._blocks, *self._captured)
-        seen = tuple((i, inputs[i], inputs[i]._version) for i in positions) if versioned else ()
+        self._seen = tuple((i, inputs[i], inputs[i]._version) for i in positions) if versioned else ()
+        hold(blocks, captured, self._question, lambda: self._compare(*blocks, *captured), self._forget)
 
-        def remember() -> None:
-            self._seen = seen
-
-        hold(blocks, captured, self._question, lambda: self._compare(*blocks, *captured), remember)
+    def _forget(self) -> None:
+        self._seen = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,11 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cudnn_flex_compile.kernels import block_mask
 from cudnn_flex_compile.kernels.block_mask import agree, agree_with_endpoints
 from cudnn_flex_compile.scoremod import interpret
 from cudnn_flex_compile.scoremod.masks.intervals import every_endpoint
@@ -97,3 +99,18 @@ def test_blocks_of_queries_that_say_something_else() -> None:
     program, _ = compiled("causal", sizes)
     right, wrong = (tensors_of(from_pattern(p, None, 128, sizes)) for p in (CAUSAL, np.ones_like(CAUSAL)))
     assert not bool(agree([*right[:2], *wrong[2:]], [], [], [], program, sizes, (128, 128)))
+
+
+@pytest.mark.parametrize("most", [block_mask.COMPARED, 0], ids=["compared", "scattered"])
+@pytest.mark.parametrize("columns", [1, 5, 9])
+def test_lists_by_brute_force(most: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever way they are found; what is beyond a count, or beyond the columns, is not listed."""
+    monkeypatch.setattr(block_mask, "COMPARED", most)
+    generator = torch.Generator().manual_seed(columns)
+    indices = torch.stack([torch.randperm(7, generator=generator) for _ in range(24)]).view(2, 3, 4, 7).int()
+    count = torch.randint(0, 8, (2, 3, 4), generator=generator, dtype=torch.int32)
+    found = block_mask.listed(count, indices, columns)
+    assert found.shape == (2, 3, 4, columns)
+    for place in np.ndindex(2, 3, 4):
+        expected = {i for i in indices[place][: int(count[place])].tolist() if i < columns}
+        assert set(found[place].nonzero().flatten().tolist()) == expected
