@@ -8,14 +8,18 @@ Each row is Inductor's milliseconds / ours, medians of interleaved steps, with e
     of 12           the same of twelve layers, per layer
     by itself       twelve layers less one, per layer: what a layer takes beside what is done once a step
     set-up          one layer less that: what is done once a step
-    host            of that one layer's step, until the host is through, with nothing to wait for at its start
+    host            of that one layer's step, until the host is through
     forward, backward   what the device computes for a layer, and set-up of the step in the forward, by the profiler
 
-The last tables are the ratios, with what the rule of passes/speed.py says of each case, and the rows of that rule.
+A process for each shape compiles, all at once; then one at a time measures, with nothing else running, some steps in a
+row, as in training nobody waits for a step. The last tables are the ratios, with what the rule of passes/speed.py says
+of each case, and the rows of that rule.
 """
 
 import functools
+import itertools
 import math
+import multiprocessing
 import statistics
 import sys
 import time
@@ -38,7 +42,7 @@ SHAPES = {  # B, S, H, Hkv: numbers of documents, or another mask, the same at e
     (2, 4096, 16, 16): (16, "prefix"), (1, 8192, 16, 16): (8, 32, 128), (2, 4096, 32, 8): (16,),
     (1, 8192, 32, 8): (32,), (1, 16384, 16, 16): (32,),
 }  # fmt: skip
-DIM, LAYERS, WARM_UP, REPEATS, PROFILED = 128, 12, 4, 10, 2
+DIM, LAYERS, WARM_UP, REPEATS, IN_A_ROW, PROFILED = 128, 12, 2, 7, 3, 2
 NAMES = ("inductor", "ours")
 Pair = tuple[float, float]  # Inductor's, and ours
 compiled_mask = functools.cache(lambda: torch.compile(create_block_mask, dynamic=False))
@@ -80,6 +84,10 @@ class Model:
         theirs = torch.compile(model, dynamic=False)
         self.run = {"inductor": theirs, "ours": torch.compile(model, backend="cudnn_flex", dynamic=False, options=ours)}
 
+    def compile(self, counts):
+        for documents, name, step in itertools.product(counts, NAMES, range(2)):
+            self.timed(name, [self.mask(documents, step)])
+
     def draw(self, heads):
         return torch.randn(self.batch, self.length, heads, DIM, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
 
@@ -90,17 +98,18 @@ class Model:
             mod = causal_documents(packed(step, self.batch, self.length, documents))
         return functools.partial(compiled_mask(), mod, self.batch, None, self.length, self.length, device="cuda")
 
-    def timed(self, name, make):
-        """Milliseconds of a step, and of the host in it."""
+    def timed(self, name, makers):
+        """Milliseconds of a step, of one for each BlockMask, and of the host in it."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         start.record()
         begin = time.perf_counter()
-        torch.autograd.grad(self.run[name](self.leaves, make()), self.flat, self.grads)
+        for make in makers:
+            torch.autograd.grad(self.run[name](self.leaves, make()), self.flat, self.grads)
         host = 1e3 * (time.perf_counter() - begin)
         end.record()
         end.synchronize()
-        return start.elapsed_time(end), host
+        return start.elapsed_time(end) / len(makers), host / len(makers)
 
     def on_device(self, name, mask):
         """Milliseconds that kernels take in the forward, and in the backward."""
@@ -118,12 +127,12 @@ class Model:
     def times(self, documents):
         steps = {name: [] for name in NAMES}
         with collect() as report:
-            for step in range(WARM_UP + REPEATS):
-                make = self.mask(documents, step)
+            for first in range(0, IN_A_ROW * (WARM_UP + REPEATS), IN_A_ROW):
+                makers = [self.mask(documents, step) for step in range(first, first + IN_A_ROW)]
                 for name in NAMES:
-                    steps[name].append(self.timed(name, make))
+                    steps[name].append(self.timed(name, makers))
         medians = [[statistics.median(c) for c in zip(*steps[name][WARM_UP:], strict=True)] for name in NAMES]
-        mask = make()
+        mask = makers[0]()
         device = [self.on_device(name, mask) for name in NAMES]
         pairs = [tuple(column) for column in zip(*medians, strict=True)] + list(zip(*device, strict=True))
         how = "as before" if not report.calls else str(report.calls[0].reason or "+".join(report.calls[0].strategies))
@@ -143,7 +152,7 @@ def less(one, other):
     return tuple(a - b for a, b in zip(one, other, strict=True))
 
 
-def measured(name, one, many, log):
+def rows_of(one, many):
     """All rows of a case."""
     alone, forward, backward = (
         by_layer(getattr(one, n), getattr(many, n)) for n in ("step", "forward", "backward")
@@ -153,11 +162,16 @@ def measured(name, one, many, log):
         "set-up": less(one.step, alone), "host": one.host, "forward": forward, "backward": backward,
         "set-up, device": less(one.forward, forward),
     }  # fmt: skip
-    print(f"{name}: {one.share:.1%} of the blocks, {one.how}", file=log, flush=True)
+    return rows
+
+
+def told(name, times, rows):
+    """The rows as text."""
+    lines = [f"{name}: {times.share:.1%} of the blocks, {times.how}"]
     for what, (theirs, ours) in rows.items():
         ratio = f"{theirs / ours:.2f}x" if min(theirs, ours) > 0 else ""
-        print(f"    {what:<16} {theirs:8.3f} / {ours:8.3f} ms  {ratio}", file=log, flush=True)
-    return rows
+        lines.append(f"    {what:<16} {theirs:8.3f} / {ours:8.3f} ms  {ratio}")
+    return "\n".join(lines)
 
 
 def rule(shape, share, layers):
@@ -198,23 +212,20 @@ def print_rule(found):
     print(f"LIST = {line(setups)}")
 
 
-def lists(log):
+def lists(shape):
     """A list by itself, as it is recorded, and as it is not: on the device, and on the host."""
-    for batch, length, heads, kv_heads in SHAPES:
-        geometry = Geometry(batch, heads, kv_heads, length, length, DIM, DIM, 1, True, torch.bfloat16)
-        table = torch.full((1, NARROW, batch * length), length, dtype=torch.int32, device="cuda")
-        table[:, 0], table[:, 1], table[:, 2] = 0, 0, torch.arange(1, batch * length + 1, device="cuda") % length
-        tiler, recording = tiler_of(geometry, 0), recording_of(geometry, 0, torch.cuda.current_stream().cuda_stream)
-        for what, maker in (("recorded", recording), ("not recorded", tiler)):
-            if maker is None:
-                print(f"list, B{batch} S{length}: not recorded", file=log)
-                continue
+    batch, length, heads, kv_heads = shape
+    geometry = Geometry(batch, heads, kv_heads, length, length, DIM, DIM, 1, True, torch.bfloat16)
+    table = torch.full((1, NARROW, batch * length), length, dtype=torch.int32, device="cuda")
+    table[:, 0], table[:, 1], table[:, 2] = 0, 0, torch.arange(1, batch * length + 1, device="cuda") % length
+    tiler, recording = tiler_of(geometry, 0), recording_of(geometry, 0, torch.cuda.current_stream().cuda_stream)
+    for what, maker in (("recorded", recording), ("not recorded", tiler)):
+        if maker is not None:
             host, device = microseconds(functools.partial(maker.list, table), 20)
-            name = f"list, B{batch} S{length} H{heads}/{kv_heads}, {what}"
-            print(f"{name}: host {host:.0f} us, all {device:.0f} us", file=log, flush=True)
+            yield f"list, B{batch} S{length} H{heads}/{kv_heads}, {what}: host {host:.0f} us, all {device:.0f} us"
 
 
-def host_times(log):
+def host_times():
     """Of a call that is so small that the GPU never keeps the host waiting, and of making its list."""
     from cudnn_flex_compile.kernels import cuda, tiles
 
@@ -230,13 +241,13 @@ def host_times(log):
     try:
         for name, where in watched.items():
             setattr(*where, functools.partial(keep, name))
-        small.timed("ours", small.mask(4, 0))
+        small.timed("ours", [small.mask(4, 0)])
     finally:
         for name, where in watched.items():
             setattr(*where, originals[name])
     for name, call in kept.items():
         with torch.no_grad():
-            print(f"host, {name}: {microseconds(call, 50)[0]:.0f} us", file=log, flush=True)
+            yield f"host, {name}: {microseconds(call, 50)[0]:.0f} us"
 
 
 def microseconds(call, count):
@@ -252,34 +263,49 @@ def microseconds(call, count):
     return host / count * 1e6, (time.perf_counter() - start) / count * 1e6
 
 
-def attempt(what, function):
-    """Prints what goes wrong, and goes on."""
+def work(connection, shape):
+    """In a process of its own: says when it has compiled, and sends what it measures once it is told to: lines of text,
+    and cases (name, shape, share, rows).
+    """
+    torch._dynamo.config.recompile_limit = 64  # all of it is one function
     try:
-        return function()
+        models = [Model(shape, layers) for layers in (1, LAYERS)]
+        for model in models:
+            model.compile(SHAPES[shape])
+        connection.send("ready")
+        connection.recv()
+        for count in SHAPES[shape]:
+            name = "B{} S{} H{}/{}".format(*shape) + f", {count if isinstance(count, str) else f'{count} docs'}"
+            one, many = (model.times(count) for model in models)
+            rows = rows_of(one, many)
+            connection.send(told(name, one, rows))
+            connection.send((name, shape, one.share, rows))
+        for line in itertools.chain(lists(shape), host_times() if shape == next(iter(SHAPES)) else ()):
+            connection.send(line)
     except Exception:
-        print(f"{what}:\n{traceback.format_exc()}", flush=True)
-        return None
-
-
-def cases(shape, counts, log):
-    torch._dynamo.reset()
-    compiled_mask.cache_clear()
-    one, many = (Model(shape, layers) for layers in (1, LAYERS))
-    for count in counts:
-        name = "B{} S{} H{}/{}".format(*shape) + f", {count if isinstance(count, str) else f'{count} docs'}"
-        times = attempt(name, lambda count=count: (one.times(count), many.times(count)))
-        if times is not None:
-            yield name, (shape, times[0].share, measured(name, *times, log))
+        connection.send(f"{shape}:\n{traceback.format_exc()}")
+    connection.send(None)
 
 
 def main():
     log = open(sys.argv[1], "w") if len(sys.argv) > 1 else sys.stdout  # noqa: SIM115
-    torch._dynamo.config.recompile_limit = 64  # all of it is one function
-    found = {}
-    for shape, counts in SHAPES.items():
-        found |= dict(attempt(str(shape), lambda shape=shape, counts=counts: list(cases(shape, counts, log))) or ())
-    attempt("lists", lambda: lists(log))
-    attempt("host", lambda: host_times(log))
+    spawn, processes, found = multiprocessing.get_context("spawn"), [], {}
+    for shape in SHAPES:
+        here, there = spawn.Pipe()
+        processes.append((spawn.Process(target=work, args=(there, shape), daemon=True), here))
+        processes[-1][0].start()
+    said = [connection.recv() for _, connection in processes]  # all have compiled, or failed
+    for (process, connection), first in zip(processes, said, strict=True):
+        if first == "ready":
+            connection.send("go")
+        else:
+            print(first, file=log, flush=True)
+        for message in iter(connection.recv, None):
+            if isinstance(message, str):
+                print(message, file=log, flush=True)
+            else:
+                found[message[0]] = message[1:]
+        process.join()
     columns = ("a layer", "of 12", "by itself", "forward", "backward")
     print(f"{'Inductor / ours':<26} " + " ".join(f"{c:>9}" for c in columns) + "  by rule: one, twelve")
     ratios = {name: [rows[c][0] / rows[c][1] for c in columns] for name, (_, _, rows) in found.items()}
