@@ -1,32 +1,42 @@
 """What sampled rows and columns of attention should be: in float64, and as stock precision computes them.
 
 Knows nothing of plans or of what is allowed. A backward is a function of its inputs: what it should give follows
-from the output and log-sum-exp that it is given. Memory is O(samples x length).
+from the output and log-sum-exp that it is given. All that is given of some regimes is computed at once.
 """
 
+import functools
 import math
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
+from cudnn_flex_compile.engine.gathered import Given
 from cudnn_flex_compile.engine.pairs import (
     EPSILON,
+    EXACT,
     FUNCTION_ERROR,
     SMALLEST_STEP,
-    ModifiedGradient,
-    Pairs,
+    STOCK,
+    exact_scores,
     gradient_of,
     masked_scores,
+    modified,
     modified_gradient_of,
+    products,
+    relative,
+    rounded,
+    sizes_of_scores,
+    stock_gradient,
+    stock_modified_gradient,
+    stock_scores,
+    weights_of,
 )
-from cudnn_flex_compile.engine.places import Places
-from cudnn_flex_compile.engine.problem import Problem, TensorSpec
+from cudnn_flex_compile.engine.problem import Problem
 from cudnn_flex_compile.engine.reference import Sample
-from cudnn_flex_compile.engine.regimes import Tensors
 
-# Elements of one float64 tensor of queries (128 MiB), which say how many heads are computed at a time.
-AT_ONCE = 2**24
+Tensors = tuple[torch.Tensor, ...]
 
 
 @dataclass(slots=True)
@@ -34,13 +44,15 @@ class Block:
     """What some rows [N, R, D] of one quantity should be.
 
     Attributes:
-        value: in float64, or as stock precision computes it.
+        value: in float64.
+        stock: as stock precision computes it.
         step: a rounding step of each row's sum, [N, R].
-        noise: what else float32 arithmetic inside of the kernel may add, [N, R, D]; 0 in stock precision.
+        noise: what else float32 arithmetic inside of the kernel may add, [N, R, D].
         hidden: rows that no visible pair has a part in, which must be zero, [N, R].
     """
 
     value: torch.Tensor
+    stock: torch.Tensor
     step: torch.Tensor
     noise: torch.Tensor
     hidden: torch.Tensor
@@ -51,204 +63,124 @@ class LogSums:
     """Natural log-sum-exps [N, R], and how far off float32 scores may move them."""
 
     value: torch.Tensor
+    stock: torch.Tensor
     noise: torch.Tensor
 
 
-def slope_error(problem: Problem, sample: Sample, t: Tensors, where: Places) -> torch.Tensor:
-    """What a score_mod's derivative may be off by: 0-d. The tensors are unit normal ones."""
-    query, key = (x.double() for x in _rows_and_keys(problem, t, where))
-    place = (where.batches, where.heads, where.rows, _every(key))
-    slope = masked_scores(sample, query @ key.mT * problem.scale, *place)[1].abs()
-    return FUNCTION_ERROR * torch.where(slope.isfinite(), slope, 0.0).max()
+def slope_error(problem: Problem, sample: Sample, given: Given) -> torch.Tensor:
+    """What a score_mod's derivative may be off by: 0-d. What is given is unit normal."""
+    slope = masked_scores(sample, products(problem, given, EXACT), given.where)[1]
+    return slope.abs().nan_to_num_(0.0, 0.0, 0.0).max().mul_(FUNCTION_ERROR)
 
 
-def expected_rows(problem: Problem, t: Tensors, sample: Sample, where: Places, low: bool) -> tuple[Block, LogSums]:
-    """Outputs and log-sum-exps of the sampled query rows."""
-    pairs, value = _pairs_of_rows(problem, t, sample, where, low)
-    lse = pairs.masked.logsumexp(-1, keepdim=True)
-    weights = pairs.weights(lse)
-    out = pairs.rounded(pairs.rounded(weights) @ value)
-    noise = weights * torch.expm1(pairs.wobble.clamp(max=50.0))
+def expected_rows(problem: Problem, sample: Sample, given: Given) -> tuple[Block, LogSums]:
+    """Outputs and log-sum-exps of the rows."""
+    sizes = sizes_of_scores(problem, given)
+    stock, stock_lse = _stock_rows(problem, sample, given, sizes)
+    pairs = exact_scores(problem, sample, given, sizes)
+    lse, value = pairs.masked.logsumexp(-1, keepdim=True), given.value.to(EXACT)
+    weights = weights_of(pairs.masked, lse)
+    noise, hidden = relative(pairs.wobble).mul_(weights), (pairs.masked == -math.inf).all(-1)
+    sums = LogSums(lse[..., 0], stock_lse[..., 0], noise.sum(-1))
+    out, squares = torch.bmm(weights, value), value.square_()
+    of_out = torch.bmm(noise.square_(), squares).sqrt_()
+    return Block(out, stock, _step(problem, weights, squares), of_out, hidden), sums
+
+
+def _stock_rows(problem: Problem, sample: Sample, given: Given, sizes: torch.Tensor) -> Tensors:
+    masked = modified(sample, stock_scores(problem, given, sizes), given.where)
+    lse = masked.logsumexp(-1, keepdim=True)
+    weights = rounded(problem, weights_of(masked, lse))
+    return rounded(problem, torch.bmm(weights, given.value.to(STOCK))), lse
+
+
+def expected_dq(problem: Problem, sample: Sample, given: Given, off: torch.Tensor) -> Block:
+    """dQ of the rows; `off` is the slope_error."""
+    sizes = sizes_of_scores(problem, given)
+    stock = torch.bmm(stock_gradient(problem, sample, given, sizes)[1], given.key.to(STOCK))
+    pairs = exact_scores(problem, sample, given, sizes)
+    found, key = gradient_of(problem, pairs, given, off), given.key.to(EXACT)
     hidden = (pairs.masked == -math.inf).all(-1)
-    block = Block(out, _summed(weights, value, problem), (noise**2 @ value**2).sqrt(), hidden)
-    return block, LogSums(lse[..., 0], noise.sum(-1))
-
-
-def expected_dq(
-    problem: Problem, t: Tensors, sample: Sample, where: Places, low: bool, off: torch.Tensor
-) -> Block:  # fmt: skip
-    """dQ of the sampled query rows; `off` is the slope_error."""
-    pairs, value = _pairs_of_rows(problem, t, sample, where, low)
-    given = (_of_rows(x, where.batches, where.heads, where.rows).to(value.dtype) for x in _given(t))
-    grad, out, lse, grad_lse = given
-    found = gradient_of(pairs, value, grad, out, lse, grad_lse, off)
-    dq = pairs.rounded(found.scores @ pairs.key)
-    noise = (found.noise**2 @ pairs.key**2).sqrt()
-    return Block(dq, _summed(found.before, pairs.key, problem), noise, (pairs.masked == -math.inf).all(-1))
+    dq, squares = torch.bmm(found.scores, key), key.square_()
+    noise = torch.bmm(found.noise.square_(), squares).sqrt_()
+    return Block(dq, rounded(problem, stock), _step(problem, found.before, squares), noise, hidden)
 
 
 def expected_columns(
-    problem: Problem, t: Tensors, sample: Sample, where: Places, low: bool, off: torch.Tensor
+    problem: Problem, sample: Sample, parts: Iterable[Given], off: torch.Tensor
 ) -> tuple[Block, Block]:  # fmt: skip
-    """dK and dV of the sampled key columns, of the kv head of each sampled head, summed over all of its heads."""
-    dk, dv = (_zeros(problem, x, where, low) for x in (t.key, t.value))
-    dk_noise, dv_noise = torch.zeros_like(dk.value), torch.zeros_like(dv.value)
-    for batches, heads in _groups(problem, t, where):
-        n = len(where.heads)
-        pairs, value = _pairs_of_columns(problem, t, sample, (batches, heads, where.columns), low)
-        grad, out, lse, grad_lse = (x[batches, heads].to(value.dtype) for x in _given(t))
-        found = gradient_of(pairs, value, grad, out, lse, grad_lse, off)
-        weights = pairs.rounded(found.weights)
-        dk.value += _together(found.scores.mT @ pairs.query, n)
-        dv.value += _together(weights.mT @ grad, n)
-        dk.step += _together(_summed(found.before.mT, pairs.query, problem), n)
-        dv.step += _together(_summed(weights.mT, grad, problem), n)
-        dk_noise += _together(found.noise.mT**2 @ pairs.query**2, n)
-        dv_noise += _together((found.weights * found.wobble).mT ** 2 @ grad**2, n)
-        hidden = (pairs.masked == -math.inf).all(-2).view(-1, n, len(where.columns)).all(0)
-        dk.hidden &= hidden
-        dv.hidden &= hidden
-    for block, noise in ((dk, dk_noise), (dv, dv_noise)):
-        block.value, block.noise = _rounded(block.value, problem, low), noise.sqrt()
+    """dK and dV of the columns, of kv heads, summed over all heads of each, of which each part has some."""
+    seen, *found = _summed(_of_columns(problem, sample, given, off) for given in parts)
+    dk, dv = (
+        Block(value, rounded(problem, stock), step, noise.sqrt_(), seen == 0)
+        for value, stock, step, noise in (found[:4], found[4:])
+    )
     return dk, dv
 
 
+def _of_columns(problem: Problem, sample: Sample, given: Given, off: torch.Tensor) -> Tensors:
+    """Which columns some row sees; of dK and of dV: value, stock value, step, squared noise."""
+    heads, grad, sizes = len(given.where[0]), given.of_rows[0], sizes_of_scores(problem, given)
+    weights, scores = stock_gradient(problem, sample, given, sizes)
+    stock = torch.bmm(scores.mT, given.query.to(STOCK)), torch.bmm(rounded(problem, weights).mT, grad.to(STOCK))
+    del weights, scores
+    pairs = exact_scores(problem, sample, given, sizes)
+    seen, found = (pairs.masked != -math.inf).any(-2), gradient_of(problem, pairs, given, off)
+    del pairs, sizes
+    of_dv = found.weights, found.weights, found.wobble.mul_(found.weights)
+    return (
+        seen,
+        *_column_sums(heads, given.query, stock[0], (found.scores, found.before, found.noise), problem),
+        *_column_sums(heads, grad, stock[1], of_dv, problem),
+    )
+
+
+def _column_sums(heads: int, terms: torch.Tensor, stock: torch.Tensor, pairs: Tensors, problem: Problem) -> Tensors:
+    """Value, stock value, step and squared noise of sums over all rows, of P heads."""
+    factor, before, noise = pairs
+    terms = terms.to(EXACT)
+    value, squares = torch.bmm(factor.mT, terms), terms.square_()
+    of_heads = before.view(heads, -1, before.shape[2]).mT
+    step = _step(problem, of_heads, squares.view(heads, -1, squares.shape[2]))
+    return value, stock, step.view(len(value), -1, value.shape[1]).sum(1), torch.bmm(noise.square().mT, squares)
+
+
 def expected_bias(
-    problem: Problem, t: Tensors, sample: Sample, where: Places, spec: TensorSpec, low: bool
-) -> tuple[Block, Block]:  # fmt: skip
-    """The gradient of a learned operand, [B or 1, H or 1, Sq, Skv], of the sampled heads: sampled rows, and sampled
-    columns. It is summed over the batch entries and heads that share an entry; each of these terms has 16 bits.
+    problem: Problem, sample: Sample, parts: Iterable[Given], heads: int, sharers: int, transposed: bool
+) -> Block:  # fmt: skip
+    """The gradient of a learned operand, [B or 1, H or 1, Sq, Skv], of the sampled heads, which are so many: the rows,
+    or if transposed the columns. It is summed over the `sharers`, the batch entries and heads that share an entry, of
+    which each part has some; each of these terms has 16 bits.
     """
-    found: list[Block] = []
-    for transposed in (False, True):
-        sampled = where.columns if transposed else where.rows
-        other = torch.arange(problem.lengths[not transposed], device=sampled.device)
-        shape = (len(where.heads), len(sampled), len(other))
-        value, noise, squares = (torch.zeros(shape, dtype=_work(low), device=sampled.device) for _ in range(3))
-        hidden = torch.ones(shape[:2], dtype=torch.bool, device=sampled.device)
-        for batches, heads in _sharing(problem, where, spec, math.prod(shape)):
-            place = (batches, heads, other, sampled) if transposed else (batches, heads, sampled, other)
-            part, masked = _of_bias(problem, t, sample, place, low)
-            for total, term in ((value, part.value), (noise, part.noise**2), (squares, part.before**2)):
-                total += _together(term.mT if transposed else term, len(where.heads))
-            masked = (masked == -math.inf).all(-2 if transposed else -1)
-            hidden &= masked.view(-1, *shape[:2]).all(0)
-        dtype, terms = problem.query.dtype, other.numel() * _sharers(problem, spec).numel()
-        step = EPSILON[dtype] * squares.sum(-1).sqrt() + SMALLEST_STEP[dtype] * math.sqrt(terms)
-        found.append(Block(_rounded(value, problem, low), step, noise.sqrt(), hidden))
-    return found[0], found[1]
+    axis = -2 if transposed else -1
+    seen, *of_pairs = _summed(_of_bias(problem, sample, given, heads, axis) for given in parts)
+    value, stock, squares, noise = (x.mT for x in of_pairs) if transposed else of_pairs
+    dtype, terms = problem.query.dtype, value.shape[2] * sharers
+    step = EPSILON[dtype] * squares.sum(-1).sqrt_() + SMALLEST_STEP[dtype] * math.sqrt(terms)
+    return Block(value, rounded(problem, stock), step, noise.sqrt(), seen == 0)
 
 
-def _of_bias(
-    problem: Problem, t: Tensors, sample: Sample, place: tuple[torch.Tensor, ...], low: bool
-) -> tuple[ModifiedGradient, torch.Tensor]:
-    """For batches, heads, rows and columns: the gradient, rounded in stock precision; and the masked scores."""
-    batches, heads, rows, columns = place
-    kv_heads = heads // group_of(problem)
-    query, *given = (_of_rows(x, batches, heads, rows).to(_work(low)) for x in (t.query, *_given(t)))
-    key, value = (_of_rows(x, batches, kv_heads, columns).to(_work(low)) for x in (t.key, t.value))
-    pairs = Pairs(problem, sample, query, key, place, low)
-    found = modified_gradient_of(pairs, value, *given)
-    found.value = pairs.rounded(found.value)
-    return found, pairs.masked
-
-
-def _sharers(problem: Problem, spec: TensorSpec) -> torch.Tensor:
-    """Which batch entries and heads share an entry of an operand, as differences to the first that does: [M]."""
-    batch, heads, _ = problem.lse_shape
-    shared = (batch if spec.shape[0] == 1 else 1, heads if spec.shape[1] == 1 else 1)
-    of_batch, of_head = (torch.arange(n) for n in shared)
-    return (of_batch[:, None] * heads + of_head).flatten()
-
-
-def _sharing(
-    problem: Problem, where: Places, spec: TensorSpec, size: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The batch entries and heads that share entries of an operand with the sampled ones, so many at a time that
-    `size` numbers of each are few: [G * N] each.
+def _of_bias(problem: Problem, sample: Sample, given: Given, heads: int, axis: int) -> Tensors:
+    """How many see some pair along an axis; of pairs: value, stock value, squared magnitude and noise. All summed over
+    the heads that share an entry.
     """
-    heads = problem.lse_shape[1]
-    first = where.batches * (spec.shape[0] > 1) * heads + where.heads * (spec.shape[1] > 1)
-    for some in _sharers(problem, spec).to(first.device).split(max(1, AT_ONCE // (4 * size))):
-        members = (first + some[:, None]).flatten()
-        yield members // heads, members % heads
+    sizes = sizes_of_scores(problem, given)
+    masked = modified(sample, stock_scores(problem, given, sizes), given.where)
+    stock = rounded(problem, stock_modified_gradient(masked, given)[1])
+    pairs = exact_scores(problem, sample, given, sizes)
+    found = modified_gradient_of(pairs, given)
+    of_heads = (pairs.masked != -math.inf).any(axis), found.value, stock, found.before.square_(), found.noise.square_()
+    return tuple(x.unflatten(0, (given.regimes, -1, heads)).sum(1).flatten(0, 1) for x in of_heads)
 
 
-def _summed(weights: torch.Tensor, terms: torch.Tensor, problem: Problem) -> torch.Tensor:
-    """The rounding step of each row of weights @ terms, whose signs may be any: [P, R]."""
-    dtype, squares = problem.query.dtype, terms**2
-    size = (weights**2 @ squares).sum(-1).sqrt()
-    return EPSILON[dtype] * size + SMALLEST_STEP[dtype] * squares.sum((-2, -1)).sqrt()[..., None]
+def _summed(parts: Iterable[Tensors]) -> Tensors:
+    """Each of the tensors over all parts; of booleans, whether one is true."""
+    return functools.reduce(lambda total, part: tuple(map(operator.add, total, part)), parts)
 
 
-def _rounded(tensor: torch.Tensor, problem: Problem, low: bool) -> torch.Tensor:
-    return tensor.to(problem.query.dtype).to(tensor.dtype) if low else tensor
-
-
-def _given(t: Tensors) -> tuple[torch.Tensor, ...]:
-    return t.grad, t.out, t.stats, t.grad_lse
-
-
-def _work(low: bool) -> torch.dtype:
-    return torch.float32 if low else torch.float64
-
-
-def _every(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.arange(tensor.shape[-2], device=tensor.device)
-
-
-def _of_rows(tensor: torch.Tensor, batches: torch.Tensor, heads: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """[B, H, S, D] -> [P, R, D]"""
-    return tensor[batches[:, None], heads[:, None], rows]
-
-
-def _rows_and_keys(problem: Problem, t: Tensors, where: Places) -> tuple[torch.Tensor, torch.Tensor]:
-    kv_heads = where.heads // group_of(problem)
-    return _of_rows(t.query, where.batches, where.heads, where.rows), t.key[where.batches, kv_heads]
-
-
-def group_of(problem: Problem) -> int:
-    """Query heads for each kv head."""
-    return problem.query.shape[1] // problem.key.shape[1]
-
-
-def _pairs_of_rows(
-    problem: Problem, t: Tensors, sample: Sample, where: Places, low: bool
-) -> tuple[Pairs, torch.Tensor]:  # fmt: skip
-    """Sampled rows and all columns, and the values of these."""
-    query, key = (x.to(_work(low)) for x in _rows_and_keys(problem, t, where))
-    value = t.value[where.batches, where.heads // group_of(problem)].to(_work(low))
-    return Pairs(problem, sample, query, key, (where.batches, where.heads, where.rows, _every(key)), low), value
-
-
-def _pairs_of_columns(
-    problem: Problem, t: Tensors, sample: Sample, where: tuple[torch.Tensor, ...], low: bool
-) -> tuple[Pairs, torch.Tensor]:  # fmt: skip
-    """All rows of some heads and sampled columns, and the values of these."""
-    batches, heads, columns = where
-    kv_heads = heads // group_of(problem)
-    query = t.query[batches, heads].to(_work(low))
-    key, value = (_of_rows(x, batches, kv_heads, columns).to(_work(low)) for x in (t.key, t.value))
-    return Pairs(problem, sample, query, key, (batches, heads, _every(query), columns), low), value
-
-
-def _zeros(problem: Problem, like: torch.Tensor, where: Places, low: bool) -> Block:
-    shape = (len(where.heads), len(where.columns))
-    value = torch.zeros((*shape, like.shape[3]), dtype=_work(low), device=like.device)
-    hidden = torch.ones(shape, dtype=torch.bool, device=like.device)
-    return Block(value, torch.zeros(shape, dtype=value.dtype, device=like.device), value, hidden)
-
-
-def _groups(problem: Problem, t: Tensors, where: Places) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The query heads of the kv heads of the sampled heads, so many at a time: [G * N] batches and heads."""
-    group, size = group_of(problem), t.query.shape[2] * max(t.query.shape[3], t.value.shape[3])
-    step = max(1, AT_ONCE // (size * len(where.heads)))
-    first = where.heads // group * group
-    for start in range(0, group, step):
-        members = torch.arange(start, min(start + step, group), device=first.device)[:, None]
-        yield where.batches.repeat(len(members)), (first + members).flatten()
-
-
-def _together(tensor: torch.Tensor, count: int) -> torch.Tensor:
-    """[G * N, ...] -> [N, ...], summed over the heads of each group."""
-    return tensor.unflatten(0, (-1, count)).sum(0)
+def _step(problem: Problem, weights: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
+    """The rounding step of each row of weights @ terms, whose signs may be any, from the terms' squares: [P, R]."""
+    dtype, of_terms = problem.query.dtype, squares.sum(-1, keepdim=True)
+    step = torch.bmm(weights.square(), of_terms).sqrt_().mul_(EPSILON[dtype])[..., 0]
+    smallest = SMALLEST_STEP[dtype]
+    return step.add_(of_terms.sum(1).sqrt_(), alpha=smallest) if smallest else step

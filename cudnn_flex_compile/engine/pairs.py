@@ -1,17 +1,21 @@
-"""Attention on some pairs of query rows and key columns, in float64 or as stock precision computes it.
+"""Attention on some pairs of query rows and key columns, in float64 and as stock precision computes it.
 
-Knows nothing of which pairs they are, nor of what is allowed.
+Knows nothing of which pairs they are, nor of what is allowed. Tensors of pairs are [N, S, C], where S is R rows of each
+of P / N heads (gathered.py).
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.autograd.forward_ad as fwAD
 
+from cudnn_flex_compile.engine.gathered import Given
 from cudnn_flex_compile.engine.places import SEED
-from cudnn_flex_compile.engine.problem import FORWARD, Problem
+from cudnn_flex_compile.engine.problem import Problem
 from cudnn_flex_compile.engine.reference import Sample
+
+EXACT, STOCK = torch.float64, torch.float32
 
 # A score_mod's derivative is a float32 function: it is asked to be this exact, relative to its largest value on
 # unit normal scores. (cuDNN's 1 - tanh(x)**2 is off by about 1e-6: 1% of what is left of it at x = 5.)
@@ -22,57 +26,63 @@ SUM_ERROR = 2.0**-22
 ROUNDING = 2.0**-23
 EPSILON = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 SMALLEST_STEP = {torch.bfloat16: 0.0, torch.float16: 2.0**-24}
+# Weights that are off by more than exp of it, relatively, are off by that.
+LARGEST = 50.0
 
 
 @dataclass(slots=True)
-class Pairs:
-    """Scores of rows [P, R, ...] and columns [P, C, ...] of P heads.
+class Exact:
+    """Scores in float64.
 
     Attributes:
-        low: as stock precision does it, else in float64.
-        where: batches [P], heads [P], rows [R], columns [C].
-        masked: modified, masked scores [P, R, C].
-        slope: their derivative by the raw scores, 0 where masked. (In a forward in stock precision: 0.)
-        wobble: what float32 scores may move a score by, so a weight relatively; 0 in stock precision.
+        masked: modified, masked scores.
+        slope: their derivative by the raw scores, 0 where masked.
+        wobble: what float32 scores may move a score by, so a weight relatively.
     """
 
-    problem: Problem
-    sample: Sample
-    query: torch.Tensor
-    key: torch.Tensor
-    where: tuple[torch.Tensor, ...]
-    low: bool
-    masked: torch.Tensor = field(init=False)
-    slope: torch.Tensor = field(init=False)
-    wobble: torch.Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        scores = self.query @ self.key.mT * self.problem.scale
-        sizes = self.query.abs() @ self.key.abs().mT * abs(self.problem.scale)
-        if self.low:
-            generator = torch.Generator(scores.device).manual_seed(SEED)
-            scores = scores + torch.empty_like(scores).uniform_(-SUM_ERROR, SUM_ERROR, generator=generator) * sizes
-        if self.low:
-            self.wobble = torch.zeros_like(scores)
-            if self.problem.direction == FORWARD:  # no gradient is asked for, nor how exact the scores are
-                self.masked, self.slope = self.sample.masked(scores, *self.where), self.wobble
-                return
-        self.masked, self.slope = masked_scores(self.sample, scores, *self.where)
-        if self.low:
-            return
-        size = torch.where(self.masked == -math.inf, 0.0, self.masked.abs())
-        slope = torch.where(self.slope.isfinite(), self.slope.abs(), 0.0)
-        self.wobble = slope * (SUM_ERROR * sizes) + 2 * ROUNDING * size
-
-    def weights(self, lse: torch.Tensor) -> torch.Tensor:
-        """From log-sum-exps [P, R, 1]."""
-        return torch.where(lse == -math.inf, 0.0, torch.exp(self.masked - lse))
-
-    def rounded(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self.problem.query.dtype).to(tensor.dtype) if self.low else tensor
+    masked: torch.Tensor
+    slope: torch.Tensor
+    wobble: torch.Tensor
 
 
-def masked_scores(sample: Sample, scores: torch.Tensor, *where: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def exact_scores(problem: Problem, sample: Sample, given: Given, sizes: torch.Tensor) -> Exact:
+    """`sizes` are sizes_of scores."""
+    masked, slope = masked_scores(sample, products(problem, given, EXACT), given.where)
+    size = masked.abs().masked_fill_(masked == -math.inf, 0.0)
+    wobble = _finite(slope.abs()).mul_(sizes * SUM_ERROR).add_(size, alpha=2 * ROUNDING)
+    return Exact(masked, slope, wobble)
+
+
+def stock_scores(problem: Problem, given: Given, sizes: torch.Tensor) -> torch.Tensor:
+    """Raw scores, summed in another order: of all regimes in the same. `sizes` are sizes_of scores."""
+    generator = torch.Generator(sizes.device).manual_seed(SEED)
+    one = sizes.new_empty((len(sizes) // given.regimes, *sizes.shape[1:]))
+    noise = one.uniform_(-SUM_ERROR, SUM_ERROR, generator=generator).repeat(given.regimes, 1, 1)
+    return products(problem, given, STOCK).addcmul_(noise, sizes)
+
+
+def products(problem: Problem, given: Given, dtype: torch.dtype) -> torch.Tensor:
+    """Raw scores."""
+    return torch.bmm(given.query.to(dtype), given.key.to(dtype).mT).mul_(problem.scale)
+
+
+def sizes_of(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """The magnitudes that left @ right.mT is a sum of, in float32, for they are no more than bounds."""
+    return torch.bmm(left.to(torch.float32).abs_(), right.to(torch.float32).abs_().mT)
+
+
+def sizes_of_scores(problem: Problem, given: Given) -> torch.Tensor:
+    return sizes_of(given.query, given.key).mul_(abs(problem.scale))
+
+
+def modified(sample: Sample, scores: torch.Tensor, where: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Modified, masked scores."""
+    return sample.masked(scores.view(len(where[0]), -1, scores.shape[2]), *where).reshape(scores.shape)
+
+
+def masked_scores(
+    sample: Sample, scores: torch.Tensor, where: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Modified, masked scores and their derivative by the raw score, zero where masked.
 
     Where a score_mod itself gives -inf the derivative is zero, too, if it is finite; else the gradient is not defined
@@ -82,22 +92,38 @@ def masked_scores(sample: Sample, scores: torch.Tensor, *where: torch.Tensor) ->
     very one that waits for this certification.
     """
     with fwAD.dual_level():
-        dual = sample.masked(fwAD.make_dual(scores, torch.ones_like(scores)), *where)
+        dual = modified(sample, fwAD.make_dual(scores, torch.ones_like(scores)), where)
         masked, slope = fwAD.unpack_dual(dual)
-    slope = torch.zeros_like(masked) if slope is None else slope
-    return masked, torch.where((masked == -math.inf) & slope.isfinite(), 0.0, slope)
+    if slope is None:
+        return masked, torch.zeros_like(masked)
+    return masked, slope.masked_fill((masked == -math.inf) & (slope.abs() < math.inf), 0.0)
+
+
+def weights_of(masked: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    """From log-sum-exps [N, S, 1]."""
+    return torch.exp(masked - lse).masked_fill_(lse == -math.inf, 0.0)
+
+
+def relative(wobble: torch.Tensor) -> torch.Tensor:
+    """What a weight may be off by, relatively, if its exponent is off by so much."""
+    return wobble.clamp(max=LARGEST).expm1_()
+
+
+def rounded(problem: Problem, tensor: torch.Tensor) -> torch.Tensor:
+    """As stock precision keeps it."""
+    return tensor.to(problem.query.dtype).to(tensor.dtype)
 
 
 @dataclass(slots=True)
 class ModifiedGradient:
-    """Of the modified scores [P, R, C], which is that of a bias added to them.
+    """Of the modified scores, which is that of a bias added to them, in float64.
 
     Attributes:
-        weights, wobble: of the scores; the wobble with that of the log-sum-exps.
-        value: in float64 or float32, never rounded.
+        weights, wobble: of the scores; the wobble with that of the log-sum-exps, relatively.
+        value: never rounded.
         before: the magnitudes that it is a sum of.
         size: those of its two terms, that of the output and that of the log-sum-exp, which may be off each for itself.
-        noise: what else float32 arithmetic inside of the kernel may add; 0 in stock precision.
+        noise: what else float32 arithmetic inside of the kernel may add.
     """
 
     weights: torch.Tensor
@@ -108,25 +134,38 @@ class ModifiedGradient:
     noise: torch.Tensor
 
 
-def modified_gradient_of(
-    pairs: Pairs, value: torch.Tensor, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, grad_lse: torch.Tensor
-) -> ModifiedGradient:
-    weights, change = pairs.weights(lse), grad @ value.mT
-    of_out = change - (grad * out).sum(-1, keepdim=True)
-    found = weights * (of_out + grad_lse)
-    before = weights * (change.abs() + _row_term(grad, out) + grad_lse.abs())
-    size = weights * (of_out.abs() + grad_lse.abs())
-    if pairs.low:
-        return ModifiedGradient(weights, pairs.wobble, found, before, size, pairs.wobble)
-    wobble = pairs.wobble + torch.where(lse.isfinite(), 2 * ROUNDING * lse.abs(), 0.0)
-    wobble = torch.expm1(wobble.clamp(max=50.0))
-    summed = SUM_ERROR * (grad.abs() @ value.abs().mT + (grad * out).abs().sum(-1, keepdim=True))
-    return ModifiedGradient(weights, wobble, found, before, size, size * wobble + weights * summed)
+def modified_gradient_of(pairs: Exact, given: Given) -> ModifiedGradient:
+    grad, out, lse, *grad_lse = given.of_rows
+    terms, lse = grad.to(EXACT).mul_(out), lse.to(EXACT)
+    # O has been rounded, so sum(dO * O), which every score's gradient of a row subtracts, is off by rounding steps of
+    # its terms, however much they cancel: where a row sees two keys, that may be all of dQ.
+    delta, magnitude = terms.sum(-1, keepdim=True), terms.norm(dim=-1, keepdim=True)
+    magnitude += delta.abs()
+    summed = terms.abs_().sum(-1, keepdim=True) + sizes_of(grad, given.value)
+    del terms
+    weights, change = weights_of(pairs.masked, lse), torch.bmm(grad.to(EXACT), given.value.to(EXACT).mT)
+    found, before = change - delta, change.abs_().add_(magnitude)
+    size = found.abs()
+    for of_lse in grad_lse:
+        found, before, size = found.add_(of_lse), before.add_(of_lse.abs()), size.add_(of_lse.abs())
+    wobble, size = relative(_finite(lse.abs()).mul_(2 * ROUNDING) + pairs.wobble), size.mul_(weights)
+    noise = summed.mul_(SUM_ERROR).mul_(weights).addcmul_(size, wobble)
+    return ModifiedGradient(weights, wobble, found.mul_(weights), before.mul_(weights), size, noise)
+
+
+def stock_modified_gradient(masked: torch.Tensor, given: Given) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weights, and the gradient of the modified scores, neither rounded."""
+    grad, out, lse, *grad_lse = given.of_rows
+    grad, weights = grad.to(STOCK), weights_of(masked, lse)
+    found = torch.bmm(grad, given.value.to(STOCK).mT).sub_(grad.mul_(out).sum(-1, keepdim=True))
+    for of_lse in grad_lse:
+        found = found.add_(of_lse)
+    return weights, found.mul_(weights)
 
 
 @dataclass(slots=True)
 class Gradient:
-    """Of the raw scores [P, R, C]: their gradient times the scale; the magnitudes that it is a sum of; its noise."""
+    """Of the raw scores: their gradient times the scale; the magnitudes that it is a sum of; its noise. In float64."""
 
     weights: torch.Tensor
     wobble: torch.Tensor
@@ -135,23 +174,23 @@ class Gradient:
     noise: torch.Tensor
 
 
-def gradient_of(
-    pairs: Pairs, value: torch.Tensor, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
-    grad_lse: torch.Tensor, off: torch.Tensor,
-) -> Gradient:  # fmt: skip
+def gradient_of(problem: Problem, pairs: Exact, given: Given, off: torch.Tensor) -> Gradient:
     """`off` is what the slope may be off by."""
-    scale, modified = pairs.problem.scale, modified_gradient_of(pairs, value, grad, out, lse, grad_lse)
-    scores = pairs.rounded(modified.value * pairs.slope * scale)  # scaled first: rounded to fp16, it underflows later
-    before = modified.before * pairs.slope * scale
-    noise = (modified.noise * pairs.slope.abs() + modified.size * off) * abs(scale) if not pairs.low else pairs.wobble
-    return Gradient(modified.weights, modified.wobble, scores, before, noise)
+    found, slope = modified_gradient_of(pairs, given), pairs.slope * problem.scale
+    noise = found.noise.mul_(slope.abs()).addcmul_(found.size, off * abs(problem.scale))
+    return Gradient(found.weights, found.wobble, found.value.mul_(slope), found.before.mul_(slope), noise)
 
 
-def _row_term(grad: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """The magnitude of sum(dO * O), which every score's gradient of a row subtracts: [P, R, 1].
+def stock_gradient(
+    problem: Problem, sample: Sample, given: Given, sizes: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The weights, and the gradient of the raw scores times the scale, which is rounded."""
+    masked, slope = masked_scores(sample, stock_scores(problem, given, sizes), given.where)
+    weights, found = stock_modified_gradient(masked, given)
+    # Scaled first: rounded to fp16, it underflows later.
+    return weights, rounded(problem, found.mul_(slope).mul_(problem.scale))
 
-    O has been rounded, so the sum is off by rounding steps of its terms, however much they cancel: where a row sees
-    two keys, that may be all of dQ.
-    """
-    terms = grad * out
-    return terms.sum(-1, keepdim=True).abs() + terms.norm(dim=-1, keepdim=True)
+
+def _finite(tensor: torch.Tensor) -> torch.Tensor:
+    """With 0 in place of what is not."""
+    return tensor.nan_to_num_(0.0, 0.0, 0.0)

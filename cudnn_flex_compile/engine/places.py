@@ -6,6 +6,7 @@ fewest and the most (none, one, two, all), and some at random.
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,8 +25,11 @@ SEARCHED = 2**21
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Sampled heads as (batch, head) pairs [N], and the query rows [R] and key columns [C] of each; int64."""
+    """Sampled heads as (batch, head) `pairs`, N, and as [N] each, and the query rows [R] and key columns [C] of each;
+    int64.
+    """
 
+    pairs: Sequence[tuple[int, int]]
     batches: torch.Tensor
     heads: torch.Tensor
     rows: torch.Tensor
@@ -33,8 +37,7 @@ class Places:
 
     @property
     def names(self) -> list[str]:
-        pairs = zip(self.batches.tolist(), self.heads.tolist(), strict=True)
-        return [f"batch {b}, head {h}" for b, h in pairs]
+        return [f"batch {b}, head {h}" for b, h in self.pairs]
 
 
 def places(problem: Problem, sample: Sample, device: torch.device) -> Places:
@@ -56,7 +59,7 @@ def places(problem: Problem, sample: Sample, device: torch.device) -> Places:
         start = side * len(candidates[0])
         telling = [found[i] for of_pair in counts for i in _telling(of_pair[start : start + len(found)])]
         chosen.append(torch.tensor(sorted({*own, *telling}), device=device))
-    return Places(batches, of_heads, *chosen)
+    return Places(pairs, batches, of_heads, *chosen)
 
 
 def _visible(sample: Sample, batches: torch.Tensor, heads: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor):

@@ -5,7 +5,7 @@ few of its entries, and puts them back.
 """
 
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -65,8 +65,16 @@ class Tensors:
     value: torch.Tensor
     grad: torch.Tensor
     grad_lse: torch.Tensor
-    out: torch.Tensor
-    stats: torch.Tensor
+    out_memory: "Poisoned"
+    stats_memory: "Poisoned"
+
+    @property
+    def out(self) -> torch.Tensor:
+        return self.out_memory.tensor
+
+    @property
+    def stats(self) -> torch.Tensor:
+        return self.stats_memory.tensor
 
 
 def drawn(problem: Problem, generator: torch.Generator) -> Tensors:
@@ -86,29 +94,32 @@ def drawn(problem: Problem, generator: torch.Generator) -> Tensors:
 @contextmanager
 def applied(regime: Regime, tensors: Tensors, scale: float) -> Generator[None]:
     """The tensors as the regime has them; afterwards as they were."""
-    before: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for part, value in _changes(regime, tensors, scale):
-        before.append((part, part.clone()))
-        part.copy_(value) if isinstance(value, torch.Tensor) else part.fill_(value)
+    before = [_exchanged(part, value) for part, value in _changes(regime, tensors, scale)]
     yield
     for part, value in before:
         part.copy_(value)
 
 
-def _changes(regime: Regime, t: Tensors, scale: float) -> list[tuple[torch.Tensor, torch.Tensor | float]]:
+def _exchanged(part: torch.Tensor, value: torch.Tensor | float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Writes into a part; it, and what it was."""
+    before = part.clone()
+    part.copy_(value) if isinstance(value, torch.Tensor) else part.fill_(value)
+    return part, before
+
+
+def _changes(regime: Regime, t: Tensors, scale: float) -> Iterator[tuple[torch.Tensor, torch.Tensor | float]]:
     """Views of the tensors, and what is written into them."""
-    changes: list[tuple[torch.Tensor, torch.Tensor | float]] = []
     if regime.shift:
         size = math.sqrt(abs(regime.shift) / abs(scale))
-        changes += [(t.query[..., 0], size), (t.key[..., 0], math.copysign(size, regime.shift * scale))]
+        yield t.query[..., 0], size
+        yield t.key[..., 0], math.copysign(size, regime.shift * scale)
     length = t.key.shape[2]
     if regime.outliers != 1.0:
-        parts = [t.key[:, :, column] for column in sorted({min(1, length - 1), length // 2, length - 1})]
-        changes += [(part, part * regime.outliers) for part in parts]
+        for column in {min(1, length - 1), length // 2, length - 1}:
+            yield t.key[:, :, column], t.key[:, :, column] * regime.outliers
     if regime.groups:
         repeated = torch.arange(length, device=t.key.device) % regime.groups
-        changes.append((t.key, t.key[:, :, repeated]))
-    return changes
+        yield t.key, t.key[:, :, repeated]
 
 
 # NaNs that no computation gives: what still holds one was not written. By the dtype, as integers of its size.
@@ -123,12 +134,31 @@ POISON = {
 MARGIN = 512
 
 
-def poisoned(spec: TensorSpec, device: torch.device) -> torch.Tensor:
+@dataclass(frozen=True, slots=True)
+class Poisoned:
+    """A tensor that is written to, its entries and its margins [2, MARGIN] as integers, and all of its memory."""
+
+    tensor: torch.Tensor
+    entries: torch.Tensor
+    margins: torch.Tensor
+    memory: torch.Tensor
+
+    def renew(self) -> None:
+        self.memory.fill_(POISON[self.tensor.dtype][1])
+
+    def counts(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """How many entries nobody wrote to, and how many of the margins somebody did, 0-d each."""
+        pattern = POISON[self.tensor.dtype][1]
+        return (self.entries == pattern).sum(), (self.margins != pattern).sum()
+
+
+def poisoned(spec: TensorSpec, device: torch.device) -> Poisoned:
     """A tensor of a layout, with margins."""
-    memory = torch.empty(MARGIN + _extent(spec) + MARGIN, dtype=spec.dtype, device=device)
-    tensor = memory.as_strided(spec.shape, spec.stride, MARGIN)
-    poison(tensor)
-    return tensor
+    (integers, pattern), extent = POISON[spec.dtype], _extent(spec)
+    memory = torch.full((MARGIN + extent + MARGIN,), pattern, dtype=integers, device=device)
+    tensor = memory.view(spec.dtype).as_strided(spec.shape, spec.stride, MARGIN)
+    entries = memory.as_strided(spec.shape, spec.stride, MARGIN)
+    return Poisoned(tensor, entries, memory.as_strided((2, MARGIN), (MARGIN + extent, 1)), memory)
 
 
 def amid_nans(spec: TensorSpec, device: torch.device) -> torch.Tensor:
@@ -148,27 +178,3 @@ def surrounded(tensor: torch.Tensor) -> torch.Tensor:
 
 def _extent(spec: TensorSpec) -> int:
     return 1 + sum((n - 1) * step for n, step in zip(spec.shape, spec.stride, strict=True))
-
-
-def poison(tensor: torch.Tensor) -> None:
-    """Anew, and its margins."""
-    _memory(tensor).fill_(POISON[tensor.dtype][1])
-
-
-def unwritten(tensor: torch.Tensor) -> torch.Tensor:
-    """How many entries of a poisoned tensor nobody wrote to, 0-d."""
-    integers, pattern = POISON[tensor.dtype]
-    return (tensor.view(integers) == pattern).sum()
-
-
-def overrun(tensor: torch.Tensor) -> torch.Tensor:
-    """How many entries of a poisoned tensor's margins somebody wrote to, 0-d."""
-    memory, pattern = _memory(tensor), POISON[tensor.dtype][1]
-    return (memory[:MARGIN] != pattern).sum() + (memory[-MARGIN:] != pattern).sum()
-
-
-def _memory(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor's memory, as integers."""
-    storage = tensor.untyped_storage()
-    memory = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage)  # pyright: ignore
-    return memory.view(POISON[tensor.dtype][0])

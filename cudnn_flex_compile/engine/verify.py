@@ -2,39 +2,24 @@
 
 Knows nothing of strategies. The data (regimes.py) is of several kinds, each of which has shown what others hide; the
 places (places.py) are those where plans go wrong. The reference (expected.py) is float64, and the yardstick what the
-same computation gives in the precision of stock attention (compare.py). All of it is enqueued before anything is read
-back. Memory is that of the problem's own tensors plus O(samples x length).
+same computation gives in the precision of stock attention (compare.py). The plan runs on one regime after the other;
+what it wrote there is compared for several regimes at once, as far as they are small (gathered.py). All of it is
+enqueued before anything is read back. Memory is that of the problem's own tensors plus O(samples x length).
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 
-from cudnn_flex_compile.engine.compare import Finding, errors_of, first_wrong, of_log_sums, of_memory, of_rows
-from cudnn_flex_compile.engine.expected import (
-    expected_bias,
-    expected_columns,
-    expected_dq,
-    expected_rows,
-    group_of,
-    slope_error,
-)
+from cudnn_flex_compile.engine.asked import Asked, asked_of_backward, asked_of_forward
+from cudnn_flex_compile.engine.compare import Counts, Finding, errors_of, first_wrong, of_memory, read
 from cudnn_flex_compile.engine.places import SEED, Places, places
 from cudnn_flex_compile.engine.problem import BACKWARD, Problem, TensorSpec
 from cudnn_flex_compile.engine.record import Error
 from cudnn_flex_compile.engine.reference import Reference, Sample
-from cudnn_flex_compile.engine.regimes import (
-    REGIMES,
-    Regime,
-    Tensors,
-    applied,
-    drawn,
-    poison,
-    poisoned,
-    surrounded,
-)
+from cudnn_flex_compile.engine.regimes import REGIMES, Poisoned, Regime, Tensors, applied, drawn, poisoned, surrounded
 from cudnn_flex_compile.engine.rows import rows_of
 from cudnn_flex_compile.reasons import Code, Reason
 
@@ -56,16 +41,32 @@ class Runnable(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """Values of a program's operands, and what belongs to them.
+    """Values of a program's operands, and what is asked of a plan there.
 
     Attributes:
         where: what is compared; the mask may depend on the operands.
-        off: the slope_error of these operands, 0-d; 0 in a forward.
     """
 
     sample: Sample
     where: Places
-    off: torch.Tensor
+    asked: Sequence[Asked]
+
+
+@dataclass(slots=True)
+class Written:
+    """What a plan writes to, by the names that messages have, and what became of its memory in each regime."""
+
+    tensors: dict[str, Poisoned]
+    regimes: list[Regime] = field(default_factory=list[Regime])
+    counts: dict[str, list[Counts]] = field(default_factory=dict[str, list[Counts]])
+
+    def note(self, regime: Regime) -> None:
+        self.regimes.append(regime)
+        for name, tensor in self.tensors.items():
+            self.counts.setdefault(name, []).append(tensor.counts())
+
+    def findings(self) -> Iterator[Finding]:
+        return (of_memory(self.regimes, name, counts) for name, counts in self.counts.items())
 
 
 def certify(
@@ -82,20 +83,30 @@ def certify(
     problem = plan.problem
     generator = torch.Generator(plan.device).manual_seed(SEED)
     tensors = drawn(problem, generator)
-    at_random = _data(problem, tensors, reference.sample(problem, generator))
-    findings: list[Finding] = []
+    written = _written(plan, tensors)
+    data = [_data(problem, tensors, written, reference.sample(problem, generator))]
     for regime in regimes:
-        data = at_random
+        if regime.extremes and not _varies(data[0].sample):
+            continue
         if regime.extremes:
-            if not _varies(at_random.sample):
-                continue
-            data = _data(problem, tensors, reference.sample(problem, generator, extremes=True))
+            data.append(_data(problem, tensors, written, reference.sample(problem, generator, extremes=True)))
+        given = data[-1] if regime.extremes else data[0]
         with applied(regime, tensors, problem.scale):
-            findings += _findings(plan, forward, tensors, regime, data)
-    wrong = first_wrong(findings, at_random.where.names)
+            _run(plan, forward, tensors, written, given.sample)
+            written.note(regime)
+            for asked in given.asked:
+                asked.add(regime, tensors)
+        for asked in given.asked:
+            asked.compare()
+    findings = [*written.findings()]
+    for asked in (asked for given in data for asked in given.asked):
+        asked.compare(last=True)
+        findings += asked.findings
+    numbers = read(findings)
+    wrong = first_wrong(findings, numbers, regimes, data[0].where.names)
     if wrong is not None:
         return Reason(Code.CERTIFICATION, f"{plan.strategy}, {problem.direction}, {wrong}")
-    plan.errors = errors_of(findings)
+    plan.errors = errors_of(findings, numbers)
     return None
 
 
@@ -103,64 +114,35 @@ def _varies(sample: Sample) -> bool:
     return bool(sample.operands or sample.ints or sample.floats)
 
 
-def _data(problem: Problem, tensors: Tensors, sample: Sample) -> Data:
+def _written(plan: Runnable, tensors: Tensors) -> Written:
+    if plan.problem.direction == BACKWARD:
+        gradients = (poisoned(spec, plan.device) for spec in plan.outputs)
+        return Written(dict(zip(("dQ", "dK", "dV", "dBias"), gradients, strict=False)))
+    of_lse = {"the LSE": tensors.stats_memory} if plan.problem.stats else {}
+    return Written({"out": tensors.out_memory, **of_lse})
+
+
+def _data(problem: Problem, tensors: Tensors, written: Written, sample: Sample) -> Data:
+    """The tensors are unit normal."""
     sample = replace(sample, operands=[surrounded(operand) for operand in sample.operands])
     where = places(problem, sample, tensors.query.device)
-    backward = problem.direction == BACKWARD
-    none = torch.zeros((), dtype=torch.float64, device=tensors.query.device)
-    return Data(sample, where, slope_error(problem, sample, tensors, where) if backward else none)
+    ask = asked_of_backward if problem.direction == BACKWARD else asked_of_forward
+    return Data(sample, where, ask(problem, sample, where, tensors, [w.tensor for w in written.tensors.values()]))
 
 
-def _findings(plan: Runnable, forward: Runnable, t: Tensors, regime: Regime, data: Data) -> list[Finding]:
-    """Runs a plan on the data of a regime; what is found of everything that it writes."""
-    poison(t.out)
-    poison(t.stats)
-    _run(forward, (t.query, t.key, t.value), (t.out, t.stats), data.sample)
-    if plan.problem.direction == BACKWARD:
-        return list(_of_backward(plan, t, regime, data))
-    return list(_of_forward(plan.problem, t, regime, data))
-
-
-def _run(plan: Runnable, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...], sample: Sample) -> None:
-    wanted = outputs if plan.problem.direction == BACKWARD or plan.problem.stats else outputs[:1]
-    plan.run((*inputs, *wanted), sample.operands, sample.ints, sample.floats)
-
-
-def _of_forward(problem: Problem, t: Tensors, regime: Regime, data: Data) -> Iterator[Finding]:
-    where = data.where
-    at = (where.batches[:, None], where.heads[:, None], where.rows)
-    (exact, exact_lse), (stock, stock_lse) = (
-        expected_rows(problem, t, data.sample, where, low=flag) for flag in (False, True)
-    )
-    yield of_rows(regime, "out", t.out[at], exact, stock)
-    yield of_memory(regime, "out", t.out)
-    if problem.stats:
-        yield of_log_sums(regime, t.stats[at][..., 0], exact_lse, stock_lse)
-        yield of_memory(regime, "the LSE", t.stats)
-
-
-def _of_backward(plan: Runnable, t: Tensors, regime: Regime, data: Data) -> Iterator[Finding]:
-    problem, where, noisy = plan.problem, data.where, bool(regime.shift)
-    gradients = tuple(poisoned(spec, t.query.device) for spec in plan.outputs)
-    rows = [surrounded(r) for r in rows_of(t.stats, t.grad_lse if problem.lse_gradient else None)]
-    _run(plan, (t.query, t.key, t.value, t.out, t.stats, t.grad, *rows), gradients, data.sample)
-    for gradient, label in zip(gradients, ("dQ", "dK", "dV", "dBias"), strict=False):
-        yield of_memory(regime, label, gradient)
-    batches, kv_heads = where.batches[:, None], where.heads[:, None] // group_of(problem)
-    dq, dk, dv, *dbias = gradients
-    exact, stock = (expected_dq(problem, t, data.sample, where, flag, data.off) for flag in (False, True))
-    yield of_rows(regime, "dQ", dq[batches, where.heads[:, None], where.rows], exact, stock, noisy)
-    columns = (expected_columns(problem, t, data.sample, where, flag, data.off) for flag in (False, True))
-    (exact_dk, exact_dv), (stock_dk, stock_dv) = columns
-    yield of_rows(regime, "dK", dk[batches, kv_heads, where.columns], exact_dk, stock_dk, noisy)
-    yield of_rows(regime, "dV", dv[batches, kv_heads, where.columns], exact_dv, stock_dv)
-    for gradient in dbias:
-        yield from _of_bias(problem, t, regime, data, gradient)
-
-
-def _of_bias(problem: Problem, t: Tensors, regime: Regime, data: Data, dbias: torch.Tensor) -> Iterator[Finding]:
-    where, spec = data.where, TensorSpec.of(dbias)
-    near = (where.batches[:, None] * (spec.shape[0] > 1), where.heads[:, None] * (spec.shape[1] > 1))
-    exact, stock = (expected_bias(problem, t, data.sample, where, spec, flag) for flag in (False, True))
-    yield of_rows(regime, "dBias", dbias[(*near, where.rows)], exact[0], stock[0])
-    yield of_rows(regime, "dBias", dbias.mT[(*near, where.columns)], exact[1], stock[1])
+def _run(plan: Runnable, forward: Runnable, t: Tensors, written: Written, sample: Sample) -> None:
+    """Runs a plan on the tensors, and what a backward needs before it."""
+    t.out_memory.renew()
+    t.stats_memory.renew()
+    values = (sample.operands, sample.ints, sample.floats)
+    outputs = (t.out, t.stats)
+    if plan.problem.direction != BACKWARD and not plan.problem.stats:
+        outputs = (t.out,)
+    forward.run((t.query, t.key, t.value, *outputs), *values)
+    if plan.problem.direction != BACKWARD:
+        return
+    for gradient in written.tensors.values():
+        gradient.renew()
+    rows = [surrounded(r) for r in rows_of(t.stats, t.grad_lse if plan.problem.lse_gradient else None)]
+    gradients = (gradient.tensor for gradient in written.tensors.values())
+    plan.run((t.query, t.key, t.value, t.out, t.stats, t.grad, *rows, *gradients), *values)
