@@ -6,13 +6,26 @@ Each process computes on one core: pytest-xdist runs one for each, and the tests
 import collections
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for processes that tests start
+# Before torch is imported, and for processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # no compiling to find out that this core has what it says it has
 
 import pytest
 import torch
 from torch.nn.attention import flex_attention
 
 from cudnn_flex_compile.kernels import cpu
+
+# On the CPU, eager flex_attention, of which tests compare numbers, computes the same without a trace by Dynamo each time.
+flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = not torch.cuda.is_available()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A process without tests left takes some of another's; else tests of a file stay together, and share what they keep."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log) if config.getoption("dist") == "load" else None
 
 
 @pytest.fixture
