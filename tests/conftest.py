@@ -4,11 +4,12 @@ Each process computes on one core: pytest-xdist runs one for each, and the tests
 """
 
 import collections
+import gc
 import os
 
 # Before torch is imported, and for processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # no compiling to find out that this core has what it says it has
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # the core has what it says; else Inductor compiles to find out
 
 import pytest
 import torch
@@ -16,16 +17,23 @@ from torch.nn.attention import flex_attention
 
 from cudnn_flex_compile.kernels import cpu
 
-# On the CPU, eager flex_attention, of which tests compare numbers, computes the same without a trace by Dynamo each time.
+# Eager flex_attention, with which tests compare, has Dynamo trace it at each call; without, it computes the same.
 flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = not torch.cuda.is_available()
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """A process without tests left takes some of another's; else tests of a file stay together, and share what they keep."""
+    """A process that has run its tests takes some of another's, so that none waits; tests of a file stay together."""
     from xdist.scheduler import WorkStealingScheduling
 
     return WorkStealingScheduling(config, log) if config.getoption("dist") == "load" else None
+
+
+def pytest_collection_finish():
+    """What is there now stays until the end: the garbage collector, which Dynamo keeps busy, need not look at it."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000)
 
 
 @pytest.fixture
