@@ -40,6 +40,7 @@ def pytest_collection_finish():
 def trainable(monkeypatch):
     """flex_attention takes tensors that require grad, in a fresh Dynamo."""
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
+    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", False)  # else no captured gradients
     torch._dynamo.reset()
     torch.manual_seed(0)
     yield
