@@ -4,9 +4,12 @@ Each process computes on one core: pytest-xdist runs one for each, and the tests
 """
 
 import collections
+import gc
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for processes that tests start
+# Before torch is imported, and for processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # the core has what it says; else Inductor compiles to find out
 
 import pytest
 import torch
@@ -14,11 +17,30 @@ from torch.nn.attention import flex_attention
 
 from cudnn_flex_compile.kernels import cpu
 
+# Eager flex_attention, with which tests compare, has Dynamo trace it at each call; without, it computes the same.
+flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = not torch.cuda.is_available()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A process that has run its tests takes some of another's, so that none waits; tests of a file stay together."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log) if config.getoption("dist") == "load" else None
+
+
+def pytest_collection_finish():
+    """What is there now stays until the end: the garbage collector, which Dynamo keeps busy, need not look at it."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000)
+
 
 @pytest.fixture
 def trainable(monkeypatch):
     """flex_attention takes tensors that require grad, in a fresh Dynamo."""
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
+    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", False)  # else no captured gradients
     torch._dynamo.reset()
     torch.manual_seed(0)
     yield

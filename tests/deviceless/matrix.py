@@ -106,6 +106,7 @@ class Cell:
     accepted: bool
 
 
+@functools.cache
 def cell(name: str, sm: int, direction: str) -> Cell:
     """The first of what is tried that cuDNN accepts, in the order in which the package tries it."""
     return judged(problem(name) if direction == FORWARD else problem(name).backward(), sm)

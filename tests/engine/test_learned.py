@@ -28,6 +28,7 @@ from tests.emulator import emulated
 from tests.engine.test_lse_gradient import attention
 from tests.engine.test_verify import CAPPED, CAUSAL, KV, Q, StandIn, problem
 
+pytestmark = pytest.mark.any_torch
 SIZES = {"b": 2, "h": 4, "q": 70, "k": 90}
 NO_KEY = make("ge", KV - Q, ir.const(40, I32))  # rows from 50 on see nothing
 PROGRAMS = {

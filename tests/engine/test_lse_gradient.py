@@ -30,6 +30,7 @@ from tests.emulator import emulated
 from tests.engine.flash import FlashStandIn
 from tests.engine.test_verify import StandIn, problem
 
+pytestmark = pytest.mark.any_torch
 BATCH, HEADS, ROWS, COLUMNS = 2, 4, 70, 90
 CAUSAL = make("ge", Q, KV)
 CAPPED = make("tanh", SCORE / 20.0) * 20.0

@@ -32,6 +32,7 @@ from tests.gpu import fuzz
 from tests.layouts import GRADIENTS, LAYOUTS
 from tests.unit.fuzz_judges import INVOLVED, Involved, by_mask, by_number
 
+pytestmark = pytest.mark.any_torch
 ROOT = Path(__file__).parents[2]
 PLAIN = Call(0, None, "(q >= kv)", (33, 40), 2, torch.float16, True, layout="packed", training=False, lse=True)
 

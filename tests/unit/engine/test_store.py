@@ -19,6 +19,7 @@ import pytest
 from cudnn_flex_compile.engine import store as module
 from cudnn_flex_compile.engine.store import FORMAT, HEADER, MAGIC, Store
 
+pytestmark = pytest.mark.any_torch
 MIB = 2**20
 
 

@@ -25,6 +25,7 @@ from tests import stand_in
 from tests.stand_in import call
 from tests.unit.mask_sources import normal
 
+pytestmark = pytest.mark.any_torch
 MIB = 1
 
 

@@ -13,6 +13,7 @@ from cudnn_flex_compile.scoremod.trace import trace
 from tests.unit.evaluate import CPU, PAIRS, differing, direct, interpreted, scores, traced
 from tests.unit.generate import Mod, score_mods
 
+pytestmark = pytest.mark.any_torch
 WEIGHTS = torch.linspace(-2, 3, PAIRS, dtype=torch.float64)
 
 

@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +19,7 @@ from tests.emulator import Refused
 from tests.unit.cases import REFUSED, Case, round_trips, scores
 from tests.unit.generate_masks import SIZES, masked_scores, masks
 
+pytestmark = pytest.mark.any_torch
 MASK_CASES, SCORE_CASES = 1500, 700
 # At least so many of the generated cases must take each way.
 FLOORS = {

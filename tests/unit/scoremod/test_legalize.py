@@ -25,6 +25,7 @@ from cudnn_flex_compile.scoremod.text import infix
 from tests.unit.evaluate import PAIRS, differing, direct, interpreted, leaf_values, operands_of, program_of, scores
 from tests.unit.generate import Grammar, Mod, mask_mods, score_mods
 
+pytestmark = pytest.mark.any_torch
 Q, KV = ir.index("q"), ir.index("k")
 DIALECT = {
     "gt": lambda a, b: a > b if a.is_floating_point() else a >= b,

@@ -18,6 +18,7 @@ from cudnn_flex_compile.scoremod.text import infix
 from tests.unit.evaluate import SIZES, direct, masked, operands_of, program_of, scores
 from tests.unit.generate import Mod, mask_mods, score_mods
 
+pytestmark = pytest.mark.any_torch
 B, H, Q, KV = (ir.index(axis) for axis in ir.AXES)
 
 

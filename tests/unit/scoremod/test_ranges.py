@@ -14,6 +14,7 @@ from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.ranges import AXIS_LIMIT, VALUE_LIMIT, interval, magnitude, narrow, nonnegative
 from cudnn_flex_compile.scoremod.text import infix
 
+pytestmark = pytest.mark.any_torch
 EXTREMES = (0, 1, 2, 7, 127, 4096, 2**20 + 1, AXIS_LIMIT - 1)
 LEAVES = [*(ir.index(axis) for axis in ir.AXES), ir.scalar(0, I32), ir.operand(0, I32, "q")]
 CONSTANTS = (0, 1, -1, 2, 3, -5, 100, 2**15, -(2**20), VALUE_LIMIT, -VALUE_LIMIT, 2**31 - 1, -(2**31))

@@ -14,6 +14,7 @@ from cudnn_flex_compile.scoremod.text import infix
 from tests.unit.evaluate import differing, direct, interpreted, masked, program_of, scores
 from tests.unit.generate import Grammar, Mod, mask_mods, score_mods
 
+pytestmark = pytest.mark.any_torch
 WILD = Grammar(smooth=False, pairs=True)
 Q, KV = ir.index("q"), ir.index("k")
 LATER = make("ge", KV, ir.const(9, I32))

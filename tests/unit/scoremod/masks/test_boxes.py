@@ -24,6 +24,7 @@ from cudnn_flex_compile.scoremod.partition import partition
 from cudnn_flex_compile.scoremod.simplify import simplify
 from tests.unit.mask_sources import normal
 
+pytestmark = pytest.mark.any_torch
 Lengths = tuple[int, int]
 CONSTANTS = {"lower": (-6, 12), "upper": (-6, 12), "start": (-8, 2), "end": (-2, 12)}
 BOUNDS = st.sampled_from(Bound.SIDES).flatmap(

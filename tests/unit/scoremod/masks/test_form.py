@@ -23,6 +23,7 @@ from tests.unit.evaluate import differing, direct, interpreted, operands_of, pro
 from tests.unit.generate import Mod, mask_mods
 from tests.unit.mask_sources import assert_every_step_keeps, conjunction, normal
 
+pytestmark = pytest.mark.any_torch
 Q, KV = ir.index("q"), ir.index("k")
 
 

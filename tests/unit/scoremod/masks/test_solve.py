@@ -18,6 +18,7 @@ from cudnn_flex_compile.scoremod.simplify import simplify
 from cudnn_flex_compile.scoremod.text import infix
 from tests.unit.mask_sources import assert_every_step_keeps, conjunction, described, leaves, normal, used, visible
 
+pytestmark = pytest.mark.any_torch
 SIZES = (2, 2, 18, 21)
 INT_MAX, INT_MIN, LONG_MAX, LONG_MIN = 2**31 - 1, -(2**31), 2**63 - 1, -(2**63)
 
