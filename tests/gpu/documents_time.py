@@ -204,7 +204,7 @@ def print_rule(found):
     def fitted(what, side):
         return line([(by_tflop[name], rows[what][side]) for name, (_, _, rows) in found.items()])
 
-    print("CALLS = {")
+    print("CALLS = {  # without gradients: on the device alone")
     for training, what in ((False, "forward"), (True, "by itself")):
         print(f"    {training}: ({fitted(what, 0)}, {fitted(what, 1)}),")
     print("}")

@@ -42,12 +42,12 @@ def stored(dtype):
 KEPT = {
     "decoding": ({"queries": 1, "training": False}, "decoding"),
     "decoding, the last length": ({"queries": 16, "keys": 32768, "training": False}, "decoding"),
-    "a short sequence": ({"queries": 128, "keys": 128}, "a short sequence"),
+    "a short sequence": ({"queries": 256, "keys": 256}, "a short sequence"),
     "a loss of the LSE": ({"lse_gradient": True, "dtype": torch.float16}, "the LSE takes part"),
     "a loss of the LSE, few keys": ({"lse_gradient": True, "queries": 512, "keys": 512}, "256 keys to compute"),
     "a loss of the LSE, few blocks": ({"lse_gradient": True, "share": 0.43}, "1024 keys to compute"),
     "a loss of the LSE, fewer keys, a soft cap": (
-        {"lse_gradient": True, "program": CAPPED, "queries": 129, "keys": 256}, "65 keys to compute",
+        {"lse_gradient": True, "program": CAPPED, "queries": 129, "keys": 257}, "65 keys to compute",
     ),
     "a bias is read": (stored(torch.float32), "read from memory"),
     "a bias of bfloat16 in the forward": (stored(torch.bfloat16) | {"training": False}, "read from memory"),
@@ -74,11 +74,11 @@ LOWERED = {
     "decoding with gradients": {"queries": 16},
     "more queries": {"queries": 17, "training": False},
     "a short sequence without gradients": {"queries": 128, "keys": 128, "training": False},
-    "few queries, many keys, in training": {"queries": 128, "keys": 129},
+    "few queries, many keys, in training": {"queries": 256, "keys": 257},
     "on the CPU": {"queries": 1, "training": False, "device": "cpu"},
     "a bias of float32 in the forward": stored(torch.float32) | {"training": False},
     "no BlockMask": {"program": STRIPED, "blocks": False},
-    "a list of tiles that layers share": {"tiled": True, "queries": 8192, "keys": 8192, "share": 0.2, "sharing": 12},
+    "a list of tiles that layers share": {"tiled": True, "queries": 16384, "keys": 16384, "share": 0.2, "sharing": 12},
     "a list of tiles, a loss of the LSE": {
         "tiled": True, "queries": 32768, "keys": 32768, "lse_gradient": True, "dtype": torch.float16, "sharing": 12,
     },
@@ -101,9 +101,9 @@ def test_what_is_lowered(name):
 
 
 def test_a_list_of_tiles_is_expected_to_gain_what_its_rule_says():
-    few, many = (speed.expected(facts(8192, 8192, tiled=True, share=0.2, sharing=n)) for n in (1, 10**6))
+    few, many = (speed.expected(facts(16384, 16384, tiled=True, share=0.2, sharing=n)) for n in (1, 10**6))
     assert few < 1 < many
-    stock, ours = (line.at(2 * (64 + 64) * 2 * 4 * 8192 * 8192 * 0.2 / 1e12) for line in speed.CALLS[True])
+    stock, ours = (line.at(2 * (64 + 64) * 2 * 4 * 16384 * 16384 * 0.2 / 1e12) for line in speed.CALLS[True])
     assert many == pytest.approx(stock / ours, rel=1e-3)
 
 
