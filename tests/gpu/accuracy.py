@@ -26,6 +26,7 @@ from cudnn_flex_compile.bench.mods import causal, sliding, softcap
 from cudnn_flex_compile.passes.lower_calls import lower_calls
 from cudnn_flex_compile.report import collect
 from tests import dense
+from tests.gpu.turns import measuring
 from tests.gpu.unattended import lines, tried
 
 ACCURACY_LENGTH, LIMIT = 1024, 2.0
@@ -237,6 +238,7 @@ def row(name, length, repeats, off):
     return f"{line} {theirs:8.3f} / {ours:.3f} ms {theirs / ours:6.2f}x  {default or 'FAILED'}"
 
 
+@measuring()
 def main():
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--length", type=int, default=4096)

@@ -16,6 +16,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from cudnn_flex_compile.report import collect
 from tests import dense
 from tests.gpu.learned import FORMS
+from tests.gpu.turns import measuring
 
 # form, B, H, S, D
 CASES = (
@@ -88,6 +89,7 @@ def measure(form, batch, heads, length, dim):
     return f"| {form} | {shape} | {how} | {theirs:.3f} / {ours:.3f} ms | {theirs / ours:.2f}x | {off} |"
 
 
+@measuring()
 def main():
     rows, log = [], []
     for case in CASES:

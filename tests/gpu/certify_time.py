@@ -14,6 +14,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile import cache_clear, cache_info
 from cudnn_flex_compile.bench.mods import MASKS, MODS
+from tests.gpu.turns import measuring
 from tests.gpu.unattended import lines
 
 LIMIT = 0.15
@@ -58,6 +59,7 @@ def share(name, shape, shares):
     return f"{name:30} {total:6.2f} s, certification {of_it:6.3f} s of {plans} plans: {of_it / total:5.1%}"
 
 
+@measuring()
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", default="2,16,16,4096,128")

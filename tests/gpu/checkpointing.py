@@ -18,6 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from cudnn_flex_compile import collect, ops
 from tests import layers
+from tests.gpu.turns import measuring
 from tests.gpu.unattended import lines, tried
 
 BACKENDS = ("inductor", "cudnn_flex")
@@ -99,6 +100,7 @@ def compare(way, model, x, steps):
     return f"{way:8} {' '.join(told)} {their_ms / our_ms:7.2f}x {our_mib / their_mib:6.2f}"
 
 
+@measuring()
 def main():
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     for name, default in {"layers": 6, "length": 4096, "batch": 2, "dim": 128, "steps": 12}.items():

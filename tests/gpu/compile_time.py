@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 
+from tests.gpu.turns import measuring
 from tests.gpu.unattended import line_of
 
 RUNS = {"inductor": "inductor", "cold": "cudnn_flex", "warm": "cudnn_flex"}
@@ -72,7 +73,7 @@ def main():
         return measure(given.run, given.layers, given.length)
     found = {name: [] for name in RUNS}
     for _ in range(given.rounds):
-        with tempfile.TemporaryDirectory() as folder:
+        with measuring(), tempfile.TemporaryDirectory() as folder:
             for name in RUNS:
                 line_of(name, lambda n, f=folder: found[n].append(child(n, f, given)) or found[n][-1]["elapsed"])
     found = {name: results for name, results in found.items() if results}

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from tests.gpu.turns import compiling
+
 
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
@@ -15,3 +17,10 @@ def pytest_collection_modifyitems(items):
 def no_cache_folder(monkeypatch):
     """Tests count what is built, and judge what is built now."""
     monkeypatch.setenv("CUDNN_FLEX_CACHE", "0")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def nobody_measures():
+    """Meanwhile, in another process."""
+    with compiling():
+        yield

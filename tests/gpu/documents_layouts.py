@@ -15,8 +15,10 @@ import torch
 from cudnn_flex_compile.report import collect
 from tests.documents import KINDS, SPELLINGS, layout
 from tests.gpu.test_documents import LAYOUTS, SHAPES, assert_right, attend, compiled, inputs
+from tests.gpu.turns import compiling
 
 
+@compiling()
 def main():
     start, tried, wrong, roads = time.perf_counter(), collections.Counter(), collections.Counter(), []
     most = 0

@@ -11,19 +11,16 @@ Each row is Inductor's milliseconds / ours, medians of interleaved steps, with e
     host            of that one layer's step, until the host is through
     forward, backward   what the device computes for a layer, and set-up of the step in the forward, by the profiler
 
-A process for each shape compiles, all at once; then one at a time measures, with nothing else running, some steps in a
-row, as in training nobody waits for a step. The last tables are the ratios, with what the rule of passes/speed.py says
-of each case, and the rows of that rule.
+A process for each shape compiles, and measures in turn, some steps in a row, as in training nobody waits for a step.
+The last tables are the ratios, with what the rule of passes/speed.py says of each case, and the rows of that rule.
 """
 
 import functools
 import itertools
 import math
-import multiprocessing
 import statistics
 import sys
 import time
-import traceback
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +33,7 @@ from cudnn_flex_compile.passes import speed
 from cudnn_flex_compile.report import collect
 from cudnn_flex_compile.scoremod.masks.intervals import NARROW
 from tests.documents import causal_documents, runs_of
+from tests.gpu.turns import in_turn
 
 PREFIX = 512
 SHAPES = {  # B, S, H, Hkv: numbers of documents, or another mask, the same at every step. Each shape is compiled once
@@ -263,49 +261,31 @@ def microseconds(call, count):
     return host / count * 1e6, (time.perf_counter() - start) / count * 1e6
 
 
-def work(connection, shape):
-    """In a process of its own: says when it has compiled, and sends what it measures once it is told to: lines of text,
-    and cases (name, shape, share, rows).
-    """
+def work(shape):
+    """What is measured of a shape, a generator for in_turn: lines of text, and cases (name, shape, share, rows)."""
     torch._dynamo.config.recompile_limit = 64  # all of it is one function
-    try:
-        models = [Model(shape, layers) for layers in (1, LAYERS)]
-        for model in models:
-            model.compile(SHAPES[shape])
-        connection.send("ready")
-        connection.recv()
-        for count in SHAPES[shape]:
-            name = "B{} S{} H{}/{}".format(*shape) + f", {count if isinstance(count, str) else f'{count} docs'}"
-            one, many = (model.times(count) for model in models)
-            rows = rows_of(one, many)
-            connection.send(told(name, one, rows))
-            connection.send((name, shape, one.share, rows))
-        for line in itertools.chain(lists(shape), host_times() if shape == next(iter(SHAPES)) else ()):
-            connection.send(line)
-    except Exception:
-        connection.send(f"{shape}:\n{traceback.format_exc()}")
-    connection.send(None)
+    models = [Model(shape, layers) for layers in (1, LAYERS)]
+    for model in models:
+        model.compile(SHAPES[shape])
+    yield
+    for count in SHAPES[shape]:
+        name = "B{} S{} H{}/{}".format(*shape) + f", {count if isinstance(count, str) else f'{count} docs'}"
+        one, many = (model.times(count) for model in models)
+        rows = rows_of(one, many)
+        yield told(name, one, rows)
+        yield name, shape, one.share, rows
+    yield from lists(shape)
+    if shape == next(iter(SHAPES)):
+        yield from host_times()
 
 
 def main():
-    log = open(sys.argv[1], "w") if len(sys.argv) > 1 else sys.stdout  # noqa: SIM115
-    spawn, processes, found = multiprocessing.get_context("spawn"), [], {}
-    for shape in SHAPES:
-        here, there = spawn.Pipe()
-        processes.append((spawn.Process(target=work, args=(there, shape), daemon=True), here))
-        processes[-1][0].start()
-    said = [connection.recv() for _, connection in processes]  # all have compiled, or failed
-    for (process, connection), first in zip(processes, said, strict=True):
-        if first == "ready":
-            connection.send("go")
+    log, found = open(sys.argv[1], "w") if len(sys.argv) > 1 else sys.stdout, {}  # noqa: SIM115
+    for message in in_turn(work, SHAPES):
+        if isinstance(message, str):
+            print(message, file=log, flush=True)
         else:
-            print(first, file=log, flush=True)
-        for message in iter(connection.recv, None):
-            if isinstance(message, str):
-                print(message, file=log, flush=True)
-            else:
-                found[message[0]] = message[1:]
-        process.join()
+            found[message[0]] = message[1:]
     columns = ("a layer", "of 12", "by itself", "forward", "backward")
     print(f"{'Inductor / ours':<26} " + " ".join(f"{c:>9}" for c in columns) + "  by rule: one, twelve")
     ratios = {name: [rows[c][0] / rows[c][1] for c in columns] for name, (_, _, rows) in found.items()}

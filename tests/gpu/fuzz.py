@@ -20,6 +20,7 @@ from tests.fuzzing.judge import judge
 from tests.fuzzing.pool import Pool
 from tests.fuzzing.verdict import KEPT, RIGHT, SKIPPED
 from tests.generated import COUNT
+from tests.gpu.turns import compiling
 
 SLOWEST = 5
 
@@ -74,6 +75,7 @@ def write_calls(outcome: Outcome, path: Path) -> None:
             rows.writerow((task.label, verdict.kind, verdict.reason, how, f"{seconds:.1f}", verdict.detail))
 
 
+@compiling()
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, help="how long calls are handed out (5; with --generated no limit)")

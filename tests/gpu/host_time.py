@@ -17,6 +17,7 @@ from cudnn_flex_compile.ops.undispatched import backward, forward
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.text import text
+from tests.gpu.turns import measuring
 
 LENGTH, CALLS, ROUNDS = 256, 300, 3
 
@@ -78,6 +79,7 @@ def compiled_calls(q, k, v):
     return functions
 
 
+@measuring()
 def main():
     q, k, v = (torch.randn(1, LENGTH, 2, 64, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
     q, k, v = (t.requires_grad_() for t in (q, k, v))

@@ -2,18 +2,13 @@
 
 Knows nothing of right numbers (tests/gpu/test_lse_gradient.py). Inductor's time / ours, forward and backward, medians,
 interleaved: a row for each case as it comes, with the keys that a query sees on average, which is what LSE_COST and
-CAPPED_COST of passes/speed.py are about. Several processes compile all cases first, so that Inductor's kernels and our
-plans come from their folders; some 75 seconds in all.
+CAPPED_COST of passes/speed.py are about. Several processes compile, and measure in turn.
 """
 
 import argparse
-import functools
 import itertools
-import multiprocessing
-import os
 import statistics
 import sys
-import traceback
 
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -21,7 +16,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from cudnn_flex_compile.bench.measure import on_device
 from cudnn_flex_compile.bench.mods import causal, padded, sliding, softcap
 from cudnn_flex_compile.report import collect
-from tests.gpu.unattended import lines
+from tests.gpu.turns import in_turn
+from tests.gpu.unattended import by_case
 
 SHAPES = ((2, 16, 16, 4096, 128), (2, 64, 8, 4096, 64))  # the second with the heads of gpt-oss
 WINDOWS = {f"window {n}": sliding(n - 1) for n in (1024, 512, 256, 128)}
@@ -33,7 +29,7 @@ LAYERS = {
 PADDED = "padded lengths"  # if asked for
 BACKENDS = {"inductor": {}, "cudnn_flex": {"options": {"lower": "always"}}}
 WARM_UP, REPEATS, CALLS = 3, 12, 3
-PROCESSES, THREADS, SECONDS = 8, 2, 60  # that compile; of Inductor in each; for all of it
+PROCESSES = 8
 
 
 def mods(layer, shape):
@@ -65,11 +61,10 @@ def compiled(layer, shape, backend):
     return torch.compile(attend, backend=backend, dynamic=False, **BACKENDS[backend])
 
 
-def first_calls(dtype, case):
+def first_calls(case):
     """What is left to be timed: both functions, their inputs, a gradient, and the report."""
-    layer, shape = case
+    layer, shape, dtype = case
     batch, heads, kv_heads, length, dim = shape
-    torch._dynamo.reset()
     draw = lambda h: torch.randn(batch, length, h, dim, device="cuda", dtype=dtype).transpose(1, 2)  # noqa: E731
     leaves = [draw(h).requires_grad_() for h in (heads, kv_heads, kv_heads)]
     leaves.append(torch.zeros(heads, device="cuda", requires_grad=True))
@@ -81,10 +76,9 @@ def first_calls(dtype, case):
     return functions, leaves, grad, report
 
 
-def measure(dtype, case):
+def measured(case, functions, leaves, grad, report):
     """A row of the table."""
-    layer, shape = case
-    functions, leaves, grad, report = first_calls(dtype, case)
+    layer, shape, _ = case
     times = {backend: [] for backend in functions}
     for repeat in range(WARM_UP + REPEATS):
         for backend, function in functions.items():
@@ -98,25 +92,10 @@ def measure(dtype, case):
     return f"{layer:22} {shape!s:24} {seen:6.0f} keys {theirs / ours:6.2f}x  {theirs:.3f} / {ours:.3f} ms  {how}"
 
 
-def compile_some(dtype, cases):
-    """In a process of its own. What fails here fails again where it is told."""
-    for case in cases:
-        try:
-            first_calls(dtype, case)
-        except Exception:
-            traceback.print_exc()
-
-
-def compile_all(dtype, cases):
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(THREADS))
-    spawn = multiprocessing.get_context("spawn")
-    parts = [cases[i::PROCESSES] for i in range(min(PROCESSES, len(cases)))]
-    processes = [spawn.Process(target=compile_some, args=(dtype, part)) for part in parts]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(SECONDS)
-        process.terminate()
+def work(cases):
+    """The rows of some cases of one dtype, a generator for in_turn."""
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 4 * len(cases)
+    return by_case(cases, first_calls, measured)
 
 
 def main():
@@ -126,9 +105,9 @@ def main():
     given = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("lse_time: no NVIDIA GPU here")
-    dtype, cases = getattr(torch, given.dtype), list(itertools.product(given.layers or LAYERS, SHAPES))
-    compile_all(dtype, cases)
-    return int(not lines(cases, functools.partial(measure, dtype)))
+    cases = list(itertools.product(given.layers or LAYERS, SHAPES, [getattr(torch, given.dtype)]))
+    for line in in_turn(work, [part for i in range(PROCESSES) if (part := cases[i::PROCESSES])]):
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.gpu.turns import compiling, measuring
+
 CASES = (  # one of each family first
     "llama:right", "mistral:right", "gemma2:right", "qwen3:right", "gpt_oss:right", "gpt_neox:right", "opt:right",
     "bert:right", "modernbert:right", "vit:none", "t5:full",
@@ -207,11 +209,13 @@ def run_case(case, folder):
     """Says "ready" once compiled, and measures when it is told to, if it is."""
     row = {}
     try:
-        row, models, inputs = numbers(*case.split(":"), folder)
+        with compiling():
+            row, models, inputs = numbers(*case.split(":"), folder)
         save(case, folder, row)
         print("ready", flush=True)
         if sys.stdin.readline():
-            row["times"] = times(models, inputs)
+            with measuring():
+                row["times"] = times(models, inputs)
             save(case, folder, row)
             print("timed", flush=True)
     except BrokenPipeError:  # who would say when to measure has ended; the numbers are saved

@@ -3,16 +3,14 @@
     python3 -m tests.gpu.selection [log file] [--processes 12]
 
 Both through torch.compile, ours with lower="always", interleaved: as called, and the device's time alone. Decoding is
-the forward without gradients; short sequences are forward + backward. Several processes compile at once; then one at a
-time measures, with nothing else running.
+the forward without gradients; short sequences are forward + backward. Several processes compile, and measure in turn.
 """
 
 import argparse
 import contextlib
-import multiprocessing
 import time
-import traceback
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +19,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from cudnn_flex_compile import collect
 from cudnn_flex_compile.bench.mods import causal, softcap
 from cudnn_flex_compile.engine import timing
+from tests.gpu.turns import in_turn
+from tests.gpu.unattended import by_case
 
 ROUNDS, CALLS = 3, 40
 OURS, STOCK = "cudnn_flex", "inductor"
@@ -117,23 +117,10 @@ def row(case, found, how):
     return f"| {case} | {parts[0]} | {parts[1]} | {how} |"
 
 
-def attempt(case, function, *arguments):
-    """What the function gives, or a row that tells of a failure: one case must not lose the others."""
-    try:
-        return function(case, *arguments)
-    except Exception as error:
-        traceback.print_exc()
-        return f"| {case} | {type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''} | | | |"
-
-
-def work(connection, mine):
-    """In a process of its own: sends how many cases it has compiled, and a row of each when it is told to."""
+def work(mine):
+    """The rows of some cases, a generator for in_turn."""
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 4 * len(CASES)
-    ready = [(case, attempt(case, compiled)) for case in CASES[mine]]
-    connection.send(len(ready))
-    connection.recv()
-    for case, found in ready:
-        connection.send(found if isinstance(found, str) else attempt(case, row, *found))
+    return by_case(CASES[mine], compiled, row)
 
 
 def main():
@@ -141,14 +128,6 @@ def main():
     parser.add_argument("log", nargs="?")
     parser.add_argument("--processes", type=int, default=12)
     given = parser.parse_args()
-    begun, spawn, processes = time.perf_counter(), multiprocessing.get_context("spawn"), []
-    for i in range(given.processes):
-        here, there = spawn.Pipe()
-        processes.append((spawn.Process(target=work, args=(there, slice(i, None, given.processes)), daemon=True), here))
-        processes[-1][0].start()
-        there.close()
-    counts = [connection.recv() for _, connection in processes]
-    ahead = time.perf_counter() - begun
     lines = [
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}",
         "",
@@ -156,16 +135,11 @@ def main():
         "| --- | --- | --- | --- |",
     ]
     print(*lines, sep="\n", flush=True)
-    for (process, connection), count in zip(processes, counts, strict=True):
-        connection.send("go")
-        for _ in range(count):
-            lines.append(connection.recv())
-            print(lines[-1], flush=True)
-            if given.log:
-                with open(given.log, "w") as file:
-                    file.write("\n".join(lines) + "\n")
-        process.join()
-    print(f"compiled in {ahead:.0f} s, all in {time.perf_counter() - begun:.0f} s")
+    for line in in_turn(work, [slice(i, None, given.processes) for i in range(given.processes)]):
+        lines.append(line)
+        print(line, flush=True)
+        if given.log:
+            Path(given.log).write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

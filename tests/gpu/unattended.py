@@ -20,9 +20,7 @@ def line_of(name, run, *arguments):
     try:
         line, well = run(name, *arguments), True
     except Exception as error:
-        traceback.print_exc()
-        said = (str(error).strip().splitlines() or [""])[0][:120]
-        line, well = f"{name}: FAILED, {type(error).__name__}: {said}", False
+        line, well = _failed(name, error), False
     print(line, flush=True)
     return line, well
 
@@ -32,3 +30,29 @@ def lines(names, run, *arguments):
     found = [line_of(name, run, *arguments) for name in names]
     print("\n" + "\n".join(line for line, _ in found), flush=True)
     return all(well for _, well in found)
+
+
+def by_case(cases, compiled, measured):
+    """Compiles all cases, yields once, and then a line of each: a generator for turns.in_turn.
+
+    Args:
+        compiled: takes a case; gives the further arguments of `measured`, which gives the line.
+    """
+    ready = [(case, _said_or(case, compiled)) for case in cases]
+    yield
+    for case, found in ready:
+        yield found if isinstance(found, str) else _said_or(case, measured, *found)
+
+
+def _said_or(case, run, *arguments):
+    """What `run` gives for a case, or a line that says how it failed."""
+    try:
+        return run(case, *arguments)
+    except Exception as error:
+        return _failed(case, error)
+
+
+def _failed(case, error):
+    traceback.print_exc()
+    said = (str(error).strip().splitlines() or [""])[0][:120]
+    return f"{case}: FAILED, {type(error).__name__}: {said}"

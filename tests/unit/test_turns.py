@@ -1,0 +1,42 @@
+"""Who compiles and who measures takes turns, among processes; a part that fails is told of."""
+
+import itertools
+import time
+
+import pytest
+
+from tests.gpu.turns import LOCK, in_turn
+
+COMPILES, MEASURES = 0.3, 0.1
+
+
+def work(part):
+    """The times at which it began and ended to compile, and to measure."""
+    if part == "fails":
+        raise ValueError("no such part")
+    times = [time.monotonic()]
+    time.sleep(COMPILES)
+    times.append(time.monotonic())
+    yield
+    times.append(time.monotonic())
+    time.sleep(MEASURES)
+    yield part, (*times, time.monotonic())
+
+
+@pytest.fixture(autouse=True)
+def lock(monkeypatch, tmp_path):
+    monkeypatch.setenv(LOCK, str(tmp_path / "lock"))
+
+
+def test_all_compile_before_one_measures_and_one_measures_at_a_time():
+    found = dict(in_turn(work, range(3)))
+    assert sorted(found) == [0, 1, 2]
+    compiled, measured = max(t[1] for t in found.values()), sorted(t[2:] for t in found.values())
+    assert compiled <= measured[0][0]
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(measured))
+
+
+def test_a_part_that_fails_is_told_of_and_the_others_go_on():
+    told, (part, _) = sorted(in_turn(work, ["fails", "goes well"]), key=lambda found: isinstance(found, tuple))
+    assert "no such part" in told
+    assert part == "goes well"
