@@ -21,6 +21,7 @@ MISMATCH = (
 )
 # What each kv_indices tensor was last found to agree with; one that is freed takes its entries with it.
 _agreed = WeakIdKeyDictionary()  # to dictionaries of what _identity gave, by question
+_breaches = 0
 
 
 def check(
@@ -44,16 +45,15 @@ def check(
 
 
 def hold(
-    blocks: Sequence[Tensor], captured: Sequence[Tensor], question: Hashable, compare: Callable[[], Tensor],
-    disagreed: Callable[[], None] = lambda: None,
-) -> None:  # fmt: skip
-    """The same for any comparison. What has been compared is taken to agree until the host looks.
+    blocks: Sequence[Tensor], captured: Sequence[Tensor], question: Hashable, compare: Callable[[], Tensor]
+) -> None:
+    """The same for any comparison. What has been compared is taken to agree until the host looks; `breaches` says
+    whether anything that was taken so did not.
 
     Args:
         blocks: the tensors of the BlockMask. captured: what else is compared, beside constants.
         question: what the answer holds for, beside these tensors; None if it can't be remembered.
         compare: gives a boolean, 0-d, on their device.
-        disagreed: called when the host has seen that they do not agree; never under CUDA graph capture.
     """
     if blocks[0].is_cuda and torch.cuda.is_current_stream_capturing():
         torch._assert_async(compare())
@@ -68,12 +68,18 @@ def hold(
         known[question] = _identity(tensors)
 
     def look() -> None:
+        global _breaches
         if not reading():
             known.pop(question, None)
-            disagreed()
+            _breaches += 1
             raise RuntimeError(MISMATCH)
 
     later(look, reading.there)
+
+
+def breaches() -> int:
+    """How many BlockMasks did not agree, so far."""
+    return _breaches
 
 
 Identity = list[tuple[TensorWeakRef, int]]  # a freed tensor's address may be another's: none is known by it

@@ -77,6 +77,7 @@ class InputCheck:
         question: Hashable,
         arguments: tuple[Any, ...],
     ) -> None:
+        from cudnn_flex_compile.kernels import contract
         from cudnn_flex_compile.kernels.block_mask import agree
         from cudnn_flex_compile.kernels.repeated import Repeated
 
@@ -84,8 +85,9 @@ class InputCheck:
             return agree(tensors[: len(blocks)], operands(tensors[len(blocks) :]), *arguments)
 
         self._blocks, self._captured, self._question = blocks, captured, question
-        self._compare = Repeated(compare)
+        self._compare, self._contract = Repeated(compare), contract
         self._seen: tuple[tuple[int, torch.Tensor, int], ...] = ()
+        self._breaches = 0  # that were known when these were seen
 
     def __call__(self, inputs: Sequence[Any]) -> None:
         """Raises RuntimeError if the tensors are others than last time and do not agree with the mask, when the host
@@ -97,22 +99,18 @@ class InputCheck:
         if isinstance(first, FakeTensor):
             return
         capturing = first.is_cuda and torch.cuda.is_current_stream_capturing()
-        if self._seen and not capturing:
+        if self._seen and not capturing and self._breaches == self._contract.breaches():
             for position, tensor, version in self._seen:
                 if inputs[position] is not tensor or tensor._version != version:
                     break
             else:
                 return
-        from cudnn_flex_compile.kernels.contract import hold
-
         blocks, captured = [inputs[i] for i in self._blocks], [inputs[i] for i in self._captured]
-        versioned = not any(t.is_inference() for t in (*blocks, *captured))
-        positions = (*self._blocks, *self._captured)
-        self._seen = tuple((i, inputs[i], inputs[i]._version) for i in positions) if versioned else ()
-        hold(blocks, captured, self._question, lambda: self._compare(*blocks, *captured), self._forget)
-
-    def _forget(self) -> None:
-        self._seen = ()
+        self._seen, self._breaches = (), self._contract.breaches()
+        self._contract.hold(blocks, captured, self._question, lambda: self._compare(*blocks, *captured))
+        if not capturing and not any(t.is_inference() for t in (*blocks, *captured)):
+            positions = (*self._blocks, *self._captured)
+            self._seen = tuple((i, inputs[i], inputs[i]._version) for i in positions)
 
 
 @dataclass(frozen=True, slots=True)

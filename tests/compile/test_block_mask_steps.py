@@ -9,6 +9,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile.bench.mods import causal
 from cudnn_flex_compile.kernels import repeated
+from cudnn_flex_compile.kernels.later import Reading
 from cudnn_flex_compile.report import collect
 from tests.compile.block_masks import (
     attend,
@@ -105,6 +106,30 @@ def test_swapped_for_one_that_disagrees(change, home):
     again = created(causal, 1, 1)
     kept[0] = again
     close(run(*args, again), honoured(*args, again))
+
+
+@torch.enable_grad()
+def test_what_training_puts_off_is_refused_in_the_backward_and_in_every_graph(trainable, monkeypatch):
+    """As on a GPU that is behind the host."""
+    monkeypatch.setattr(Reading, "there", lambda self: False)
+    mask, run = created(causal, 1, 1), compiled(attend)
+    qkv = [t.requires_grad_() for t in inputs(mask)]
+
+    def without_gradients(mask):
+        with torch.no_grad():
+            return run(*qkv, mask)
+
+    run(*qkv, mask).sum().backward()
+    without_gradients(mask)
+    wrong = _another(mask)
+    run(*qkv, wrong)
+    for _ in range(2):  # the first one looks at what was put off
+        with refusal():
+            without_gradients(wrong)
+    out = run(*qkv, wrong)
+    with refusal():
+        out.sum().backward()
+    close(without_gradients(mask), honoured(*(t.detach() for t in qkv), mask))
 
 
 CAPTURED = {  # the lengths of the next step, and whether its blocks are built from them
