@@ -67,6 +67,22 @@ def test_a_new_block_mask_each_step():
     assert_right(function(*qkv, mask_of(causal)), qkv, None, causal)
 
 
+def test_training_does_not_wait_for_the_device_in_the_forward():
+    """What it does not wait for, the backward looks at."""
+    qkv, function = [draw(requires_grad=True) for _ in range(3)], compiled(attend)
+    grad = torch.ones_like(qkv[0])
+    for _ in range(EAGER + 3):
+        torch.autograd.grad(function(*qkv, mask_of(causal)), qkv, grad)
+    wrong = _foreign(mask_of(causal))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(10**9)  # half a second
+    out = function(*qkv, wrong)
+    assert not torch.cuda.current_stream().query()
+    with pytest.raises(RuntimeError, match="do not agree"):
+        torch.autograd.grad(out, qkv, grad)
+    assert_right(function(*qkv, mask_of(causal)), qkv, None, causal)
+
+
 def _zeroed(mask):
     mask.kv_num_blocks.zero_()
     mask.full_kv_num_blocks.zero_()
