@@ -200,7 +200,7 @@ def test_biases_over_pairs():
 
 
 def test_an_exception_in_the_pass_keeps_that_call(monkeypatch):
-    from cudnn_flex_compile.passes import lower_calls as module
+    from cudnn_flex_compile.passes import roads as module
 
     def fail(*_):
         raise ZeroDivisionError("for the test")

@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from cudnn_flex_compile.engine.call import problem_of
 from cudnn_flex_compile.passes import lower_calls as module
-from cudnn_flex_compile.passes import target, traced
+from cudnn_flex_compile.passes import roads, target, traced
 from cudnn_flex_compile.report import COUNTS, PHASES, collect
 from cudnn_flex_compile.testing import flex_report  # noqa: F401  (a fixture, as a user's test has it)
 from tests import stand_in
@@ -38,7 +38,7 @@ def fresh(monkeypatch):
         call = target.forward_call(given, given.running, stand_in.CUDA)
         return target._certified(given, call, problem_of(call))
 
-    monkeypatch.setattr(module, "judge", judge)
+    monkeypatch.setattr(roads, "judge", judge)
     with torch.no_grad():
         yield backend
 

@@ -15,7 +15,7 @@ from cudnn_flex_compile.engine.problem import TensorSpec
 from cudnn_flex_compile.engine.regimes import REGIMES
 from cudnn_flex_compile.engine.select import find_plan, plans
 from cudnn_flex_compile.kernels import cpu
-from cudnn_flex_compile.passes import lower_calls as module
+from cudnn_flex_compile.passes import roads as module
 from cudnn_flex_compile.passes import target, traced
 from cudnn_flex_compile.reasons import Reason
 from cudnn_flex_compile.report import collect

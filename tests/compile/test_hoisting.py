@@ -9,7 +9,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile import ops
 from cudnn_flex_compile.kernels import contract
-from cudnn_flex_compile.passes import lower_calls
+from cudnn_flex_compile.passes import roads
 from cudnn_flex_compile.reasons import Code
 from tests.compile.test_backend import close, draw, fresh, qkv, run
 
@@ -111,7 +111,7 @@ def test_padding_with_keys_of_batch_one():
 @pytest.mark.parametrize("step", ["replace", "with_batch"])
 def test_a_rewrite_that_fails_leaves_the_call_as_it_was(monkeypatch, step):
     mask = create_block_mask(lambda b, h, q, kv: (q >= kv) & PADDING[b, kv], 2, None, 160, 160, device="cpu")
-    real, calls_made = getattr(lower_calls, step), []
+    real, calls_made = getattr(roads, step), []
 
     def fails_once(*args):
         calls_made.append(step)
@@ -119,7 +119,7 @@ def test_a_rewrite_that_fails_leaves_the_call_as_it_was(monkeypatch, step):
             raise ZeroDivisionError("for the test")
         return real(*args)
 
-    monkeypatch.setattr(lower_calls, step, fails_once)
+    monkeypatch.setattr(roads, step, fails_once)
     checked = []
     monkeypatch.setattr(contract, "hold", lambda *arguments: checked.append(arguments))
 

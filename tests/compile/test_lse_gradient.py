@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, fle
 from cudnn_flex_compile.bench.mods import causal, sliding, softcap
 from cudnn_flex_compile.engine import select
 from cudnn_flex_compile.engine.problem import BACKWARD
-from cudnn_flex_compile.passes import lower_calls, target
+from cudnn_flex_compile.passes import roads, target
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.report import collect
 from tests import dense
@@ -131,7 +131,7 @@ def test_plans_of_both_backwards_are_wanted(monkeypatch):
         return target._certified(wanted, key, problem)
 
     monkeypatch.setattr(select, "find_plan", find_plan)
-    monkeypatch.setattr(lower_calls, "judge", judge)
+    monkeypatch.setattr(roads, "judge", judge)
     attend = attention("causal", {"return_lse": True})
 
     def reports(function, grad=True):

@@ -23,7 +23,7 @@ from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem
 from cudnn_flex_compile.engine.reference import ProgramReference
 from cudnn_flex_compile.engine.support import refused
 from cudnn_flex_compile.engine.versions import cudnn_version
-from cudnn_flex_compile.passes import lower_calls, target
+from cudnn_flex_compile.passes import lower_calls, roads, target
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod.text import parse
 from tests.deviceless.accepted import verdict
@@ -83,7 +83,7 @@ def problem(name: str) -> Problem:
 
     qkv = [torch.empty(BATCH, LENGTH, HEADS, DIM, dtype=torch.bfloat16).transpose(1, 2) for _ in range(3)]
     torch._dynamo.reset()
-    with torch.no_grad(), mock.patch.object(lower_calls, "judge", judge):
+    with torch.no_grad(), mock.patch.object(roads, "judge", judge):
         torch.compile(lambda q, k, v: flex_attention(q, k, v, score_mod, mask), backend=backend)(*qkv)
     (only,) = found
     return replace(only, device=0, stats=True)

@@ -7,7 +7,7 @@ import torch
 
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD
 from cudnn_flex_compile.engine.verify import certify
-from cudnn_flex_compile.passes import lower_calls, target
+from cudnn_flex_compile.passes import roads, target
 from tests.compile.test_backend import fresh
 from tests.engine.test_verify import StandIn
 from tests.generated import call
@@ -26,8 +26,8 @@ def judged(monkeypatch, number):
         found.append((problem, target._reference(judged), judged.training))
         return real(judged)
 
-    real = lower_calls.judge
-    monkeypatch.setattr(lower_calls, "judge", judge)
+    real = roads.judge
+    monkeypatch.setattr(roads, "judge", judge)
     case = call(number)
     options = {"inner_backend": "eager", "lower": "always"}
     attention = torch.compile(case.attention("cpu"), backend="cudnn_flex", options=options)

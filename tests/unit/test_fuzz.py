@@ -165,12 +165,12 @@ def test_what_runs_elsewhere_after_all_is_kept(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_bug_of_the_pass_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cudnn_flex_compile.passes import lower_calls
+    from cudnn_flex_compile.passes import roads
 
     def broken(*arguments):
         raise ZeroDivisionError("for the test")
 
-    monkeypatch.setattr(lower_calls, "traced_of", broken)
+    monkeypatch.setattr(roads, "traced_of", broken)
     verdict = judge(PLAIN, "cpu")
     assert (verdict.kind, verdict.reason) == (ERROR, "INTERNAL")
     assert "ZeroDivisionError" in verdict.detail
