@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch.fx import Node
 
-from cudnn_flex_compile.passes import autotune, block_mask, intervals, limits, speed
+from cudnn_flex_compile.passes import autotune, block_mask, estimates, intervals, limits, speed
 from cudnn_flex_compile.passes.block_mask import MaskProgram
 from cudnn_flex_compile.passes.capture import Captures
 from cudnn_flex_compile.passes.find import Call, example, hint
@@ -74,12 +74,12 @@ def measured_slower(target: Target, context: Context) -> Reason | None:
     return slower(target, context) if times is None else times.reason
 
 
-def facts_of(target: Target, context: Context) -> speed.Facts:
+def facts_of(target: Target, context: Context) -> estimates.Facts:
     call, real = target.call, context.real.get
-    share = context.once(("share", *given_to(call)), lambda: speed.share_of(call, real))  # pyright: ignore
+    share = context.once(("share", *given_to(call)), lambda: estimates.share_of(call, real))  # pyright: ignore
     sharing = context.sharing[mask_of(call)] if target.tiled else 1
     asked = target.training, target.lse_gradient, share, target.tiled, sharing
-    return speed.Facts(call, *target.running, *asked)
+    return estimates.Facts(call, *target.running, *asked)
 
 
 def given_to(call: Call) -> tuple[Any, ...]:

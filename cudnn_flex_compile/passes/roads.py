@@ -5,7 +5,7 @@ Knows nothing of the other calls of a graph but what they share (context.py).
 
 from torch.fx import Node
 
-from cudnn_flex_compile.passes import autotune, intervals, limits, speed
+from cudnn_flex_compile.passes import autotune, estimates, intervals, limits
 from cudnn_flex_compile.passes.block_mask import MaskProgram
 from cudnn_flex_compile.passes.capture import read_captures
 from cudnn_flex_compile.passes.compact import COUNTS, compacted
@@ -115,7 +115,7 @@ def _by_intervals(target: Target, context: Context, report: CallReport) -> Reaso
 
 def _accept(target: Target, verdict: Accepted, context: Context, report: CallReport) -> None:
     report.strategies, report.errors = verdict
-    report.expected = speed.expected(facts_of(target, context))
+    report.expected = estimates.expected(facts_of(target, context))
 
 
 def _rewrite(target: Target, context: Context, guard: Node | None) -> None:

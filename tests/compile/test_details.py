@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import and_masks, create_block_mask, flex
 
 from cudnn_flex_compile import collect, explain
 from cudnn_flex_compile.engine.record import Error
-from cudnn_flex_compile.passes import describe, speed
+from cudnn_flex_compile.passes import describe, estimates
 from cudnn_flex_compile.passes.lower_calls import lower_calls
 from cudnn_flex_compile.passes.sketch import UNKNOWN
 from cudnn_flex_compile.picture import Picture
@@ -192,11 +192,11 @@ def test_what_is_expected():
             (lambda q: flex_attention(q, q, q, block_mask=create_block_mask(causal, 1, 1, 4096, 4096, "cpu")), query),
         )
     )
-    assert full == pytest.approx(1 / speed.PAIR_COST)
+    assert full == pytest.approx(1 / estimates.PAIR_COST)
     blocks = 4096 // 128
     listed = blocks * (blocks + 1) / 2 / blocks**2
     visible = 4097 / 2 / 4096
-    assert banded == pytest.approx(listed / visible / speed.PAIR_COST, rel=1e-3)
+    assert banded == pytest.approx(listed / visible / estimates.PAIR_COST, rel=1e-3)
     assert short is None
     assert made is None
 

@@ -12,7 +12,8 @@ Each row is Inductor's milliseconds / ours, medians of interleaved steps, with e
     forward, backward   what the device computes for a layer, and set-up of the step in the forward, by the profiler
 
 A process for each shape compiles, and measures in turn, some steps in a row, as in training nobody waits for a step.
-The last tables are the ratios, with what the rule of passes/speed.py says of each case, and the rows of that rule.
+The last tables are the ratios, with what the rule of passes/speed.py says of each case, and the lines of
+passes/estimates.py.
 """
 
 import functools
@@ -29,7 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from cudnn_flex_compile.engine.tile_recording import recording_of
 from cudnn_flex_compile.engine.tiles import Geometry, tiler_of
-from cudnn_flex_compile.passes import speed
+from cudnn_flex_compile.passes import estimates, speed
 from cudnn_flex_compile.report import collect
 from cudnn_flex_compile.scoremod.masks.intervals import NARROW
 from tests.documents import causal_documents, runs_of
@@ -175,8 +176,8 @@ def told(name, times, rows):
 def rule(shape, share, layers):
     """What passes/speed.py says of so many layers in training: whether they run by intervals."""
     batch, length = shape[:2]
-    stock, ours = (layers * line.at(tflop(shape, share)) for line in speed.CALLS[True])
-    return stock - ours > speed.SURELY * speed.LIST.at(batch * length**2 / 1e9)
+    stock, ours = (layers * line.at(tflop(shape, share)) for line in estimates.CALLS[True])
+    return stock - ours > speed.SURELY * estimates.LIST.at(batch * length**2 / 1e9)
 
 
 def tflop(shape, share):
@@ -196,7 +197,7 @@ def line(points):
 
 
 def print_rule(found):
-    """The rows of passes/speed.py, of these measurements."""
+    """The lines of passes/estimates.py, of these measurements."""
     by_tflop = {name: tflop(shape, share) for name, (shape, share, _) in found.items()}
 
     def fitted(what, side):

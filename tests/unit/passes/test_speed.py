@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from cudnn_flex_compile.bench.mods import ALL
-from cudnn_flex_compile.passes import speed
-from cudnn_flex_compile.passes.speed import ROWS, SIZES, Facts, slower
+from cudnn_flex_compile.passes import estimates, speed
+from cudnn_flex_compile.passes.estimates import Facts
+from cudnn_flex_compile.passes.speed import ROWS, SIZES, slower
 from cudnn_flex_compile.reasons import Code
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import F32
@@ -101,9 +102,9 @@ def test_what_is_lowered(name):
 
 
 def test_a_list_of_tiles_is_expected_to_gain_what_its_rule_says():
-    few, many = (speed.expected(facts(16384, 16384, tiled=True, share=0.2, sharing=n)) for n in (1, 10**6))
+    few, many = (estimates.expected(facts(16384, 16384, tiled=True, share=0.2, sharing=n)) for n in (1, 10**6))
     assert few < 1 < many
-    stock, ours = (line.at(2 * (64 + 64) * 2 * 4 * 16384 * 16384 * 0.2 / 1e12) for line in speed.CALLS[True])
+    stock, ours = (line.at(2 * (64 + 64) * 2 * 4 * 16384 * 16384 * 0.2 / 1e12) for line in estimates.CALLS[True])
     assert many == pytest.approx(stock / ours, rel=1e-3)
 
 
