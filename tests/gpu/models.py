@@ -214,8 +214,7 @@ def run_case(case, folder):
         save(case, folder, row)
         print("ready", flush=True)
         if sys.stdin.readline():
-            with measuring():
-                row["times"] = times(models, inputs)
+            row["times"] = times(models, inputs)
             save(case, folder, row)
             print("timed", flush=True)
     except BrokenPipeError:  # who would say when to measure has ended; the numbers are saved
@@ -333,9 +332,10 @@ def run_all(cases, folder, parallel, deadline, show):
 
     with ThreadPoolExecutor(parallel) as pool:
         ready = list(pool.map(compiled, cases))
-    for case, process in zip(cases, ready, strict=True):
-        finish(process, seconds=40)
-        show(f"{case}: {verdict(load(case, folder))}, at the end")
+    with measuring():
+        for case, process in zip(cases, ready, strict=True):
+            finish(process, seconds=40)
+            show(f"{case}: {verdict(load(case, folder))}, at the end")
 
 
 def main():
