@@ -86,8 +86,8 @@ def looking_last(run: Callable[..., Any]) -> Callable[..., Any]:
         outer, _thread.looks = getattr(_thread, "looks", None), []
         try:
             result = run(*inputs)
+        finally:  # also of a graph that fails: what was compared is taken to agree
             _put_off.extend(_thread.looks)
-        finally:
             _thread.looks = outer
         _look(wait=not _differentiable(result))
         return result

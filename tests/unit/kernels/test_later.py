@@ -44,19 +44,24 @@ def test_a_graph_within_a_graph_looks_at_its_own() -> None:
     assert seen == ["inner", "rest", "outer"]
 
 
-def test_what_a_look_raises_is_raised_and_a_failing_graph_looks_at_nothing() -> None:
-    def refuse():
-        raise RuntimeError("refused")
+def refuse():
+    raise RuntimeError("refused")
 
+
+def test_what_a_look_raises_is_raised() -> None:
     with pytest.raises(RuntimeError, match="refused"):
         looking_last(lambda: later(refuse, READY))()
 
+
+def test_what_a_failing_graph_left_to_look_at_the_next_graph_looks_at() -> None:
     def fails():
         later(refuse, READY)
         raise ValueError("failed")
 
     with pytest.raises(ValueError, match="failed"):
         looking_last(fails)()
+    with pytest.raises(RuntimeError, match="refused"):
+        looking_last(lambda: 1)()
     seen = []
     later(lambda: seen.append(1), READY)
     assert seen == [1]
@@ -103,10 +108,6 @@ def test_what_is_there_is_looked_at_all_the_same() -> None:
     x, run = differentiable(refuse, READY)
     with pytest.raises(RuntimeError, match="refused"):
         run(x)
-
-
-def refuse():
-    raise RuntimeError("refused")
 
 
 def test_what_it_raises_then_the_backward_raises() -> None:
