@@ -26,9 +26,11 @@ MOST = 64  # looks that are put off
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """Attributes:
-    run: looks; raises what there is to raise.
-    ready: whether it would not wait.
+    """What the host has to look at.
+
+    Attributes:
+        run: looks; raises what there is to raise.
+        ready: whether it would not wait.
     """
 
     run: Callable[[], None]
