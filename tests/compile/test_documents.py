@@ -9,7 +9,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from cudnn_flex_compile import ops
 from cudnn_flex_compile.config import Options
 from cudnn_flex_compile.kernels import tiles
-from cudnn_flex_compile.passes import intervals, roads
+from cudnn_flex_compile.passes import intervals, roads, speed
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.report import collect
 from tests import dense
@@ -223,7 +223,7 @@ def test_what_plans_are_slower_for_is_tried_by_intervals(monkeypatch):
     given = (*inputs(False), torch.randint(1, LENGTH, (BATCH, LENGTH)))
     slower = Reason(Code.SLOWER, "blocks")
     for reasons, strategies in (((slower, None), ("intervals",)), ((None, None), ("chained",)), ((slower, slower), ())):
-        monkeypatch.setattr(roads.speed, "slower", lambda facts, reasons=reasons: reasons[facts.tiled])
+        monkeypatch.setattr(speed, "slower", lambda facts, reasons=reasons: reasons[facts.tiled])
         torch._dynamo.reset()
         with collect() as report:
             compiled(rows, lower="when_faster")(*given)
@@ -249,7 +249,7 @@ def test_a_small_call_by_itself_is_kept():
 def test_what_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(intervals, "unusable", lambda device: Reason(Code.INTERVALS, "no cutlass"))
     slower = Reason(Code.SLOWER, "blocks")
-    monkeypatch.setattr(roads.speed, "slower", lambda facts: None if facts.tiled else slower)
+    monkeypatch.setattr(speed, "slower", lambda facts: None if facts.tiled else slower)
     with collect() as report:
         compiled(attend, lower="when_faster")(*inputs(False), packed(0))
     assert report.calls[0].reason == Reason(Code.INTERVALS, "no cutlass")
