@@ -18,7 +18,6 @@ from cudnn_flex_compile.engine.repro import warned
 from cudnn_flex_compile.engine.rows import rows_of
 from cudnn_flex_compile.engine.select import find_plan
 from cudnn_flex_compile.kernels import fallback
-from cudnn_flex_compile.kernels.later import at_end_of_backward
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod.ranges import VALUE_LIMIT
 
@@ -70,7 +69,6 @@ def backward(
 
     A gradient of the (natural) log-sum-exp is given or not as the loss has it: these are two plans.
     """
-    at_end_of_backward()
     if query.get_device() != torch._C._cuda_getDevice():
         with torch.cuda.device(query.device):
             rest = (out, stats, operands, ints, floats, program, scale, tiles)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo import compiled_autograd
 from torch.autograd import Variable
 
 from cudnn_flex_compile.locks import new_lock
@@ -80,7 +81,7 @@ def later(run: Callable[[], None], ready: Callable[[], bool]) -> None:
 def looking_last(run: Callable[..., Any]) -> Callable[..., Any]:
     """A compiled graph after which the host looks at what there is to look at: what that raises, it raises.
 
-    If a gradient may follow, what is not there yet is left to `at_end_of_backward`; should none follow, to the next
+    Where the outputs have gradients, what is not there yet is left to their backward; should none follow, to later
     graphs.
     """
 
@@ -91,16 +92,30 @@ def looking_last(run: Callable[..., Any]) -> Callable[..., Any]:
         finally:  # also of a graph that fails: what was compared is taken to agree
             _put_off.extend(_thread.looks)
             _thread.looks = outer
-        _look(wait=not _differentiable(result))
+        _look(wait=False)
+        if _put_off and not _left_to_backward(result):
+            _look()
         return result
 
     return run_and_look
 
 
-def _differentiable(result: Any) -> bool:
-    if not torch.is_grad_enabled():
+def _left_to_backward(result: Any) -> bool:
+    """Whether the host looks when a backward is enqueued: the one that runs now, or that of any of these outputs."""
+    if torch._C._current_graph_task_id() >= 0:  # a graph that a checkpoint runs again
+        _at_end_of_backward()
+        return True
+    if not torch.is_grad_enabled() or compiled_autograd.compiled_autograd_enabled:  # which would trace the hooks
         return False
-    return any(isinstance(t, Tensor) and t.requires_grad for t in (result if isinstance(result, tuple | list) else ()))
+    outputs = result if isinstance(result, tuple | list) else ()
+    nodes = {t.grad_fn for t in outputs if isinstance(t, Tensor) and t.grad_fn is not None}
+    for node in nodes:
+        node.register_prehook(_at_end_of_backward)
+    return bool(nodes)
+
+
+def _at_end_of_backward(*_: Any) -> None:
+    Variable._execution_engine.queue_callback(_look)  # pyright: ignore
 
 
 def _look(wait: bool = True) -> None:
@@ -113,12 +128,6 @@ def _next(wait: bool) -> Look | None:
     with _lock:
         due = _put_off and (wait or len(_put_off) > MOST or _put_off[0].ready())
         return _put_off.popleft() if due else None
-
-
-def at_end_of_backward() -> None:
-    """To be called in a backward: the host looks when all of it is enqueued."""
-    if _put_off and torch._C._current_graph_task_id() >= 0:
-        Variable._execution_engine.queue_callback(_look)  # pyright: ignore
 
 
 @atexit.register

@@ -93,9 +93,7 @@ def _backward_cpu(
     tiles: Tensor | None = None,
 ) -> Gradients:  # fmt: skip
     from cudnn_flex_compile.kernels import cpu
-    from cudnn_flex_compile.kernels.later import at_end_of_backward
 
-    at_end_of_backward()
     rest = (operands, ints, floats, program, scale)
     with named("backward", program), torch.autocast("cpu", enabled=False):
         gradients = cpu.backward(grad_out, grad_stats, query, key, value, out, stats, *rest)

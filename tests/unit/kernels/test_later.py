@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from cudnn_flex_compile.kernels.later import MOST, Reading, at_end_of_backward, later, looking_last
+from cudnn_flex_compile.kernels.later import MOST, Reading, later, looking_last
 
 READY, NOT_YET = (lambda: True), (lambda: False)
 
@@ -82,7 +83,6 @@ class Graph(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        at_end_of_backward()
         return grad, None, None
 
 
@@ -134,3 +134,28 @@ def test_only_so_many_are_put_off() -> None:
     assert len(seen) == 3
     run(x)[0].sum().backward()
     assert len(seen) == MOST + 4
+
+
+def test_any_output_will_do_whatever_it_is_of() -> None:
+    """As where the attention itself takes no gradient."""
+    for chosen in range(2):
+        x = torch.ones(2, requires_grad=True)
+
+        def graph(x):
+            later(refuse, NOT_YET)
+            return x * 2, x.exp()
+
+        with pytest.raises(RuntimeError, match="refused"):
+            looking_last(graph)(x)[chosen].sum().backward()
+
+
+def test_a_graph_that_a_checkpoint_runs_again_looks_at_the_end_of_that_backward() -> None:
+    seen = []
+    x = torch.ones(2, requires_grad=True)
+    run = looking_last(lambda x: (Graph.apply(x.exp(), lambda: seen.append("look"), NOT_YET),))
+    with set_checkpoint_early_stop(False):
+        out = checkpoint(lambda x: run(x)[0], x, use_reentrant=False)
+    x.register_hook(lambda g: seen.append("gradient"))
+    assert seen == []
+    out.sum().backward()
+    assert seen == ["gradient", "look", "look"]
