@@ -35,7 +35,6 @@ _LIMITS = {
     120: (100, 1536, 24),
 }
 SMS = tuple(_LIMITS)
-ENGINES = (80, 90, 100, 120)  # one of each kind of engines
 
 # What cuDNN logs when the machine is not set up, which its exceptions do not tell from a refusal.
 _NOT_SET_UP = ("SUBLIBRARY_LOADING_FAILED", "RUNTIME_PREREQUISITE_MISSING")
