@@ -48,8 +48,8 @@ def cudnn_flex(
     use_folder(chosen.cache_folder, chosen.cache_mb)
     with phase("lower"):
         only_faster, budget = chosen.lower == "when_faster", chosen.bias_budget_mb
-        tiled = chosen.intervals and not chosen.captures_graphs  # under CUDA graphs the host can look at no data
-        lowered = lower_calls(graph_module, example_inputs, only_faster, budget, chosen.autotune, tiled)
+        how = chosen.autotune, chosen.intervals, chosen.captures_graphs
+        lowered = lower_calls(graph_module, example_inputs, only_faster, budget, *how)
     publish(lowered.calls)
     _log(lowered.calls, chosen)
     with phase("inner"):

@@ -8,7 +8,6 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 import torch._inductor.config as inductor_config
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -18,12 +17,8 @@ from cudnn_flex_compile.inner import inductor
 from cudnn_flex_compile.ops import attention as attention_op
 from cudnn_flex_compile.ops.autograd import attention
 from cudnn_flex_compile.ops.undispatched import PLAIN
+from cudnn_flex_compile.passes.light import is_view
 
-# What an eager call does as well as a compiled one: views, and single copies.
-VIEWS = {
-    "chunk", "contiguous", "detach", "expand", "flatten", "movedim", "narrow", "permute", "reshape", "select", "size",
-    "split", "squeeze", "swapaxes", "to", "transpose", "unbind", "unflatten", "unsqueeze", "view",
-}  # fmt: skip
 # Inductor's modes that ask for nothing but kernels: not those with CUDA graphs.
 MODES = (None, "default", "max-autotune-no-cudagraphs")
 
@@ -39,11 +34,7 @@ def suffices(graph_module: GraphModule, example_inputs: Sequence[Any], options: 
 
 
 def _is_light(node: Node) -> bool:
-    if node.op == "call_method":
-        return node.target in VIEWS
-    named = getattr(node.target, "__name__", "")
-    view = named in VIEWS and node.target is getattr(torch, named, None)
-    return node.op == "output" or node.target in (attention_op, operator.getitem) or view
+    return node.op == "output" or node.target in (attention_op, operator.getitem) or is_view(node)
 
 
 def compile(graph_module: GraphModule) -> Callable[..., Any]:

@@ -28,6 +28,10 @@ Found = TypeVar("Found")
 class Context:
     """What the calls of one graph share: writers that write each node once (of tiles, none under CUDA graphs), the
     graph's real inputs, how many calls share a mask, and what was found out about all that, which takes a look at data.
+
+    Attributes:
+        captures_graphs: whether CUDA graphs launch all kernels of a step at once.
+        alone: whether there is nothing but attention and views.
     """
 
     operands: Writer
@@ -38,6 +42,8 @@ class Context:
     bias_budget: int
     autotune: bool
     sharing: Counter[Hashable]
+    captures_graphs: bool
+    alone: bool
     known: dict[tuple[Any, ...], Any] = field(default_factory=dict[tuple[Any, ...], Any])
 
     def once(self, key: tuple[Any, ...], find: Callable[[], Found]) -> Found:
@@ -77,9 +83,10 @@ def measured_slower(target: Target, context: Context) -> Reason | None:
 def facts_of(target: Target, context: Context) -> estimates.Facts:
     call, real = target.call, context.real.get
     share = context.once(("share", *given_to(call)), lambda: estimates.share_of(call, real))  # pyright: ignore
-    sharing = context.sharing[mask_of(call)] if target.tiled else 1
-    asked = target.training, target.lse_gradient, share, target.tiled, sharing
-    return estimates.Facts(call, *target.running, *asked)
+    program, hoisted = target.running
+    host_counts = not context.captures_graphs and not (context.alone and not hoisted)
+    asked = target.training, target.lse_gradient, share, host_counts, target.tiled, context.sharing[mask_of(call)]
+    return estimates.Facts(call, program, hoisted, *asked)
 
 
 def given_to(call: Call) -> tuple[Any, ...]:

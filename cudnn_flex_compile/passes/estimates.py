@@ -27,6 +27,8 @@ from cudnn_flex_compile.scoremod.partition import Hoisted
 PAIR_COST = 0.75
 # At lengths below this, the host and whole tiles decide, not the pairs. (cudnn-flex bench --forty)
 BY_PAIRS = 2048
+# And what one under a soft cap costs Inductor, in those of a plain score. (python3 -m tests.gpu.lse_time)
+CAPPED_COST = 1.7
 # What hiding pairs by a bias costs. (cudnn-flex bench --mods "dilated window" documents --lower always)
 BIAS_COST = 1.8
 # Several plans in the forward keep the host busy: as called, sinks + window take 1.11 times as long as Inductor's
@@ -54,10 +56,10 @@ class Line:
 # DOCUMENTS prints these lines as it measures them: on an H200, where the host bounds the interval kernels of all but
 # large calls. Of the forward it measures the device alone; the host's time of forward and backward stands in its place.
 CALLS = {
-    False: (Line(0.038, 3.38), Line(0.433, 1.40)),
-    True: (Line(0.126, 16.24), Line(0.433, 5.85)),
+    False: (Line(0.061, 2.89), Line(0.450, 1.42)),
+    True: (Line(0.330, 8.84), Line(0.450, 3.60)),
 }
-LIST = Line(1.253, 0.59)
+LIST = Line(1.254, 0.56)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +71,9 @@ class Facts:
         training: whether a gradient may be asked for.
         lse_gradient: whether one of the log-sum-exp may be, too.
         share: of the blocks, that its BlockMask lists; None without one, or if that is not known.
+        host_counts: whether the host's time for the call counts, as it launches other kernels around it one by one.
         tiled: whether it would run by a list of its mask's tiles (passes/intervals.py).
-        sharing: how many calls would share that list.
+        sharing: how many calls of the graph have its mask.
     """
 
     call: Call
@@ -79,12 +82,20 @@ class Facts:
     training: bool
     lse_gradient: bool
     share: float | None
+    host_counts: bool
     tiled: bool = False
     sharing: int = 1
 
     @property
     def lengths(self) -> tuple[int, int]:
         return hint(example(self.call.query).shape[2]), hint(example(self.call.key).shape[2])
+
+    @property
+    def tflop(self) -> float:
+        """Of a forward on all pairs."""
+        batch, heads, queries, dim = map(hint, example(self.call.query).shape)
+        _, _, keys, value_dim = map(hint, example(self.call.value).shape)
+        return 2 * (dim + value_dim) * batch * heads * queries * keys / 1e12
 
 
 def pair_operands(facts: Facts) -> list[torch.dtype]:
@@ -103,14 +114,33 @@ def pairs_of(program: Program, lengths: tuple[int, int], training: bool) -> floa
     return total * (BIAS_COST if split(program.mask).biases else 1.0)
 
 
+def pairs_by_either(facts: Facts) -> tuple[float, float]:
+    """The pairs of a head that Inductor's kernel computes, and our plans, in what a plain one costs Inductor's kernel.
+
+    Both compute the same if it is not known which blocks the BlockMask lists.
+    """
+    queries, keys = facts.lengths
+    computed = pairs_of(facts.program, facts.lengths, facts.training)
+    share = facts.share if facts.call.blocks else 1.0
+    stock = computed if share is None else share * queries * keys
+    capped = any(node.kind == "tanh" for node in ir.walk(facts.program.score))
+    return stock * (CAPPED_COST if capped else 1.0), computed * PAIR_COST
+
+
+def spared(facts: Facts) -> float:
+    """Milliseconds of the GPU that a call takes less by plans than on Inductor's kernel, by the pairs of either."""
+    stock, ours = pairs_by_either(facts)
+    queries, keys = facts.lengths
+    return CALLS[facts.training][0].slope * facts.tflop * (stock - ours) / (queries * keys)
+
+
 def interval_times(facts: Facts) -> tuple[float, float, float]:
     """Milliseconds that all calls with one mask take a step, on Inductor's kernel and by intervals, and their list."""
     call, share = facts.call, facts.share if facts.call.blocks else 1.0
-    query, key, value = (tuple(hint(n) for n in example(node).shape) for node in (call.query, call.key, call.value))
-    pairs = query[0] * query[2] * key[2]
-    visible = pairs * query[1] * (GUESSED_SHARE if share is None else share)
-    stock, ours = (line.at(2 * (query[3] + value[3]) * visible / 1e12) for line in CALLS[facts.training])
-    of_mask = pairs * (query[1] if "h" in ir.axes_of(facts.program.mask) else 1)
+    visible = GUESSED_SHARE if share is None else share
+    stock, ours = (line.at(visible * facts.tflop) for line in CALLS[facts.training])
+    batch, heads, queries, _ = map(hint, example(call.query).shape)
+    of_mask = batch * queries * facts.lengths[1] * (heads if "h" in ir.axes_of(facts.program.mask) else 1)
     return facts.sharing * stock, facts.sharing * ours, LIST.at(of_mask / 1e9)
 
 

@@ -5,6 +5,7 @@ the model runs.
 """
 
 import logging
+import operator
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ from cudnn_flex_compile.passes import block_mask, intervals
 from cudnn_flex_compile.passes.autocast import with_casts, without_casts
 from cudnn_flex_compile.passes.context import Context, mask_of
 from cudnn_flex_compile.passes.describe import describe_functions
-from cudnn_flex_compile.passes.find import Call, find_calls
+from cudnn_flex_compile.passes.find import FLEX_ATTENTION, Call, find_calls
 from cudnn_flex_compile.passes.hoist import Writer
+from cudnn_flex_compile.passes.light import is_view
 from cudnn_flex_compile.passes.prune import live_nodes, prune
 from cudnn_flex_compile.passes.roads import lower_or_reason
 from cudnn_flex_compile.reasons import Code, Reason
@@ -44,7 +46,7 @@ class Lowered:
 
 def lower_calls(
     graph_module: GraphModule, example_inputs: Sequence[Any], only_faster: bool = True, bias_budget: int = 256,
-    autotuned: bool = False, by_intervals: bool = False,
+    autotuned: bool = False, by_intervals: bool = False, captures_graphs: bool = False,
 ) -> Lowered:  # fmt: skip
     """Rewrites the graph in place.
 
@@ -52,15 +54,18 @@ def lower_calls(
         only_faster: keep the calls that are slower on cuDNN.
         bias_budget: MiB that one operand over (q, kv) pairs, or one list of tiles, may take.
         autotuned: find out by measuring which calls these are.
-        by_intervals: try the interval kernels, for which the host looks at two numbers a step.
+        by_intervals: try the interval kernels, for which the host looks at two numbers a step; not under CUDA graphs.
+        captures_graphs: whether CUDA graphs will be captured of it.
     """
     inputs = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
     pairs = zip(inputs, example_inputs, strict=False)
     real = {node: value for node, value in pairs if not isinstance(value, FakeTensor)}  # DDP's optimizer gives such
     writer = Writer()
-    tiles, guards = intervals.Tiles(writer) if by_intervals else None, block_mask.Guards(inputs, writer)
+    tiled = by_intervals and not captures_graphs  # the host can look at no data then
+    tiles, guards = intervals.Tiles(writer) if tiled else None, block_mask.Guards(inputs, writer)
     sharing = Counter(mask_of(call) for call in find_calls(graph_module))
-    context = Context(writer, tiles, guards, real, only_faster, bias_budget, autotuned, sharing)
+    how = only_faster, bias_budget, autotuned, sharing, captures_graphs, all(map(_is_light, graph_module.graph.nodes))
+    context = Context(writer, tiles, guards, real, *how)
     reports: list[CallReport] = []
     changed: list[GraphModule] = []
     live: dict[Graph, set[Node]] = {}
@@ -76,6 +81,12 @@ def lower_calls(
         module.graph.lint()
         module.recompile()
     return Lowered(reports, guards.outside, bool(guards.outside) or guards.inside)
+
+
+def _is_light(node: Node) -> bool:
+    """Whether it is attention or a view of its inputs and outputs."""
+    nothing = node.op in ("placeholder", "get_attr", "output")
+    return nothing or node.target in (FLEX_ATTENTION, operator.getitem) or is_view(node)
 
 
 def _lower(call: Call, context: Context) -> CallReport:

@@ -10,23 +10,40 @@ from dataclasses import dataclass
 
 import torch
 
-from cudnn_flex_compile.passes.estimates import DOCUMENTS, PAIR_COST, Facts, interval_times, pair_operands, pairs_of
+from cudnn_flex_compile.passes.estimates import (
+    DOCUMENTS,
+    PAIR_COST,
+    Facts,
+    interval_times,
+    pair_operands,
+    pairs_by_either,
+    pairs_of,
+    spared,
+)  # fmt: skip
 from cudnn_flex_compile.passes.find import example, hint
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import F32, TRUE
 from cudnn_flex_compile.scoremod.masks.form import split
 
+SELECTION = "python3 -m tests.gpu.selection"
+LSE = "python3 -m tests.gpu.lse_time"
+HOST = "python3 -m tests.gpu.host_share"
 # What a gradient of the log-sum-exp costs cuDNN, whatever a query sees: as much as so many keys of it cost Inductor's
-# kernel. Causal at 4096, 2048 keys a query, is 1.35 times as fast as Inductor without it and 1.27 times with it; a
-# window of 128 is 0.70 times as fast with it: both give 96 keys. And what a pair under a soft cap costs Inductor, in
-# those of a plain score: it makes 2.3x of 1.35x. (python3 -m tests.gpu.lse_time)
+# kernel. (LSE)
 LSE_COST = 128
-CAPPED_COST = 1.7
 # A score's own bias over pairs: Inductor gathers it faster, but for items of this many bytes in the forward.
 FORWARD_ITEMSIZE = 4
 SURELY = 1.2  # times what a list takes is to be saved
-SELECTION = "python3 -m tests.gpu.selection"
+# What a call has to spare the GPU, in milliseconds, without and with its backward. Among other kernels the host takes
+# 0.05 ms longer for our forward than for Inductor's, and 0.1 ms with the backward: where the GPU waits for the host,
+# that is lost, and where the host waits for the GPU, no more is gained than the GPU is spared. (HOST)
+LEAST = {False: 0.085, True: 0.17}
+# The same with a gradient of the log-sum-exp. (LSE)
+LEAST_WITH_LSE = 0.55
+# What all calls that share a mask of captured tensors have to spare: its BlockMask is another at each step, which is
+# compared, and keys are put in order. (python3 -m tests.gpu.models --cases bert:right bert:full gpt_neox:right)
+LEAST_OF_MASK = 0.95
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +66,6 @@ class Sizes:
 # To be changed after a run of SELECTION: its table says for each size how much faster we are.
 SIZES = (
     Sizes("decoding: a few queries, for which Inductor has a kernel that divides the keys", False, queries=(1, 16)),
-    # 197 queries: a step of a ViT of 4 layers took 1.08 times as long (python3 -m tests.gpu.models --cases vit:none).
-    Sizes("a short sequence, where the host takes longer than the GPU", True, queries=(1, 256), keys=(1, 256)),
 )
 
 
@@ -80,14 +95,10 @@ def _lse_in_the_loss(facts: Facts) -> str | None:
         return None
     if example(facts.call.query).dtype != torch.bfloat16:
         return "the LSE takes part in the loss, in another dtype than bfloat16"
-    queries, keys = facts.lengths
-    ours = pairs_of(facts.program, facts.lengths, True) / queries
-    share = facts.share if facts.call.blocks else 1.0
-    theirs = ours if share is None else share * keys
-    if any(node.kind == "tanh" for node in ir.walk(facts.program.score)):
-        theirs *= CAPPED_COST
-    few = f"the LSE takes part in the loss, and a query has {ours:.0f} keys to compute on average"
-    return few if ours * PAIR_COST + LSE_COST > theirs else None
+    stock, ours = pairs_by_either(facts)
+    queries = facts.lengths[0]
+    few = f"the LSE takes part in the loss, and a query has {ours / PAIR_COST / queries:.0f} keys to compute on average"
+    return few if ours + LSE_COST * queries > stock else None
 
 
 def _by_sizes(facts: Facts) -> str | None:
@@ -102,6 +113,30 @@ def _by_sizes(facts: Facts) -> str | None:
         ):
             return f"{box.why} ({found[0]} queries, {found[1]} keys)"
     return None
+
+
+def _host_counts(facts: Facts) -> bool:
+    return facts.host_counts and example(facts.call.query).device.type == "cuda"
+
+
+def _host_takes_longer(facts: Facts) -> str | None:
+    saved, least = spared(facts), LEAST_WITH_LSE if facts.lse_gradient else LEAST[facts.training]
+    if not _host_counts(facts) or saved >= least:
+        return None
+    return f"it would spare the GPU about {max(saved, 0):.2f} ms, which the host may take longer"
+
+
+def _host_takes_longer_with_lse(facts: Facts) -> str | None:
+    return _host_takes_longer(facts) if facts.lse_gradient else None
+
+
+def _setting_up_takes_longer(facts: Facts) -> str | None:
+    captured = any(node.kind == "operand" for node in ir.walk(facts.program.mask))
+    saved = facts.sharing * spared(facts)
+    if not (captured and facts.call.blocks and _host_counts(facts)) or saved >= LEAST_OF_MASK:
+        return None
+    calls = f"{facts.sharing} call{'s' if facts.sharing > 1 else ''}"
+    return f"a mask of captured tensors takes some time at each step, and {calls} would spare the GPU {saved:.2f} ms"
 
 
 def _pairs_are_read(facts: Facts) -> str | None:
@@ -153,12 +188,15 @@ def _listing_takes_longer(facts: Facts) -> str | None:
 
 
 ROWS = (
-    Row(_lse_in_the_loss, "python3 -m tests.gpu.lse_time", Code.LSE_GRADIENT),
+    Row(_lse_in_the_loss, LSE, Code.LSE_GRADIENT),
+    Row(_host_takes_longer_with_lse, LSE, Code.LSE_GRADIENT),
     Row(_by_sizes, SELECTION, tiled=None),
     Row(_pairs_are_read, 'cudnn-flex bench --mods "relative table" "bias tensor" --lower always'),
     Row(_learned_by_place, "python3 -m tests.gpu.bias_time"),
     Row(_unknown_blocks, 'cudnn-flex bench --mods "dilated window" documents --lower always'),
     Row(_more_pairs, "cudnn-flex bench --mods causal prefix-LM documents --mode reduce-overhead --lower always"),
+    Row(_setting_up_takes_longer, "python3 -m tests.gpu.models"),
+    Row(_host_takes_longer, HOST),
     Row(_listing_takes_longer, DOCUMENTS, tiled=True),
 )
 

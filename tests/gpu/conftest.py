@@ -1,8 +1,11 @@
 """Skips everything here without an NVIDIA GPU: numbers and speed are the GPU's to say."""
 
+import math
+
 import pytest
 import torch
 
+from cudnn_flex_compile.passes import speed
 from tests.gpu.turns import compiling
 
 
@@ -17,6 +20,17 @@ def pytest_collection_modifyitems(items):
 def no_cache_folder(monkeypatch):
     """Tests count what is built, and judge what is built now."""
     monkeypatch.setenv("CUDNN_FLEX_CACHE", "0")
+
+
+NONE = -math.inf
+RULES = {"SIZES": (), "LEAST": {False: NONE, True: NONE}, "LEAST_WITH_LSE": NONE, "LEAST_OF_MASK": NONE}
+
+
+@pytest.fixture(autouse=True)
+def no_rules_by_size(monkeypatch):
+    """Tests are small, and about what is lowered."""
+    for name, value in RULES.items():
+        monkeypatch.setattr(speed, name, value)
 
 
 @pytest.fixture(autouse=True, scope="session")

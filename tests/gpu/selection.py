@@ -1,6 +1,6 @@
 """Where we are faster than Inductor, for the rules by sizes (passes/speed.py): decoding, and short sequences.
 
-    python3 -m tests.gpu.selection [log file] [--processes 12]
+    python3 -m tests.gpu.selection [log file] [--processes 12] [--only decode]
 
 Both through torch.compile, ours with lower="always", interleaved: as called, and the device's time alone. Decoding is
 the forward without gradients; short sequences are forward + backward. Several processes compile, and measure in turn.
@@ -47,9 +47,10 @@ class Case:
 SHORT = {"full": (None, None), "causal": (None, causal), "soft cap + causal": (softcap(20.0), causal)}
 CASES = [
     *(
-        Case("decode, soft cap", 8, 32, 8, queries, keys, 128, False, softcap(20.0))
+        Case(f"decode, {name}", 8, 32, kv_heads, queries, keys, 128, False, score_mod)
         for queries in (1, 4, 16)
         for keys in (1024, 8192, 32768)
+        for name, score_mod, kv_heads in (("soft cap", softcap(20.0), 8), ("plain", None, 8), ("plain", None, 32))
     ),
     *(
         Case(name, 16384 // length, 16, 16, length, length, dim, True, *mods)
@@ -120,14 +121,16 @@ def row(case, found, how):
 def work(mine):
     """The rows of some cases, a generator for in_turn."""
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 4 * len(CASES)
-    return by_case(CASES[mine], compiled, row)
+    return by_case(mine, compiled, row)
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("log", nargs="?")
     parser.add_argument("--processes", type=int, default=12)
+    parser.add_argument("--only", default="", help="what the names of cases begin with")
     given = parser.parse_args()
+    cases = [case for case in CASES if case.name.startswith(given.only)]
     lines = [
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}",
         "",
@@ -135,7 +138,7 @@ def main():
         "| --- | --- | --- | --- |",
     ]
     print(*lines, sep="\n", flush=True)
-    for line in in_turn(work, [slice(i, None, given.processes) for i in range(given.processes)]):
+    for line in in_turn(work, [part for i in range(given.processes) if (part := cases[i :: given.processes])]):
         lines.append(line)
         print(line, flush=True)
         if given.log:

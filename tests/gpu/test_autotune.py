@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile import cache_clear, cache_info, collect
-from cudnn_flex_compile.bench.mods import causal, softcap
+from cudnn_flex_compile.bench.mods import MASKS, causal, softcap
 from cudnn_flex_compile.passes import autotune
 from cudnn_flex_compile.reasons import Code
 from tests import dense
@@ -79,4 +79,4 @@ def test_where_inductor_cannot_be_timed_the_rules_decide(monkeypatch):
     monkeypatch.setattr(autotune, "milliseconds", lambda contest: None)
     assert run(LENGTH, softcap(20.0), causal).lowered
     forget()
-    assert run(128, softcap(20.0), causal).kept
+    assert run(LENGTH, *MASKS["dilated window"](4, LENGTH, "cuda")).kept

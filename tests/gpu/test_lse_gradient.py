@@ -7,6 +7,7 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile.bench.mods import MODS, causal, padded, sliding, softcap
+from cudnn_flex_compile.reasons import Code
 from cudnn_flex_compile.report import collect
 from tests import dense
 from tests.gpu.learned import FORMS
@@ -105,12 +106,19 @@ WEIGHTED = {
     "the log-sum-exp alone": lambda out, lse, weight: (lse * weight[..., 0].to(lse.dtype)).sum(),
 }
 DRAWS = 4  # of the loss: a bias of few numbers has a gradient of few numbers
+KEPT = 0.15  # the part of the calls that certification may keep: what is folded into the output is rounded with it
+
+
+@pytest.fixture(scope="module")
+def reasons():
+    """Of each call with a learned bias, in this process: why certification kept it, or None."""
+    return []
 
 
 @pytest.mark.parametrize("loss", WEIGHTED)
 @pytest.mark.parametrize("form", ["T5", "relative table, window", "[H, S, S], causal", "Graphormer", "slopes"])
 @pytest.mark.parametrize(("head_dim", "length", "group"), [(64, 512, 1), (64, 1000, 2), (128, 1000, 1)])
-def test_learned_biases(form, loss, head_dim, length, group):
+def test_learned_biases(reasons, form, loss, head_dim, length, group):
     """Their gradients by the yardstick of test_learned.py."""
     *leaves, weight = inputs(head_dim, length, torch.bfloat16, group)
     draws = [torch.randn_like(weight) for _ in range(DRAWS)]
@@ -118,8 +126,12 @@ def test_learned_biases(form, loss, head_dim, length, group):
     scale = head_dim**-0.5
     with collect() as report:
         result = compiled((make(*learned), mask_mod), length, group=group)(*leaves)
-    assert [str(c.reason) for c in report.kept] == []
-    assert report.lowered[0].strategies == ("native", "native, folded")
+    (call,) = report.calls
+    reasons.append(call.reason)
+    if call.reason is None:
+        assert call.strategies == ("native", "native, folded")
+    else:
+        assert call.reason.code is Code.CERTIFICATION, call.reason
 
     def of_draws(out, lse, of):
         found = []
@@ -149,14 +161,21 @@ def test_learned_biases(form, loss, head_dim, length, group):
         assert error <= allowed, f"{label}: {error / e.norm():.2e}, stock {allowed / 2 / e.norm():.2e}"
 
 
+def test_nearly_all_of_these_are_lowered(reasons):
+    """Of the tests above; one may be kept where few of them ran in this process (pytest -n)."""
+    if not reasons:
+        pytest.skip("none of the tests above ran in this process")
+    kept = [str(reason) for reason in reasons if reason is not None]
+    assert len(kept) <= max(1, KEPT * len(reasons)), kept
+
+
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("length", [512, 1000])
 def test_lengths_of_batch_entries(head_dim, length):
-    """SM90 has no row vector left for the lengths: values are wider there."""
+    """SM90 has no row vector left for the lengths."""
     *leaves, _ = inputs(head_dim, length, torch.bfloat16, 1)
     lengths = torch.tensor([length // 3, length], device="cuda", dtype=torch.int32)
-    wide = "wider values" if torch.cuda.get_device_capability() == (9, 0) else None
-    check((None, padded(lengths)), LOSSES["both"], leaves, entries=2, strategy=wide)
+    check((None, padded(lengths)), LOSSES["both"], leaves, entries=2, strategy="folded")
 
 
 def test_the_loss_says_at_each_step_what_takes_part():

@@ -21,18 +21,24 @@ CAPPED = ir.program(make("tanh", ir.SCORE / 20.0) * 20.0, CAUSAL.mask)
 PAIRS = ir.program(ir.SCORE + ir.operand(0, F32, "hqk"))
 DISTANCE = ir.index("q") - ir.index("k")
 BY_HEAD = ir.program(mask=make("ge", ir.index("q"), ir.index("k") + ir.index("h")))
+SHORT_ROWS = ir.program(mask=make("gt", ir.operand(0, ir.I32, "b"), ir.index("k")))
+PADDED = {
+    "program": SHORT_ROWS, "queries": 4096, "keys": 4096, "heads": 16, "share": 1.0, "host_counts": True,
+}  # fmt: skip
 STRIPED = ir.program(mask=make("eq", make("mod", DISTANCE, ir.const(3, ir.I32)), ir.const(0, ir.I32)))
 
 
 def facts(queries=2048, keys=2048, training=True, device="cuda", program=CAUSAL, share=None, blocks=True, **more):
     dtype = more.pop("dtype", torch.bfloat16)
 
+    heads = more.pop("heads", 4)
+
     def tensor(length):
-        return SimpleNamespace(shape=(2, 4, length, 64), device=torch.device(device), dtype=dtype)
+        return SimpleNamespace(shape=(2, heads, length, 64), device=torch.device(device), dtype=dtype)
 
     given = {"query": tensor(queries), "key": tensor(keys), "value": tensor(keys)}
     call = SimpleNamespace(**given, blocks=("there",) if blocks else ())
-    more = {"hoisted": (), "lse_gradient": False, **more}
+    more = {"hoisted": (), "lse_gradient": False, "host_counts": False, **more}
     return Facts(call, program, training=training, share=share, **more)  # pyright: ignore
 
 
@@ -43,7 +49,17 @@ def stored(dtype):
 KEPT = {
     "decoding": ({"queries": 1, "training": False}, "decoding"),
     "decoding, the last length": ({"queries": 16, "keys": 32768, "training": False}, "decoding"),
-    "a short sequence": ({"queries": 256, "keys": 256}, "a short sequence"),
+    "a call among others that spares the GPU little": ({"host_counts": True, "share": 0.53}, "which the host may take"),
+    "such a call in the forward": (
+        {"host_counts": True, "queries": 4096, "keys": 4096, "share": 0.53, "training": False},
+        "which the host may take",
+    ),
+    "a loss of the LSE in a call that spares the GPU little": (
+        {"lse_gradient": True, "host_counts": True, "queries": 4096, "keys": 4096, "heads": 16, "share": 0.53},
+        "which the host may take",
+    ),
+    "a padding mask, few layers": ({**PADDED, "sharing": 3}, "takes some time at each step, and 3 calls would spare"),
+    "a padding mask that hides much": ({**PADDED, "share": 0.75, "sharing": 100}, "spare the GPU 0.00 ms"),
     "a loss of the LSE": ({"lse_gradient": True, "dtype": torch.float16}, "the LSE takes part"),
     "a loss of the LSE, few keys": ({"lse_gradient": True, "queries": 512, "keys": 512}, "256 keys to compute"),
     "a loss of the LSE, few blocks": ({"lse_gradient": True, "share": 0.43}, "1024 keys to compute"),
@@ -74,8 +90,22 @@ LOWERED = {
     "as many blocks": {"share": 0.53},
     "decoding with gradients": {"queries": 16},
     "more queries": {"queries": 17, "training": False},
-    "a short sequence without gradients": {"queries": 128, "keys": 128, "training": False},
-    "few queries, many keys, in training": {"queries": 256, "keys": 257},
+    "a short sequence by itself": {"queries": 128, "keys": 128},
+    "a call among others that spares the GPU much": {
+        "host_counts": True, "queries": 4096, "keys": 4096, "heads": 16, "share": 0.53,
+    },
+    "such a call in the forward": {
+        "host_counts": True, "queries": 8192, "keys": 8192, "heads": 16, "share": 0.53, "training": False,
+    },
+    "a soft cap, among others": {"host_counts": True, "program": CAPPED, "heads": 32, "share": 0.53},
+    "a loss of the LSE, a soft cap, among others": {
+        "lse_gradient": True, "program": CAPPED, "host_counts": True, "queries": 4096, "keys": 4096, "heads": 16,
+        "share": 0.53,
+    },
+    "a call among others, on the CPU": {"host_counts": True, "device": "cpu"},
+    "a padding mask, four layers": {**PADDED, "sharing": 4},
+    "a padding mask, on the CPU": {**PADDED, "device": "cpu"},
+    "a padding mask without a BlockMask": {**PADDED, "blocks": False},
     "on the CPU": {"queries": 1, "training": False, "device": "cpu"},
     "a bias of float32 in the forward": stored(torch.float32) | {"training": False},
     "no BlockMask": {"program": STRIPED, "blocks": False},
