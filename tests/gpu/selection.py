@@ -119,9 +119,9 @@ def row(case, found, how):
 
 
 def work(mine):
-    """The rows of some cases, a generator for in_turn."""
+    """The rows of the cases at some places, a generator for in_turn."""
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 4 * len(CASES)
-    return by_case(mine, compiled, row)
+    return by_case([CASES[i] for i in mine], compiled, row)
 
 
 def main():
@@ -130,7 +130,7 @@ def main():
     parser.add_argument("--processes", type=int, default=12)
     parser.add_argument("--only", default="", help="what the names of cases begin with")
     given = parser.parse_args()
-    cases = [case for case in CASES if case.name.startswith(given.only)]
+    cases = [i for i, case in enumerate(CASES) if case.name.startswith(given.only)]
     lines = [
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}",
         "",
