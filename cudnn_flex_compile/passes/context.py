@@ -30,8 +30,8 @@ class Context:
     graph's real inputs, how many calls share a mask, and what was found out about all that, which takes a look at data.
 
     Attributes:
-        captures_graphs: whether CUDA graphs launch all kernels of a step at once.
-        alone: whether there is nothing but attention and views.
+        around: what the graph has besides; None under CUDA graphs, which launch all kernels of a step at once.
+        alone: whether it has nothing but attention and views.
     """
 
     operands: Writer
@@ -42,7 +42,7 @@ class Context:
     bias_budget: int
     autotune: bool
     sharing: Counter[Hashable]
-    captures_graphs: bool
+    around: estimates.Around | None
     alone: bool
     known: dict[tuple[Any, ...], Any] = field(default_factory=dict[tuple[Any, ...], Any])
 
@@ -84,8 +84,8 @@ def facts_of(target: Target, context: Context) -> estimates.Facts:
     call, real = target.call, context.real.get
     share = context.once(("share", *given_to(call)), lambda: estimates.share_of(call, real))  # pyright: ignore
     program, hoisted = target.running
-    host_counts = not context.captures_graphs and not (context.alone and not hoisted)
-    asked = target.training, target.lse_gradient, share, host_counts, target.tiled, context.sharing[mask_of(call)]
+    around = None if context.alone and not hoisted else context.around
+    asked = target.training, target.lse_gradient, share, around, target.tiled, context.sharing[mask_of(call)]
     return estimates.Facts(call, program, hoisted, *asked)
 
 

@@ -62,6 +62,30 @@ CALLS = {
 LIST = Line(1.254, 0.56)
 
 
+# What all that a graph has besides attention takes: of the GPU for each TFLOP of matrix products, and of the host for
+# each product and each call, without and with the backward, milliseconds. (python3 -m tests.gpu.host_share)
+PRODUCTS = {False: 2.3, True: 3 * 2.3}
+LAUNCHES = {False: 0.1, True: 0.28}
+# So many times what the host takes, the GPU has to take before it surely is what a step waits for. A step of BERT (1.5
+# times) is between 0.90 and 1.04 times as long on Inductor's kernels, with how busy the machine is otherwise; one of
+# examples/train.py (1.9 times) 1.11 times. (python3 -m tests.gpu.models --cases bert:full)
+SURELY_GPU = 1.7
+
+
+@dataclass(frozen=True, slots=True)
+class Around:
+    """What a call has around it, whose kernels the host launches one by one: its graph.
+
+    Attributes:
+        products: matrix products, in the forward. tflop: theirs.
+        calls: attention calls.
+    """
+
+    products: int
+    tflop: float
+    calls: int
+
+
 @dataclass(frozen=True, slots=True)
 class Facts:
     """What is known of a call.
@@ -71,7 +95,7 @@ class Facts:
         training: whether a gradient may be asked for.
         lse_gradient: whether one of the log-sum-exp may be, too.
         share: of the blocks, that its BlockMask lists; None without one, or if that is not known.
-        host_counts: whether the host's time for the call counts, as it launches other kernels around it one by one.
+        around: None where the host's time for the call does not count: attention alone, or under CUDA graphs.
         tiled: whether it would run by a list of its mask's tiles (passes/intervals.py).
         sharing: how many calls of the graph have its mask.
     """
@@ -82,7 +106,7 @@ class Facts:
     training: bool
     lse_gradient: bool
     share: float | None
-    host_counts: bool
+    around: Around | None
     tiled: bool = False
     sharing: int = 1
 
@@ -127,11 +151,27 @@ def pairs_by_either(facts: Facts) -> tuple[float, float]:
     return stock * (CAPPED_COST if capped else 1.0), computed * PAIR_COST
 
 
-def spared(facts: Facts) -> float:
-    """Milliseconds of the GPU that a call takes less by plans than on Inductor's kernel, by the pairs of either."""
-    stock, ours = pairs_by_either(facts)
+def times_by_either(facts: Facts) -> tuple[float, float]:
+    """Milliseconds of the GPU for a call on Inductor's kernel, and by plans, by the pairs of either."""
     queries, keys = facts.lengths
-    return CALLS[facts.training][0].slope * facts.tflop * (stock - ours) / (queries * keys)
+    slope = CALLS[facts.training][0].slope * facts.tflop / (queries * keys)
+    stock, ours = pairs_by_either(facts)
+    return slope * stock, slope * ours
+
+
+def spared(facts: Facts) -> float:
+    """Milliseconds of the GPU that a call takes less by plans than on Inductor's kernel."""
+    stock, ours = times_by_either(facts)
+    return stock - ours
+
+
+def host_counts(facts: Facts) -> bool:
+    """Whether the GPU may wait for the host, so that what a call takes of the host's time counts."""
+    around = facts.around
+    if around is None:
+        return False
+    gpu = PRODUCTS[facts.training] * around.tflop + around.calls * times_by_either(facts)[0]
+    return gpu < SURELY_GPU * LAUNCHES[facts.training] * (around.products + around.calls)
 
 
 def interval_times(facts: Facts) -> tuple[float, float, float]:

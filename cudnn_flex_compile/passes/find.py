@@ -51,6 +51,11 @@ class Call:
     score_captured: tuple[Any, ...]
     mask_captured: tuple[Any, ...]
 
+    @property
+    def captured(self) -> list[Node]:
+        """The nodes that score_mod and mask_mod read."""
+        return [value for value in (*self.score_captured, *self.mask_captured) if isinstance(value, Node)]
+
     def output(self, position: int) -> list[Node]:
         """The getitem nodes of one output: 0 out, 1 log-sum-exp in base 2, 2 largest score in base 2."""
         return [u for u in self.node.users if u.target is operator.getitem and u.args[1] == position]

@@ -5,7 +5,6 @@ the model runs.
 """
 
 import logging
-import operator
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,12 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 
 from cudnn_flex_compile.passes import block_mask, intervals
+from cudnn_flex_compile.passes.around import around_of, is_alone
 from cudnn_flex_compile.passes.autocast import with_casts, without_casts
 from cudnn_flex_compile.passes.context import Context, mask_of
 from cudnn_flex_compile.passes.describe import describe_functions
-from cudnn_flex_compile.passes.find import FLEX_ATTENTION, Call, find_calls
+from cudnn_flex_compile.passes.find import Call, find_calls
 from cudnn_flex_compile.passes.hoist import Writer
-from cudnn_flex_compile.passes.light import is_view
 from cudnn_flex_compile.passes.prune import live_nodes, prune
 from cudnn_flex_compile.passes.roads import lower_or_reason
 from cudnn_flex_compile.reasons import Code, Reason
@@ -63,9 +62,10 @@ def lower_calls(
     writer = Writer()
     tiled = by_intervals and not captures_graphs  # the host can look at no data then
     tiles, guards = intervals.Tiles(writer) if tiled else None, block_mask.Guards(inputs, writer)
-    sharing = Counter(mask_of(call) for call in find_calls(graph_module))
-    how = only_faster, bias_budget, autotuned, sharing, captures_graphs, all(map(_is_light, graph_module.graph.nodes))
-    context = Context(writer, tiles, guards, real, *how)
+    found = list(find_calls(graph_module))
+    sharing, alone = Counter(map(mask_of, found)), is_alone(graph_module, found)
+    around = None if captures_graphs else around_of(graph_module, len(found))
+    context = Context(writer, tiles, guards, real, only_faster, bias_budget, autotuned, sharing, around, alone)
     reports: list[CallReport] = []
     changed: list[GraphModule] = []
     live: dict[Graph, set[Node]] = {}
@@ -81,12 +81,6 @@ def lower_calls(
         module.graph.lint()
         module.recompile()
     return Lowered(reports, guards.outside, bool(guards.outside) or guards.inside)
-
-
-def _is_light(node: Node) -> bool:
-    """Whether it is attention or a view of its inputs and outputs."""
-    nothing = node.op in ("placeholder", "get_attr", "output")
-    return nothing or node.target in (FLEX_ATTENTION, operator.getitem) or is_view(node)
 
 
 def _lower(call: Call, context: Context) -> CallReport:

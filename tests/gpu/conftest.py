@@ -23,7 +23,7 @@ def no_cache_folder(monkeypatch):
 
 
 NONE = -math.inf
-RULES = {"SIZES": (), "LEAST": {False: NONE, True: NONE}, "LEAST_WITH_LSE": NONE, "LEAST_OF_MASK": NONE}
+RULES = {"LEAST": {False: NONE, True: NONE}, "LEAST_WITH_LSE": NONE, "LEAST_OF_MASK": NONE}
 
 
 @pytest.fixture(autouse=True)

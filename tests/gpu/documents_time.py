@@ -23,6 +23,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -32,6 +33,7 @@ from cudnn_flex_compile.engine.tile_recording import recording_of
 from cudnn_flex_compile.engine.tiles import Geometry, tiler_of
 from cudnn_flex_compile.passes import estimates, speed
 from cudnn_flex_compile.report import collect
+from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.masks.intervals import NARROW
 from tests.documents import causal_documents, runs_of
 from tests.gpu.turns import in_turn
@@ -175,9 +177,12 @@ def told(name, times, rows):
 
 def rule(shape, share, layers):
     """What passes/speed.py says of so many layers in training: whether they run by intervals."""
-    batch, length = shape[:2]
-    stock, ours = (layers * line.at(tflop(shape, share)) for line in estimates.CALLS[True])
-    return stock - ours > speed.SURELY * estimates.LIST.at(batch * length**2 / 1e9)
+    batch, length, heads, kv_heads = shape
+    query, key = (torch.empty(batch, h, length, DIM, device="meta") for h in (heads, kv_heads))
+    call = SimpleNamespace(query=query, key=key, value=key, blocks=("there",))
+    around = estimates.Around(products=0, tflop=0.0, calls=layers)
+    facts = estimates.Facts(call, ir.program(), (), True, False, share, around, tiled=True, sharing=layers)
+    return speed.slower(facts) is None
 
 
 def tflop(shape, share):

@@ -2,15 +2,16 @@
 
 import importlib.util
 import shlex
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from cudnn_flex_compile.bench.mods import ALL
-from cudnn_flex_compile.passes import estimates, speed
-from cudnn_flex_compile.passes.estimates import Facts
-from cudnn_flex_compile.passes.speed import ROWS, SIZES, slower
+from cudnn_flex_compile.passes import estimates
+from cudnn_flex_compile.passes.estimates import Around, Facts
+from cudnn_flex_compile.passes.speed import ROWS, slower
 from cudnn_flex_compile.reasons import Code
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import F32
@@ -22,10 +23,15 @@ PAIRS = ir.program(ir.SCORE + ir.operand(0, F32, "hqk"))
 DISTANCE = ir.index("q") - ir.index("k")
 BY_HEAD = ir.program(mask=make("ge", ir.index("q"), ir.index("k") + ir.index("h")))
 SHORT_ROWS = ir.program(mask=make("gt", ir.operand(0, ir.I32, "b"), ir.index("k")))
-PADDED = {
-    "program": SHORT_ROWS, "queries": 4096, "keys": 4096, "heads": 16, "share": 1.0, "host_counts": True,
-}  # fmt: skip
+BUSY = Around(products=17, tflop=0.4, calls=4)  # of 4 layers of a width of 1024, 4096 tokens
+LARGE, LITTLE = replace(BUSY, tflop=3.0), Around(products=0, tflop=0.0, calls=1)
+PADDED = {"program": SHORT_ROWS, "queries": 4096, "keys": 4096, "heads": 16, "share": 1.0, "around": LARGE}
 STRIPED = ir.program(mask=make("eq", make("mod", DISTANCE, ir.const(3, ir.I32)), ir.const(0, ir.I32)))
+
+
+def growing(length):
+    """A number of keys that is another at each call."""
+    return torch.SymInt(SimpleNamespace(hint=length))
 
 
 def facts(queries=2048, keys=2048, training=True, device="cuda", program=CAUSAL, share=None, blocks=True, **more):
@@ -38,7 +44,7 @@ def facts(queries=2048, keys=2048, training=True, device="cuda", program=CAUSAL,
 
     given = {"query": tensor(queries), "key": tensor(keys), "value": tensor(keys)}
     call = SimpleNamespace(**given, blocks=("there",) if blocks else ())
-    more = {"hoisted": (), "lse_gradient": False, "host_counts": False, **more}
+    more = {"hoisted": (), "lse_gradient": False, "around": None, **more}
     return Facts(call, program, training=training, share=share, **more)  # pyright: ignore
 
 
@@ -47,16 +53,23 @@ def stored(dtype):
 
 
 KEPT = {
-    "decoding": ({"queries": 1, "training": False}, "decoding"),
-    "decoding, the last length": ({"queries": 16, "keys": 32768, "training": False}, "decoding"),
-    "a call among others that spares the GPU little": ({"host_counts": True, "share": 0.53}, "which the host may take"),
-    "such a call in the forward": (
-        {"host_counts": True, "queries": 4096, "keys": 4096, "share": 0.53, "training": False},
-        "which the host may take",
+    "decoding, one more key at a time": (
+        {"queries": 1, "keys": growing(4096), "training": False}, "building a plan for each number",
     ),
-    "a loss of the LSE in a call that spares the GPU little": (
-        {"lse_gradient": True, "host_counts": True, "queries": 4096, "keys": 4096, "heads": 16, "share": 0.53},
-        "which the host may take",
+    "decoding, by tiles": (
+        {"queries": 16, "keys": growing(4096), "training": False, "tiled": True}, "building a plan for each number",
+    ),
+    "a call of a model that keeps the host busy": (
+        {"around": BUSY, "queries": 4096, "keys": 4096, "heads": 16, "share": 0.53}, "and the host may take longer",
+    ),
+    "such a call in the forward": (
+        {"around": BUSY, "queries": 4096, "keys": 4096, "heads": 16, "share": 0.53, "training": False},
+        "and the host may take longer",
+    ),
+    "a short call beside little else": ({"around": LITTLE, "queries": 256, "keys": 256}, "about 0.00 ms"),
+    "a loss of the LSE that spares the GPU little": (
+        {"lse_gradient": True, "around": LITTLE, "queries": 4096, "keys": 4096, "heads": 16, "share": 0.53},
+        "and the host may take longer",
     ),
     "a padding mask, few layers": ({**PADDED, "sharing": 3}, "takes some time at each step, and 3 calls would spare"),
     "a padding mask that hides much": ({**PADDED, "share": 0.75, "sharing": 100}, "spare the GPU 0.00 ms"),
@@ -75,10 +88,13 @@ KEPT = {
     "a list of tiles for layers that see little": (
         {"tiled": True, "queries": 8192, "keys": 8192, "share": 0.01, "sharing": 12}, "and 12 calls would save",
     ),
+    "a list of tiles in a model that keeps the host busy": (
+        {"tiled": True, "queries": 4096, "keys": 4096, "heads": 16, "share": 0.75, "sharing": 4, "around": BUSY},
+        "save",
+    ),
     "a list of tiles for each head": (
         {"tiled": True, "queries": 8192, "keys": 8192, "share": 0.2, "sharing": 12, "program": BY_HEAD}, "save",
     ),
-    "a list of tiles in decoding": ({"tiled": True, "queries": 1, "training": False}, "decoding"),
 }
 LOWERED = {
     "known tile skipping": {},
@@ -88,27 +104,34 @@ LOWERED = {
         "lse_gradient": True, "program": CAPPED, "queries": 512, "keys": 512, "share": 0.6,
     },
     "as many blocks": {"share": 0.53},
-    "decoding with gradients": {"queries": 16},
-    "more queries": {"queries": 17, "training": False},
+    "decoding with gradients": {"queries": 16, "keys": growing(4096)},
+    "more queries": {"queries": 17, "keys": growing(4096), "training": False},
+    "decoding": {"queries": 1, "training": False},
     "a short sequence by itself": {"queries": 128, "keys": 128},
-    "a call among others that spares the GPU much": {
-        "host_counts": True, "queries": 4096, "keys": 4096, "heads": 16, "share": 0.53,
+    "a call of a model that keeps the GPU busy": {
+        "around": LARGE, "queries": 4096, "keys": 4096, "heads": 16, "share": 0.53,
     },
     "such a call in the forward": {
-        "host_counts": True, "queries": 8192, "keys": 8192, "heads": 16, "share": 0.53, "training": False,
+        "around": LARGE, "queries": 4096, "keys": 4096, "heads": 16, "share": 0.53, "training": False,
     },
-    "a soft cap, among others": {"host_counts": True, "program": CAPPED, "heads": 32, "share": 0.53},
-    "a loss of the LSE, a soft cap, among others": {
-        "lse_gradient": True, "program": CAPPED, "host_counts": True, "queries": 4096, "keys": 4096, "heads": 16,
+    "a soft cap in a model that keeps the host busy": {
+        "around": BUSY, "program": CAPPED, "queries": 4096, "keys": 4096, "heads": 16, "share": 0.53,
+    },
+    "a long call beside little else": {"around": LITTLE, "queries": 4096, "keys": 4096, "heads": 16, "share": 0.53},
+    "a loss of the LSE, a soft cap": {
+        "lse_gradient": True, "program": CAPPED, "around": BUSY, "queries": 4096, "keys": 4096, "heads": 16,
         "share": 0.53,
     },
-    "a call among others, on the CPU": {"host_counts": True, "device": "cpu"},
+    "a short call of a model, on the CPU": {"around": BUSY, "device": "cpu"},
     "a padding mask, four layers": {**PADDED, "sharing": 4},
     "a padding mask, on the CPU": {**PADDED, "device": "cpu"},
     "a padding mask without a BlockMask": {**PADDED, "blocks": False},
-    "on the CPU": {"queries": 1, "training": False, "device": "cpu"},
+    "a padding mask beside no model": {**PADDED, "around": LITTLE},
     "a bias of float32 in the forward": stored(torch.float32) | {"training": False},
     "no BlockMask": {"program": STRIPED, "blocks": False},
+    "a list of tiles in a model that keeps the GPU busy": {
+        "tiled": True, "queries": 4096, "keys": 4096, "heads": 16, "share": 0.75, "sharing": 4, "around": LARGE,
+    },
     "a list of tiles that layers share": {"tiled": True, "queries": 16384, "keys": 16384, "share": 0.2, "sharing": 12},
     "a list of tiles, a loss of the LSE": {
         "tiled": True, "queries": 32768, "keys": 32768, "lse_gradient": True, "dtype": torch.float16, "sharing": 12,
@@ -138,11 +161,6 @@ def test_a_list_of_tiles_is_expected_to_gain_what_its_rule_says():
     assert many == pytest.approx(stock / ours, rel=1e-3)
 
 
-def test_a_size_is_changed_in_one_place(monkeypatch):
-    monkeypatch.setattr(speed, "SIZES", ())
-    assert slower(facts(queries=1, training=False)) is None
-
-
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.command)
 def test_commands_exist(row):
     words = shlex.split(row.command)
@@ -153,7 +171,3 @@ def test_commands_exist(row):
         mods = words[words.index("--mods") + 1 : next(i for i, w in enumerate(words) if w in ("--mode", "--lower"))]
         assert mods
         assert set(mods) <= set(ALL)
-
-
-def test_boxes_say_what_the_call_is():
-    assert len({box.why for box in SIZES}) == len(SIZES)
