@@ -90,7 +90,8 @@ def _spares_little(facts: Facts) -> str | None:
     saved = spared(facts)
     if saved >= (LEAST_WITH_LSE if facts.lse_gradient else LEAST[facts.training]):
         return None
-    return f"it would spare the GPU about {max(saved, 0):.2f} ms, and the host may take longer by more than that"
+    spare = f"it would spare the GPU about {max(saved, 0):.2f} ms"
+    return f"{spare}, and may keep the host longer than that, but under CUDA graphs"
 
 
 def _host_takes_longer(facts: Facts) -> str | None:

@@ -60,16 +60,16 @@ KEPT = {
         {"queries": 16, "keys": growing(4096), "training": False, "tiled": True}, "building a plan for each number",
     ),
     "a call of a model that keeps the host busy": (
-        {"around": BUSY, "queries": 4096, "keys": 4096, "heads": 16, "share": 0.53}, "and the host may take longer",
+        {"around": BUSY, "queries": 4096, "keys": 4096, "heads": 16, "share": 0.53}, "and may keep the host longer",
     ),
     "such a call in the forward": (
         {"around": BUSY, "queries": 4096, "keys": 4096, "heads": 16, "share": 0.53, "training": False},
-        "and the host may take longer",
+        "and may keep the host longer",
     ),
     "a short call beside little else": ({"around": LITTLE, "queries": 256, "keys": 256}, "about 0.00 ms"),
     "a loss of the LSE that spares the GPU little": (
         {"lse_gradient": True, "around": LITTLE, "queries": 4096, "keys": 4096, "heads": 16, "share": 0.53},
-        "and the host may take longer",
+        "and may keep the host longer",
     ),
     "a padding mask, few layers": ({**PADDED, "sharing": 3}, "takes some time at each step, and 3 calls would spare"),
     "a padding mask that hides much": ({**PADDED, "share": 0.75, "sharing": 100}, "spare the GPU 0.00 ms"),
