@@ -6,12 +6,13 @@ Knows nothing of what follows from it.
 import math
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
 from cudnn_flex_compile.passes.estimates import Around
-from cudnn_flex_compile.passes.find import Call, example, hint
+from cudnn_flex_compile.passes.find import Call
 from cudnn_flex_compile.passes.light import is_view
 
 # The argument whose last dimension is summed over, by function or name of a method.
@@ -29,14 +30,18 @@ def around_of(graph_module: GraphModule, calls: int) -> Around:
 
 
 def _tflop(product: Node) -> float:
-    out, factor = example(product), example(product.args[PRODUCTS[product.target]])
+    """Nothing where sizes depend on data."""
+    read, place = product.all_input_nodes, PRODUCTS[product.target]
+    if place >= len(read):
+        return 0.0
+    out, factor = (node.meta.get("example_value") for node in (product, read[place]))
     if not (isinstance(out, torch.Tensor) and isinstance(factor, torch.Tensor)):
         return 0.0
-    return 2 * _numel(out.shape) * hint(factor.shape[-1]) / 1e12
+    return 2 * math.prod(map(_known, (*out.shape, factor.shape[-1]))) / 1e12
 
 
-def _numel(shape: Sequence[int | torch.SymInt]) -> int:
-    return math.prod(map(hint, shape))
+def _known(size: Any) -> int:
+    return size if isinstance(size, int) else size.node.hint if size.node.has_hint() else 0
 
 
 def is_alone(graph_module: GraphModule, calls: Sequence[Call]) -> bool:

@@ -84,11 +84,17 @@ def _decodes_by_one_more(facts: Facts) -> str | None:
     return "a few queries beside keys whose number changes: building a plan for each number takes longer than the call"
 
 
+def _in_a_step(facts: Facts) -> bool:
+    """Whether what a step takes besides the kernels counts. On the CPU, where programs are checked and explained, sizes
+    say nothing of those to come. Inductor's kernels of learned biases take a multiple of ours (_learned_by_place).
+    """
+    on_gpu = example(facts.call.query).device.type == "cuda"
+    return on_gpu and facts.around is not None and not any(part.learned for part in facts.hoisted)
+
+
 def _spares_little(facts: Facts) -> str | None:
-    if facts.around is None or example(facts.call.query).device.type != "cuda":
-        return None
     saved = spared(facts)
-    if saved >= (LEAST_WITH_LSE if facts.lse_gradient else LEAST[facts.training]):
+    if not _in_a_step(facts) or saved >= (LEAST_WITH_LSE if facts.lse_gradient else LEAST[facts.training]):
         return None
     spare = f"it would spare the GPU about {max(saved, 0):.2f} ms"
     return f"{spare}, and may keep the host longer than that, but under CUDA graphs"
@@ -106,9 +112,7 @@ def _setting_up_takes_longer(facts: Facts) -> str | None:
     captured = any(node.kind == "operand" for node in ir.walk(facts.program.mask))
     in_a_model = facts.around is not None and facts.around.products > 0
     saved = facts.sharing * spared(facts)
-    if not (captured and in_a_model and facts.call.blocks) or saved >= LEAST_OF_MASK:
-        return None
-    if example(facts.call.query).device.type != "cuda":
+    if not (captured and in_a_model and facts.call.blocks and _in_a_step(facts)) or saved >= LEAST_OF_MASK:
         return None
     calls = f"{facts.sharing} call{'s' if facts.sharing > 1 else ''}"
     return f"a mask of captured tensors takes some time at each step, and {calls} would spare the GPU {saved:.2f} ms"

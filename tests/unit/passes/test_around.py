@@ -71,6 +71,17 @@ def test_products_of_a_model(layers, wrap, dynamic):
     assert found.tflop == pytest.approx(layers * TFLOP)
 
 
+def test_products_of_sizes_that_depend_on_data():
+    """Counted, and of no known size."""
+
+    def model(x, weight):
+        return torch.nn.functional.linear(input=x[x[:, 0] > 0], weight=weight) @ weight
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        found = around_of(captured(model, torch.ones(8, 4), torch.ones(4, 4)), 0)
+    assert (found.products, found.tflop) == (2, 0.0)
+
+
 def alone(function, *inputs):
     graph_module = captured(function, *inputs)
     return is_alone(graph_module, list(find_calls(graph_module)))

@@ -123,6 +123,9 @@ LOWERED = {
         "share": 0.53,
     },
     "a short call of a model, on the CPU": {"around": BUSY, "device": "cpu"},
+    "a learned bias in a model that keeps the host busy": {
+        "around": BUSY, "hoisted": (SimpleNamespace(learned=True, expression=ir.operand(0, F32, "h")),),
+    },
     "a padding mask, four layers": {**PADDED, "sharing": 4},
     "a padding mask, on the CPU": {**PADDED, "device": "cpu"},
     "a padding mask without a BlockMask": {**PADDED, "blocks": False},
