@@ -78,8 +78,9 @@ def _lse_in_the_loss(facts: Facts) -> str | None:
 
 
 def _decodes_by_one_more(facts: Facts) -> str | None:
-    keys = example(facts.call.key).shape[2]
-    if facts.training or facts.lengths[0] > FEW_QUERIES or isinstance(keys, int):
+    queries, keys = (example(node).shape[2] for node in (facts.call.query, facts.call.key))
+    static = isinstance(queries, int), isinstance(keys, int)
+    if facts.training or static != (True, False) or queries > FEW_QUERIES:
         return None
     return "a few queries beside keys whose number changes: building a plan for each number takes longer than the call"
 

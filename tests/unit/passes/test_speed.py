@@ -107,6 +107,7 @@ LOWERED = {
     "decoding with gradients": {"queries": 16, "keys": growing(4096)},
     "more queries": {"queries": 17, "keys": growing(4096), "training": False},
     "decoding": {"queries": 1, "training": False},
+    "any number of queries, few at first": {"queries": growing(8), "keys": growing(8), "training": False},
     "a short sequence by itself": {"queries": 128, "keys": 128},
     "a call of a model that keeps the GPU busy": {
         "around": LARGE, "queries": 4096, "keys": 4096, "heads": 16, "share": 0.53,
