@@ -30,8 +30,8 @@ class Context:
     graph's real inputs, how many calls share a mask, and what was found out about all that, which takes a look at data.
 
     Attributes:
-        around: what the graph has besides; None under CUDA graphs, which launch all kernels of a step at once.
-        alone: whether it has nothing but attention and views.
+        around: what the graph has besides; None where that is nothing but views, and under CUDA graphs, which launch
+            all kernels of a step at once.
     """
 
     operands: Writer
@@ -43,7 +43,6 @@ class Context:
     autotune: bool
     sharing: Counter[Hashable]
     around: estimates.Around | None
-    alone: bool
     known: dict[tuple[Any, ...], Any] = field(default_factory=dict[tuple[Any, ...], Any])
 
     def once(self, key: tuple[Any, ...], find: Callable[[], Found]) -> Found:
@@ -83,10 +82,9 @@ def measured_slower(target: Target, context: Context) -> Reason | None:
 def facts_of(target: Target, context: Context) -> estimates.Facts:
     call, real = target.call, context.real.get
     share = context.once(("share", *given_to(call)), lambda: estimates.share_of(call, real))  # pyright: ignore
-    program, hoisted = target.running
-    around = None if context.alone and not hoisted else context.around
-    asked = target.training, target.lse_gradient, share, around, target.tiled, context.sharing[mask_of(call)]
-    return estimates.Facts(call, program, hoisted, *asked)
+    sharing = context.sharing[mask_of(call)]
+    asked = target.training, target.lse_gradient, share, context.around, target.tiled, sharing
+    return estimates.Facts(call, *target.running, *asked)
 
 
 def given_to(call: Call) -> tuple[Any, ...]:

@@ -63,9 +63,9 @@ def lower_calls(
     tiled = by_intervals and not captures_graphs  # the host can look at no data then
     tiles, guards = intervals.Tiles(writer) if tiled else None, block_mask.Guards(inputs, writer)
     found = list(find_calls(graph_module))
-    sharing, alone = Counter(map(mask_of, found)), is_alone(graph_module, found)
-    around = None if captures_graphs else around_of(graph_module, len(found))
-    context = Context(writer, tiles, guards, real, only_faster, bias_budget, autotuned, sharing, around, alone)
+    around = None if captures_graphs or is_alone(graph_module, found) else around_of(graph_module, len(found))
+    asked = only_faster, bias_budget, autotuned
+    context = Context(writer, tiles, guards, real, *asked, Counter(map(mask_of, found)), around)
     reports: list[CallReport] = []
     changed: list[GraphModule] = []
     live: dict[Graph, set[Node]] = {}

@@ -180,8 +180,7 @@ def rule(shape, share, layers):
     batch, length, heads, kv_heads = shape
     query, key = (torch.empty(batch, h, length, DIM, device="meta") for h in (heads, kv_heads))
     call = SimpleNamespace(query=query, key=key, value=key, blocks=("there",))
-    around = estimates.Around(products=0, tflop=0.0, calls=layers)
-    facts = estimates.Facts(call, ir.program(), (), True, False, share, around, tiled=True, sharing=layers)
+    facts = estimates.Facts(call, ir.program(), (), True, False, share, around=None, tiled=True, sharing=layers)
     return speed.slower(facts) is None
 
 
