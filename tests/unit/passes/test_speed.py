@@ -92,6 +92,10 @@ KEPT = {
         {"tiled": True, "queries": 4096, "keys": 4096, "heads": 16, "share": 0.75, "sharing": 4, "around": BUSY},
         "save",
     ),
+    "a list of tiles in a model of few layers": (
+        {"tiled": True, "queries": 4096, "keys": 4096, "heads": 16, "share": 0.75, "sharing": 4, "around": LARGE},
+        "save",
+    ),
     "a list of tiles for each head": (
         {"tiled": True, "queries": 8192, "keys": 8192, "share": 0.2, "sharing": 12, "program": BY_HEAD}, "save",
     ),
@@ -134,7 +138,7 @@ LOWERED = {
     "a bias of float32 in the forward": stored(torch.float32) | {"training": False},
     "no BlockMask": {"program": STRIPED, "blocks": False},
     "a list of tiles in a model that keeps the GPU busy": {
-        "tiled": True, "queries": 4096, "keys": 4096, "heads": 16, "share": 0.75, "sharing": 4, "around": LARGE,
+        "tiled": True, "queries": 4096, "keys": 4096, "heads": 16, "share": 0.75, "sharing": 8, "around": LARGE,
     },
     "a list of tiles that layers share": {"tiled": True, "queries": 16384, "keys": 16384, "share": 0.2, "sharing": 12},
     "a list of tiles, a loss of the LSE": {
