@@ -25,10 +25,10 @@ from cudnn_flex_compile.scoremod.partition import Hoisted
 # Inductor all blocks that the BlockMask omits.
 # (cudnn-flex bench --mods causal prefix-LM documents --mode reduce-overhead --lower always)
 PAIR_COST = 0.75
+# What a pair under a soft cap costs Inductor, in pairs of a plain score. (python3 -m tests.gpu.lse_time)
+CAPPED_COST = 1.7
 # At lengths below this, the host and whole tiles decide, not the pairs. (cudnn-flex bench --forty)
 BY_PAIRS = 2048
-# And what one under a soft cap costs Inductor, in those of a plain score. (python3 -m tests.gpu.lse_time)
-CAPPED_COST = 1.7
 # What hiding pairs by a bias costs. (cudnn-flex bench --mods "dilated window" documents --lower always)
 BIAS_COST = 1.8
 # Several plans in the forward keep the host busy: as called, sinks + window take 1.11 times as long as Inductor's
@@ -60,10 +60,9 @@ CALLS = {
     True: (Line(0.330, 8.84), Line(0.450, 3.60)),
 }
 LIST = Line(1.254, 0.56)
-
-
-# What all that a graph has besides attention takes: of the GPU for each TFLOP of matrix products, and of the host for
-# each product and each call, without and with the backward, milliseconds. (python3 -m tests.gpu.host_share)
+# What all that a graph has besides attention takes, without and with the backward, milliseconds: of the GPU for each
+# TFLOP of matrix products (by torch's profiler, of host_share's model), and of the host for each product and each call.
+# (python3 -m tests.gpu.host_share)
 PRODUCTS = {False: 2.3, True: 3 * 2.3}
 LAUNCHES = {False: 0.1, True: 0.28}
 # So many times what the host takes, the GPU has to take before it surely is what a step waits for. A step of BERT (1.5

@@ -106,19 +106,15 @@ WEIGHTED = {
     "the log-sum-exp alone": lambda out, lse, weight: (lse * weight[..., 0].to(lse.dtype)).sum(),
 }
 DRAWS = 4  # of the loss: a bias of few numbers has a gradient of few numbers
-ENOUGH, KEPT = 10, 0.5  # of so many calls and more, this part may be kept by certification: it refuses one shape
-
-
-@pytest.fixture(scope="module")
-def reasons():
-    """Of each call with a learned bias, in this process: why certification kept it, or None."""
-    return []
+# What certification keeps, of dBias with operands at their extremes (H200, cuDNN 9.19): forms of the native plan at one
+# head dim and length. All else is lowered.
+KEPT = {("[H, S, S], causal", 128, 1000), ("slopes", 128, 1000)}
 
 
 @pytest.mark.parametrize("loss", WEIGHTED)
 @pytest.mark.parametrize("form", ["T5", "relative table, window", "[H, S, S], causal", "Graphormer", "slopes"])
 @pytest.mark.parametrize(("head_dim", "length", "group"), [(64, 512, 1), (64, 1000, 2), (128, 1000, 1)])
-def test_learned_biases(reasons, form, loss, head_dim, length, group):
+def test_learned_biases(form, loss, head_dim, length, group):
     """Their gradients by the yardstick of test_learned.py."""
     *leaves, weight = inputs(head_dim, length, torch.bfloat16, group)
     draws = [torch.randn_like(weight) for _ in range(DRAWS)]
@@ -127,11 +123,10 @@ def test_learned_biases(reasons, form, loss, head_dim, length, group):
     with collect() as report:
         result = compiled((make(*learned), mask_mod), length, group=group)(*leaves)
     (call,) = report.calls
-    reasons.append(call.reason)
-    if call.reason is None:
-        assert call.strategies == ("native", "native, folded")
-    else:
+    if (form, head_dim, length) in KEPT and call.reason is not None:
         assert call.reason.code is Code.CERTIFICATION, call.reason
+    else:
+        assert (call.reason, call.strategies) == (None, ("native", "native, folded"))
 
     def of_draws(out, lse, of):
         found = []
@@ -159,14 +154,6 @@ def test_learned_biases(reasons, form, loss, head_dim, length, group):
         assert bool(f.isfinite().all()), label
         error, allowed = (f - e).norm(), 2 * (s - e).norm()
         assert error <= allowed, f"{label}: {error / e.norm():.2e}, stock {allowed / 2 / e.norm():.2e}"
-
-
-def test_most_of_these_are_lowered(reasons):
-    """Of the tests above."""
-    if len(reasons) < ENOUGH:
-        pytest.skip(f"{len(reasons)} of the tests above ran in this process (pytest -n)")
-    kept = [str(reason) for reason in reasons if reason is not None]
-    assert len(kept) <= KEPT * len(reasons), kept
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
