@@ -89,11 +89,12 @@ def masked_scores(
     (0 * inf in stock kernels), and stays infinite or NaN.
 
     By forward-mode differentiation: a reverse pass would wait for autograd's device thread, which may be the
-    very one that waits for this certification.
+    very one that waits for this certification. Not by fwAD.make_dual, which takes a quarter of a second to have
+    TorchScript compile decompositions, of functions that no score_mod has.
     """
-    with fwAD.dual_level():
-        dual = modified(sample, fwAD.make_dual(scores, torch.ones_like(scores)), where)
-        masked, slope = fwAD.unpack_dual(dual)
+    with fwAD.dual_level() as level:
+        dual: torch.Tensor = torch._VF._make_dual(scores, torch.ones_like(scores), level=level)  # pyright: ignore
+        masked, slope = fwAD.unpack_dual(modified(sample, dual, where))
     if slope is None:
         return masked, torch.zeros_like(masked)
     return masked, slope.masked_fill((masked == -math.inf) & (slope.abs() < math.inf), 0.0)
