@@ -251,7 +251,7 @@ def start(case, folder, seconds):
     """A process that is ready to measure; or one that ended, or was ended because it took too long."""
     command = [sys.executable, "-m", "tests.gpu.models", "--out", str(folder), "--case", case]
     quiet = {"TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
-    env = {**os.environ, **quiet, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    env = {"TORCHINDUCTOR_COMPILE_THREADS": "1", **os.environ, **quiet}
     with path_of(case, folder, "log").open("w") as log:
         process = subprocess.Popen(
             command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
