@@ -144,6 +144,9 @@ class SubgraphReference:
         for_score = [values[i] for i in self.score_captured]
         for_mask = [values[i] for i in self.mask_captured]
 
+        def of_pair(score: torch.Tensor, *place: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.score_mod(score, *place, *for_score), self.mask_mod(*place, *for_mask)
+
         def masked(
             scores: torch.Tensor, batches: torch.Tensor, heads: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
         ) -> torch.Tensor:
@@ -151,8 +154,7 @@ class SubgraphReference:
                 columns = (order[batches] if len(order) > 1 else order.expand(len(batches), -1))[:, columns]
             place = [i.to(torch.int32) for i in (batches, heads, rows, columns)]
             with IndexByTensors():
-                modified = _over_pairs(self.score_mod, True, place, for_score)(scores, *place, *for_score)
-                visible = _over_pairs(self.mask_mod, False, place, for_mask)(*place, *for_mask)
+                modified, visible = _over_pairs(of_pair, columns.dim() > 1)(scores, *place)
             modified = modified.to(scores.dtype).expand(scores.shape)
             return torch.where(visible, modified, float("-inf"))
 
@@ -186,11 +188,12 @@ class IndexByTensors(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _over_pairs(
-    function: Callable[..., torch.Tensor], takes_score: bool, place: Sequence[torch.Tensor], captured: list[Any]
-) -> Callable[..., Any]:
-    """A 0-d function mapped over pairs of batch entry and head, rows and columns (which may be the pair's own)."""
-    score, rest = ((0,) if takes_score else ()), (None,) * len(captured)
-    columns = torch.vmap(function, in_dims=(*score, None, None, None, 0, *rest))
-    rows = torch.vmap(columns, in_dims=(*score, None, None, 0, None, *rest))
-    return torch.vmap(rows, in_dims=(*score, 0, 0, None, 0 if place[3].dim() > 1 else None, *rest))
+def _over_pairs(function: Callable[..., Any], own_columns: bool) -> Callable[..., Any]:
+    """A function of 0-d tensors, (score, b, h, q, kv), mapped over pairs of batch entry and head, rows and columns.
+
+    Args:
+        own_columns: whether each pair of batch entry and head has columns of its own.
+    """
+    columns = torch.vmap(function, in_dims=(0, None, None, None, 0))
+    rows = torch.vmap(columns, in_dims=(0, None, None, 0, None))
+    return torch.vmap(rows, in_dims=(0, 0, 0, None, 0 if own_columns else None))

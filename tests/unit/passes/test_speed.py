@@ -24,6 +24,7 @@ DISTANCE = ir.index("q") - ir.index("k")
 BY_HEAD = ir.program(mask=make("ge", ir.index("q"), ir.index("k") + ir.index("h")))
 SHORT_ROWS = ir.program(mask=make("gt", ir.operand(0, ir.I32, "b"), ir.index("k")))
 BUSY = Around(products=17, tflop=0.4, calls=4)  # of 4 layers of a width of 1024, 4096 tokens
+LLAMA = Around(products=29, tflop=3.64, calls=4)  # of 4 layers of a width of 2048, 8192 tokens
 LARGE, LITTLE = replace(BUSY, tflop=3.0), Around(products=0, tflop=0.0, calls=1)
 PADDED = {"program": SHORT_ROWS, "queries": 4096, "keys": 4096, "heads": 16, "share": 1.0, "around": LARGE}
 STRIPED = ir.program(mask=make("eq", make("mod", DISTANCE, ir.const(3, ir.I32)), ir.const(0, ir.I32)))
@@ -64,6 +65,10 @@ KEPT = {
     ),
     "such a call in the forward": (
         {"around": BUSY, "queries": 4096, "keys": 4096, "heads": 16, "share": 0.53, "training": False},
+        "and may keep the host longer",
+    ),
+    "the forward of a model whose steps keep the GPU busy": (
+        {"around": LLAMA, "queries": 4096, "keys": 4096, "heads": 32, "share": 0.53, "training": False},
         "and may keep the host longer",
     ),
     "a short call beside little else": ({"around": LITTLE, "queries": 256, "keys": 256}, "about 0.00 ms"),
@@ -118,6 +123,13 @@ LOWERED = {
     },
     "such a call in the forward": {
         "around": LARGE, "queries": 4096, "keys": 4096, "heads": 16, "share": 0.53, "training": False,
+    },
+    "a call of a model whose forward may keep the host busy": {
+        "around": LLAMA, "queries": 4096, "keys": 4096, "heads": 32, "share": 0.53,
+    },
+    "a soft cap in the forward of such a model": {
+        "around": LLAMA, "program": CAPPED, "queries": 4096, "keys": 4096, "heads": 32, "share": 0.53,
+        "training": False,
     },
     "a soft cap in a model that keeps the host busy": {
         "around": BUSY, "program": CAPPED, "queries": 4096, "keys": 4096, "heads": 16, "share": 0.53,
