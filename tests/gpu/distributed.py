@@ -4,7 +4,7 @@
 
 The cases of tests/distributed/cases.py with nccl, tests/gpu/test_devices.py, and the training of
 examples/distributed.py: the loss of each way to train on two GPUs beside that of one, and the median time of a step
-beside Inductor's, there and on a GPU alone (tests/gpu/distributed_steps.py; some 150 seconds). Exit code 1 if a case is
+beside Inductor's, there and on a GPU alone (tests/gpu/distributed_steps.py; some minutes). Exit code 1 if a case is
 not ok, a run fails, or a loss is further from one GPU's than `LIMIT`.
 """
 
@@ -25,7 +25,7 @@ from tests.distributed.launch import ROOT, run, verdicts
 BACKENDS = ("inductor", "cudnn_flex")
 STEPS = "tests.gpu.distributed_steps"
 WAYS = ("ddp", "fsdp2", "tensor")
-SECONDS = {"cases": 150, "alone": 60, "devices": 90, "training": 150}
+SECONDS = {"cases": 150, "alone": 60, "devices": 90, "training": 200}
 LIMIT = 0.05  # mean relative distance of two loss curves: bfloat16 rounds, and steps diverge
 MISSING = "did not come to an end"
 
