@@ -19,6 +19,7 @@ from cudnn_flex_compile.testing import flex_report  # noqa: F401  (a fixture, as
 from tests import stand_in
 from tests.layers import KINDS, inputs, model
 
+pytestmark = pytest.mark.any_torch
 OPTIONS = {"inner_backend": "eager", "cache": False, "lower": "always"}
 # Python functions that the pass calls for one more layer whose functions were traced before. Measured: 1200 (soft cap)
 # to 1700 (ALiBi, which has an operand of its own); 35000 when every layer was traced.

@@ -17,6 +17,7 @@ from cudnn_flex_compile.scoremod.text import text
 from tests.engine.test_learned import Plan, learned, operand
 from tests.engine.test_verify import PROGRAM, StandIn, problem
 
+pytestmark = pytest.mark.any_torch
 FIVE = tuple(regime for regime in REGIMES if not regime.extremes)
 LIMITS = {
     "all regimes": (len(REGIMES), gathered.AT_ONCE),

@@ -25,6 +25,7 @@ from cudnn_flex_compile.scoremod.learned import with_bias
 from cudnn_flex_compile.scoremod.text import text
 from tests.engine.test_verify import CAUSAL, KV, PROGRAM, Q, StandIn
 
+pytestmark = pytest.mark.any_torch
 ALL_AT_ONCE = 2**60
 FIVE = tuple(regime for regime in REGIMES if not regime.extremes)
 ALIBI = ir.program(ir.SCORE + ir.operand(0, F32, "h") * ir.cast(KV - Q, F32), CAUSAL)
