@@ -61,8 +61,7 @@ CALLS = {
 }
 LIST = Line(1.254, 0.56)
 # What all that a graph has besides attention takes, without and with the backward, milliseconds: of the GPU for each
-# TFLOP of matrix products (by torch's profiler, of host_share's model), and of the host for each product and each call.
-# (python3 -m tests.gpu.host_share)
+# TFLOP of matrix products, and of the host for each product and each call. (python3 -m tests.gpu.host_share)
 PRODUCTS = {False: 2.3, True: 3 * 2.3}
 LAUNCHES = {False: 0.1, True: 0.28}
 # So many times what the host takes, without and with the backward, the GPU has to take before it surely is what a step

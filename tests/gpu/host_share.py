@@ -3,7 +3,8 @@
 Knows nothing of right numbers. The GPT of examples/train.py, with and without gradients, by either backend, and by ours
 with kernels that only give their first results again: what is left then is what everything but attention takes.
 Milliseconds of the host until a step is enqueued, medians, interleaved; then what an attention call takes of it, by
-either backend. LEAST of passes/speed.py is about the difference.
+either backend, whose difference LEAST of passes/speed.py is about; and what all else takes, of the host for each matrix
+product and call, and of the GPU for each TFLOP: LAUNCHES and PRODUCTS of passes/estimates.py.
 """
 
 import argparse
@@ -14,6 +15,8 @@ import time
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from cudnn_flex_compile.kernels import cuda
 from tests.gpu.turns import compiling, measuring
@@ -93,6 +96,22 @@ def measured(steps):
     return {name: statistics.median(samples[WARM_UP:]) for name, samples in times.items()}
 
 
+def gpu(step):
+    """Milliseconds of a step's kernels."""
+    step()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        for _ in range(STEPS):
+            step()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profiled.key_averages()) / STEPS / 1e3
+
+
+def products_of(model, batch):
+    """How many matrix products a forward has, and their TFLOP."""
+    weights = [module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear)]
+    return len(weights), 2 * batch[0].numel() * sum(weights) / 1e12
+
+
 def main():
     args = argparse.Namespace(**SIZES)
     torch.manual_seed(args.seed)
@@ -108,6 +127,9 @@ def main():
             stock, ours = ((found[name] - found[REST]) / args.layers for name in (STOCK, OURS))
             print("training" if training else "forward", {name: round(ms, 2) for name, ms in found.items()}, end=" ")
             print(f"a call: Inductor {stock:.3f} ms, ours {ours:.3f} ms", flush=True)
+            products, tflop = products_of(model, batch)
+            launch, product = found[REST] / (products + args.layers), gpu(by_name[REST]) / tflop
+            print(f"  all else: host {launch:.3f} ms a product or call, GPU {product:.2f} ms a TFLOP", flush=True)
 
 
 if __name__ == "__main__":
