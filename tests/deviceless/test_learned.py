@@ -20,7 +20,6 @@ from tests.deviceless import matrix
 from .accepted import lowerings, operand, problem, program_of, verdict
 from .harness import SMS
 
-pytestmark = pytest.mark.any_torch
 MASKS = {
     "none": None,
     "causal": causal,

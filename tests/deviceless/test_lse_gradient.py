@@ -24,7 +24,6 @@ from .accepted import DIM, FEWER, LENGTHS, operand, problem, program_of, verdict
 from .harness import SMS
 from .test_lowerings import OPERANDS, SCORES
 
-pytestmark = pytest.mark.any_torch
 # One of each kind of backward: native, chained, parts, dense, biases, captured tensors along q, activations.
 ONE_OF_EACH = (
     "full", "causal", "soft cap + window", "ALiBi + causal", "symmetric window", "any predicate", "documents",

@@ -21,7 +21,6 @@ from cudnn_flex_compile.scoremod.optable import make
 from .accepted import FEWER, assert_accepted, lowerings, operand, problem, program_of, verdict
 from .harness import SMS
 
-pytestmark = pytest.mark.any_torch
 CAUSAL = make("ge", Q, KV)
 BANDS = {
     "alone": (),
