@@ -3,7 +3,9 @@
 Knows nothing of caches, of execution or of which lowering is best.
 """
 
+import gc
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any
 
 import cudnn
@@ -45,8 +47,10 @@ class Callbacks:
     emitters: list[Emitter] = field(default_factory=list[Emitter])
 
     def clear(self) -> None:
-        for emitter in self.emitters:
-            _release(emitter.graph)
+        called = [emitter.graph for emitter in self.emitters]
+        never_called = self.building and self.building[0][1].score_mod is not None and not called
+        for lower in [_lowers(shim) for shim in called] + (_around(self) if never_called else []):
+            _release(lower)
         self.building.clear()
         self.emitters.clear()
 
@@ -64,15 +68,30 @@ class Callbacks:
         return lowering.score_mod_bprop(emitter)
 
 
-def _release(shim: Any) -> None:
-    """Lets go of the graph that a callback was given: frontend 1.32 wraps it, and the wrapper is a cycle of its own.
+def _release(lower: Any) -> None:
+    """Lets go of a graph by the closure that lowers its tensors, which serves no more once the graph is lowered.
 
-    It holds the closure that lowers tensors, which holds the lowered graph, which holds our callback in that wrapper.
-    Python's collector does not see through C++, so each such graph (and the kernels of its plan) would stay for ever,
-    and be complained about at exit. The closure serves no more once the graph is lowered.
+    Frontend 1.32 wraps callbacks, and the wrapper is a cycle of its own: it holds that closure, which holds the lowered
+    graph, which holds the wrapper. Python's collector does not see through C++, so each such graph (and the kernels of
+    its plan) would stay for ever, and be complained about at exit.
     """
-    for cell in getattr(getattr(shim, "_lower", None), "__closure__", None) or ():
+    for cell in getattr(lower, "__closure__", None) or ():
         cell.cell_contents = None
+
+
+def _lowers(shim: Any) -> Any:
+    """The closure, of the graph that a callback was given."""
+    return getattr(shim, "_lower", None)
+
+
+def _around(callbacks: Callbacks) -> list[Any]:
+    """The closures that wrappers of these callbacks hold, of a graph that was refused before it called one: nothing
+    else leads to them.
+    """
+    functions = [thing for thing in gc.get_objects() if type(thing) is FunctionType]
+    wrappers = [f for f in functions if getattr(getattr(f, "__wrapped__", None), "__self__", None) is callbacks]
+    held = [cell.cell_contents for wrapper in wrappers for cell in wrapper.__closure__ or ()]
+    return [thing for thing in held if type(thing) is FunctionType]
 
 
 def stats_spec(problem: Problem) -> TensorSpec:

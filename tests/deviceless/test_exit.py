@@ -37,6 +37,8 @@ for direction in ("forward", "backward"):
         assert accepted.verdict(accepted.problem(program, direction), lowering) is None
 refused = accepted.program_of(lambda score, b, h, q, kv: score.relu())
 assert accepted.verdict(accepted.problem(refused, "backward"), accepted.lowerings(refused)[0], 80) is not None
+wide = accepted.problem(program, "backward", head_dim=136)
+assert "no engine" in accepted.verdict(wide, accepted.lowerings(program)[0], 80)  # before it calls a callback
 """
 ALIVE = """
 from types import SimpleNamespace
