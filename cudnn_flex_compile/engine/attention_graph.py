@@ -47,12 +47,21 @@ class Callbacks:
     emitters: list[Emitter] = field(default_factory=list[Emitter])
 
     def clear(self) -> None:
-        called = [emitter.graph for emitter in self.emitters]
-        never_called = self.building and self.building[0][1].score_mod is not None and not called
-        for lower in [_lowers(shim) for shim in called] + (_around(self) if never_called else []):
+        for lower in [_lowers(emitter.graph) for emitter in self.emitters] or self._given_to():
             _release(lower)
         self.building.clear()
         self.emitters.clear()
+
+    def _given_to(self) -> list[Any]:
+        """The closures of a graph that was refused before it called a callback: its wrappers hold them, to which
+        nothing else leads.
+        """
+        if not self.building or self.building[0][1].score_mod is None:
+            return []
+        functions = [thing for thing in gc.get_objects() if type(thing) is FunctionType]
+        wrappers = [f for f in functions if getattr(getattr(f, "__wrapped__", None), "__self__", None) is self]
+        held = [cell.cell_contents for wrapper in wrappers for cell in wrapper.__closure__ or ()]
+        return [thing for thing in held if type(thing) is FunctionType]
 
     def score_mod(self, graph: Any, score: Any) -> Any:
         inputs, lowering = self.building[0]
@@ -82,16 +91,6 @@ def _release(lower: Any) -> None:
 def _lowers(shim: Any) -> Any:
     """The closure, of the graph that a callback was given."""
     return getattr(shim, "_lower", None)
-
-
-def _around(callbacks: Callbacks) -> list[Any]:
-    """The closures that wrappers of these callbacks hold, of a graph that was refused before it called one: nothing
-    else leads to them.
-    """
-    functions = [thing for thing in gc.get_objects() if type(thing) is FunctionType]
-    wrappers = [f for f in functions if getattr(getattr(f, "__wrapped__", None), "__self__", None) is callbacks]
-    held = [cell.cell_contents for wrapper in wrappers for cell in wrapper.__closure__ or ()]
-    return [thing for thing in held if type(thing) is FunctionType]
 
 
 def stats_spec(problem: Problem) -> TensorSpec:

@@ -6,6 +6,7 @@ of P / N heads (gathered.py).
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -16,6 +17,10 @@ from cudnn_flex_compile.engine.problem import Problem
 from cudnn_flex_compile.engine.reference import Sample
 
 EXACT, STOCK = torch.float64, torch.float32
+
+# fwAD.make_dual itself takes a quarter of a second at first, in which TorchScript compiles decompositions of functions
+# that no score_mod has.
+MAKE_DUAL: Any = getattr(torch._VF, "_make_dual", fwAD.make_dual)  # pyright: ignore
 
 # A score_mod's derivative is a float32 function: it is asked to be this exact, relative to its largest value on
 # unit normal scores. (cuDNN's 1 - tanh(x)**2 is off by about 1e-6: 1% of what is left of it at x = 5.)
@@ -89,11 +94,10 @@ def masked_scores(
     (0 * inf in stock kernels), and stays infinite or NaN.
 
     By forward-mode differentiation: a reverse pass would wait for autograd's device thread, which may be the
-    very one that waits for this certification. Not by fwAD.make_dual, which takes a quarter of a second to have
-    TorchScript compile decompositions, of functions that no score_mod has.
+    very one that waits for this certification.
     """
     with fwAD.dual_level() as level:
-        dual: torch.Tensor = torch._VF._make_dual(scores, torch.ones_like(scores), level=level)  # pyright: ignore
+        dual = MAKE_DUAL(scores, torch.ones_like(scores), level=level)
         masked, slope = fwAD.unpack_dual(modified(sample, dual, where))
     if slope is None:
         return masked, torch.zeros_like(masked)
