@@ -5,7 +5,7 @@ Knows nothing of caches, of execution or of which lowering is best.
 
 import gc
 from dataclasses import dataclass, field
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 
 import cudnn
@@ -59,7 +59,8 @@ class Callbacks:
         if not self.building or self.building[0][1].score_mod is None:
             return []
         functions = [thing for thing in gc.get_objects() if type(thing) is FunctionType]
-        wrappers = [f for f in functions if getattr(getattr(f, "__wrapped__", None), "__self__", None) is self]
+        wrapped = [(f, getattr(f, "__wrapped__", None)) for f in functions]
+        wrappers = [f for f, inner in wrapped if type(inner) is MethodType and inner.__self__ is self]
         held = [cell.cell_contents for wrapper in wrappers for cell in wrapper.__closure__ or ()]
         return [thing for thing in held if type(thing) is FunctionType]
 
