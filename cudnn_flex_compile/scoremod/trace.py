@@ -149,6 +149,8 @@ class _Reader:
             raise Untraceable(str(node.target))
         args, kwargs = self._value(node.args), {k: self._value(v) for k, v in node.kwargs.items()}
         example = node.meta["val"]
+        if not isinstance(example, torch.Tensor):
+            raise Untraceable(f"{name}, which has several results,")
         if example.dim() != 0:
             raise Untraceable(f"{name} with a result of {example.dim()} dimensions, not a number,")
         if name not in ("index", "select"):

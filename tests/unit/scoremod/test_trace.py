@@ -110,6 +110,7 @@ def test_scores_that_are_easily_got_wrong(source: str) -> None:
         ("torch.round(score)", "round"),
         ("score.clamp(min=score * 2)", "clamp"), ("score + fh.sum()", "sum"), ("score + fbk[b][kv]", "dimensions"),
         ("torch.nn.functional.softplus(score, beta=2)", "softplus"), ("torch.rand(()) + score", "rand"),
+        ("torch.nn.functional.logsigmoid(score)", "log_sigmoid"),  # an op of two results
         ("torch.relu(q - kv) + score", "relu"), ("torch.sign(q - kv) + score", "sign"),
         ("score.to(torch.float16)", "float16"),
         ("torch.div(score, 2.0, rounding_mode='floor')", "div"),
