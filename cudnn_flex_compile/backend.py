@@ -37,6 +37,7 @@ def cudnn_flex(
         ValueError, TypeError: an unknown option, or a value that it does not take.
     """
     from cudnn_flex_compile.engine.ready import plans
+    from cudnn_flex_compile.engine.replay import shelf
     from cudnn_flex_compile.engine.select import set_policy
     from cudnn_flex_compile.engine.verdicts import use_folder
     from cudnn_flex_compile.kernels.later import looking_last
@@ -44,6 +45,7 @@ def cudnn_flex(
 
     chosen = options_from(options, mode)
     set_policy(chosen.certify, chosen.autotune)
+    shelf.enabled = chosen.replay
     plans.resize(chosen.plan_cache_size)
     use_folder(chosen.cache_folder, chosen.cache_mb)
     with phase("lower"):

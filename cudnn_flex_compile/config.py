@@ -33,6 +33,8 @@ class Options:
             the rules. How plans are chosen holds for the whole process.
         intervals: masks of few runs of keys for each row, such as packed documents, may run on kernels of
             cudnn.flex_attention.
+        replay: launches of plans on addresses that come back are replayed as CUDA graphs (engine/replay.py). Holds for
+            the whole process.
         plan_cache_size: how many plans are kept (least recently used first out); each holds some host memory.
         cache: whether plans and verdicts are kept beyond the process, in the cache folder. Like the next two, it holds
             for the whole process.
@@ -51,6 +53,7 @@ class Options:
     lower: str = "when_faster"
     autotune: bool = False
     intervals: bool = True
+    replay: bool = True
     plan_cache_size: int = 256
     cache: bool = True
     cache_dir: str = ""
@@ -102,7 +105,7 @@ SWITCH = {
 }
 KINDS: dict[str, type] = {
     "inner_backend": str, "plan_cache_size": int, "bias_budget_mb": int, "verbose": bool, "inner_options": Mapping,
-    "autotune": bool, "intervals": bool, "cache": bool, "cache_dir": str, "cache_mb": int,
+    "autotune": bool, "intervals": bool, "replay": bool, "cache": bool, "cache_dir": str, "cache_mb": int,
 }  # fmt: skip
 
 

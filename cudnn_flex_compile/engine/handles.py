@@ -3,7 +3,9 @@
 Knows nothing of graphs.
 """
 
+import contextlib
 import threading
+from collections.abc import Generator
 from typing import Any
 
 import cudnn
@@ -23,3 +25,14 @@ def current_handle(device: int) -> Any:
         cudnn.set_stream(handle, stream)
         streams[device] = handle, stream
     return handle
+
+
+@contextlib.contextmanager
+def handle_on(device: int, stream: int) -> Generator[Any]:
+    """This thread's handle for the device, which must be the current one, on another stream."""
+    handle = current_handle(device)
+    cudnn.set_stream(handle, stream)
+    try:
+        yield handle
+    finally:
+        cudnn.set_stream(handle, torch._C._cuda_getCurrentRawStream(device))

@@ -3,6 +3,7 @@
 Knows nothing of caches, strategies or certification.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,12 +11,13 @@ import cudnn
 import torch
 
 from cudnn_flex_compile.engine.attention_graph import AttentionGraph, assemble, output_specs
-from cudnn_flex_compile.engine.handles import current_handle
-from cudnn_flex_compile.engine.launch import launcher
+from cudnn_flex_compile.engine.handles import current_handle, handle_on
+from cudnn_flex_compile.engine.launch import Launch, launcher
 from cudnn_flex_compile.engine.lowering import Lowering
 from cudnn_flex_compile.engine.memory import empty
 from cudnn_flex_compile.engine.problem import FORWARD, Problem
 from cudnn_flex_compile.engine.record import Binding, Error
+from cudnn_flex_compile.engine.replay import Replays
 from cudnn_flex_compile.reasons import Code, Reason
 
 PYTHON_ENGINES = 20_000  # the first id of an engine of the frontend's own (cudnn.engines.engine_ids)
@@ -42,7 +44,7 @@ class Plan:
     """
 
     __slots__ = (
-        "_constant_addresses", "_constants", "_floats", "_graph", "_ints", "_launch", "_operands",
+        "_constant_addresses", "_constants", "_floats", "_graph", "_ints", "_launch", "_operands", "_replays",
         "binding", "device", "errors", "outputs", "problem", "strategy", "workspace",
     )  # fmt: skip
 
@@ -57,6 +59,7 @@ class Plan:
         self._constant_addresses = [constant.data_ptr() for constant in self._constants]
         self._operands, self._ints, self._floats = binding.operands, binding.ints, binding.floats
         self._launch = launcher(graph, binding.uids)
+        self._replays = Replays(functools.partial(_launch_on, self._launch, problem.device), problem.device)
         self.outputs = output_specs(problem)
         self.errors: tuple[Error, ...] = ()
 
@@ -90,14 +93,24 @@ class Plan:
     ) -> None:
         """As run, with the addresses of the tensors."""
         addresses = [*tensors, *[operands[i].data_ptr() for i in self._operands], *self._constant_addresses]
-        scalars: list[torch.Tensor] = []
-        if self._ints or self._floats:
-            scalars += [torch.tensor([ints[i]], dtype=torch.int32) for i in self._ints]
-            scalars += [floats[i].to(torch.float32).reshape(1) for i in self._floats]
-            addresses += [scalar.data_ptr() for scalar in scalars]
         workspace = empty((self.workspace,), (1,), torch.uint8) if self.workspace else None
         memory = 0 if workspace is None else workspace.data_ptr()
-        self._launch(addresses, memory, current_handle(self.problem.device))
+        if self._ints or self._floats:  # which are not in device memory, so that addresses do not tell calls apart
+            scalars = [torch.tensor([ints[i]], dtype=torch.int32) for i in self._ints]
+            scalars += [floats[i].to(torch.float32).reshape(1) for i in self._floats]
+            addresses += [scalar.data_ptr() for scalar in scalars]
+            _launch_on(self._launch, self.problem.device, addresses, memory, None)
+        else:
+            self._replays.run(addresses, memory)
+
+
+def _launch_on(launch: Launch, device: int, addresses: Sequence[int], workspace: int, stream: int | None) -> None:
+    """On the current stream if none is given."""
+    if stream is None:
+        launch(addresses, workspace, current_handle(device))
+        return
+    with handle_on(device, stream) as handle:
+        launch(addresses, workspace, handle)
 
 
 def _drop_python_engines(graph: Any) -> None:

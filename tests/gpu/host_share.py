@@ -1,10 +1,11 @@
 """What attention takes of the host in a model whose GPU waits for the host: `python3 -m tests.gpu.host_share`.
 
-Knows nothing of right numbers. The GPT of examples/train.py, with and without gradients, by either backend, and by ours
-with kernels that only give their first results again: what is left then is what everything but attention takes.
-Milliseconds of the host until a step is enqueued, medians, interleaved; then what an attention call takes of it, by
-either backend, whose difference LEAST of passes/speed.py is about; and what all else takes, of the host for each matrix
-product and call, and of the GPU for each TFLOP: LAUNCHES and PRODUCTS of passes/estimates.py.
+Knows nothing of right numbers. The GPT of examples/train.py, with and without gradients, by either backend, by ours
+with launches that are never replayed (engine/replay.py), and by ours with kernels that only give their first results
+again: what is left then is what everything but attention takes. Milliseconds of the host until a step is enqueued,
+medians, interleaved; then what an attention call takes of it, by either backend, whose difference LEAST of
+passes/speed.py is about; and what all else takes, of the host for each matrix product and call, and of the GPU for each
+TFLOP: LAUNCHES and PRODUCTS of passes/estimates.py.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from cudnn_flex_compile.engine.replay import shelf
 from cudnn_flex_compile.kernels import cuda
 from tests.gpu.turns import compiling, measuring
 
@@ -25,8 +27,9 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import train
 
 SIZES = {"dim": 1024, "heads": 8, "kv_heads": 8, "layers": 4, "length": 2048, "batch": 2, "seed": 0}
-STOCK, OURS, REST = "inductor", "cudnn_flex", "cudnn_flex, without its calls"
-WARM_UP, ROUNDS, STEPS = 2, 9, 10
+STOCK, OURS = "inductor", "cudnn_flex"
+LAUNCHED, REST = "cudnn_flex, without replays", "cudnn_flex, without its calls"
+WARM_UP, ROUNDS, STEPS = 6, 9, 10
 
 
 def without_calls(*real):
@@ -74,7 +77,14 @@ def steps_of(model, batch, training):
         with stubbed():
             step(OURS)
 
-    return {STOCK: lambda: step(STOCK), OURS: lambda: step(OURS), REST: rest}
+    def launched():
+        shelf.enabled = False
+        try:
+            step(OURS)
+        finally:
+            shelf.enabled = True
+
+    return {STOCK: lambda: step(STOCK), OURS: lambda: step(OURS), LAUNCHED: launched, REST: rest}
 
 
 def host(step):
@@ -124,9 +134,9 @@ def main():
     with measuring():
         for training, by_name in steps.items():
             found = measured(by_name)
-            stock, ours = ((found[name] - found[REST]) / args.layers for name in (STOCK, OURS))
-            print("training" if training else "forward", {name: round(ms, 2) for name, ms in found.items()}, end=" ")
-            print(f"a call: Inductor {stock:.3f} ms, ours {ours:.3f} ms", flush=True)
+            print("training" if training else "forward", {name: round(ms, 2) for name, ms in found.items()})
+            calls = ((name, (found[name] - found[REST]) / args.layers) for name in (STOCK, OURS, LAUNCHED))
+            print("  a call:", ", ".join(f"{name} {ms:.3f} ms" for name, ms in calls), flush=True)
             products, tflop = products_of(model, batch)
             launch, product = found[REST] / (products + args.layers), gpu(by_name[REST]) / tflop
             print(f"  all else: host {launch:.3f} ms a product or call, GPU {product:.2f} ms a TFLOP", flush=True)

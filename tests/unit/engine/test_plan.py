@@ -4,6 +4,8 @@ The graphs are the frontend's own, as far as they exist without cuDNN; what they
 """
 
 import ctypes
+import gc
+import weakref
 from dataclasses import replace
 
 import cudnn
@@ -111,6 +113,19 @@ def test_what_programs_read_is_bound(runs):
     assert ir.to_f32(0.1) in chained.hosts
     assert (native.operands, native.filled, native.hosts) == ((0,), (128,), ())
     assert replace(nothing, uids=()) == type(nothing)("native", ())
+
+
+def test_a_plan_goes_at_once_with_all_that_it_holds(runs):
+    """Device memory is not to wait for the collector of garbage."""
+    plan = module.build(problem_of(PROGRAMS["nothing"][1], FORWARD), STRATEGY["native"].lower(ir.program(), False))
+    plan.run([torch.empty(16) for _ in module.FORWARD_ROLES], [], [], [])
+    replays = weakref.ref(plan._replays)
+    gc.disable()
+    try:
+        del plan
+        assert replays() is None
+    finally:
+        gc.enable()
 
 
 def raises(error):

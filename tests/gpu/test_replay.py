@@ -1,0 +1,208 @@
+"""Launches that are replayed as CUDA graphs give what fresh ones give, on new data at old addresses."""
+
+import gc
+import threading
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from cudnn_flex_compile import cache_clear
+from cudnn_flex_compile.bench.mods import alibi, causal, prefix_lm, sliding, softcap
+from cudnn_flex_compile.engine.replay import FREE, OFTEN, shelf
+from tests.gpu.test_behaviour import assert_right, compiled, draw, fresh  # noqa: F401
+from tests.gpu.test_numerics import poison
+
+LENGTH, HEADS, STEPS = 256, 4, 3 * OFTEN
+MIB = 2**20
+
+
+def pairs(score, b, h, q, kv):
+    return score + torch.sin(q * kv / 100.0)
+
+
+CASES = {
+    "causal": lambda: (None, causal),
+    "soft cap + window": lambda: (softcap(2.0), sliding(100)),
+    "ALiBi": lambda: (alibi(HEADS, "cuda"), causal),
+    "a bias over pairs": lambda: (pairs, None),
+    "several plans": lambda: (None, prefix_lm(100)),
+}
+
+
+@pytest.fixture(autouse=True)
+def from_nothing(fresh):  # noqa: F811
+    shelf.replays = shelf.recordings = 0
+
+
+def call(score_mod, mask_mod):
+    mask = mask_mod and create_block_mask(mask_mod, None, None, LENGTH, LENGTH, device="cuda")
+    return compiled(lambda q, k, v: flex_attention(q, k, v, score_mod, mask), lower="always")
+
+
+def draw_again(*tensors):
+    with torch.no_grad():
+        for tensor in tensors:
+            tensor.normal_()
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("case", CASES)
+def test_each_step_is_right_on_its_own_data(case, training):
+    mods = CASES[case]()
+    function, qkv = call(*mods), [draw(requires_grad=training) for _ in range(3)]
+    grad, counts = torch.randn_like(qkv[0]), []
+    for _ in range(STEPS):
+        poison()
+        draw_again(*qkv, grad)
+        out = function(*qkv)
+        gradients = torch.autograd.grad(out, qkv, grad) if training else None
+        assert_right(out, qkv, *mods, grad, gradients)
+        del out, gradients
+        counts.append(shelf.replays)
+    assert counts[-1] - counts[-2] >= 1 + training, counts
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_replay_gives_every_bit_of_a_launch(case, monkeypatch):
+    function, qkv = call(*CASES[case]()), [draw(requires_grad=False) for _ in range(3)]
+    for _ in range(STEPS):
+        draw_again(*qkv)
+        found = function(*qkv).clone()
+        monkeypatch.setattr(shelf, "enabled", False)
+        assert torch.equal(found, function(*qkv))
+        monkeypatch.setattr(shelf, "enabled", True)
+    assert shelf.replays
+
+
+def test_a_gradient_of_the_log_sum_exp(monkeypatch):
+    def attention(q, k, v):
+        return flex_attention(q, k, v, softcap(2.0), return_lse=True)
+
+    function, qkv = compiled(attention, lower="always"), [draw() for _ in range(3)]
+    grads = torch.randn_like(qkv[0]), torch.randn(qkv[0].shape[:3], device="cuda")
+    function(*qkv)
+    for _ in range(STEPS):
+        draw_again(*qkv, *grads)
+        found = [g.clone() for g in torch.autograd.grad(function(*qkv), qkv, grads)]
+        monkeypatch.setattr(shelf, "enabled", False)
+        expected = torch.autograd.grad(function(*qkv), qkv, grads)
+        monkeypatch.setattr(shelf, "enabled", True)
+        for f, e in zip(found, expected, strict=True):
+            assert (f - e).norm() <= 1e-3 * e.norm()  # cuDNN adds up dQ in any order
+        del found, expected
+    assert shelf.replays
+
+
+def test_captured_numbers_that_change_are_read_at_each_call():
+    """They are in host memory, where addresses come back, too."""
+
+    def attention(q, k, v, cap):
+        return flex_attention(q, k, v, lambda s, b, h, qi, ki: torch.tanh(s / cap) * cap)
+
+    function, qkv = compiled(attention, lower="always"), [draw(requires_grad=False) for _ in range(3)]
+    for cap in [1.0, 2.0, *(5.0, 1.5) * 2 * OFTEN]:
+        assert_right(function(*qkv, cap), qkv, softcap(cap))
+
+
+def test_threads_with_streams_of_their_own():
+    mods, wrong = CASES["soft cap + window"](), []
+    function = call(*mods)
+
+    def work():
+        try:
+            torch.cuda.set_device(0)
+            with torch.cuda.stream(torch.cuda.Stream()):
+                qkv, grad = [draw() for _ in range(3)], torch.randn(2, HEADS, LENGTH, 64, device="cuda").bfloat16()
+                for _ in range(STEPS):
+                    draw_again(*qkv, grad)
+                    out = function(*qkv)
+                    assert_right(out, qkv, *mods, grad, torch.autograd.grad(out, qkv, grad))
+                    del out
+        except BaseException as error:  # raised again below
+            wrong.append(error)
+
+    out = function(*(draw() for _ in range(3)))
+    out.sum().backward()
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if wrong:
+        raise wrong[0]
+    assert shelf.replays
+
+
+def test_a_capture_by_the_user_among_replays():
+    mods = CASES["soft cap + window"]()
+    function, qkv = call(*mods), [draw(requires_grad=False) for _ in range(3)]
+    for _ in range(STEPS):
+        function(*qkv)
+    before = shelf.replays
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = function(*qkv)
+    assert shelf.replays == before > 0
+    for _ in range(3):
+        draw_again(*qkv)
+        assert_right(function(*qkv), qkv, *mods)
+        graph.replay()
+        assert_right(out, qkv, *mods)
+
+
+def used():
+    """Bytes of the device that are in use, beyond what torch holds."""
+    torch.cuda.synchronize()
+    free, total = torch.cuda.mem_get_info()
+    return total - free - torch.cuda.memory_reserved()
+
+
+def test_graphs_take_little_memory_which_is_used_again():
+    function = call(*CASES["soft cap + window"]())
+    layers = [[draw() for _ in range(3)] for _ in range(FREE // 2)]
+    grad = torch.randn_like(layers[0][0])
+
+    def step():
+        for qkv in layers:
+            torch.autograd.grad(function(*qkv), qkv, grad)
+
+    step()
+    before, held = used(), []
+    for _ in range(4):
+        for _ in range(2 * OFTEN):
+            step()
+        graphs = sum(len(replays.graphs) for replays in shelf.plans)
+        assert graphs >= FREE
+        held.append(used() - before)
+        cache_clear()
+        gc.collect()
+        shelf.recordings = 0
+        step()
+    print(f"{graphs} graphs take {held[0] / graphs / MIB:.3f} MiB each, in the end {held[-1] / graphs / MIB:.3f} MiB")
+    assert held[0] <= graphs * MIB / 8
+    assert held[-1] <= 1.5 * held[0]
+
+
+def test_graphs_go_with_their_plans():
+    function, qkv = call(*CASES["causal"]()), [draw(requires_grad=False) for _ in range(3)]
+    gc.collect()
+    kept = len(shelf.plans)  # those of plans that a CUDA graph captured
+    for _ in range(STEPS):
+        function(*qkv)
+    assert len(shelf.plans) == kept + 1
+    cache_clear()
+    gc.collect()
+    assert len(shelf.plans) == kept
+
+
+def test_addresses_that_never_come_back():
+    """All is launched, nothing recorded."""
+    function = call(*CASES["causal"]())
+    kept = []
+    for _ in range(STEPS):
+        qkv = [draw(requires_grad=False) for _ in range(3)]
+        kept.append((qkv, function(*qkv)))
+    assert shelf.recordings == 0
+    for qkv, out in kept:
+        assert_right(out, qkv, *CASES["causal"]())
