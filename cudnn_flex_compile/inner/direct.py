@@ -43,4 +43,5 @@ def compile(graph_module: GraphModule) -> Callable[..., Any]:
         if node.target is attention_op:
             node.target = attention
     graph_module.recompile()
+    _ = graph_module.code  # a lazy module writes its forward only now: one taken before finds out at each call
     return graph_module.forward

@@ -5,6 +5,7 @@ Knows nothing of how either computes.
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class Attention(torch.autograd.Function):
         query, key, value, out, stats, tiles, *rest = ctx.saved_tensors
         if grad_out is None and grad_stats is None:
             return (None,) * 12
-        with torch.no_grad():
+        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
             gradients = backward(
                 torch.zeros_like(out) if grad_out is None else grad_out,
                 *(grad_stats, query, key, value, out, stats, rest[: ctx.operands], ctx.ints, rest[ctx.operands :]),
