@@ -40,19 +40,22 @@ class Shelf:
 
     def __init__(self) -> None:
         self.enabled = True
-        self.replays = self.recordings = 0
+        self.replays = self.recordings = self._full_until = 0
         self.plans: weakref.WeakSet[Replays] = weakref.WeakSet()
         self.lock = new_lock()
 
     def has_room(self) -> bool:
         """Whether another graph may be recorded; one that has not been launched for long goes for it."""
-        if self.recordings >= FREE + self.replays // EARNED_BY:
+        if self.recordings >= FREE + self.replays // EARNED_BY or self.replays < self._full_until:
             return False
         used = [(last, key, plan) for plan in self.plans for key, (_, last) in list(plan.graphs.items())]
         if len(used) < MOST:
             return True
         last, key, plan = min(used, key=lambda entry: entry[0])
-        return self.replays - last >= LONG and plan.graphs.pop(key, None) is not None
+        if self.replays - last < LONG:
+            self._full_until = last + LONG  # before which none goes
+            return False
+        return plan.graphs.pop(key, None) is not None
 
 
 shelf = Shelf()

@@ -133,12 +133,22 @@ def test_graphs_of_all_plans_are_bounded_and_those_not_launched_for_long_go(mach
     assert [list(of_plan.graphs) for of_plan in (replays, other)] == [[(0, 1), (0, 0)], [(0, 1), (0, 2)]]
 
 
-def test_none_that_is_in_use_goes(machine, replays, monkeypatch):
+class Counted(weakref.WeakSet):
+    iterations = 0
+
+    def __iter__(self):
+        self.iterations += 1
+        return super().__iter__()
+
+
+def test_none_that_is_in_use_goes_and_it_is_seldom_looked_for(machine, replays, monkeypatch):
     monkeypatch.setattr(replay, "MOST", 4)
+    replay.shelf.plans = Counted(replay.shelf.plans)
     for _ in range(1000):
         for layer in range(6):
             replays.run([layer], 0)
     assert len(machine.recorded) == 4
+    assert replay.shelf.plans.iterations <= 4 + 1 + 4 * 1000 // (LONG - 10)
 
 
 def test_a_capture_gets_the_launch_itself(machine, replays):
