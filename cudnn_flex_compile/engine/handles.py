@@ -29,7 +29,7 @@ def current_handle(device: int) -> Any:
 
 @contextlib.contextmanager
 def handle_on(device: int, stream: int) -> Generator[Any]:
-    """This thread's handle for the device, which must be the current one, on another stream."""
+    """This thread's handle for the device, which must be the current one, on another stream until the block ends."""
     handle = current_handle(device)
     cudnn.set_stream(handle, stream)
     try:

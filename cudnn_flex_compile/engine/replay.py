@@ -20,11 +20,11 @@ Key = tuple[int, ...]
 
 OFTEN = 8  # launches on the same addresses, before they are recorded
 KEYS = 512  # of a plan, whose launches are counted
-# Graphs of the process: each takes 0.11 MiB of the device. (python3 -m pytest -s tests/gpu/test_replay.py)
+# Graphs of the process: each takes 0.12 MiB of the device. (python3 -m pytest -s tests/gpu/test_replay.py)
 MOST = 512
 LONG = 4 * MOST  # replays, after which a graph that was none of them may go for another
-# Recording takes the host a millisecond, which some 20 replays save. So the first are free, and each further one has to
-# be earned: however addresses change, that takes less than what replays save.
+# Recording takes the host one or two milliseconds, which some 30 replays save. So the first are free, and each further
+# one has to be earned: however addresses change, that takes less than what replays save.
 FREE, EARNED_BY = 64, 32
 log = logging.getLogger("cudnn_flex_compile")
 

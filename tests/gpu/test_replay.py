@@ -180,7 +180,7 @@ def test_graphs_take_little_memory_which_is_used_again():
         shelf.recordings = 0
         step()
     print(f"{graphs} graphs take {held[0] / graphs / MIB:.3f} MiB each, in the end {held[-1] / graphs / MIB:.3f} MiB")
-    assert held[0] <= graphs * MIB / 8
+    assert held[0] <= graphs * MIB / 4
     assert held[-1] <= 1.5 * held[0]
 
 
