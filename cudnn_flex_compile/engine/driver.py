@@ -48,13 +48,14 @@ class Graph:
         """Calls `enqueue` with a stream of the device, which must be the current one; nothing of it runs. Not for two
         threads at once. Raises RuntimeError where CUDA records nothing, and what `driver` and `enqueue` raise.
         """
-        self._executable = c_void_p()
+        self._executable, graph = c_void_p(), c_void_p()
         self._launch, self._free = driver().cuGraphLaunch, driver().cuGraphExecDestroy
-        graph = _recorded(enqueue, _stream_of(device))
         try:
+            _record(enqueue, _stream_of(device), graph)
             _instantiate(graph, self._executable)
         finally:
-            driver().cuGraphDestroy(graph)
+            if graph:
+                driver().cuGraphDestroy(graph)
 
     def launch(self, stream: int) -> bool:
         """Whether the driver has enqueued it on the stream, which must not be capturing."""
@@ -73,8 +74,8 @@ def _stream_of(device: int) -> int:
     return stream.value or 0
 
 
-def _recorded(enqueue: Callable[[int], None], stream: int) -> c_void_p:
-    graph, count = c_void_p(), c_size_t()
+def _record(enqueue: Callable[[int], None], stream: int, graph: c_void_p) -> None:
+    count = c_size_t()
     _check("cuStreamBeginCapture", driver().cuStreamBeginCapture_v2(stream, THREAD_LOCAL))
     try:
         enqueue(stream)
@@ -84,7 +85,6 @@ def _recorded(enqueue: Callable[[int], None], stream: int) -> c_void_p:
     _check("cuGraphGetNodes", driver().cuGraphGetNodes(graph, None, byref(count)))
     if not count.value:
         raise RuntimeError("nothing was enqueued on the stream that was given")
-    return graph
 
 
 def _instantiate(graph: c_void_p, executable: c_void_p) -> None:

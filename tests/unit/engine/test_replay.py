@@ -20,7 +20,8 @@ class Machine:
 
     def __init__(self):
         self.direct, self.replayed, self.recorded = [], [], []
-        self.capturing = self.failing = self.refusing = False
+        self.capturing = self.refusing = False
+        self.failing = None
 
     def enqueue(self, addresses, workspace, stream):
         assert not (stream is not None and self.capturing)
@@ -29,7 +30,7 @@ class Machine:
     def graph(self, enqueue, device):
         assert device == 3
         if self.failing:
-            raise RuntimeError("CUDA records nothing")
+            raise self.failing
         enqueue(CAPTURING)
         return Graph(self, self.recorded[-1])
 
@@ -163,8 +164,9 @@ def test_a_capture_gets_the_launch_itself(machine, replays):
     assert machine.direct[OFTEN:] == [(0, 1)] * 2 * OFTEN + [(0, 2)] * 2 * OFTEN
 
 
-def test_what_cannot_be_recorded_is_launched(machine, replays):
-    machine.failing = True
+@pytest.mark.parametrize("error", [RuntimeError("CUDA records nothing"), OSError("no driver"), KeyError("anything")])
+def test_what_cannot_be_recorded_is_launched(machine, replays, error):
+    machine.failing = error
     for _ in range(1000):
         replays.run([1], 0)
     assert len(machine.direct) == 1000
