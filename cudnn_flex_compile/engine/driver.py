@@ -4,9 +4,10 @@ Knows nothing of what is launched. `torch.cuda.CUDAGraph` is no help here: while
 the device's random numbers, which other threads may be drawing meanwhile. The names below are there from CUDA 12 on.
 """
 
+import contextlib
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from ctypes import byref, c_int, c_size_t, c_uint, c_ulonglong, c_void_p
 from typing import Any
 
@@ -52,7 +53,9 @@ class Graph:
         self._launch, self._free = driver().cuGraphLaunch, driver().cuGraphExecDestroy
         try:
             _record(enqueue, _stream_of(device), graph)
-            _instantiate(graph, self._executable)
+            with _harmless():
+                made = driver().cuGraphInstantiateWithFlags(byref(self._executable), graph, 0)
+            _check("cuGraphInstantiate", made)
         finally:
             if graph:
                 driver().cuGraphDestroy(graph)
@@ -70,7 +73,9 @@ class Graph:
 def _stream_of(device: int) -> int:
     """One on which nothing else is enqueued, ever."""
     stream = c_void_p()
-    _check("cuStreamCreate", driver().cuStreamCreate(byref(stream), NON_BLOCKING))
+    with _harmless():
+        made = driver().cuStreamCreate(byref(stream), NON_BLOCKING)
+    _check("cuStreamCreate", made)
     return stream.value or 0
 
 
@@ -87,12 +92,13 @@ def _record(enqueue: Callable[[int], None], stream: int, graph: c_void_p) -> Non
         raise RuntimeError("nothing was enqueued on the stream that was given")
 
 
-def _instantiate(graph: c_void_p, executable: c_void_p) -> None:
-    """In a mode that breaks no capture of another thread: it may allocate memory."""
+@contextlib.contextmanager
+def _harmless() -> Generator[None]:
+    """What may allocate memory breaks no other thread's capture in here."""
     mode = c_int(RELAXED)
     _check("cuThreadExchangeStreamCaptureMode", driver().cuThreadExchangeStreamCaptureMode(byref(mode)))
     try:
-        _check("cuGraphInstantiate", driver().cuGraphInstantiateWithFlags(byref(executable), graph, 0))
+        yield
     finally:
         driver().cuThreadExchangeStreamCaptureMode(byref(mode))
 

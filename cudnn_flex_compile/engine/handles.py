@@ -1,11 +1,9 @@
-"""cuDNN handles: one per device and thread, set to torch's current stream.
+"""cuDNN handles: one per device and thread, set to the stream that it is asked for.
 
 Knows nothing of graphs.
 """
 
-import contextlib
 import threading
-from collections.abc import Generator
 from typing import Any
 
 import cudnn
@@ -16,8 +14,12 @@ _local = threading.local()
 
 def current_handle(device: int) -> Any:
     """This thread's handle for the device, which must be the current one, on torch's current stream."""
+    return handle_on(device, torch._C._cuda_getCurrentRawStream(device))
+
+
+def handle_on(device: int, stream: int) -> Any:
+    """This thread's handle for the device, which must be the current one, on a stream, until it is asked for again."""
     streams: dict[int, tuple[Any, int]] = _local.__dict__.setdefault("handles", {})
-    stream = torch._C._cuda_getCurrentRawStream(device)
     handle, last = streams.get(device, (None, None))
     if handle is None:
         handle = cudnn.create_handle()
@@ -25,14 +27,3 @@ def current_handle(device: int) -> Any:
         cudnn.set_stream(handle, stream)
         streams[device] = handle, stream
     return handle
-
-
-@contextlib.contextmanager
-def handle_on(device: int, stream: int) -> Generator[Any]:
-    """This thread's handle for the device, which must be the current one, on another stream until the block ends."""
-    handle = current_handle(device)
-    cudnn.set_stream(handle, stream)
-    try:
-        yield handle
-    finally:
-        cudnn.set_stream(handle, torch._C._cuda_getCurrentRawStream(device))

@@ -99,18 +99,13 @@ class Plan:
             scalars = [torch.tensor([ints[i]], dtype=torch.int32) for i in self._ints]
             scalars += [floats[i].to(torch.float32).reshape(1) for i in self._floats]
             addresses += [scalar.data_ptr() for scalar in scalars]
-            _launch_on(self._launch, self.problem.device, addresses, memory, None)
+            self._launch(addresses, memory, current_handle(self.problem.device))
         else:
             self._replays.run(addresses, memory)
 
 
-def _launch_on(launch: Launch, device: int, addresses: Sequence[int], workspace: int, stream: int | None) -> None:
-    """On the current stream if none is given."""
-    if stream is None:
-        launch(addresses, workspace, current_handle(device))
-        return
-    with handle_on(device, stream) as handle:
-        launch(addresses, workspace, handle)
+def _launch_on(launch: Launch, device: int, addresses: Sequence[int], workspace: int, stream: int) -> None:
+    launch(addresses, workspace, handle_on(device, stream))
 
 
 def _drop_python_engines(graph: Any) -> None:

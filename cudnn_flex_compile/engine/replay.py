@@ -15,7 +15,7 @@ import torch
 from cudnn_flex_compile.engine.driver import Graph
 from cudnn_flex_compile.locks import new_lock
 
-Enqueue = Callable[[Sequence[int], int, int | None], None]  # addresses; workspace; stream, None for the current one
+Enqueue = Callable[[Sequence[int], int, int], None]  # addresses; workspace; stream
 Key = tuple[int, ...]
 
 OFTEN = 8  # launches on the same addresses, before they are recorded
@@ -79,16 +79,16 @@ class Replays:
 
     def run(self, addresses: Sequence[int], workspace: int) -> None:
         """Launches, on the current stream of the device, which must be the current one."""
-        key = (workspace, *addresses)
+        key, stream = (workspace, *addresses), torch._C._cuda_getCurrentRawStream(self._device)
         found = self.graphs.get(key) if shelf.enabled else None
         if found is None or torch.cuda.is_current_stream_capturing():
-            self._enqueue(addresses, workspace, None)
+            self._enqueue(addresses, workspace, stream)
             if found is None and shelf.enabled:
                 self._notice(key, addresses, workspace)
             return
         graph = found[0]
-        if not graph.launch(torch._C._cuda_getCurrentRawStream(self._device)):
-            self._enqueue(addresses, workspace, None)
+        if not graph.launch(stream):
+            self._enqueue(addresses, workspace, stream)
         shelf.replays += 1
         self.graphs[key] = graph, shelf.replays
 

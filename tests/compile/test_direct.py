@@ -103,6 +103,21 @@ def test_views_need_no_compiler(ran, function):
     torch.testing.assert_close(found, expected, rtol=2**-6, atol=2**-6)
 
 
+def test_a_call_goes_straight_to_the_code(monkeypatch):
+    """Modules of Dynamo are lazy: a forward that is taken before it is written looks for that at each call."""
+    made, compile_graph = [], inner.direct.compile
+
+    def recorded(graph_module):
+        made.append((type(graph_module), compile_graph(graph_module)))
+        return made[-1][1]
+
+    monkeypatch.setattr(inner.direct, "compile", recorded)
+    with torch.no_grad():
+        compiled(plain)(*inputs(plain))
+    ((module_class, run),) = made
+    assert run.__func__ is module_class.forward
+
+
 def with_log_sum_exp(q, k, v):  # which stock code scales
     return flex_attention(q, k, v, return_lse=True)[1]
 

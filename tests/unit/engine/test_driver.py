@@ -35,10 +35,12 @@ class Driver:
         return call
 
     def _cuStreamCreate(self, stream, flags):
+        assert (self.mode, self.capturing) == (RELAXED, None)
         put(stream, STREAM)
 
     def _cuStreamBeginCapture_v2(self, stream, mode):
         assert (stream, mode, self.capturing) == (STREAM, THREAD_LOCAL, None)
+        assert self.mode != RELAXED  # in which what is not recorded would run, instead of failing
         self.capturing = stream
 
     def _cuStreamEndCapture(self, stream, graph):

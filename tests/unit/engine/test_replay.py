@@ -24,8 +24,8 @@ class Machine:
         self.failing = None
 
     def enqueue(self, addresses, workspace, stream):
-        assert not (stream is not None and self.capturing)
-        (self.direct if stream is None else self.recorded).append((workspace, *addresses))
+        assert stream == CURRENT or not self.capturing
+        (self.direct if stream == CURRENT else self.recorded).append((workspace, *addresses))
 
     def graph(self, enqueue, device):
         assert device == 3

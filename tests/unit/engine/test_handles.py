@@ -1,0 +1,61 @@
+"""A handle is on the stream that it was asked for, whatever it was asked for before, and whatever failed.
+
+Knows nothing of cuDNN: the frontend and torch's streams are stand-ins.
+"""
+
+import threading
+
+import cudnn
+import pytest
+import torch
+
+from cudnn_flex_compile.engine import handles
+from cudnn_flex_compile.engine.handles import current_handle, handle_on
+
+CURRENT, OTHER = 5, 77
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """The stream of each handle, and all that were set."""
+    of, changes = {}, []
+
+    def set_stream(handle, stream):
+        if stream is None:
+            raise RuntimeError("cuDNN refuses")
+        of[handle] = stream
+        changes.append(stream)
+
+    monkeypatch.setattr(cudnn, "create_handle", lambda: len(of))
+    monkeypatch.setattr(cudnn, "set_stream", set_stream)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: CURRENT + device, raising=False)
+    monkeypatch.setattr(handles, "_local", threading.local())
+    return of, changes
+
+
+def test_it_comes_back_to_the_current_stream(streams):
+    of, changes = streams
+    handle = current_handle(0)
+    assert current_handle(0) == handle_on(0, OTHER) == handle
+    assert of[handle] == OTHER
+    assert current_handle(0) == current_handle(0) == handle
+    assert of[handle] == CURRENT
+    assert changes == [CURRENT, OTHER, CURRENT]
+
+
+def test_each_device_and_thread_has_its_own(streams):
+    of, _ = streams
+    found = [current_handle(0), current_handle(1)]
+    thread = threading.Thread(target=lambda: found.append(handle_on(0, OTHER)))
+    thread.start()
+    thread.join()
+    assert [of[handle] for handle in found] == [CURRENT, CURRENT + 1, OTHER]
+
+
+def test_where_a_stream_cannot_be_set_the_next_one_is(streams):
+    of, _ = streams
+    handle = handle_on(0, OTHER)
+    with pytest.raises(RuntimeError, match="refuses"):
+        handle_on(0, None)
+    assert of[current_handle(0)] == CURRENT
+    assert current_handle(0) == handle
