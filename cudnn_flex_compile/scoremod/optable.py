@@ -2,7 +2,8 @@
 
 Knows nothing of cuDNN's Python package: a row only names the pointwise method that implements the op there.
 A test walks the table: every row has an evaluation and a signature, every float row a derivative or a
-reason why it has none, and every row either a cuDNN method or a legal form (legalize.py).
+reason why it has none, every row of integers an interval, and every row either a cuDNN method, a legal form
+(legalize.py), or a reason to be computed outside the kernel.
 """
 
 import math
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from cudnn_flex_compile.scoremod import interval_rules as bounds
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import BOOL, F32, I32, I64, Expr, cast, promote
 
@@ -28,6 +30,7 @@ class Row:
     arity: number of arguments.
     evaluate: the meaning, on torch tensors that broadcast and have the promoted dtype.
     backward: (gradient, args, result) -> the gradient of each argument, None for a zero one.
+    interval: (low, high) of each integer argument -> of the exact integer result; None: it may be any integer.
     cudnn: the pygraph method, or None where legalize.py rewrites the op before lowering.
     slots: that method's keywords, one per argument.
     infix: how people write it; {0}, {1}, {2} are the arguments.
@@ -43,10 +46,19 @@ class Row:
     slots: tuple[str, ...] = ()
     infix: str = ""
     aten: tuple[str, ...] = ()
+    interval: bounds.Rule | None = None
 
 
 def _zero(g: Expr, args: tuple[Expr, ...], out: Expr) -> Partials:
     return (None,) * len(args)
+
+
+def _mul_backward(g: Expr, args: tuple[Expr, ...], out: Expr) -> Partials:
+    return g * args[1], g * args[0]
+
+
+def _abs_backward(g: Expr, args: tuple[Expr, ...], out: Expr) -> Partials:
+    return (g * make("sign", args[0]),)
 
 
 def _where_backward(g: Expr, args: tuple[Expr, ...], out: Expr) -> Partials:
@@ -59,6 +71,14 @@ def _tie_backward(g: Expr, ahead: Expr, behind: Expr) -> Expr:
     wins = make("relu_grad", g, ahead - behind)
     loses = make("relu_grad", g, behind - ahead)
     return (g + wins - loses) * 0.5
+
+
+def _min_backward(g: Expr, args: tuple[Expr, ...], out: Expr) -> Partials:
+    return _tie_backward(g, args[1], args[0]), _tie_backward(g, args[0], args[1])
+
+
+def _max_backward(g: Expr, args: tuple[Expr, ...], out: Expr) -> Partials:
+    return _tie_backward(g, args[0], args[1]), _tie_backward(g, args[1], args[0])
 
 
 def _passes_at_bound() -> bool:
@@ -79,11 +99,23 @@ def _clamp_backward(g: Expr, ahead: Expr, behind: Expr, bound: Expr) -> Expr:
     return make("relu_grad", g, ahead - behind) if number else _tie_backward(g, ahead, behind)
 
 
+def _clamp_min_backward(g: Expr, args: tuple[Expr, ...], out: Expr) -> Partials:
+    return _clamp_backward(g, args[0], args[1], args[1]), None
+
+
+def _clamp_max_backward(g: Expr, args: tuple[Expr, ...], out: Expr) -> Partials:
+    return _clamp_backward(g, args[1], args[0], args[1]), None
+
+
 def _pow_backward(g: Expr, args: tuple[Expr, ...], out: Expr) -> Partials:
     """g * (x ** (n - 1) * n); zero for n = 0, also where x ** -1 is infinite."""
     x, n = args
     zero = n.kind == "const" and n.value == 0
     return None if zero else g * (make("pow", x, n - 1.0) * n), None
+
+
+def _floor_divide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.div(a, b, rounding_mode="floor")
 
 
 def _softplus(x: torch.Tensor) -> torch.Tensor:
@@ -109,43 +141,23 @@ def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
 
 
 UNARY, BINARY, GRAD = ("input",), ("a", "b"), ("loss", "input")
-COMPARE, MINMAX = ("input", "comparison"), ("input0", "input1")
+COMPARE, MINMAX, CHOICE = ("input", "comparison"), ("input0", "input1"), ("mask", "input0", "input1")
 
 ROWS: tuple[Row, ...] = (
     # arithmetic
-    Row("add", "number", 2, torch.add, lambda g, a, o: (g, g), "add", BINARY, "({0} + {1})"),
-    Row("sub", "number", 2, torch.sub, lambda g, a, o: (g, -g), "sub", BINARY, "({0} - {1})"),
-    Row("mul", "number", 2, torch.mul, lambda g, a, o: (g * a[1], g * a[0]), "mul", BINARY, "({0} * {1})"),
+    Row("add", "number", 2, torch.add, lambda g, a, o: (g, g), "add", BINARY, "({0} + {1})", (), bounds.sums),
+    Row("sub", "number", 2, torch.sub, lambda g, a, o: (g, -g), "sub", BINARY, "({0} - {1})", (), bounds.differences),
+    Row("mul", "number", 2, torch.mul, _mul_backward, "mul", BINARY, "({0} * {1})", (), bounds.products),
     Row("div", "float", 2, torch.div, lambda g, a, o: (g / a[1], -(g * o) / a[1]), "div", BINARY, "({0} / {1})"),
-    Row("neg", "number", 1, torch.neg, lambda g, a, o: (-g,), infix="-{0}"),
-    Row("abs", "number", 1, torch.abs, lambda g, a, o: (g * make("sign", a[0]),), "abs", UNARY, "|{0}|"),
+    Row("neg", "number", 1, torch.neg, lambda g, a, o: (-g,), infix="-{0}", interval=bounds.negatives),
+    Row("abs", "number", 1, torch.abs, _abs_backward, "abs", UNARY, "|{0}|", (), bounds.absolute),
     Row("sign", "float", 1, torch.sign, _zero),
     Row("reciprocal", "float", 1, torch.reciprocal, lambda g, a, o: (-(g * o * o),), "reciprocal", UNARY),
-    Row(
-        "min",
-        "number",
-        2,
-        torch.minimum,
-        lambda g, a, o: (_tie_backward(g, a[1], a[0]), _tie_backward(g, a[0], a[1])),
-        "min",
-        MINMAX,
-        "",
-        ("minimum",),
-    ),
-    Row(
-        "max",
-        "number",
-        2,
-        torch.maximum,
-        lambda g, a, o: (_tie_backward(g, a[0], a[1]), _tie_backward(g, a[1], a[0])),
-        "max",
-        MINMAX,
-        "",
-        ("maximum",),
-    ),
+    Row("min", "number", 2, torch.minimum, _min_backward, "min", MINMAX, "", ("minimum",), bounds.smaller),
+    Row("max", "number", 2, torch.maximum, _max_backward, "max", MINMAX, "", ("maximum",), bounds.larger),
     # clamps to a bound that does not depend on the score
-    Row("clamp_min", "number", 2, torch.maximum, lambda g, a, o: (_clamp_backward(g, a[0], a[1], a[1]), None)),
-    Row("clamp_max", "number", 2, torch.minimum, lambda g, a, o: (_clamp_backward(g, a[1], a[0], a[1]), None)),
+    Row("clamp_min", "number", 2, torch.maximum, _clamp_min_backward, interval=bounds.larger),
+    Row("clamp_max", "number", 2, torch.minimum, _clamp_max_backward, interval=bounds.smaller),
     # powers and transcendental functions
     Row("exp", "float", 1, torch.exp, lambda g, a, o: (g * o,), "exp", UNARY),
     Row("exp2", "float", 1, torch.exp2, lambda g, a, o: (g * o * math.log(2),)),
@@ -189,18 +201,13 @@ ROWS: tuple[Row, ...] = (
     Row("floor", "float", 1, torch.floor, _zero, "floor", UNARY),
     Row("ceil", "float", 1, torch.ceil, _zero, "ceil", UNARY),
     # integers
-    Row(
-        "idiv",
-        "integer",
-        2,
-        lambda a, b: torch.div(a, b, rounding_mode="floor"),
-        None,
-        "div",
-        BINARY,
-        "({0} // {1})",
-        ("floor_divide",),
-    ),
-    Row("mod", "integer", 2, torch.remainder, None, "mod", MINMAX, "({0} % {1})", ("remainder",)),
+    Row("idiv", "integer", 2, _floor_divide, None, "div", BINARY, "({0} // {1})", ("floor_divide",), bounds.quotient),
+    Row("mod", "integer", 2, torch.remainder, None, "mod", MINMAX, "({0} % {1})", ("remainder",), bounds.remainder),
+    # bits, which cuDNN does not compute; shifts to the right are divisions (trace.py)
+    Row("bitand", "integer", 2, torch.bitwise_and, infix="({0} & {1})", interval=bounds.bits_in_both),
+    Row("bitor", "integer", 2, torch.bitwise_or, infix="({0} | {1})", interval=bounds.bits_in_either),
+    Row("bitxor", "integer", 2, torch.bitwise_xor, infix="({0} ^ {1})", interval=bounds.bits_in_one),
+    Row("lshift", "integer", 2, torch.bitwise_left_shift, infix="({0} << {1})", interval=bounds.shifted_left),
     # predicates
     Row("ge", "compare", 2, torch.ge, None, "cmp_ge", COMPARE, "({0} >= {1})"),
     Row("gt", "compare", 2, torch.gt, None, "cmp_gt", COMPARE, "({0} > {1})"),
@@ -211,13 +218,13 @@ ROWS: tuple[Row, ...] = (
     Row("and", "logic", 2, torch.logical_and, None, "logical_and", BINARY, "({0} & {1})", ("logical_and",)),
     Row("or", "logic", 2, torch.logical_or, None, "logical_or", BINARY, "({0} | {1})", ("logical_or",)),
     Row("not", "logic", 1, torch.logical_not, None, "logical_not", UNARY, "~{0}", ("logical_not",)),
-    Row("where", "where", 3, torch.where, _where_backward, "binary_select", ("mask", "input0", "input1")),
+    Row("where", "where", 3, torch.where, _where_backward, "binary_select", CHOICE, interval=bounds.chosen),
     # a captured tensor that takes a gradient; without effect (learned.py)
     Row("learned", "float", 1, lambda x: x, lambda g, a, o: (g,)),
     # casts
     Row("f32", F32, 1, lambda x: x.to(torch.float32), _zero),
-    Row("i32", I32, 1, lambda x: x.to(torch.int32), _zero),
-    Row("i64", I64, 1, lambda x: x.to(torch.int64), _zero),
+    Row("i32", I32, 1, lambda x: x.to(torch.int32), _zero, interval=bounds.wrapped),
+    Row("i64", I64, 1, lambda x: x.to(torch.int64), _zero, interval=bounds.same),
     Row("bool", BOOL, 1, lambda x: x != 0, _zero),
     # captured[index, ...]; the first argument is a capture
     Row("gather", "gather", -1, lambda t, *i: t[i]),

@@ -178,6 +178,27 @@ def _minus_negative(n: Expr) -> Expr | None:
     return make("add", x, ir.const(-c.value, n.dtype))
 
 
+def _shift_as_product(n: Expr) -> Expr | None:
+    """x << 3 -> x * 8, which wraps like it"""
+    x, count = n.args
+    return x * fold(ir.intern(n.kind, n.dtype, (ir.const(1, n.dtype), count))) if is_const(count) else None
+
+
+def _bits_as_remainder(n: Expr) -> Expr | None:
+    """x & 0b1100 -> x // 4 % 4 * 4, for one run of ones;  x & -4 -> x // 4 * 4"""
+    x, c = n.args
+    bits = int(c.value or 0) if is_const(c) else 0
+    lowest = bits & -bits  # the lowest one
+    if bits == 0 or lowest > 2**30:
+        return None
+    run = bits // lowest + 1  # a power of two, or 0 where the run goes on to the sign
+    if run & (run - 1) or run > 2**30:
+        return None
+    high = make("idiv", x, ir.const(lowest, n.dtype)) if lowest > 1 else x
+    low = make("mod", high, ir.const(run, n.dtype)) if run else high
+    return make("mul", low, ir.const(lowest, n.dtype)) if lowest > 1 else low
+
+
 RULES: dict[str, tuple[Rule, ...]] = {
     "add": (_constant_last, _unit(0.0), _gather_constants),
     "sub": (_unit(0.0), _minus_negative),
@@ -188,6 +209,10 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "and": (_drops(TRUE), _absorbs(FALSE), _same),
     "or": (_drops(FALSE), _absorbs(TRUE), _same),
     "not": (_not,),
+    "bitand": (_constant_last, _same, _unit(-1), _integer_zero, _bits_as_remainder),
+    "bitor": (_constant_last, _same, _unit(0)),
+    "bitxor": (_constant_last, _unit(0)),
+    "lshift": (_shift_as_product,),
     "where": (_select, _select_bool),
     "max": (_same, _constant_last, _unit(-math.inf)),
     "min": (_same, _constant_last, _unit(math.inf)),

@@ -166,15 +166,19 @@ class _Reader:
         raise Untraceable(name)
 
 
-MOVES = ("index", "select", "where", "clone", "detach", "alias", "view", "contiguous", "lift_fresh_copy")
+DO_NOT_WRAP = (
+    "index", "select", "where", "clone", "detach", "alias", "view", "contiguous", "lift_fresh_copy",
+    "bitwise_and", "bitwise_or", "bitwise_xor", "__and__", "__or__", "__xor__",
+)  # fmt: skip
 
 
 def _check_integers(name: str, node: torch.fx.Node) -> None:
-    """8- and 16-bit integers wrap where 32-bit ones do not: they are only read, chosen, compared and widened.
+    """8- and 16-bit integers wrap where 32-bit ones do not: they are only read, chosen, compared, masked
+    by bits and widened.
 
     And a Python integer beyond the dtype of the tensor beside it wraps, too.
     """
-    if node.meta["val"].dtype in SMALL and name not in MOVES:
+    if node.meta["val"].dtype in SMALL and name not in DO_NOT_WRAP:
         raise Untraceable(f"{name} to {node.meta['val'].dtype}")
     whole = [a for a in node.args if isinstance(a, int)]
     for dtype in [n.meta["val"].dtype for n in node.all_input_nodes if "val" in n.meta]:
@@ -195,7 +199,10 @@ def _typed(name: str, result: Expr, example: torch.Tensor) -> Expr:
 
 
 DIRECT = {aten: row.name for row in ROWS for aten in (row.aten or (row.name,))}
-NOT_DIRECT = ("gather", "sign", "bool", F32, I32, I64, "clamp_min", "clamp_max", "relu_grad", "pow", "gelu", "softplus")
+NOT_DIRECT = (
+    "gather", "sign", "bool", F32, I32, I64, "clamp_min", "clamp_max", "relu_grad", "pow", "gelu", "softplus",
+    "bitand", "bitor", "bitxor", "lshift",
+)  # fmt: skip
 for _name in NOT_DIRECT:
     DIRECT.pop(_name, None)
 DIRECT["sign"] = DIRECT["sgn"] = "sign"
@@ -232,19 +239,54 @@ def _rsub(example: Any, a: Any, b: Any, alpha: float = 1) -> Expr:
     return make("sub", right, left)
 
 
-def _bitwise(name: str) -> Callable[..., Expr]:
-    def read(example: Any, *args: Any) -> Expr:
-        if example.dtype != torch.bool:
-            raise Untraceable(f"bitwise_{name} of integers")
-        return make(name, *numbers(args))
+def _bitwise(of_truths: str, of_integers: str) -> Callable[..., Expr]:
+    def read(example: Any, a: Any, b: Any) -> Expr:
+        return make(of_truths if example.dtype == torch.bool else of_integers, *numbers((a, b)))
 
     return read
 
 
 def _xor(example: Any, a: Any, b: Any) -> Expr:
-    if example.dtype != torch.bool:
-        raise Untraceable("bitwise_xor of integers")
     return make("ne", *(ir.cast(ir.cast(x, BOOL), I32) for x in numbers((a, b))))
+
+
+def _bitwise_xor(example: Any, a: Any, b: Any) -> Expr:
+    return _xor(example, a, b) if example.dtype == torch.bool else make("bitxor", *numbers((a, b)))
+
+
+def _bitwise_not(example: Any, x: Expr) -> Expr:
+    """~x -> -x - 1 on integers"""
+    return make("not", x) if example.dtype == torch.bool else -x - 1
+
+
+WIDTH = {I32: 32, I64: 64}
+
+
+def _shift_left(example: Any, x: Any, count: Any) -> Expr:
+    """x << n -> where(0 <= n < width, x << n, 0): whatever computes it is given no other count"""
+    x, count, width = _shifted(example, x, count)
+    zero = ir.const(0, x.dtype)
+    within = make("and", make("ge", count, zero), make("lt", count, ir.const(width, x.dtype)))
+    return make("where", within, make("lshift", x, _between(count, width - 1)), zero)
+
+
+def _shift_right(example: Any, x: Any, count: Any) -> Expr:
+    """x >> n -> x // 2 ** n, rounded down; by the width or more, and by a negative count, it leaves the sign alone"""
+    x, count, width = _shifted(example, x, count)
+    zero, one, most = (ir.const(n, x.dtype) for n in (0, 1, width - 2))
+    within = make("and", make("ge", count, zero), make("le", count, most))
+    sign = make("where", make("lt", x, zero), ir.const(-1, x.dtype), zero)
+    return make("where", within, make("idiv", x, make("lshift", one, _between(count, width - 2))), sign)
+
+
+def _shifted(example: Any, x: Any, count: Any) -> tuple[Expr, Expr, int]:
+    dtype = dtype_of(example.dtype)
+    x, count = (ir.cast(n, dtype) for n in numbers((x, count)))
+    return x, count, WIDTH[dtype]
+
+
+def _between(count: Expr, most: int) -> Expr:
+    return make("min", make("max", count, ir.const(0, count.dtype)), ir.const(most, count.dtype))
 
 
 def _clamp(example: Any, x: Expr, low: Any = None, high: Any = None, *, min: Any = None, max: Any = None) -> Expr:
@@ -335,8 +377,12 @@ def _select(example: Any, source: Any, dim: int, position: int) -> Expr:
 
 SPECIAL: dict[str, Callable[..., Expr]] = {
     "add": _with_alpha("add"), "sub": _with_alpha("sub"), "rsub": _rsub, "div": _div, "pow": _pow,
-    "bitwise_and": _bitwise("and"), "bitwise_or": _bitwise("or"), "bitwise_not": _bitwise("not"),
-    "bitwise_xor": _xor, "logical_xor": _xor, "clamp": _clamp, "gelu": _gelu, "softplus": _softplus,
+    "bitwise_and": _bitwise("and", "bitand"), "__and__": _bitwise("and", "bitand"),
+    "bitwise_or": _bitwise("or", "bitor"), "__or__": _bitwise("or", "bitor"), "bitwise_not": _bitwise_not,
+    "bitwise_xor": _bitwise_xor, "__xor__": _bitwise_xor, "logical_xor": _xor,
+    "bitwise_left_shift": _shift_left, "__lshift__": _shift_left,
+    "bitwise_right_shift": _shift_right, "__rshift__": _shift_right,
+    "clamp": _clamp, "gelu": _gelu, "softplus": _softplus,
     "clamp_min": lambda e, x, low: _clamp(e, x, low), "clamp_max": lambda e, x, high: _clamp(e, x, None, high),
     "square": lambda e, x: make("mul", x, x), "where": _where, "masked_fill": _masked_fill,
     "_to_copy": _cast, "clone": _same, "detach": _same, "alias": _same, "lift_fresh_copy": _same,

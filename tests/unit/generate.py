@@ -127,6 +127,8 @@ INTEGER_OPS = (
     "torch.where({p}, {i}, {i})", "torch.where({p}, {i}, {n})", "torch.where({p}, {n}, {n})", "-{i}", "({p} * {i})",
     "({p} + {n})", "{p}.to(torch.int32)", "{i}.to(torch.int64)", "{i}.int()", "{p}.long()",
     "torch.div({i}, {m}, rounding_mode='floor')", "torch.sub({i}, {i}, alpha={m})", "torch.rsub({i}, {i})",
+    "({i} & {i})", "({i} | {i})", "({i} ^ {i})", "({i} & {n})", "(~{i})", "({i} << {n})", "({i} >> {n})",
+    "({i} >> {i})", "({m} << {i})",
 )  # fmt: skip
 PREDICATE_LEAVES = (
     "pk[kv]", "pbk[b, kv]", "pk[q]", "({i} {o} {i})", "({i} {o} {n})", "({n} {o} {i})", "(q {o} kv)",

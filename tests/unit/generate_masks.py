@@ -66,7 +66,8 @@ FORMS: Forms = {
             "(torch.abs(q - kv) {o} {n})", "((q - kv + {n}).abs() {o} {n})", "({n} {o} (kv - q).abs())",
             "((q - kv) * (q - kv) {o} {m})", "(q - kv + offset[b] {o} {n})", "(q + offset[b] {o} kv)",
             "(kv - offset[b] {o} q + {n})", "(q - kv {o} w0)", "(kv {o} n0)", "(q + n0 {o} kv + {n})",
-            "(w0 {o} torch.abs(q - kv))", "(kv // w0 {e} q // w0)", "(q - kv {o} {c})", "(q * 0.5 {o} kv)",
+            "(w0 {o} torch.abs(q - kv))", "(kv // w0 {e} q // w0)", "(q >> {m} {e} kv >> {m})", "((q ^ kv) {o} {n})",
+            "((q - kv) & {m} == 0)", "((kinds[q] & kinds[kv]) != 0)", "(q - kv {o} {c})", "(q * 0.5 {o} kv)",
             "((q - kv) / {m} {o} {c})", "(slopes[h] * (q - kv) {o} {c})", "(q.float() {o} kv.float())",
             "((q - kv).to(torch.float32) {o} x0)", "(q / {m} {o} kv / {m})", "(bias[b, kv] {o} {c})",
             "(table[h, q - kv + {l}] {o} {c})", "(q // {m} {o} kv // {m})", "(q // {m} == kv // {m})",
@@ -103,6 +104,7 @@ FORMS: Forms = {
             "torch.maximum({i}, start[q])", "torch.minimum({i}, lengths[b])", "({i} + {i})", "({i} - {i})",
             "({m} * {i})", "-{i}", "({i} - offsets[doc[q]])", "{i}.to(torch.int64)", "{i}.clamp(min=windows[h])",
             "torch.where({p}, {i}, {i})", "({i} % {m})", "({i} // {m})",
+            "({i} & {n})", "({i} & {i})", "({i} | {n})", "({i} ^ {m})", "(~{i})", "({i} >> {m})", "({i} << {m})",
         ),
     ),
     "s": (

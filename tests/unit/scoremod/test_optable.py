@@ -1,5 +1,7 @@
 """A walk over the op table: no cell is missing, each op means what torch means, and each derivative is autograd's."""
 
+import random
+
 import pytest
 import torch
 
@@ -16,11 +18,13 @@ SIGNATURES = {"float", "number", "compare", "logic", "integer", "where", "gather
 CASTS = {F32, I32, I64, BOOL}
 # Rows without a derivative: integers and predicates have none, and nobody asks for second derivatives.
 NO_DERIVATIVE = {
-    "relu_grad", "gelu_grad", "gelu_tanh_grad", "silu_grad", "idiv", "mod", "ge", "gt", "le", "lt", "eq", "ne", "and",
-    "or", "not", "gather",
+    "relu_grad", "gelu_grad", "gelu_tanh_grad", "silu_grad", "idiv", "mod", "bitand", "bitor", "bitxor",
+    "lshift", "ge", "gt", "le", "lt", "eq", "ne", "and", "or", "not", "gather",
 }  # fmt: skip
 # Rows without a cuDNN method or legal form: never inside a kernel.
-OUTSIDE = {"gather", "learned", I64, BOOL}
+OUTSIDE = {"gather", "learned", "bitand", "bitor", "bitxor", "lshift", I64, BOOL}
+# Rows that may give integers, other than truth values.
+GIVES_INTEGERS = [row for row in ROWS if row.signature in ("number", "integer", "where", I32, I64)]
 REFERENCES = {
     "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b, "div": lambda a, b: a / b,
     "neg": lambda a: -a, "abs": torch.abs, "sign": torch.sign, "reciprocal": lambda a: 1 / a, "min": torch.minimum,
@@ -46,6 +50,7 @@ def test_no_cell_is_missing(row: Row) -> None:
     assert row.arity == -1 or 1 <= row.arity <= 3
     assert callable(row.evaluate)
     assert (row.backward is None) == (row.name in NO_DERIVATIVE), "a row needs a derivative, or a reason to have none"
+    assert (row.interval is None) == (row not in GIVES_INTEGERS), "integers need an interval, and nothing else has one"
     in_kernel = row.cudnn is not None or row.name in RULES or row.name in CASTS
     assert in_kernel != (row.name in OUTSIDE - CASTS)
     assert (row.cudnn is None) == (row.slots == ()), "a cuDNN method has keywords"
@@ -101,7 +106,8 @@ def test_values(name: str) -> None:
         ("and", (True, False), False), ("or", (True, False), True), ("not", (False,), True), ("ge", (2, 2), True),
         ("gt", (2, 2), False), ("le", (2, 2), True), ("lt", (2, 2), False), ("eq", (2, 2), True), ("ne", (2, 2), False),
         ("bool", (-3,), True), ("bool", (0,), False), ("f32", (True,), 1.0), ("i32", (2**32 + 1,), 1),
-        ("i64", (True,), 1),
+        ("i64", (True,), 1), ("bitand", (-7, 12), 8), ("bitor", (-8, 3), -5), ("bitxor", (-1, 5), -6),
+        ("lshift", (-3, 4), -48), ("lshift", (1, 40), 2**40),
         ("relu_grad", (5.0, 0.0), 0.0), ("relu_grad", (5.0, 1e-9), 5.0),
     ],
 )  # fmt: skip
@@ -109,6 +115,52 @@ def test_values_of_integers_and_predicates(name: str, args: tuple[float, ...], e
     value = TABLE[name].evaluate(*(torch.tensor(a) for a in args))
     assert value.item() == expected
     assert name not in CASTS or value.dtype == TORCH_DTYPE[name]
+
+
+def drawn(row: Row, largest: int, choose: random.Random) -> list[tuple[int, int]]:
+    """An interval for each argument: a divisor is not 0, the count of a shift has six bits, a condition one."""
+    limits = [(-largest, largest)] * row.arity
+    if row.name in ("idiv", "mod"):
+        limits[1] = choose.choice([(1, largest), (-largest, -1)])
+    if row.name == "lshift":
+        limits[1] = (-3, 40)
+    if row.name == "where":
+        limits[0] = (0, 1)
+    scale = choose.choice([1, 5, largest])
+    ends = [sorted(max(low, min(high, choose.randint(-scale, scale))) for _ in "ab") for low, high in limits]
+    return [(low, high) for low, high in ends]
+
+
+def integers_of(row: Row, intervals: list[tuple[int, int]], choose: random.Random) -> list[torch.Tensor]:
+    """Ends, and integers between, for each argument; a condition as a bool."""
+    values = [[choose.choice([low, high, choose.randint(low, high)]) for _ in range(64)] for low, high in intervals]
+    tensors = [torch.tensor(v) for v in values]
+    return [tensors[0].bool(), *tensors[1:]] if row.name == "where" else tensors
+
+
+@pytest.mark.parametrize("row", GIVES_INTEGERS, ids=names(GIVES_INTEGERS))
+def test_intervals_bound_what_the_op_computes(row: Row) -> None:
+    choose = random.Random(0)
+    for _ in range(300):
+        intervals = drawn(row, 2**20, choose)
+        found = row.evaluate(*integers_of(row, intervals, choose))
+        low, high = row.interval(*intervals)
+        assert low <= found.min(), intervals
+        assert found.max() <= high, intervals
+
+
+@pytest.mark.parametrize("row", GIVES_INTEGERS, ids=names(GIVES_INTEGERS))
+def test_what_fits_into_32_bits_is_computed_the_same_in_32(row: Row) -> None:
+    """On this rests that ranges.narrow keeps values."""
+    choose, compared = random.Random(0), 0
+    for _ in range(300):
+        values = integers_of(row, drawn(row, 2**31 - 1, choose), choose)
+        wide = row.evaluate(*values)
+        narrow = row.evaluate(*(v if v.dtype == torch.bool else v.int() for v in values))
+        fits = (wide == wide.int()) & (wide != -(2**31))
+        compared += int(fits.sum())
+        assert torch.equal(wide[fits], narrow.long()[fits])
+    assert compared > 1000
 
 
 @pytest.mark.parametrize(

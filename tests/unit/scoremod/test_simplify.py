@@ -75,11 +75,25 @@ def test_normal_programs_have_the_same_masked_scores(score_mod: Mod, mask_mod: M
         (make("gt", ir.cast(Q, F32), number(3.0)), make("gt", Q, number(3, I32))),
         (make("eq", ir.cast(ir.cast(Q, I64), F32), number(-0.0)), make("eq", ir.cast(Q, I64), number(0, I64))),
         (make("gt", ir.cast(Q, F32), number(2.5)), make("gt", ir.cast(Q, F32), number(2.5))),
-        (make("ge", ir.cast(Q - KV, F32), number(3.0)), make("ge", ir.cast(Q - KV, F32), number(3.0))),  # 2 ** 25
+        (make("ge", ir.cast(Q - KV, F32), number(3.0)), make("ge", Q - KV, number(3, I32))),
+        (make("ge", ir.cast(Q + KV, F32), number(3.0)), make("ge", ir.cast(Q + KV, F32), number(3.0))),  # 2 ** 25
         (make("ge", ir.cast(Q, F32), number(math.inf)), make("ge", ir.cast(Q, F32), number(math.inf))),
         (make("exp", number(0.0)), number(1.0)),
         (make("idiv", number(-7, I32), number(2, I32)), number(-4, I32)),
         (make("mod", number(-7, I32), number(2, I32)), number(1, I32)),
+        (make("lshift", Q, number(3, I32)), Q * number(8, I32)),
+        (make("lshift", Q, number(31, I32)), Q * number(-(2**31), I32)),  # wraps, as torch does
+        (make("lshift", Q, number(-1, I32)), number(0, I32)),
+        (make("bitand", number(7, I32), Q), make("mod", Q, number(8, I32))),
+        (make("bitand", Q, number(-8, I32)), make("idiv", Q, number(8, I32)) * number(8, I32)),
+        (
+            make("bitand", Q, number(12, I32)),
+            make("mod", make("idiv", Q, number(4, I32)), number(4, I32)) * number(4, I32),
+        ),
+        (make("bitand", Q, number(5, I32)), make("bitand", Q, number(5, I32))),
+        (make("bitand", Q, number(2**31 - 1, I32)), make("bitand", Q, number(2**31 - 1, I32))),
+        (make("bitand", Q, number(-1, I32)), Q),
+        (make("bitor", number(0, I32), Q), Q),
         (number(2**31 - 1, I32) + number(1, I32), number(-(2**31), I32)),  # wraps, as torch does
         (Q - number(-(2**31), I32), Q + number(-(2**31), I32)),
         (ir.cast(number(2**32 + 5, I64), I32), number(5, I32)),
