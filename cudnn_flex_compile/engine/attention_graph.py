@@ -13,7 +13,7 @@ import torch
 
 from cudnn_flex_compile.engine.lower import FLOAT, TENSOR_TYPES, Emitter, Inputs
 from cudnn_flex_compile.engine.lowering import Lowering
-from cudnn_flex_compile.engine.problem import FORWARD, Problem, TensorSpec, dense
+from cudnn_flex_compile.engine.problem import FORWARD, Problem, TensorSpec, dense, dense_like
 from cudnn_flex_compile.scoremod.ir import ROWS
 from cudnn_flex_compile.scoremod.learned import position_in
 from cudnn_flex_compile.scoremod.switches import on
@@ -206,15 +206,8 @@ def output_specs(problem: Problem) -> tuple[TensorSpec, ...]:
     """The layouts of what a plan writes: out and stats, or dq, dk, dv, and the gradient of a learned operand."""
     if problem.direction == FORWARD:
         return problem.out, stats_spec(problem)
-    found = problem.gradients or tuple(gradient_spec(s) for s in (problem.query, problem.key, problem.value))
+    found = problem.gradients or tuple(dense_like(s) for s in (problem.query, problem.key, problem.value))
     bias = position_in(problem.program)
     if bias is None:
         return found
     return *found, dense(TensorSpec(problem.operands[bias].shape, (), problem.query.dtype))
-
-
-def gradient_spec(spec: TensorSpec) -> TensorSpec:
-    """The layout of a gradient: that of torch.empty_like, the same strides if dense, else dense in their order."""
-    with torch._subclasses.FakeTensorMode():
-        like = torch.empty_like(torch.empty_strided(spec.shape, spec.stride))
-    return TensorSpec(spec.shape, tuple(like.stride()), spec.dtype)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem, TensorSpec, dense, out_spec, usable
+from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem, TensorSpec, dense_like, out_spec, usable
 
 Key = tuple[Any, ...]
 
@@ -39,19 +39,23 @@ def backward_key(forward: Key, grad: Any, lse_gradient: bool = False) -> Key:
 
 
 def problem_of(call: Key) -> Problem:
-    """The problem: layouts that cuDNN cannot read are replaced by dense ones, into which the op copies."""
+    """The problem: layouts that cuDNN cannot read are replaced by dense ones in the same order, into which the op
+    copies. The gradients have the layouts that those of the call's own tensors have.
+    """
     direction, program, qs, qt, qd, ks, kt, kd, vs, vt, vd, device, scale, stats, deterministic, operands, tiled = (
         call[:17]
     )
     query, key, value = (TensorSpec(tuple(s), tuple(t), d) for s, t, d in ((qs, qt, qd), (ks, kt, kd), (vs, vt, vd)))
-    out = out_spec(query, value)
+    out, given = out_spec(query, value), (query, key, value)
+    read = tuple(readable(spec) for spec in given)
+    gradients = tuple(dense_like(spec) for spec in given)
     grad = TensorSpec(out.shape, tuple(call[17]), out.dtype) if direction == BACKWARD else None
     return Problem(
         program=program,
         direction=direction,
-        query=readable(query),
-        key=readable(key),
-        value=readable(value),
+        query=read[0],
+        key=read[1],
+        value=read[2],
         out=out,
         operands=tuple(TensorSpec(tuple(s), tuple(t), d) for s, t, d in operands),
         scale=scale,
@@ -59,13 +63,15 @@ def problem_of(call: Key) -> Problem:
         stats=stats,
         grad=None if grad is None else (grad if usable(grad) else out),
         deterministic=deterministic,
+        gradients=None if direction == FORWARD or gradients == tuple(map(dense_like, read)) else gradients,
         lse_gradient=direction == BACKWARD and call[18],
         tiled=tiled,
     )
 
 
 def readable(spec: TensorSpec) -> TensorSpec:
-    return spec if usable(spec) else dense(spec)
+    """The layout itself, or that of the copy which cuDNN reads in its place."""
+    return spec if usable(spec) else dense_like(spec)
 
 
 def forward_of(call: Key) -> Key:

@@ -3,9 +3,11 @@
 Knows nothing of how plans are built. Two problems are equal exactly when one plan serves both.
 """
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from cudnn_flex_compile.engine.memory import Layout
 
@@ -50,7 +52,7 @@ class Problem:
         stats: whether the forward writes the log-sum-exp (natural, [B, Hq, Sq], float32).
         grad: layout of the gradient of the output, in the backward.
         deterministic: whether torch.use_deterministic_algorithms was on.
-        gradients: layouts of dq, dk and dv, if not those of torch.empty_like.
+        gradients: layouts of dq, dk and dv, if not dense_like those of query, key and value.
         lse_gradient: whether the backward takes a gradient of the log-sum-exp, too.
         tiled: whether a list of tiles tells which pairs are visible, beside the program (engine/tiles.py).
     """
@@ -84,7 +86,7 @@ class Problem:
 
     def forward(self) -> "Problem":
         """The forward problem whose outputs this backward consumes."""
-        return replace(self, direction=FORWARD, grad=None, stats=True, lse_gradient=False)
+        return replace(self, direction=FORWARD, grad=None, stats=True, gradients=None, lse_gradient=False)
 
     def backward(self, lse_gradient: bool = False) -> "Problem":
         """The backward of this forward, for a gradient laid out like the output."""
@@ -95,6 +97,11 @@ def out_spec(query: TensorSpec, value: TensorSpec) -> TensorSpec:
     """The output: [B, Hq, Sq, Dv] in the query's order of strides."""
     shape = (*query.shape[:3], value.shape[3])
     return TensorSpec(shape, strides_like(shape, query.stride), query.dtype)
+
+
+def dense_like(spec: TensorSpec) -> TensorSpec:
+    """The layout of the gradient of such a tensor, and of its copy: in the order of its strides, without gaps."""
+    return TensorSpec(spec.shape, strides_like(spec.shape, spec.stride), spec.dtype)
 
 
 def usable(spec: TensorSpec) -> bool:
@@ -109,20 +116,27 @@ def dense(spec: TensorSpec) -> TensorSpec:
     """The contiguous layout of the same shape."""
     strides, step = [0] * len(spec.shape), 1
     for dim in reversed(range(len(spec.shape))):
-        strides[dim], step = step, step * spec.shape[dim]
+        strides[dim], step = step, step * max(spec.shape[dim], 1)
     return TensorSpec(spec.shape, tuple(strides), spec.dtype)
 
 
 def strides_like(shape: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:
     """Dense strides for `shape` in the order of the strides `order`, the last dimension innermost.
 
-    The rule of torch._higher_order_ops.flex_attention._permute_strides, which flex_attention's fake and
-    kernels follow.
+    Fakes and kernels lay out the output and all gradients by this rule, so that they agree about every layout. It is
+    that of torch._higher_order_ops.flex_attention._permute_strides, which flex_attention's own fakes and kernels
+    follow. Sizes and strides may be symbolic.
     """
-    by_stride = sorted(range(len(order)), key=lambda d: (order[d], -d))
-    by_stride.remove(len(order) - 1)
+
+    def compare(one: int, other: int) -> int:
+        if guard_or_false(order[one] < order[other]):
+            return -1
+        return 1 if guard_or_false(order[other] < order[one]) else other - one
+
+    last = len(order) - 1
+    by_stride = sorted(range(last), key=functools.cmp_to_key(compare))
     strides, step = [0] * len(order), 1
-    for dim in [len(order) - 1, *by_stride]:
+    for dim in (last, *by_stride):
         strides[dim] = step
-        step *= shape[dim]
+        step *= torch.sym_max(shape[dim], 1)
     return tuple(strides)

@@ -43,6 +43,11 @@ class Ready:
         return any(self.copies)
 
     @functools.cached_property
+    def out_stride(self) -> tuple[int, ...]:
+        """The strides of the output, by which a backward plan reads it."""
+        return self.plan.problem.out.stride
+
+    @functools.cached_property
     def layouts(self) -> tuple[Layout, ...]:
         """Of what a call allocates: out and stats [B, H, Sq] (empty if the plan writes none), or of all gradients."""
         problem = self.plan.problem

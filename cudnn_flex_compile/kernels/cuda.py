@@ -12,7 +12,7 @@ from torch import Tensor
 from cudnn_flex_compile.engine.call import backward_key, forward_key
 from cudnn_flex_compile.engine.clean import above_autograd
 from cudnn_flex_compile.engine.memory import empty
-from cudnn_flex_compile.engine.problem import TensorSpec, dense
+from cudnn_flex_compile.engine.problem import TensorSpec, dense, dense_like, out_spec
 from cudnn_flex_compile.engine.ready import Ready, plans
 from cudnn_flex_compile.engine.repro import warned
 from cudnn_flex_compile.engine.rows import rows_of
@@ -64,8 +64,8 @@ def backward(
     operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor], program: str, scale: float,
     tiles: Tensor | None = None,
 ) -> Gradients:  # fmt: skip
-    """dQ, dK, dV in the layouts of torch.empty_like of query, key and value, and the gradient of the learned operand in
-    the query's dtype, empty if there is none.
+    """dQ, dK, dV, dense in the orders of the strides of query, key and value, and the gradient of the learned operand,
+    contiguous, in the query's dtype, empty if there is none.
 
     A gradient of the (natural) log-sum-exp is given or not as the loss has it: these are two plans.
     """
@@ -80,8 +80,9 @@ def backward(
         _explain(program, found)
         return _fallback_backward(grad_out, grad_lse, query, key, value, operands, ints, floats, program, scale)
     if found.copied:
-        query, key, value = _copied(found, query, key, value)
-        grad_out = torch.empty_like(out).copy_(grad_out) if found.copies[3] else grad_out
+        query, key, value, grad_out = _copied(found, query, key, value, grad_out)
+    if out.stride() != found.out_stride:  # a hook on saved tensors may have brought it back in another layout
+        out = _laid_out(out, found.plan.problem.out)
     q_layout, k_layout, v_layout, *bias_layout = found.layouts
     dq, dk, dv = empty(*q_layout), empty(*k_layout), empty(*v_layout)
     dbias = empty(*bias_layout[0]) if bias_layout else empty((0,), (1,), query.dtype)
@@ -121,8 +122,11 @@ def _no_workspace(found: Ready, error: torch.OutOfMemoryError) -> Reason:
 
 
 def _copied(found: Ready, *tensors: Tensor) -> tuple[Tensor, ...]:
+    problem = found.plan.problem
+    read = (problem.query, problem.key, problem.value, problem.grad)
     return tuple(
-        _copy(t, dense(TensorSpec.of(t))) if copy else t for t, copy in zip(tensors, found.copies, strict=False)
+        _copy(t, spec) if copy and spec is not None else t
+        for t, spec, copy in zip(tensors, read, found.copies, strict=False)
     )
 
 
@@ -137,7 +141,21 @@ def _aligned(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def _copy(tensor: Tensor, layout: TensorSpec) -> Tensor:
-    return layout.empty(tensor.device).copy_(tensor)
+    """The tensor in another layout, in which the entries of an expanded dimension are one."""
+    copy = layout.empty(tensor.device)
+    once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in layout.stride)
+    copy[once].copy_(tensor[once])
+    return copy
+
+
+def _laid_out(tensor: Tensor, layout: TensorSpec) -> Tensor:
+    """The tensor itself if it has this layout, whatever the strides of dimensions of size 1 say, or else a copy."""
+    if tensor.stride() == layout.stride:
+        return tensor
+    sizes = zip(layout.shape, tensor.stride(), layout.stride, strict=True)
+    if all(size == 1 or given == wanted for size, given, wanted in sizes):
+        return tensor.as_strided(layout.shape, layout.stride)
+    return _copy(tensor, layout)
 
 
 def _in_range(ints: Sequence[int]) -> bool:
@@ -159,7 +177,9 @@ def _fallback_forward(
     floats: Sequence[Tensor], program: str, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     with above_autograd(), torch.no_grad():
-        return fallback.forward(query, key, value, operands, ints, floats, program, scale)
+        out, lse = fallback.forward(query, key, value, operands, ints, floats, program, scale)
+    wanted = out_spec(TensorSpec.of(query), TensorSpec.of(value))
+    return _laid_out(out, wanted), _laid_out(lse, dense(TensorSpec.of(lse)))
 
 
 def _fallback_backward(
@@ -168,6 +188,9 @@ def _fallback_backward(
 ) -> Gradients:  # fmt: skip
     with above_autograd():
         gradients = fallback.backward(grad_out, grad_lse, query, key, value, operands, ints, floats, program, scale)
-    like = (torch.empty_like(t) for t in (query, key, value))
-    dq, dk, dv = (g if g.stride() == t.stride() else t.copy_(g) for g, t in zip(gradients[:3], like, strict=True))
-    return dq, dk, dv, gradients[3].to(query.dtype) if len(gradients) > 3 else query.new_empty(0)
+    of_inputs = zip(gradients, (query, key, value), strict=False)
+    dq, dk, dv = (_laid_out(g, dense_like(TensorSpec.of(t))) for g, t in of_inputs)
+    if len(gradients) == 3:
+        return dq, dk, dv, query.new_empty(0)
+    dbias = gradients[3].to(query.dtype)
+    return dq, dk, dv, _laid_out(dbias, dense(TensorSpec.of(dbias)))

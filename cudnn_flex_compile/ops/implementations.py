@@ -30,6 +30,11 @@ def _new_out(query: Tensor, value: Tensor) -> Tensor:
     return query.new_empty_strided(shape, strides_like(shape, query.stride()))
 
 
+def _new_gradients(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (t.new_empty_strided(t.shape, strides_like(t.shape, t.stride())) for t in (query, key, value))
+    return dq, dk, dv
+
+
 def new_stats(query: Tensor, wanted: bool) -> Tensor:
     """Uninitialised natural log-sum-exps [B, H, Sq], float32; empty if not wanted."""
     return query.new_empty(query.shape[:3] if wanted else (0,), dtype=torch.float32)
@@ -97,11 +102,10 @@ def _backward_cpu(
     rest = (operands, ints, floats, program, scale)
     with named("backward", program), torch.autocast("cpu", enabled=False):
         gradients = cpu.backward(grad_out, grad_stats, query, key, value, out, stats, *rest)
-    dq, dk, dv = (torch.empty_like(t) for t in (query, key, value))
-    dbias = _new_bias(query, operands, program)
-    for into, gradient in zip((dq, dk, dv, dbias), gradients, strict=False):
-        into.copy_(gradient)
-    return dq, dk, dv, dbias
+    into = (*_new_gradients(query, key, value), _new_bias(query, operands, program))
+    for tensor, gradient in zip(into, gradients, strict=False):
+        tensor.copy_(gradient)
+    return into
 
 
 def _backward_fake(
@@ -109,8 +113,7 @@ def _backward_fake(
     operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str, scale: float,
     tiles: Tensor | None = None,
 ) -> Gradients:  # fmt: skip
-    like = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
-    return *like, _new_bias(query, operands, program)
+    return *_new_gradients(query, key, value), _new_bias(query, operands, program)
 
 
 for _name, _fake in {"attention_forward": _forward_fake, "attention_backward": _backward_fake}.items():
