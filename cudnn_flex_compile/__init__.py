@@ -6,7 +6,10 @@ Importing it costs little: torch._dynamo finds the backend through its entry poi
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Options", "Reason", "Report", "cache_clear", "cache_info", "collect", "cudnn_flex", "explain"]
+__all__ = [
+    "Options", "Reason", "Report", "Settings", "cache_clear", "cache_info", "collect", "configure", "cudnn_flex",
+    "explain",
+]  # fmt: skip
 
 if TYPE_CHECKING:
     from cudnn_flex_compile.backend import cudnn_flex
@@ -15,14 +18,17 @@ if TYPE_CHECKING:
     from cudnn_flex_compile.explanation import explain
     from cudnn_flex_compile.reasons import Reason
     from cudnn_flex_compile.report import Report, collect
+    from cudnn_flex_compile.settings import Settings, configure
 
 _HOMES = {
     "Options": "config",
     "Reason": "reasons",
     "Report": "report",
+    "Settings": "settings",
     "cache_clear": "engine.select",
     "cache_info": "engine.select",
     "collect": "report",
+    "configure": "settings",
     "cudnn_flex": "backend",
     "explain": "explanation",
 }

@@ -14,6 +14,7 @@ from cudnn_flex_compile.inner import compile_inner
 from cudnn_flex_compile.phases import phase
 from cudnn_flex_compile.report import CallReport, publish
 from cudnn_flex_compile.scoremod.text import infix
+from cudnn_flex_compile.settings import settings
 
 log = logging.getLogger("cudnn_flex_compile")
 
@@ -34,24 +35,15 @@ def cudnn_flex(
         mode: of the inner backend.
 
     Raises:
-        ValueError, TypeError: an unknown option, or a value that it does not take.
+        ValueError, TypeError: an unknown option, or a value that it does not take; or such an environment variable.
     """
-    from cudnn_flex_compile.engine.ready import plans
-    from cudnn_flex_compile.engine.replay import shelf
-    from cudnn_flex_compile.engine.select import set_policy
-    from cudnn_flex_compile.engine.verdicts import use_folder
     from cudnn_flex_compile.kernels.later import looking_last
     from cudnn_flex_compile.passes.lower_calls import lower_calls
 
     chosen = options_from(options, mode)
-    set_policy(chosen.certify, chosen.autotune)
-    shelf.enabled = chosen.replay
-    plans.resize(chosen.plan_cache_size)
-    use_folder(chosen.cache_folder, chosen.cache_mb)
+    settings()  # a wrong one is an error here, not in the midst of a compile
     with phase("lower"):
-        only_faster, budget = chosen.lower == "when_faster", chosen.bias_budget_mb
-        how = chosen.autotune, chosen.intervals, chosen.captures_graphs
-        lowered = lower_calls(graph_module, example_inputs, only_faster, budget, *how)
+        lowered = lower_calls(graph_module, example_inputs, chosen)
     publish(lowered.calls)
     _log(lowered.calls, chosen)
     with phase("inner"):

@@ -126,15 +126,15 @@ def _facts() -> dict[str, Any]:
 
 def _cache_folder() -> str:
     """Where plans are kept, by the environment, and how much there is."""
-    from cudnn_flex_compile.config import options_from
     from cudnn_flex_compile.engine.store import Store
+    from cudnn_flex_compile.settings import settings
 
-    options = options_from(None)
-    folder = options.cache_folder
+    given = settings()
+    folder = given.folder
     if folder is None:
         return "none: switched off"
     entries, size = Store(folder, 0).size()
-    return f"{folder}: {entries} entries, {size / 2**20:.1f} of {options.cache_mb} MiB"
+    return f"{folder}: {entries} entries, {size / 2**20:.1f} of {given.cache_mb} MiB"
 
 
 def _installed(package: str) -> str:

@@ -1,24 +1,55 @@
-"""Options of the backend, from `torch.compile(..., options={...})` and from environment variables.
+"""Options of one compile, from `torch.compile(..., options={...})` and from environment variables.
 
-Knows nothing of graphs.
+Knows nothing of graphs. What all compiles of a process share is in settings.py.
 """
 
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import platformdirs
-
-PACKAGE = "cudnn_flex_compile"
 PREFIX = "CUDNN_FLEX_"
+CERTIFY = ("once", "always", "off")
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What a compile asks of its plans, also of those that are found when its graph runs.
+
+    Its text is an argument of the ops, so that a graph carries it wherever it goes, and part of each plan's key, so
+    that no compile runs a plan that was made by another one's rules.
+
+    Attributes:
+        certify, autotune, replay: see Options.
+    """
+
+    certify: str = "once"
+    autotune: bool = False
+    replay: bool = True
+
+    @property
+    def text(self) -> str:
+        """The fields that are not the defaults, such as "certify=always replay=False": equal for equal policies."""
+        values = [(f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self)]
+        return " ".join(f"{name}={value}" for name, value, default in values if value != default)
+
+
+@functools.lru_cache(64)
+def policy_from(text: str) -> Policy:
+    """The policy whose text this is. Raises ValueError for any other text."""
+    words = text.split(" ")
+    certify = next((rule for rule in CERTIFY if f"certify={rule}" in words), "once")
+    policy = Policy(certify, "autotune=True" in words, "replay=False" not in words)
+    if policy.text != text:
+        raise ValueError(f"policy={text!r} is not what config.Policy(...).text gives, such as '' or 'certify=always'")
+    return policy
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a user can set.
+    """What a user can set for one compile. No other compile notices.
 
     Attributes:
         inner_backend: the backend for everything but attention: any name that torch._dynamo knows.
@@ -26,20 +57,13 @@ class Options:
         mode: `mode` of the inner backend; `torch.compile(mode=...)` cannot be combined with options, so it is
             also an option of its own.
         certify: when plans are checked before they run user data. "once" trusts a verdict that is stored for this
-            machine, driver and versions; "always" checks in each process anew; "off" is for debugging only. Holds for
-            the whole process.
+            machine, driver and versions; "always" checks in each process anew; "off" is for debugging only.
         lower: "when_faster" keeps calls that measurements say are slower on cuDNN; "always" lowers all it can.
         autotune: which calls are lowered, and how, is measured when they are compiled (passes/autotune.py), in place of
-            the rules. How plans are chosen holds for the whole process.
+            the rules.
         intervals: masks of few runs of keys for each row, such as packed documents, may run on kernels of
             cudnn.flex_attention.
-        replay: launches of plans on addresses that come back are replayed as CUDA graphs (engine/replay.py). Holds for
-            the whole process.
-        plan_cache_size: how many plans are kept (least recently used first out); each holds some host memory.
-        cache: whether plans and verdicts are kept beyond the process, in the cache folder. Like the next two, it holds
-            for the whole process.
-        cache_dir: that folder; empty for the user's own (platformdirs). Whoever may write to it decides what runs.
-        cache_mb: MiB that it may take (least recently used first out).
+        replay: launches of plans on addresses that come back are replayed as CUDA graphs (engine/replay.py).
         bias_budget_mb: MiB that one bias over (q, kv) pairs, or one list of tiles, may take; a call that needs more is
             kept. The default holds a float32 bias of 16 heads at length 2048, or a mask for one head at length 11585;
             calls share biases and lists.
@@ -54,31 +78,16 @@ class Options:
     autotune: bool = False
     intervals: bool = True
     replay: bool = True
-    plan_cache_size: int = 256
-    cache: bool = True
-    cache_dir: str = ""
-    cache_mb: int = 256
     bias_budget_mb: int = 256
     verbose: bool = False
 
     def __post_init__(self) -> None:
-        for name, valid in CHOICES.items():
-            if getattr(self, name) not in valid:
-                raise ValueError(f"option {name}={getattr(self, name)!r}; valid values: {', '.join(map(repr, valid))}")
-        for name, kind in KINDS.items():
-            value = getattr(self, name)
-            if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-                raise TypeError(f"option {name}={value!r} is a {type(value).__name__}, expected {kind.__name__}")
-        for name, least in LEAST.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"option {name}={getattr(self, name)!r}; valid values: {least} and more")
+        check(self, "option")
 
     @property
-    def cache_folder(self) -> Path | None:
-        """Where plans and verdicts are kept, if anywhere."""
-        if not self.cache:
-            return None
-        return Path(self.cache_dir).expanduser() if self.cache_dir else platformdirs.user_cache_path(PACKAGE, False)
+    def policy(self) -> Policy:
+        """What of these options plans are found by."""
+        return Policy(self.certify, self.autotune, self.replay)
 
     @property
     def captures_graphs(self) -> bool:
@@ -86,10 +95,11 @@ class Options:
         return self.mode in ("reduce-overhead", "max-autotune") or bool(self.inner_options.get("triton.cudagraphs"))
 
 
+# By the name of a field, of Options or of settings.Settings.
 LEAST = {"plan_cache_size": 1, "cache_mb": 1, "bias_budget_mb": 0}
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "mode": (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
-    "certify": ("once", "always", "off"),
+    "certify": CERTIFY,
     "lower": ("when_faster", "always"),
 }
 SWITCH = {
@@ -109,6 +119,22 @@ KINDS: dict[str, type] = {
 }  # fmt: skip
 
 
+def check(given: Any, what: str) -> None:
+    """Checks all fields of a dataclass by the tables above. `what` they are, for the message.
+
+    Raises:
+        ValueError, TypeError: a wrong value (the valid ones are listed) or type.
+    """
+    for name, value in ((f.name, getattr(given, f.name)) for f in dataclasses.fields(given)):
+        kind = KINDS.get(name, object)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise TypeError(f"{what} {name}={value!r} is a {type(value).__name__}, expected {kind.__name__}")
+        if name in LEAST and value < LEAST[name]:
+            raise ValueError(f"{what} {name}={value!r}; valid values: {LEAST[name]} and more")
+        if name in CHOICES and value not in CHOICES[name]:
+            raise ValueError(f"{what} {name}={value!r}; valid values: {', '.join(map(repr, CHOICES[name]))}")
+
+
 def options_from(given: Mapping[str, Any] | None, mode: str | None = None) -> Options:
     """Options from what torch.compile passes on, over those of the environment.
 
@@ -117,23 +143,31 @@ def options_from(given: Mapping[str, Any] | None, mode: str | None = None) -> Op
     """
     names = [f.name for f in dataclasses.fields(Options)]
     given = dict(given or {})
+    shared = sorted(set(given) & KINDS.keys() - set(names))  # those of settings.Settings
+    if shared:
+        asked = ", ".join(f"{name}={given[name]!r}" for name in shared)
+        raise ValueError(
+            f"{', '.join(shared)}: set for the whole process, not for one compile. Call "
+            f"cudnn_flex_compile.configure({asked}) once, or set {', '.join(PREFIX + name.upper() for name in shared)}"
+        )
     unknown = sorted(set(given) - set(names))
     if unknown:
         raise ValueError(f"unknown option {', '.join(map(repr, unknown))}; valid options: {', '.join(names)}")
     if mode is not None:
         given.setdefault("mode", mode)
-    return Options(**{**_from_environment(), **given})
+    return Options(**{**from_environment(Options), **given})
 
 
-def _from_environment() -> dict[str, Any]:
+def from_environment(kind: type) -> dict[str, Any]:
+    """The fields of a dataclass that environment variables set. Raises ValueError for a text that is no value."""
     found: dict[str, Any] = {}
-    for f in dataclasses.fields(Options):
+    for f in dataclasses.fields(kind):
         text = os.environ.get(PREFIX + f.name.upper())
         if text is None or f.name == "inner_options":
             continue
-        kind = KINDS.get(f.name, str)
+        expected = KINDS.get(f.name, str)
         try:
-            found[f.name] = SWITCH[text.lower()] if kind is bool else kind(text)
+            found[f.name] = SWITCH[text.lower()] if expected is bool else expected(text)
         except KeyError:
             valid = ", ".join(filter(None, SWITCH))
             raise ValueError(f"environment variable {PREFIX}{f.name.upper()}={text!r}; valid: {valid}") from None

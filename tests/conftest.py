@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch.nn.attention import flex_attention
 
+from cudnn_flex_compile import settings
 from cudnn_flex_compile.kernels import cpu
 
 # Eager flex_attention, with which tests compare, has Dynamo trace it at each call; without, it computes the same.
@@ -34,6 +35,13 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000)
+
+
+@pytest.fixture(autouse=True)
+def settings_of_its_own():
+    """Each test reads the process's settings anew."""
+    yield
+    settings.forget()
 
 
 @pytest.fixture

@@ -5,16 +5,18 @@ says in `Backend`.
 """
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
 
-from cudnn_flex_compile.engine import attempts, identity, plan, select, verdicts, verify
+from cudnn_flex_compile.engine import attempts, identity, plan, select, verify
 from cudnn_flex_compile.engine.attention_graph import output_specs
 from cudnn_flex_compile.engine.call import Meta, backward_key, forward_key
 from cudnn_flex_compile.engine.problem import Problem, TensorSpec
 from cudnn_flex_compile.engine.record import Binding, Error
+from cudnn_flex_compile.engine.state import engine
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.optable import make
@@ -95,8 +97,8 @@ class Backend:
         return Reason(Code.CERTIFICATION, "dQ is off by 0.3") if plan.strategy in self.wrong else None
 
 
-def install(patch: pytest.MonkeyPatch, **how: object) -> Backend:
-    """In place of cuDNN, certification and the device, with an empty plan cache and no cache folder."""
+def install(patch: pytest.MonkeyPatch, folder: Path | None = None, **how: object) -> Backend:
+    """In place of cuDNN, certification and the device; as in a new process that keeps verdicts in a folder, or not."""
     backend = Backend(**how)  # pyright: ignore
     patch.setattr(plan, "build", backend.build)
     patch.setattr(plan, "restore", backend.restore)
@@ -108,10 +110,9 @@ def install(patch: pytest.MonkeyPatch, **how: object) -> Backend:
     patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     patch.setattr(torch.cuda, "empty_cache", lambda: None)
     patch.setattr(identity, "environment", lambda device: ENVIRONMENT)
-    patch.setattr(verdicts, "_stores", [])
-    patch.setattr(select, "_policy", replace(select._policy))
-    select._references.clear()
-    select.cache_clear()
+    patch.setenv("CUDNN_FLEX_CACHE", str(int(folder is not None)))
+    patch.setenv("CUDNN_FLEX_CACHE_DIR", str(folder or ""))
+    engine.reset()
     return backend
 
 
@@ -121,11 +122,11 @@ def tensor(heads: int, length: int, dim: int = 64) -> Meta:
 
 def call(
     cap: float = 20.0, length: int = 256, mask: ir.Expr | None = None, backward: bool = False,
-    lse_gradient: bool = False,
+    lse_gradient: bool = False, policy: str = "",
 ):  # fmt: skip
     """The key of a call with a soft cap under a mask, causal if not given."""
     mask = make("ge", Q, KV) if mask is None else mask
     program = text(ir.program(make("tanh", ir.SCORE / cap) * cap, mask))
     query, key = tensor(4, length), tensor(2, length)
-    found = forward_key(program, query, key, key, [], 0.125, backward)
+    found = forward_key(program, query, key, key, [], 0.125, backward, policy=policy)
     return backward_key(found, query, lse_gradient) if backward else found

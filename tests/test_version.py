@@ -23,10 +23,10 @@ from cudnn_flex_compile.scoremod.optable import TABLE, make
 from cudnn_flex_compile.scoremod.text import HEADER, SEPARATOR, text
 
 # What the version stands for. A test that fails prints what belongs here.
-VERSION = "cudnn_flex 7"
+VERSION = "cudnn_flex 8"
 DIGESTS = {
-    "schemas of ops": "cdc4649000ec",
-    "functions that code calls": "7ee2a2453593",
+    "schemas of ops": "37a9a4084ac6",
+    "functions that code calls": "938121cde687",
     "text of programs": "4696a37780aa",
     "names in programs": "02be7d1a6baa",
     "numbers of a geometry": "032ea48d3a73",

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from cudnn_flex_compile.engine.lowering import Lowering
 from cudnn_flex_compile.engine.parts import assemble_parts, divided
 from cudnn_flex_compile.engine.problem import BACKWARD, Problem
-from cudnn_flex_compile.engine.ready import Runs, plans
+from cudnn_flex_compile.engine.ready import Runs
+from cudnn_flex_compile.engine.state import engine
 from cudnn_flex_compile.engine.strategies import STRATEGIES, Strategy
 from cudnn_flex_compile.engine.strategies.dense import NAME as DENSE
 from cudnn_flex_compile.engine.strategies.scores import biased, legal_backward
@@ -61,7 +62,7 @@ def attempts(problem: Problem) -> list[Attempt]:
 def _of_tiles(problem: Problem) -> Runs | Reason:
     from cudnn_flex_compile.engine.tile_plan import build
 
-    plans.count("builds")
+    engine.plans.count("builds")
     with phase("build"):
         return build(problem)
 
@@ -139,7 +140,7 @@ def _build_with(variant: Variant, program: Program, problem: Problem) -> Runs | 
         if lowering.lengths is not None or not _expands(lowering, problem):
             return Reason(Code.UNSUPPORTED_CALL, "no operand expands")
         lowering = replace(lowering, expanded=True)
-    plans.count("builds")
+    engine.plans.count("builds")
     with phase("build"):
         return build(problem, lowering)
 

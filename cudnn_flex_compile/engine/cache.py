@@ -1,14 +1,14 @@
-"""A bounded, thread-safe, least-recently-used cache of plans and refusals, with counters.
+"""Bounded, thread-safe maps: of what was put last, and of plans and refusals, least recently used first out, counted.
 
 Knows nothing of what a key or a plan is.
 """
 
+import threading
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any, Generic, Literal, NamedTuple, TypeVar, get_args
 
 from cudnn_flex_compile import phases
-from cudnn_flex_compile.locks import new_lock
 
 Value = TypeVar("Value")
 Counter = Literal[
@@ -33,15 +33,54 @@ class CacheInfo(NamedTuple):
     certify_seconds: float = 0.0
 
 
-class Cache(Generic[Value]):
-    """Maps keys to values; drops the least recently used beyond `bound`."""
+class Recent(Generic[Value]):
+    """Maps keys to values; keeps the last `bound` that were put.
 
-    def __init__(self, bound: int) -> None:
+    Args:
+        lock: held for moments; maps may share one.
+    """
+
+    def __init__(self, bound: int, lock: threading.Lock) -> None:
+        self._entries: OrderedDict[Hashable, Value] = OrderedDict()
+        self._forsaken: tuple[Any, ...] = ()
+        self._lock = lock
+        self.bound = bound
+
+    def get(self, key: Hashable) -> Value | None:
+        with self._lock:
+            return self._entries.get(key)
+
+    def put(self, key: Hashable, value: Value) -> Value:
+        """Stores the value in place of an older one, and gives it back."""
+        with self._lock:
+            self._entries[key] = value
+            self._entries.move_to_end(key)
+            while len(self._entries) > self.bound:
+                self._entries.popitem(last=False)
+            return value
+
+    def clear(self) -> None:
+        with self._lock:
+            self._entries.clear()
+
+    def forsake(self) -> None:
+        """Lets go of all values without freeing them, in the child of a fork, where no other thread is."""
+        self._forsaken, self._entries = (self._forsaken, self._entries), OrderedDict()
+
+
+class Cache(Generic[Value]):
+    """Maps keys to values; drops the least recently used beyond `bound()`.
+
+    Args:
+        lock: held for moments; maps may share one.
+    """
+
+    def __init__(self, bound: Callable[[], int], lock: threading.Lock) -> None:
         self._entries: OrderedDict[Hashable, Value] = OrderedDict()
         self._held: dict[int, Value] = {}
         self._forsaken: tuple[Any, ...] = ()
-        self._lock = new_lock()
-        self.bound = bound
+        self._lock = lock
+        self._bound = bound
         self.counts: dict[Counter, float] = dict.fromkeys(get_args(Counter), 0)
 
     def get(self, key: Hashable) -> Value | None:
@@ -61,25 +100,23 @@ class Cache(Generic[Value]):
 
     def put(self, key: Hashable, value: Value) -> Value:
         """Stores the value, unless another thread was first; gives back what is stored."""
+        bound = self._bound()
         with self._lock:
             value = self._entries.setdefault(key, value)
-            self._shrink()
+            while len(self._entries) > bound:
+                self._entries.popitem(last=False)
+                self.counts["evictions"] += 1
             return value
+
+    def values(self) -> list[Value]:
+        """All values, the least recently used first."""
+        with self._lock:
+            return list(self._entries.values())
 
     def count(self, what: Counter, amount: float = 1) -> None:
         phases.count(what, amount)
         with self._lock:
             self.counts[what] += amount
-
-    def resize(self, bound: int) -> None:
-        with self._lock:
-            self.bound = bound
-            self._shrink()
-
-    def _shrink(self) -> None:
-        while len(self._entries) > self.bound:
-            self._entries.popitem(last=False)
-            self.counts["evictions"] += 1
 
     def hold(self, value: Value) -> None:
         """Keeps a value alive until `release`, dropped from the cache or not."""
@@ -87,8 +124,9 @@ class Cache(Generic[Value]):
             self._held[id(value)] = value
 
     def forsake(self) -> None:
-        """Lets go of all values without freeing them."""
-        self._forsaken, self._entries, self._held = (self._entries, self._held), OrderedDict(), {}
+        """Lets go of all values without freeing them, in the child of a fork, where no other thread is."""
+        self._forsaken = (self._forsaken, self._entries, self._held)
+        self._entries, self._held = OrderedDict(), {}
 
     def release(self) -> None:
         """Drops all values, held ones, too."""
@@ -102,5 +140,6 @@ class Cache(Generic[Value]):
             self.counts = dict.fromkeys(self.counts, 0)
 
     def info(self) -> CacheInfo:
+        bound = self._bound()
         with self._lock:
-            return CacheInfo(**self.counts, size=len(self._entries), bound=self.bound)  # pyright: ignore
+            return CacheInfo(**self.counts, size=len(self._entries), bound=bound)  # pyright: ignore

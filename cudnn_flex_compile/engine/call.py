@@ -1,17 +1,49 @@
 """The key of a call, as cheap to make as can be, and the problem that it stands for.
 
-Knows nothing of plans. Two calls with equal keys have the same problem; the key is made at every call, the
-problem only when a plan must be built.
+Knows nothing of plans. Two calls with equal keys have the same problem, and the same policy by which its plan is found;
+the key is made at every call, the problem only when a plan must be built.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from cudnn_flex_compile.config import Policy, policy_from
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem, TensorSpec, dense_like, out_spec, usable
 
 Key = tuple[Any, ...]
+
+
+class Call(NamedTuple):
+    """What a key holds, by name: `Call(*key)`. Keys themselves are plain tuples, which are made faster.
+
+    Attributes:
+        operands: shape, stride and dtype of each.
+        policy: text (config.Policy).
+        grad_stride, lse_gradient: of a backward.
+    """
+
+    direction: str
+    program: str
+    query_shape: tuple[int, ...]
+    query_stride: tuple[int, ...]
+    query_dtype: torch.dtype
+    key_shape: tuple[int, ...]
+    key_stride: tuple[int, ...]
+    key_dtype: torch.dtype
+    value_shape: tuple[int, ...]
+    value_stride: tuple[int, ...]
+    value_dtype: torch.dtype
+    device: int
+    scale: float
+    stats: bool
+    deterministic: bool
+    operands: tuple[tuple[Any, ...], ...]
+    tiled: bool
+    policy: str
+    grad_stride: tuple[int, ...] = ()
+    lse_gradient: bool = False
 
 
 def forward_key(
@@ -23,13 +55,14 @@ def forward_key(
     scale: float,
     stats: bool,
     tiled: bool = False,
+    policy: str = "",
 ) -> Key:
     """From tensors, or anything with shape, stride(), dtype and device."""
     return (
         FORWARD, program, query.shape, query.stride(), query.dtype, key.shape, key.stride(), key.dtype,
         value.shape, value.stride(), value.dtype, query.device.index, scale, stats,
         torch.are_deterministic_algorithms_enabled(),
-        tuple([(o.shape, o.stride(), o.dtype) for o in operands]), tiled,
+        tuple([(o.shape, o.stride(), o.dtype) for o in operands]), tiled, policy,
     )  # fmt: skip
 
 
@@ -38,35 +71,46 @@ def backward_key(forward: Key, grad: Any, lse_gradient: bool = False) -> Key:
     return (BACKWARD, *forward[1:], grad.stride(), lse_gradient)
 
 
-def problem_of(call: Key) -> Problem:
+def problem_of(key: Key) -> Problem:
     """The problem: layouts that cuDNN cannot read are replaced by dense ones in the same order, into which the op
     copies. The gradients have the layouts that those of the call's own tensors have.
     """
-    direction, program, qs, qt, qd, ks, kt, kd, vs, vt, vd, device, scale, stats, deterministic, operands, tiled = (
-        call[:17]
-    )
-    query, key, value = (TensorSpec(tuple(s), tuple(t), d) for s, t, d in ((qs, qt, qd), (ks, kt, kd), (vs, vt, vd)))
-    out, given = out_spec(query, value), (query, key, value)
+    call = Call(*key)
+    given = given_layouts(call)
+    out = out_spec(given[0], given[2])
     read = tuple(readable(spec) for spec in given)
     gradients = tuple(dense_like(spec) for spec in given)
-    grad = TensorSpec(out.shape, tuple(call[17]), out.dtype) if direction == BACKWARD else None
+    grad = TensorSpec(out.shape, tuple(call.grad_stride), out.dtype) if call.direction == BACKWARD else None
     return Problem(
-        program=program,
-        direction=direction,
+        program=call.program,
+        direction=call.direction,
         query=read[0],
         key=read[1],
         value=read[2],
         out=out,
-        operands=tuple(TensorSpec(tuple(s), tuple(t), d) for s, t, d in operands),
-        scale=scale,
-        device=device,
-        stats=stats,
+        operands=tuple(TensorSpec(tuple(s), tuple(t), d) for s, t, d in call.operands),
+        scale=call.scale,
+        device=call.device,
+        stats=call.stats,
         grad=None if grad is None else (grad if usable(grad) else out),
-        deterministic=deterministic,
-        gradients=None if direction == FORWARD or gradients == tuple(map(dense_like, read)) else gradients,
-        lse_gradient=direction == BACKWARD and call[18],
-        tiled=tiled,
+        deterministic=call.deterministic,
+        gradients=None if grad is None or gradients == tuple(map(dense_like, read)) else gradients,
+        lse_gradient=call.lse_gradient,
+        tiled=call.tiled,
+        replay=policy_of(key).replay,
     )
+
+
+def given_layouts(call: Call) -> tuple[TensorSpec, TensorSpec, TensorSpec]:
+    """Query, key and value as the call has them."""
+    query = TensorSpec(tuple(call.query_shape), tuple(call.query_stride), call.query_dtype)
+    key = TensorSpec(tuple(call.key_shape), tuple(call.key_stride), call.key_dtype)
+    return query, key, TensorSpec(tuple(call.value_shape), tuple(call.value_stride), call.value_dtype)
+
+
+def policy_of(key: Key) -> Policy:
+    """By what its plan is found. Raises ValueError for a text that is no policy's."""
+    return policy_from(Call(*key).policy)
 
 
 def readable(spec: TensorSpec) -> TensorSpec:
@@ -74,9 +118,10 @@ def readable(spec: TensorSpec) -> TensorSpec:
     return spec if usable(spec) else dense_like(spec)
 
 
-def forward_of(call: Key) -> Key:
+def forward_of(key: Key) -> Key:
     """The forward call, with stats, whose outputs this backward call consumes."""
-    return (FORWARD, *call[1:13], True, *call[14:17])
+    call = Call(*key)._replace(direction=FORWARD, stats=True)
+    return tuple(call[: Call._fields.index("grad_stride")])
 
 
 class Meta:

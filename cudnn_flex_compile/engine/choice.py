@@ -6,36 +6,25 @@ Knows nothing of how plans are built or kept.
 import functools
 import time
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
 
 import torch
 
-from cudnn_flex_compile.engine import kinds, timing
+from cudnn_flex_compile.config import Policy
+from cudnn_flex_compile.engine import timing
 from cudnn_flex_compile.engine.attempts import attempts, most_telling
+from cudnn_flex_compile.engine.kinds import kind_of
 from cudnn_flex_compile.engine.places import SEED
 from cudnn_flex_compile.engine.problem import BACKWARD, Problem
-from cudnn_flex_compile.engine.ready import Runs, plans
+from cudnn_flex_compile.engine.ready import Runs
 from cudnn_flex_compile.engine.reference import Reference
 from cudnn_flex_compile.engine.regimes import REGIMES, drawn
 from cudnn_flex_compile.engine.repro import Rejection, warn_of
 from cudnn_flex_compile.engine.rows import rows_of
+from cudnn_flex_compile.engine.state import engine
 from cudnn_flex_compile.phases import phase
 from cudnn_flex_compile.reasons import Reason
 
 OF_SHAPES = tuple(regime for regime in REGIMES if regime.shapes)
-
-
-@dataclass(slots=True)
-class Policy:
-    """What options say about plans.
-
-    Attributes:
-        certify: "once", "always" or "off" (config.Options).
-        autotune: whether all attempts are timed, and the fastest is kept.
-    """
-
-    certify: str = "once"
-    autotune: bool = False
 
 
 def choose(problem: Problem, forward: Runs | None, reference: Reference, policy: Policy) -> Runs | Reason:
@@ -43,6 +32,7 @@ def choose(problem: Problem, forward: Runs | None, reference: Reference, policy:
 
     Args:
         forward: a certified forward of the call, for a backward.
+        policy: whether plans are checked, and whether all attempts are timed and the fastest is kept.
     """
     reasons: list[Reason] = []
     rejected: list[Rejection] = []
@@ -79,17 +69,17 @@ def certified(
 
     if policy.certify == "off":
         return None
-    kind = variant and kinds.kind_of(plan.problem, variant, reference.fingerprint)
-    known = policy.certify == "once" and kind is not None and kinds.is_known(kind)
-    plans.count("certifications")
+    kind = variant and kind_of(plan.problem, variant, reference.fingerprint)
+    known = policy.certify == "once" and kind is not None and bool(engine.coverage.get(kind))
+    engine.plans.count("certifications")
     start = time.perf_counter()
     with phase("certify"):
         verdict = certify(plan, forward, reference, OF_SHAPES if known else REGIMES)
-    plans.count("certify_seconds", time.perf_counter() - start)
+    engine.plans.count("certify_seconds", time.perf_counter() - start)
     if verdict is not None:
-        plans.count("rejections")
+        engine.plans.count("rejections")
     elif kind is not None and not known:
-        kinds.remember(kind)
+        engine.coverage.put(kind, True)
     return verdict
 
 

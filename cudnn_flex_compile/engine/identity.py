@@ -35,8 +35,8 @@ def key_of(problem: Problem, fingerprint: str, tuned: bool = False) -> str:
 
 
 def problem_text(problem: Problem) -> str:
-    """All of a problem but the index of its device: one field a line, the program last."""
-    names = [f.name for f in fields(problem) if f.name not in ("device", "program")]
+    """All of a problem but the index of its device, and how it is launched: one field a line, the program last."""
+    names = [f.name for f in fields(problem) if f.name not in ("device", "program", "replay")]
     return "\n".join([*(f"{name} {_text(getattr(problem, name))}" for name in names), f"program {problem.program}"])
 
 

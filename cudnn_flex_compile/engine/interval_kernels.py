@@ -8,26 +8,22 @@ import functools
 import importlib
 import logging
 import os
-from pathlib import Path
+
+from cudnn_flex_compile.settings import settings
 
 log = logging.getLogger("cudnn_flex_compile")
 MODULE = "cudnn.flex_attention"
 VARIABLES = "FLEX_ATTENTION_CUTE_DSL_CACHE_ENABLED", "FLEX_ATTENTION_CUTE_DSL_CACHE_DIR"
 LOUD = ("dispatch", "plan.builder")  # they print what they compiled
-
-_folders: list[Path] = []
-
-
-def keep_in(folder: Path | None) -> None:
-    """The folder of kernels, if any; from the first import on."""
-    _folders[:] = [] if folder is None else [folder]
+KERNELS = "interval_kernels"  # the subfolder of the cache folder in which the frontend keeps them
 
 
 @functools.cache
 def intervals_missing() -> str | None:
     """Why the kernels cannot be used, or None."""
-    if _folders and not any(name in os.environ for name in VARIABLES):
-        os.environ.update(dict(zip(VARIABLES, ("1", str(_folders[0])), strict=True)))
+    folder = settings().folder
+    if folder is not None and not any(name in os.environ for name in VARIABLES):
+        os.environ.update(dict(zip(VARIABLES, ("1", str(folder / KERNELS)), strict=True)))
     try:
         importlib.import_module(MODULE)
         for name in LOUD:

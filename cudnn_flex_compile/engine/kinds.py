@@ -1,4 +1,4 @@
-"""Which kinds of plans were certified in full in this process, so that a new shape of one takes less.
+"""Which plans are of one kind: once one was certified in full (Engine.coverage), a new shape of it takes less.
 
 Knows nothing of how plans are checked. A plan is built for one shape, and is always certified at just that shape before
 it runs data. But a new shape of a known kind is spared the regimes that are about the program's arithmetic, which its
@@ -10,14 +10,9 @@ multiple of 64, another), which of the two is larger, and the size to a factor o
 choose kernels. Several plans for one call, whose boxes have lengths of their own, are of no kind.
 """
 
-from collections import OrderedDict
 from collections.abc import Hashable
 
 from cudnn_flex_compile.engine.problem import Problem, TensorSpec
-
-KINDS = 1024  # that are remembered, the last ones
-
-_certified: OrderedDict[Hashable, None] = OrderedDict()
 
 
 def kind_of(problem: Problem, variant: Hashable, fingerprint: str | None) -> Hashable:
@@ -36,21 +31,6 @@ def kind_of(problem: Problem, variant: Hashable, fingerprint: str | None) -> Has
         tuple(map(_layout, tensors)), tuple(map(_layout, problem.operands)),
         query[0].bit_length(), tuple(map(_length, lengths)), (lengths[0] > lengths[1]) - (lengths[0] < lengths[1]),
     )  # fmt: skip
-
-
-def is_known(kind: Hashable) -> bool:
-    return kind in _certified
-
-
-def remember(kind: Hashable) -> None:
-    """A plan of this kind was certified in full."""
-    _certified[kind] = None
-    while len(_certified) > KINDS:
-        _certified.popitem(last=False)
-
-
-def forget() -> None:
-    _certified.clear()
 
 
 def _layout(spec: TensorSpec | None) -> Hashable:

@@ -18,6 +18,7 @@ from cudnn_flex_compile.engine.memory import empty
 from cudnn_flex_compile.engine.problem import FORWARD, Problem
 from cudnn_flex_compile.engine.record import Binding, Error
 from cudnn_flex_compile.engine.replay import Replays
+from cudnn_flex_compile.engine.state import engine
 from cudnn_flex_compile.reasons import Code, Reason
 
 PYTHON_ENGINES = 20_000  # the first id of an engine of the frontend's own (cudnn.engines.engine_ids)
@@ -59,7 +60,10 @@ class Plan:
         self._constant_addresses = [constant.data_ptr() for constant in self._constants]
         self._operands, self._ints, self._floats = binding.operands, binding.ints, binding.floats
         self._launch = launcher(graph, binding.uids)
-        self._replays = Replays(functools.partial(_launch_on, self._launch, problem.device), problem.device)
+        enqueue = functools.partial(_launch_on, self._launch, problem.device)
+        # Scalars are not in device memory: with them, addresses do not tell launches apart.
+        replayed = problem.replay and not (binding.ints or binding.floats)
+        self._replays = Replays(enqueue, problem.device, engine.shelf) if replayed else None
         self.outputs = output_specs(problem)
         self.errors: tuple[Error, ...] = ()
 
@@ -95,13 +99,13 @@ class Plan:
         addresses = [*tensors, *[operands[i].data_ptr() for i in self._operands], *self._constant_addresses]
         workspace = empty((self.workspace,), (1,), torch.uint8) if self.workspace else None
         memory = 0 if workspace is None else workspace.data_ptr()
-        if self._ints or self._floats:  # which are not in device memory, so that addresses do not tell calls apart
-            scalars = [torch.tensor([ints[i]], dtype=torch.int32) for i in self._ints]
-            scalars += [floats[i].to(torch.float32).reshape(1) for i in self._floats]
-            addresses += [scalar.data_ptr() for scalar in scalars]
-            self._launch(addresses, memory, current_handle(self.problem.device))
-        else:
+        if self._replays is not None:
             self._replays.run(addresses, memory)
+            return
+        scalars = [torch.tensor([ints[i]], dtype=torch.int32) for i in self._ints]
+        scalars += [floats[i].to(torch.float32).reshape(1) for i in self._floats]
+        addresses += [scalar.data_ptr() for scalar in scalars]
+        self._launch(addresses, memory, current_handle(self.problem.device))
 
 
 def _launch_on(launch: Launch, device: int, addresses: Sequence[int], workspace: int, stream: int) -> None:

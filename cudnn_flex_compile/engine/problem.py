@@ -55,6 +55,7 @@ class Problem:
         gradients: layouts of dq, dk and dv, if not dense_like those of query, key and value.
         lse_gradient: whether the backward takes a gradient of the log-sum-exp, too.
         tiled: whether a list of tiles tells which pairs are visible, beside the program (engine/tiles.py).
+        replay: whether the plan's launches may be replayed as CUDA graphs (engine/replay.py).
     """
 
     program: str
@@ -72,6 +73,7 @@ class Problem:
     gradients: tuple[TensorSpec, ...] | None = None
     lse_gradient: bool = False
     tiled: bool = False
+    replay: bool = True
 
     @property
     def lse_shape(self) -> tuple[int, int, int]:

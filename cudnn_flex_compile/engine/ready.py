@@ -1,20 +1,16 @@
-"""The certified plans of this process.
+"""A certified plan, with what a call of it needs.
 
-Knows nothing of how they are found.
+Knows nothing of how plans are found or kept.
 """
 
-import atexit
 import functools
-import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias, Union
 
 import torch
 
-from cudnn_flex_compile.engine.cache import Cache
 from cudnn_flex_compile.engine.memory import Layout
 from cudnn_flex_compile.engine.problem import BACKWARD, TensorSpec, dense
-from cudnn_flex_compile.reasons import Reason
 
 if TYPE_CHECKING:
     from cudnn_flex_compile.engine.around import Around
@@ -55,10 +51,3 @@ class Ready:
             return tuple(spec.layout for spec in self.plan.outputs)
         stats = dense(TensorSpec(problem.lse_shape if problem.stats else (0,), (), torch.float32))
         return self.plan.outputs[0].layout, stats.layout
-
-
-plans: Cache[Ready | Reason] = Cache(256)
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=plans.forsake)  # a child has no part in its parent's CUDA context
-atexit.register(plans.release)  # while CUDA and cuDNN are there: what modules hold may be freed after they are gone

@@ -33,16 +33,18 @@ class Shelf:
     """The graphs of all plans.
 
     Attributes:
-        enabled: whether any launch is recorded or replayed.
         replays, recordings: how many launches were.
         lock: of `plans`, and of all that is recorded.
     """
 
     def __init__(self) -> None:
-        self.enabled = True
         self.replays = self.recordings = self._full_until = 0
         self.plans: weakref.WeakSet[Replays] = weakref.WeakSet()
         self.lock = new_lock()
+
+    def reset(self) -> None:
+        """Counts anew; graphs go with their plans."""
+        self.replays = self.recordings = self._full_until = 0
 
     def has_room(self) -> bool:
         """Whether another graph may be recorded; one that has not been launched for long goes for it."""
@@ -58,9 +60,6 @@ class Shelf:
         return plan.graphs.pop(key, None) is not None
 
 
-shelf = Shelf()
-
-
 class Replays:
     """The launches of one plan. Any thread may run them, for no two write to the same memory at once.
 
@@ -68,10 +67,10 @@ class Replays:
         graphs: by workspace and addresses, with the number of the replay that was the last of it.
     """
 
-    __slots__ = ("__weakref__", "_device", "_enqueue", "_seen", "graphs")
+    __slots__ = ("__weakref__", "_device", "_enqueue", "_seen", "_shelf", "graphs")
 
-    def __init__(self, enqueue: Enqueue, device: int) -> None:
-        self._enqueue, self._device = enqueue, device
+    def __init__(self, enqueue: Enqueue, device: int, shelf: Shelf) -> None:
+        self._enqueue, self._device, self._shelf = enqueue, device, shelf
         self._seen: dict[int, int] = {}
         self.graphs: dict[Key, tuple[Graph, int]] = {}
         with shelf.lock:
@@ -80,15 +79,16 @@ class Replays:
     def run(self, addresses: Sequence[int], workspace: int) -> None:
         """Launches, on the current stream of the device, which must be the current one."""
         key, stream = (workspace, *addresses), torch._C._cuda_getCurrentRawStream(self._device)
-        found = self.graphs.get(key) if shelf.enabled else None
+        found = self.graphs.get(key)
         if found is None or torch.cuda.is_current_stream_capturing():
             self._enqueue(addresses, workspace, stream)
-            if found is None and shelf.enabled:
+            if found is None:
                 self._notice(key, addresses, workspace)
             return
         graph = found[0]
         if not graph.launch(stream):
             self._enqueue(addresses, workspace, stream)
+        shelf = self._shelf
         shelf.replays += 1
         self.graphs[key] = graph, shelf.replays
 
@@ -98,6 +98,7 @@ class Replays:
         if len(self._seen) >= KEYS:
             self._seen.clear()
         self._seen[name] = seen
+        shelf = self._shelf
         if seen < OFTEN or torch.cuda.is_current_stream_capturing() or not shelf.lock.acquire(blocking=False):
             return
         try:
@@ -107,10 +108,10 @@ class Replays:
             shelf.lock.release()
 
     def _record(self, key: Key, addresses: Sequence[int], workspace: int) -> None:
-        shelf.recordings += 1
+        self._shelf.recordings += 1
         try:
             graph = Graph(functools.partial(self._enqueue, addresses, workspace), self._device)
         except Exception as error:  # the launch itself has been made
             log.debug("cudnn_flex: a launch was not recorded: %s", error)
             return
-        self.graphs[key] = graph, shelf.replays
+        self.graphs[key] = graph, self._shelf.replays

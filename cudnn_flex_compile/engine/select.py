@@ -4,61 +4,44 @@ Knows nothing of FX graphs or of the op that runs plans, nor of how a plan is ch
 """
 
 import logging
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 
-from cudnn_flex_compile.engine import kinds
+from cudnn_flex_compile.config import Policy
 from cudnn_flex_compile.engine.cache import CacheInfo
-from cudnn_flex_compile.engine.call import Key, forward_of, problem_of
-from cudnn_flex_compile.engine.choice import Policy, certified, choose
+from cudnn_flex_compile.engine.call import Call, Key, forward_of, given_layouts, policy_of, problem_of
+from cudnn_flex_compile.engine.choice import certified, choose
 from cudnn_flex_compile.engine.clean import run_clean
 from cudnn_flex_compile.engine.problem import BACKWARD, Problem
-from cudnn_flex_compile.engine.ready import Ready, Runs, plans
+from cudnn_flex_compile.engine.ready import Ready, Runs
 from cudnn_flex_compile.engine.reference import ProgramReference, Reference
+from cudnn_flex_compile.engine.state import engine
 from cudnn_flex_compile.engine.support import refused
 from cudnn_flex_compile.engine.verdicts import keep, recall
 from cudnn_flex_compile.engine.versions import cudnn_version, unusable_device
-from cudnn_flex_compile.locks import new_lock
 from cudnn_flex_compile.phases import count
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod.text import parse
 
 log = logging.getLogger("cudnn_flex_compile")
-_policy = Policy()
-_building = new_lock()
-_references: OrderedDict[tuple[str, tuple[int, ...]], Reference] = OrderedDict()
-REFERENCES = 256
-
-
-def set_policy(certify: str, autotune: bool = False) -> None:
-    """What options say about plans, from now on and in the whole process; plans made under another rule go."""
-    wanted = Policy(certify, autotune)
-    if wanted != _policy:
-        with _building:  # no plan of the old rule is stored after this
-            _policy.certify, _policy.autotune = certify, autotune
-            plans.clear()
 
 
 def cache_info() -> CacheInfo:
     """Counters of the plan cache, since the process started or the cache was cleared."""
-    return plans.info()
+    return engine.plans.info()
 
 
 def cache_clear() -> None:
     """Drops all plans and zeroes the counters; what is kept in the cache folder stays there, and so do plans that a
     CUDA graph captured."""
-    plans.clear()
-    kinds.forget()
+    engine.clear()
 
 
 def remember_reference(problem: Problem, reference: Reference) -> None:
     """The user's own functions, for certifying plans of this program at this shape."""
-    _references[_reference_key(problem)] = reference
-    while len(_references) > REFERENCES:
-        _references.popitem(last=False)
+    engine.references.put(_reference_key(problem), reference)
 
 
 def _reference_key(problem: Problem) -> tuple[str, tuple[int, ...]]:
@@ -66,7 +49,7 @@ def _reference_key(problem: Problem) -> tuple[str, tuple[int, ...]]:
 
 
 def _reference(problem: Problem) -> Reference:
-    return _references.get(_reference_key(problem)) or ProgramReference(parse(problem.program))
+    return engine.references.get(_reference_key(problem)) or ProgramReference(parse(problem.program))
 
 
 def find_plan(
@@ -82,7 +65,7 @@ def find_plan(
     Raises:
         RuntimeError: a plan must be built while a CUDA graph is being captured.
     """
-    found = plans.get(call)
+    found = engine.plans.get(call)
     if found is None:
         if reference is not None:
             remember_reference(problem_of(call), reference())
@@ -93,15 +76,15 @@ def find_plan(
     if torch.cuda.is_current_stream_capturing():
         detail = "the plan cannot be compared with these functions while a CUDA graph is being captured"
         return Reason(Code.CERTIFICATION, detail, lasting=False)
-    return run_clean(lambda: _or_why_not(lambda: _compared(call, found, reference())), call[11])
+    return run_clean(lambda: _or_why_not(lambda: _compared(call, found, reference())), Call(*call).device)
 
 
 def _compared(call: Key, found: Ready, reference: Reference) -> Ready | Reason:
     """The plan, if it is right for these functions as well."""
-    before = _forward(call) if call[0] == BACKWARD else found
+    before = _forward(call) if Call(*call).direction == BACKWARD else found
     if isinstance(before, Reason):
         return before
-    verdict = certified(found.plan, before.plan, reference, _policy)
+    verdict = certified(found.plan, before.plan, reference, policy_of(call))
     if verdict is not None:
         return verdict
     found.references.add(reference.fingerprint)
@@ -111,7 +94,7 @@ def _compared(call: Key, found: Ready, reference: Reference) -> Ready | Reason:
 def _forward(call: Key) -> Ready | Reason:
     """Of a backward call, also where the cache has dropped it."""
     key = forward_of(call)
-    return plans.peek(key) or plans.put(key, _make(key))
+    return engine.plans.peek(key) or engine.plans.put(key, _make(key))
 
 
 def _build(call: Key) -> Ready | Reason:
@@ -120,9 +103,11 @@ def _build(call: Key) -> Ready | Reason:
             "cudnn_flex_compile: this attention call has no plan yet, and none can be built while a CUDA graph is "
             "being captured. Run the model once with these shapes before capturing."
         )
-    with _building:
-        found = plans.peek(call)
-        return found if found is not None else plans.put(call, run_clean(lambda: _make(call), call[11]))
+    with engine.building:
+        found = engine.plans.peek(call)
+        if found is None:
+            found = engine.plans.put(call, run_clean(lambda: _make(call), Call(*call).device))
+        return found
 
 
 def _make(call: Key) -> Ready | Reason:
@@ -137,8 +122,8 @@ def _make(call: Key) -> Ready | Reason:
         if isinstance(ready, Reason):
             return ready
         forward = ready.plan
-    reference = _reference(problem)
-    plan = _or_why_not(lambda: _stored_or_chosen(problem, forward, reference))
+    reference, policy = _reference(problem), policy_of(call)
+    plan = _or_why_not(lambda: _stored_or_chosen(problem, forward, reference, policy))
     return plan if isinstance(plan, Reason) else Ready(plan, _copies(call, problem), {reference.fingerprint})
 
 
@@ -158,18 +143,19 @@ def _or_why_not(find: Callable[[], Found]) -> Found | Reason:
         return Reason(Code.INTERNAL, f"{type(error).__name__}: {error}", lasting=False)
 
 
-def _stored_or_chosen(problem: Problem, forward: Runs | None, reference: Reference) -> Runs | Reason:
-    found = recall(problem, reference, _policy.certify, _policy.autotune)
+def _stored_or_chosen(
+    problem: Problem, forward: Runs | None, reference: Reference, policy: Policy
+) -> Runs | Reason:  # fmt: skip
+    found = recall(problem, reference, policy)
     if found is not None:
-        plans.count("restored")
+        engine.plans.count("restored")
         return found
-    found = choose(problem, forward, reference, _policy)
-    keep(problem, reference, _policy.certify, _policy.autotune, found)
+    found = choose(problem, forward, reference, policy)
+    keep(problem, reference, policy, found)
     return found
 
 
 def _copies(call: Key, problem: Problem) -> tuple[bool, bool, bool, bool]:
-    given = (call[3], call[6], call[9])
-    wanted = (problem.query, problem.key, problem.value)
-    q, k, v = (tuple(g) != w.stride for g, w in zip(given, wanted, strict=True))
-    return q, k, v, problem.grad is not None and tuple(call[17]) != problem.grad.stride
+    given, wanted = Call(*call), (problem.query, problem.key, problem.value)
+    q, k, v = (spec != w for spec, w in zip(given_layouts(given), wanted, strict=True))
+    return q, k, v, problem.grad is not None and tuple(given.grad_stride) != problem.grad.stride

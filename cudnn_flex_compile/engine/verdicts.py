@@ -11,17 +11,16 @@ operands, of whatever content, and its certification has drawn many.
 
 import logging
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from cudnn_flex_compile.config import Policy
 from cudnn_flex_compile.engine.identity import key_of, problem_text
-from cudnn_flex_compile.engine.interval_kernels import keep_in
 from cudnn_flex_compile.engine.parts import PartsPlan, assemble_parts, divided
 from cudnn_flex_compile.engine.problem import Problem
 from cudnn_flex_compile.engine.ready import Runs
 from cudnn_flex_compile.engine.record import Certified, StoredPlan, decode, encode
 from cudnn_flex_compile.engine.reference import Reference
-from cudnn_flex_compile.engine.store import Store
+from cudnn_flex_compile.engine.state import engine
 from cudnn_flex_compile.phases import phase
 from cudnn_flex_compile.reasons import Reason
 from cudnn_flex_compile.scoremod.ir import Program
@@ -41,33 +40,21 @@ class Use(NamedTuple):
     kept: bool
 
 
-KERNELS = "interval_kernels"  # the subfolder in which the frontend keeps those
-NEITHER = Use(False, False)
-USES = {"once": Use(True, True), "always": Use(False, True)}
-_stores: list[Store] = []
+USES = {"once": Use(True, True), "always": Use(False, True), "off": Use(False, False)}
 
 
-def use_folder(folder: Path | None, megabytes: int) -> None:
-    """Where verdicts are kept (MiB at most), or that they are not, from now on and in the whole process."""
-    keep_in(None if folder is None else folder / KERNELS)
-    wanted = None if folder is None else (folder, megabytes * 2**20)
-    if wanted != next(((s.folder, s.bound) for s in _stores), None):
-        _stores[:] = [] if wanted is None else [Store(*wanted)]
-
-
-def recall(problem: Problem, reference: Reference, rule: str, tuned: bool) -> Runs | Reason | None:
+def recall(problem: Problem, reference: Reference, policy: Policy) -> Runs | Reason | None:
     """The stored verdict on a problem, its plans ready to run on the current device; None if there is none.
 
     Args:
         reference: what plans of the problem are compared with.
-        rule: of certification; a stored verdict is not always trusted.
-        tuned: whether the plan is wanted that was the fastest, not the first.
+        policy: whether a stored verdict is trusted, and whether the plan is wanted that was the fastest, not the first.
     """
-    fingerprint = reference.fingerprint
-    if not _stores or fingerprint is None or not USES.get(rule, NEITHER).trusted:
+    store, fingerprint = engine.store, reference.fingerprint
+    if store is None or fingerprint is None or not USES[policy.certify].trusted:
         return None
     with phase("restore"):
-        data = _stores[0].read(key_of(problem, fingerprint, tuned))
+        data = store.read(key_of(problem, fingerprint, policy.autotune))
         if data is None:
             return None
         try:
@@ -83,10 +70,11 @@ def recall(problem: Problem, reference: Reference, rule: str, tuned: bool) -> Ru
             return None
 
 
-def keep(problem: Problem, reference: Reference, rule: str, tuned: bool, found: Runs | Reason) -> None:
-    """Stores a verdict that was found out under this rule."""
+def keep(problem: Problem, reference: Reference, policy: Policy, found: Runs | Reason) -> None:
+    """Stores a verdict that was found out by this policy."""
+    store, fingerprint = engine.store, reference.fingerprint
     passing = isinstance(found, Reason) and not found.lasting
-    if not _stores or reference.fingerprint is None or passing or not USES.get(rule, NEITHER).kept:
+    if store is None or fingerprint is None or passing or not USES[policy.certify].kept:
         return
     with phase("keep"):
         try:
@@ -94,19 +82,21 @@ def keep(problem: Problem, reference: Reference, rule: str, tuned: bool, found: 
         except ValueError as error:
             log.info("cudnn_flex: a plan is not kept beyond this process: %s", error)
             return
-        _stores[0].write(key_of(problem, reference.fingerprint, tuned), data)
+        store.write(key_of(problem, fingerprint, policy.autotune), data)
 
 
 def recall_text(key: str) -> str | None:
     """What keep_text kept under this key, in this process or in another."""
-    data = _stores[0].read(key) if _stores else None
+    store = engine.store
+    data = None if store is None else store.read(key)
     return None if data is None else data.decode()
 
 
 def keep_text(key: str, value: str) -> None:
     """Keeps what was measured; the key has all that it depends on."""
-    if _stores:
-        _stores[0].write(key, value.encode())
+    store = engine.store
+    if store is not None:
+        store.write(key, value.encode())
 
 
 def _stored(found: Runs) -> Certified:

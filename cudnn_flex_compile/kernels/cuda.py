@@ -13,10 +13,11 @@ from cudnn_flex_compile.engine.call import backward_key, forward_key
 from cudnn_flex_compile.engine.clean import above_autograd
 from cudnn_flex_compile.engine.memory import empty
 from cudnn_flex_compile.engine.problem import TensorSpec, dense, dense_like, out_spec
-from cudnn_flex_compile.engine.ready import Ready, plans
+from cudnn_flex_compile.engine.ready import Ready
 from cudnn_flex_compile.engine.repro import warned
 from cudnn_flex_compile.engine.rows import rows_of
 from cudnn_flex_compile.engine.select import find_plan
+from cudnn_flex_compile.engine.state import engine
 from cudnn_flex_compile.kernels import fallback
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod.ranges import VALUE_LIMIT
@@ -24,11 +25,13 @@ from cudnn_flex_compile.scoremod.ranges import VALUE_LIMIT
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 log = logging.getLogger("cudnn_flex_compile")
 _warned: set[str] = set()
+_plans = engine.plans
 
 
 def forward(
     query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor], ints: Sequence[int],
     floats: Sequence[Tensor], program: str, scale: float, stats: bool, tiles: Tensor | None = None,
+    policy: str = "",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The output in the query's order of strides, and the natural log-sum-exp [B, H, Sq], empty without `stats`.
 
@@ -36,9 +39,9 @@ def forward(
     """
     if query.get_device() != torch._C._cuda_getDevice():
         with torch.cuda.device(query.device):
-            return forward(query, key, value, operands, ints, floats, program, scale, stats, tiles)
-    call = forward_key(program, query, key, value, operands, scale, stats, tiles is not None)
-    found = plans.get(call) or find_plan(call)
+            return forward(query, key, value, operands, ints, floats, program, scale, stats, tiles, policy)
+    call = forward_key(program, query, key, value, operands, scale, stats, tiles is not None, policy)
+    found = _plans.get(call) or find_plan(call)
     if isinstance(found, Reason) or (ints and not _in_range(ints)):
         _explain(program, found)
         out, lse = _fallback_forward(query, key, value, operands, ints, floats, program, scale)
@@ -62,7 +65,7 @@ def forward(
 def backward(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
     operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor], program: str, scale: float,
-    tiles: Tensor | None = None,
+    tiles: Tensor | None = None, policy: str = "",
 ) -> Gradients:  # fmt: skip
     """dQ, dK, dV, dense in the orders of the strides of query, key and value, and the gradient of the learned operand,
     contiguous, in the query's dtype, empty if there is none.
@@ -71,11 +74,11 @@ def backward(
     """
     if query.get_device() != torch._C._cuda_getDevice():
         with torch.cuda.device(query.device):
-            rest = (out, stats, operands, ints, floats, program, scale, tiles)
+            rest = (out, stats, operands, ints, floats, program, scale, tiles, policy)
             return backward(grad_out, grad_lse, query, key, value, *rest)
-    before = forward_key(program, query, key, value, operands, scale, True, tiles is not None)
+    before = forward_key(program, query, key, value, operands, scale, True, tiles is not None, policy)
     call = backward_key(before, grad_out, grad_lse is not None)
-    found = plans.get(call) or find_plan(call)
+    found = _plans.get(call) or find_plan(call)
     if isinstance(found, Reason) or (ints and not _in_range(ints)):
         _explain(program, found)
         return _fallback_backward(grad_out, grad_lse, query, key, value, operands, ints, floats, program, scale)
@@ -101,7 +104,7 @@ def backward(
 def _hold_if_captured(found: Ready) -> None:
     """A CUDA graph that is replayed reads the plan's kernels and constants, whether the plan is still cached or not."""
     if torch.cuda.is_current_stream_capturing():
-        plans.hold(found)
+        _plans.hold(found)
 
 
 def _run(

@@ -49,17 +49,19 @@ def _new_bias(query: Tensor, operands: list[Tensor], program: str) -> Tensor:
 def _forward_cuda(
     query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], ints: list[int], floats: list[Tensor],
     program: str, scale: float, stats: bool, guard: Tensor | None, tiles: Tensor | None = None,
+    policy: str = "",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     from cudnn_flex_compile.kernels import cuda
 
     with named("forward", program):
-        return cuda.forward(query, key, value, operands, ints, floats, program, scale, stats, tiles)
+        return cuda.forward(query, key, value, operands, ints, floats, program, scale, stats, tiles, policy)
 
 
 @torch.library.impl(library, "attention_forward", "CPU")
 def _forward_cpu(
     query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], ints: list[int], floats: list[Tensor],
     program: str, scale: float, stats: bool, guard: Tensor | None, tiles: Tensor | None = None,
+    policy: str = "",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     from cudnn_flex_compile.kernels import cpu
 
@@ -73,6 +75,7 @@ def _forward_cpu(
 def _forward_fake(
     query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], ints: list[int], floats: list[Tensor],
     program: str, scale: float, stats: bool, guard: Tensor | None, tiles: Tensor | None = None,
+    policy: str = "",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     _check(query, key, value)
     return _new_out(query, value), new_stats(query, stats)
@@ -82,11 +85,11 @@ def _forward_fake(
 def _backward_cuda(
     grad_out: Tensor, grad_stats: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
     operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str, scale: float,
-    tiles: Tensor | None = None,
+    tiles: Tensor | None = None, policy: str = "",
 ) -> Gradients:  # fmt: skip
     from cudnn_flex_compile.kernels import cuda
 
-    rest = (operands, ints, floats, program, scale, tiles)
+    rest = (operands, ints, floats, program, scale, tiles, policy)
     with named("backward", program):
         return cuda.backward(grad_out, grad_stats, query, key, value, out, stats, *rest)
 
@@ -95,7 +98,7 @@ def _backward_cuda(
 def _backward_cpu(
     grad_out: Tensor, grad_stats: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
     operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str, scale: float,
-    tiles: Tensor | None = None,
+    tiles: Tensor | None = None, policy: str = "",
 ) -> Gradients:  # fmt: skip
     from cudnn_flex_compile.kernels import cpu
 
@@ -111,7 +114,7 @@ def _backward_cpu(
 def _backward_fake(
     grad_out: Tensor, grad_stats: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
     operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str, scale: float,
-    tiles: Tensor | None = None,
+    tiles: Tensor | None = None, policy: str = "",
 ) -> Gradients:  # fmt: skip
     return *_new_gradients(query, key, value), _new_bias(query, operands, program)
 

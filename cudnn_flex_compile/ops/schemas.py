@@ -9,16 +9,17 @@ from torch import Tensor
 SCHEMAS = {
     "attention": (
         "(Tensor query, Tensor key, Tensor value, Tensor[] operands, SymInt[] ints, Tensor[] floats, str program,"
-        " float scale, bool return_lse, bool stats, Tensor? guard, Tensor? tiles=None)"
+        " float scale, bool return_lse, bool stats, Tensor? guard, Tensor? tiles=None, str policy='')"
         " -> (Tensor out, Tensor lse, Tensor stats)"
     ),
     "attention_forward": (
         "(Tensor query, Tensor key, Tensor value, Tensor[] operands, SymInt[] ints, Tensor[] floats, str program,"
-        " float scale, bool stats, Tensor? guard, Tensor? tiles=None) -> (Tensor out, Tensor stats)"
+        " float scale, bool stats, Tensor? guard, Tensor? tiles=None, str policy='') -> (Tensor out, Tensor stats)"
     ),
     "attention_backward": (
         "(Tensor grad_out, Tensor? grad_stats, Tensor query, Tensor key, Tensor value, Tensor out, Tensor stats,"
-        " Tensor[] operands, SymInt[] ints, Tensor[] floats, str program, float scale, Tensor? tiles=None)"
+        " Tensor[] operands, SymInt[] ints, Tensor[] floats, str program, float scale, Tensor? tiles=None,"
+        " str policy='')"
         " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)"
     ),
     "permute_keys": "(Tensor keys, Tensor order, Tensor slots) -> Tensor",

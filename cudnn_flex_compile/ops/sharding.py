@@ -39,7 +39,7 @@ def _whole(outputs: int, tensors: int) -> Sharding:
 
 def _forward(
     query: Any, key: Any, value: Any, operands: Sequence[Any], ints: Any, floats: Sequence[Any], program: str,
-    scale: float, stats: bool, guard: Any, tiles: Any = None,
+    scale: float, stats: bool, guard: Any, tiles: Any = None, policy: str = "",
 ) -> list[Sharding]:  # fmt: skip
     guards = [Replicate()] * (guard is not None)
     found = [_whole(2, 3 + len(operands) + len(floats) + len(guards) + (tiles is not None))]
@@ -51,7 +51,7 @@ def _forward(
 
 def _backward(
     grad_out: Any, grad_stats: Any, query: Any, key: Any, value: Any, out: Any, stats: Any, operands: Sequence[Any],
-    ints: Any, floats: Sequence[Any], program: str, scale: float, tiles: Any = None,
+    ints: Any, floats: Sequence[Any], program: str, scale: float, tiles: Any = None, policy: str = "",
 ) -> list[Sharding]:  # fmt: skip
     count = 6 + (grad_stats is not None)
     found = [_whole(4, count + len(operands) + len(floats) + (tiles is not None))]

@@ -42,22 +42,25 @@ def _cuda() -> Any:
 def forward(
     query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], ints: list[int], floats: list[Tensor],
     program: str, scale: float, stats: bool, guard: Tensor | None, tiles: Tensor | None = None,
+    policy: str = "",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As the op `attention_forward`."""
     if _dispatched(query):
-        return attention_forward(query, key, value, operands, ints, floats, program, scale, stats, guard, tiles)
-    return _cuda().forward(query, key, value, operands, ints, floats, program, scale, stats, tiles)
+        rest = (operands, ints, floats, program, scale, stats, guard, tiles, policy)
+        return attention_forward(query, key, value, *rest)
+    return _cuda().forward(query, key, value, operands, ints, floats, program, scale, stats, tiles, policy)
 
 
 def backward(
     grad_out: Tensor, grad_stats: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
     operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str, scale: float,
-    tiles: Tensor | None = None,
+    tiles: Tensor | None = None, policy: str = "",
 ) -> Gradients:  # fmt: skip
     """As the op `attention_backward`."""
     plain = type(grad_out) in PLAIN and (grad_stats is None or type(grad_stats) in PLAIN)
     call = _cuda().backward if plain and not _dispatched(query) else attention_backward
-    return call(grad_out, grad_stats, query, key, value, out, stats, operands, ints, floats, program, scale, tiles)
+    rest = (operands, ints, floats, program, scale, tiles, policy)
+    return call(grad_out, grad_stats, query, key, value, out, stats, *rest)
 
 
 # Where Inductor's generated code finds them, also code from its caches.

@@ -8,7 +8,6 @@ host decides is kept. What was measured is kept beyond the process, under all th
 import functools
 import hashlib
 import json
-from collections import OrderedDict
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -20,8 +19,9 @@ from cudnn_flex_compile.engine.call import problem_of
 from cudnn_flex_compile.engine.choice import run_of
 from cudnn_flex_compile.engine.clean import run_clean
 from cudnn_flex_compile.engine.identity import environment, problem_text
-from cudnn_flex_compile.engine.ready import Ready, plans
+from cudnn_flex_compile.engine.ready import Ready
 from cudnn_flex_compile.engine.reference import ProgramReference
+from cudnn_flex_compile.engine.state import engine
 from cudnn_flex_compile.engine.verdicts import keep_text, recall_text
 from cudnn_flex_compile.kernels.contender import Contest, milliseconds
 from cudnn_flex_compile.passes.find import example, hint
@@ -32,7 +32,6 @@ from cudnn_flex_compile.scoremod.text import parse
 
 # Milliseconds that the host takes for a forward and a backward. (python3 -m tests.gpu.host_time)
 HOST = (0.032, 0.043)
-MEASURED = 1024  # calls whose times are remembered, the last ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +51,6 @@ class Times:
         return Reason(Code.SLOWER, detail)
 
 
-_measured: OrderedDict[str, Times] = OrderedDict()
-
-
 def measurable(target: Target) -> bool:
     """Whether the call can be measured: on a GPU, with its BlockMask at hand, where keys are not permuted in the graph,
     and without a loss of the log-sum-exp.
@@ -69,7 +65,7 @@ def times_of(target: Target) -> Times | None:
     """Of a call whose plans were found, measured now or before; None if that fails."""
     device = example(target.call.query).device
     call = forward_call(target, target.running, device)
-    ready = [plans.peek(key) for key in (call, *([backward_call(call)] if target.training else []))]
+    ready = [engine.plans.peek(key) for key in (call, *([backward_call(call)] if target.training else []))]
     found = [r for r in ready if isinstance(r, Ready)]
     if len(found) < len(ready):
         return None
@@ -95,7 +91,7 @@ def _compared(key: str, found: list[Ready], contest: Contest) -> Times | None:
     except torch.OutOfMemoryError:
         return None
     keep_text(key, json.dumps([ours, stock]))
-    return _remember(key, Times(ours, stock))
+    return engine.times.put(key, Times(ours, stock))
 
 
 def _ours(found: list[Ready]) -> tuple[float, ...]:
@@ -126,17 +122,9 @@ def _triton() -> str:
 
 
 def _recalled(key: str) -> Times | None:
-    if key in _measured:
-        return _measured[key]
-    stored = recall_text(key)
+    known = engine.times.get(key)
+    stored = recall_text(key) if known is None else None
     if stored is None:
-        return None
+        return known
     ours, stock = json.loads(stored)
-    return _remember(key, Times(tuple(ours), tuple(stock)))
-
-
-def _remember(key: str, times: Times) -> Times:
-    _measured[key] = times
-    while len(_measured) > MEASURED:
-        _measured.popitem(last=False)
-    return times
+    return engine.times.put(key, Times(tuple(ours), tuple(stock)))

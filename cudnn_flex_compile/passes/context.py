@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch.fx import Node
 
+from cudnn_flex_compile.config import Options
 from cudnn_flex_compile.passes import autotune, block_mask, estimates, intervals, limits, speed
 from cudnn_flex_compile.passes.block_mask import MaskProgram
 from cudnn_flex_compile.passes.capture import Captures
@@ -30,6 +31,7 @@ class Context:
     graph's real inputs, how many calls share a mask, and what was found out about all that, which takes a look at data.
 
     Attributes:
+        options: of this compile.
         around: what the graph has besides; None where that is nothing but views, and under CUDA graphs, which launch
             all kernels of a step at once.
     """
@@ -38,12 +40,15 @@ class Context:
     tiles: intervals.Tiles | None
     guards: block_mask.Guards
     real: dict[Node, Any]
-    only_faster: bool
-    bias_budget: int
-    autotune: bool
+    options: Options
     sharing: Counter[Hashable]
     around: estimates.Around | None
     known: dict[tuple[Any, ...], Any] = field(default_factory=dict[tuple[Any, ...], Any])
+
+    @property
+    def only_faster(self) -> bool:
+        """Whether calls that are slower on cuDNN are kept."""
+        return self.options.lower == "when_faster"
 
     def once(self, key: tuple[Any, ...], find: Callable[[], Found]) -> Found:
         if key not in self.known:

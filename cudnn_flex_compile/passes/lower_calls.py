@@ -13,6 +13,7 @@ from typing import Any
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 
+from cudnn_flex_compile.config import Options
 from cudnn_flex_compile.passes import block_mask, intervals
 from cudnn_flex_compile.passes.around import around_of, is_alone
 from cudnn_flex_compile.passes.autocast import with_casts, without_casts
@@ -43,29 +44,18 @@ class Lowered:
     checked: bool
 
 
-def lower_calls(
-    graph_module: GraphModule, example_inputs: Sequence[Any], only_faster: bool = True, bias_budget: int = 256,
-    autotuned: bool = False, by_intervals: bool = False, captures_graphs: bool = False,
-) -> Lowered:  # fmt: skip
-    """Rewrites the graph in place.
-
-    Args:
-        only_faster: keep the calls that are slower on cuDNN.
-        bias_budget: MiB that one operand over (q, kv) pairs, or one list of tiles, may take.
-        autotuned: find out by measuring which calls these are.
-        by_intervals: try the interval kernels, for which the host looks at two numbers a step; not under CUDA graphs.
-        captures_graphs: whether CUDA graphs will be captured of it.
-    """
+def lower_calls(graph_module: GraphModule, example_inputs: Sequence[Any], options: Options) -> Lowered:
+    """Rewrites the graph in place, as the options of this compile say."""
     inputs = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
     pairs = zip(inputs, example_inputs, strict=False)
     real = {node: value for node, value in pairs if not isinstance(value, FakeTensor)}  # DDP's optimizer gives such
     writer = Writer()
-    tiled = by_intervals and not captures_graphs  # the host can look at no data then
+    captures = options.captures_graphs
+    tiled = options.intervals and not captures  # for which the host looks at two numbers a step
     tiles, guards = intervals.Tiles(writer) if tiled else None, block_mask.Guards(inputs, writer)
     found = list(find_calls(graph_module))
-    around = None if captures_graphs or is_alone(graph_module, found) else around_of(graph_module, len(found))
-    asked = only_faster, bias_budget, autotuned
-    context = Context(writer, tiles, guards, real, *asked, Counter(map(mask_of, found)), around)
+    around = None if captures or is_alone(graph_module, found) else around_of(graph_module, len(found))
+    context = Context(writer, tiles, guards, real, options, Counter(map(mask_of, found)), around)
     reports: list[CallReport] = []
     changed: list[GraphModule] = []
     live: dict[Graph, set[Node]] = {}

@@ -15,7 +15,7 @@ from cudnn_flex_compile.passes.find import Call, example, scale_of
 
 def replace(
     call: Call, key: Node, value: Node, operands: Sequence[Node], ints: Sequence[Any], floats: Sequence[Node],
-    program: str, training: bool, guard: Node | None, tiles: Node | None = None,
+    program: str, training: bool, guard: Node | None, tiles: Node | None, policy: str,
 ) -> None:  # fmt: skip
     """Rewrites the call's users to the op's outputs; the node itself goes.
 
@@ -28,13 +28,14 @@ def replace(
         training: whether a gradient may be asked for.
         guard: the node of the BlockMask's check, if there is a BlockMask.
         tiles: the list of the mask's tiles, where the call runs by one.
+        policy: text (config.Policy).
     """
     graph, node = call.node.graph, call.node
     with graph.inserting_before(node):
         key, value = (with_batch(n, call) for n in (key, value))
         arguments = (
             call.query, key, value, list(operands), list(ints), list(floats), program, scale_of(call) or 0.0,
-            call.uses(1), training, guard, *(() if tiles is None else (tiles,)),
+            call.uses(1), training, guard, tiles, policy,
         )  # fmt: skip
         op = graph.call_function(ops.attention, arguments)
         op.meta.update({k: v for k, v in node.meta.items() if k != "example_value"})

@@ -43,7 +43,7 @@ def lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason 
     program, hoisted, checked = traced.program, traced.hoisted, traced.checked(captures)
     report.program = program
     describe_mask(report, call, hoisted, captures, context.real)
-    large = limits.over_budget(call, hoisted, context.bias_budget)
+    large = limits.over_budget(call, hoisted, context.options.bias_budget_mb)
     if large is not None and traced.pairwise is None:
         return large
     training = bool(example(call.node)[0].requires_grad) or any(part.learned for part in hoisted)
@@ -51,8 +51,9 @@ def lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason 
     if wrong is not None:
         return wrong
     target = Target(
-        call, program, hoisted, captures, training, context.real, compacted(program, hoisted), traced.fingerprint
-    )
+        call, program, hoisted, captures, training, context.real, context.options.policy.text,
+        compacted(program, hoisted), traced.fingerprint,
+    )  # fmt: skip
 
     def by_plans() -> Reason | None:
         return large or _by_plans(target, checked, context, report)
@@ -75,7 +76,7 @@ def lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason 
 
 def _by_plans(target: Target, checked: MaskProgram | None, context: Context, report: CallReport) -> Reason | None:
     """Rewrites the call to run by plans that know its mask, or says why it does not."""
-    measured = context.autotune and autotune.measurable(target)
+    measured = context.options.autotune and autotune.measurable(target)
     why = slower(target, context) if context.only_faster and not measured else None
     if why is not None:
         return why
@@ -102,7 +103,7 @@ def _by_intervals(target: Target, context: Context, report: CallReport) -> Reaso
 
     def unsuitable() -> Reason | None:
         values = real_values(call, target.captures, target.hoisted, context)
-        return intervals.unsuitable(target, values, context.bias_budget)
+        return intervals.unsuitable(target, values, context.options.bias_budget_mb)
 
     known = ("unsuitable", *given_to(call), target.program, target.hoisted, *target.captures.nodes.values())
     verdict = context.once(known, unsuitable) or judge(target)
@@ -131,4 +132,4 @@ def _rewrite(target: Target, context: Context, guard: Node | None) -> None:
     program, hoisted = target.running
     operands = [writer.write(h, nodes, call.query, call.key, call.node) for h in hoisted]
     tiles = context.tiles.write(target, operands, ints, floats) if target.tiled and context.tiles else None
-    replace(call, key, value, operands, ints, floats, text(program), target.training, guard, tiles)
+    replace(call, key, value, operands, ints, floats, text(program), target.training, guard, tiles, target.policy)

@@ -43,6 +43,7 @@ class Target:
         captures: its captured inputs.
         training: whether a gradient may be asked for.
         real: the graph's inputs, by placeholder.
+        policy: text (config.Policy).
         compact: the program over permuted keys that runs in place of `program`, if there is one.
         fingerprint: of the call's functions (passes/traced.py).
         tiled: whether it runs by a list of the mask's tiles (passes/intervals.py).
@@ -54,6 +55,7 @@ class Target:
     captures: Captures
     training: bool
     real: dict[Node, Any]
+    policy: str
     compact: Compact | None = None
     fingerprint: str | None = None
     tiled: bool = False
@@ -147,7 +149,8 @@ def forward_call(target: Target, running: tuple[Program, tuple[Hoisted, ...]], d
         key, value = (Meta(dense(TensorSpec(t.shape, t.stride(), t.dtype)), device) for t in (key, value))
     operands = [Meta(_operand_spec(h, sizes), device) for h in hoisted]
     stats = target.training or call.uses(1)
-    return forward_key(text(program), query, key, value, operands, scale_of(call) or 0.0, stats, target.tiled)
+    rest = (operands, scale_of(call) or 0.0, stats, target.tiled, target.policy)
+    return forward_key(text(program), query, key, value, *rest)
 
 
 def _spec(tensor: torch.Tensor) -> TensorSpec:

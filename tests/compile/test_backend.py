@@ -253,8 +253,8 @@ def test_symbolic_lengths():
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"inner": "x"}, "valid options: inner_backend"), ({"inner_backend": "nope"}, "known backends"),
-     ({"certify": "maybe"}, "valid values"), ({"plan_cache_size": 0}, "1 and more"), ({"mode": "fast"}, "valid values"),
-     ({"plan_cache_size": "many"}, "expected int"), ({"inner_backend": "cudnn_flex"}, "must be another")],
+     ({"certify": "maybe"}, "valid values"), ({"bias_budget_mb": -1}, "0 and more"), ({"mode": "fast"}, "valid values"),
+     ({"bias_budget_mb": "many"}, "expected int"), ({"inner_backend": "cudnn_flex"}, "must be another")],
 )  # fmt: skip
 def test_bad_options_are_refused_and_list_the_valid_ones(options, message):
     with pytest.raises(Exception, match=message):

@@ -12,6 +12,7 @@ import torch
 from torch.nn.attention.flex_attention import flex_attention
 
 from cudnn_flex_compile.engine.call import problem_of
+from cudnn_flex_compile.engine.state import engine
 from cudnn_flex_compile.passes import lower_calls as module
 from cudnn_flex_compile.passes import roads, target, traced
 from cudnn_flex_compile.report import COUNTS, PHASES, collect
@@ -20,7 +21,7 @@ from tests import stand_in
 from tests.layers import KINDS, inputs, model
 
 pytestmark = pytest.mark.any_torch
-OPTIONS = {"inner_backend": "eager", "cache": False, "lower": "always"}
+OPTIONS = {"inner_backend": "eager", "lower": "always"}
 # Python functions that the pass calls for one more layer whose functions were traced before. Measured: 1200 (soft cap)
 # to 1700 (ALiBi, which has an operand of its own); 35000 when every layer was traced.
 CALLS_A_LAYER = 3000
@@ -207,7 +208,7 @@ def test_graphs_do_not_outlive_the_model():
     finally:
         module._lower = lower
     torch._dynamo.reset()
-    stand_in.select._references.clear()
+    engine.references.clear()
     gc.collect()
     assert len(seen) == 2
     assert [ref() for ref in seen] == [None, None]

@@ -9,6 +9,7 @@ import torch
 from torch.nn.attention.flex_attention import and_masks, create_block_mask, flex_attention
 
 from cudnn_flex_compile import collect, explain
+from cudnn_flex_compile.config import Options
 from cudnn_flex_compile.engine.record import Error
 from cudnn_flex_compile.passes import describe, estimates
 from cudnn_flex_compile.passes.lower_calls import lower_calls
@@ -129,7 +130,7 @@ def passed(function, *args):
     found = []
 
     def backend(graph_module, inputs):
-        found.extend(lower_calls(graph_module, inputs).calls)
+        found.extend(lower_calls(graph_module, inputs, Options(intervals=False)).calls)
         return lambda *_: (args[0],)
 
     torch._dynamo.reset()

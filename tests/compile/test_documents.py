@@ -55,7 +55,7 @@ def attend(q, k, v, ids):
 
 
 def compiled(function, **options):
-    given = {"inner_backend": "aot_eager", "lower": "always", "cache": False, "intervals": True, **options}
+    given = {"inner_backend": "aot_eager", "lower": "always", "intervals": True, **options}
     return torch.compile(function, backend="cudnn_flex", dynamic=False, options=given)
 
 

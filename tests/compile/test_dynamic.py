@@ -13,7 +13,7 @@ from cudnn_flex_compile.engine.call import Meta, forward_key
 from cudnn_flex_compile.engine.choice import OF_SHAPES
 from cudnn_flex_compile.engine.problem import TensorSpec
 from cudnn_flex_compile.engine.regimes import REGIMES
-from cudnn_flex_compile.engine.select import find_plan, plans
+from cudnn_flex_compile.engine.select import find_plan
 from cudnn_flex_compile.kernels import cpu
 from cudnn_flex_compile.passes import roads as module
 from cudnn_flex_compile.passes import target, traced
@@ -21,7 +21,7 @@ from cudnn_flex_compile.reasons import Reason
 from cudnn_flex_compile.report import collect
 from tests import dense, stand_in
 
-OPTIONS = {"inner_backend": "aot_eager", "cache": False}
+OPTIONS = {"inner_backend": "aot_eager"}
 LENGTHS = (64, 100, 128, 192, 200, 256, 100)
 BATCH, HEADS, DIM = 5, 2, 24  # all sizes differ: Dynamo takes equal ones for the same
 
@@ -46,10 +46,8 @@ def backend(monkeypatch):
 
     monkeypatch.setattr(module, "judge", judge)
     monkeypatch.setattr(cpu, "forward", run)
-    bound = plans.bound
     with torch.no_grad():
         yield found
-    plans.resize(bound)
 
 
 def compiled(function, dynamic=None, **options):
@@ -113,9 +111,10 @@ def test_with_a_block_mask_as_an_argument():
     assert cache_info().builds == 4
 
 
-def test_a_loop_over_lengths_stays_within_the_bound():
+def test_a_loop_over_lengths_stays_within_the_bound(monkeypatch):
     """200 lengths, and those of a second round that are still there are found."""
-    function = compiled(capped, dynamic=True, plan_cache_size=64)
+    monkeypatch.setenv("CUDNN_FLEX_PLAN_CACHE_SIZE", "64")
+    function = compiled(capped, dynamic=True)
     with collect() as report:
         for length in [*range(8, 208), *range(207, 187, -1)]:
             function(*draw(length, batch=1))

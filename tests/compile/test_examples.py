@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cudnn_flex_compile import Options
+from cudnn_flex_compile import Options, Settings
 
 ROOT = Path(__file__).parents[2]
 WITHOUT_GPU = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
@@ -61,7 +61,7 @@ def test_distributed_says_that_it_needs_gpus():
     assert "no backward on the CPU" in done.stderr
 
 
-def test_readme_lists_the_options():
+def test_readme_lists_the_options_and_settings():
     rows = re.findall(r"^\| `(\w+)` \| `(.+?)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
-    defaults = dataclasses.asdict(Options())
+    defaults = dataclasses.asdict(Options()) | dataclasses.asdict(Settings())
     assert {name: eval(default) for name, default in rows} == defaults  # literals of our own file

@@ -16,6 +16,7 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile.bench.mods import ALL, BY_BATCH
+from cudnn_flex_compile.config import Options, Policy
 from cudnn_flex_compile.engine import choice, plan
 from cudnn_flex_compile.engine.attention_graph import output_specs
 from cudnn_flex_compile.engine.call import problem_of
@@ -78,7 +79,7 @@ def problem(name: str) -> Problem:
         return Reason(Code.UNSUPPORTED_CALL, "only asked for its program")
 
     def backend(graph_module: Any, inputs: list[Any]) -> Any:
-        lower_calls.lower_calls(graph_module, inputs, only_faster=False)
+        lower_calls.lower_calls(graph_module, inputs, Options(lower="always", intervals=False))
         return lambda *_: (torch.zeros(()),)
 
     qkv = [torch.empty(BATCH, LENGTH, HEADS, DIM, dtype=torch.bfloat16).transpose(1, 2) for _ in range(3)]
@@ -125,7 +126,7 @@ def judged(asked: Problem, sm: int) -> Cell:
         return Accepted(lowering.strategy, output_specs(given))
 
     with mock.patch.object(plan, "build", build), mock.patch.object(choice, "certified", return_value=None):
-        found = choice.choose(asked, None, ProgramReference(parse(asked.program)), choice.Policy())
+        found = choice.choose(asked, None, ProgramReference(parse(asked.program)), Policy())
     return Cell(_short(found), False) if isinstance(found, Reason) else Cell(found.strategy, True)
 
 

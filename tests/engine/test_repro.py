@@ -5,6 +5,7 @@ import runpy
 
 import pytest
 
+from cudnn_flex_compile.config import Policy
 from cudnn_flex_compile.engine import attempts, choice, clean, repro, select
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem
 from cudnn_flex_compile.engine.reference import ProgramReference
@@ -21,7 +22,6 @@ def fresh(monkeypatch, tmp_path):
     monkeypatch.setattr(repro, "_warned", set())
     monkeypatch.setattr(repro, "folder", lambda: tmp_path)
     monkeypatch.setattr(clean, "run_clean", lambda function, device: function())
-    monkeypatch.setattr(select, "_policy", choice.Policy())
 
 
 def stand_in(strategy, wrong, problem=PROBLEM):
@@ -35,7 +35,7 @@ def tried(monkeypatch, *plans, reference=None, certify="once"):
     made = [p if isinstance(p, Reason) else stand_in(*p) for p in plans]
     found = [attempts.Attempt(lambda plan=plan: plan) for plan in made]
     monkeypatch.setattr(choice, "attempts", lambda problem: found)
-    return choice.choose(PROBLEM, None, reference or ProgramReference(PROGRAM), choice.Policy(certify))
+    return choice.choose(PROBLEM, None, reference or ProgramReference(PROGRAM), Policy(certify))
 
 
 def warnings(caplog):
@@ -137,12 +137,3 @@ def test_modes_and_the_count_of_seconds(mode, checked, monkeypatch):
     info = select.cache_info()
     assert info.certifications == checked
     assert (info.certify_seconds > 0) == bool(checked)
-
-
-def test_plans_of_another_mode_go(monkeypatch):
-    select.set_policy("once")
-    select.plans.put("call", NOT_BUILT)
-    select.set_policy("once")
-    assert select.plans.peek("call") is NOT_BUILT
-    select.set_policy("always")
-    assert select.plans.peek("call") is None

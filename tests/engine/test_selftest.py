@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from cudnn_flex_compile.config import Policy
 from cudnn_flex_compile.engine import select, selftest
 from cudnn_flex_compile.engine.attempts import _needs_guard
-from cudnn_flex_compile.engine.call import problem_of
+from cudnn_flex_compile.engine.call import policy_of, problem_of
 from cudnn_flex_compile.engine.parts import divided
 from cudnn_flex_compile.engine.problem import BACKWARD
 from cudnn_flex_compile.engine.strategies import STRATEGIES
@@ -39,19 +40,19 @@ def test_every_strategy_and_form_of_plan_takes_part():
 
 def test_outcomes(monkeypatch):
     """Forward, then backward, each anew; the first that fails ends the program, not the test."""
-    asked, rules = [], []
+    asked, policies = [], set()
 
     def find_plan(key):
         asked.append(key[0])
+        policies.add(policy_of(key))
         if len(asked) == 2:
             return Reason(Code.CERTIFICATION, "wrong")
         return select.Ready(type("Plan", (), {"strategy": "native"})(), (False,) * 4)
 
     monkeypatch.setattr(select, "find_plan", find_plan)
-    monkeypatch.setattr(select, "set_policy", rules.append)
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
     outcomes = list(selftest.run(0))
-    assert rules == ["always"]
+    assert policies == {Policy(certify="always")}, "no other compile's plans"
     assert [o.name for o in outcomes] == [p.name for p in selftest.PROGRAMS]
     assert [str(o.reason) for o in outcomes if o.reason] == ["CERTIFICATION: wrong"]
     assert outcomes[0].strategies == ("native",)

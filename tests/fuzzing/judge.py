@@ -11,14 +11,14 @@ from unittest import mock
 
 import torch
 
-from cudnn_flex_compile import cache_clear
+from cudnn_flex_compile import cache_clear, configure
 from cudnn_flex_compile.kernels import cuda
 from cudnn_flex_compile.reasons import Code
 from cudnn_flex_compile.report import Report, collect
 from tests.fuzzing.verdict import DIED, ERROR, KEPT, RIGHT, SKIPPED, WRONG, Verdict
 from tests.generated import Call, too_far
 
-OPTIONS = {"inner_backend": "aot_eager", "lower": "always", "cache": False}  # a verdict of another run is none here
+OPTIONS = {"inner_backend": "aot_eager", "lower": "always"}
 AT_RUN_TIME = "kept at run time"  # a backward for a gradient of another layout than the output's has a plan of its own
 RUNS_ALL_THE_SAME = "It runs as "  # what certification's warning says of another strategy that was found
 LARGE = 4 * 2**30  # bytes of the allocator that are given back to the other processes
@@ -27,6 +27,7 @@ POISONED = (2**24, *[2**17] * 32, *[2**12] * 32)
 
 def judge(case: Call, device: str = "cuda") -> Verdict:
     torch._dynamo.reset()
+    configure(cache=False)  # a verdict of another run is none here
     cache_clear()
     with _fallbacks() as fallbacks:
         verdict = _guarded(case, device, fallbacks)

@@ -21,8 +21,10 @@ from dataclasses import dataclass
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from cudnn_flex_compile import configure
 from cudnn_flex_compile.bench.measure import on_device
 from cudnn_flex_compile.bench.mods import causal, sliding, softcap
+from cudnn_flex_compile.config import Options
 from cudnn_flex_compile.passes.lower_calls import lower_calls
 from cudnn_flex_compile.report import collect
 from tests import dense
@@ -31,7 +33,7 @@ from tests.gpu.unattended import lines, tried
 
 ACCURACY_LENGTH, LIMIT = 1024, 2.0
 WARM_UP, LONGEST, MOST_CALLS = 4, 20, 10  # samples; milliseconds of a sample, and its calls at most
-LOWERED = {"lower": "always", "cache": False}
+LOWERED = {"lower": "always"}
 CONTENDERS = {"inductor": None, "ours": LOWERED}
 WAYS = {**CONTENDERS, "numbers": LOWERED | {"inner_backend": "aot_eager"}}
 
@@ -131,6 +133,7 @@ def function_of(layer, length):
 
 def compiled(layer, length, way):
     """By one of WAYS."""
+    configure(cache=False)
     how = {"backend": "inductor"} if WAYS[way] is None else {"backend": "cudnn_flex", "options": WAYS[way]}
     return torch.compile(function_of(layer, length), dynamic=False, **how)
 
@@ -213,7 +216,7 @@ def by_default(layer, length):
     found = []
 
     def backend(graph_module, inputs):
-        found.extend(lower_calls(graph_module, inputs).calls)
+        found.extend(lower_calls(graph_module, inputs, Options(intervals=False)).calls)
         return lambda *_: (torch.zeros(()),)
 
     torch._dynamo.reset()

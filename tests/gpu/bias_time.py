@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from cudnn_flex_compile import configure
 from cudnn_flex_compile.report import collect
 from tests import dense
 from tests.gpu.learned import FORMS
@@ -36,7 +37,8 @@ def compiled(score_mod, mask, backend):
         return flex_attention(q, k, v, score_mod, mask)
 
     torch._dynamo.reset()
-    options = {"lower": "always", "cache": False, "bias_budget_mb": 16384}
+    configure(cache=False)
+    options = {"lower": "always", "bias_budget_mb": 16384}
     how = {"options": options} if backend == "cudnn_flex" else {}
     return torch.compile(attend, backend=backend, dynamic=False, **how)
 

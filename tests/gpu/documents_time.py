@@ -29,6 +29,7 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.profiler import ProfilerActivity, profile
 
+from cudnn_flex_compile import configure
 from cudnn_flex_compile.engine.tile_recording import recording_of
 from cudnn_flex_compile.engine.tiles import Geometry, tiler_of
 from cudnn_flex_compile.passes import estimates, speed
@@ -81,7 +82,8 @@ class Model:
         self.batch, self.length, heads, kv_heads = shape
         self.leaves = [[self.draw(h).requires_grad_() for h in (heads, kv_heads, kv_heads)] for _ in range(count)]
         self.grads, self.flat = [self.draw(heads) for _ in range(count)], [t for qkv in self.leaves for t in qkv]
-        ours = {"cache": False, "lower": "always"}
+        configure(cache=False)
+        ours = {"lower": "always"}
         theirs = torch.compile(model, dynamic=False)
         self.run = {"inductor": theirs, "ours": torch.compile(model, backend="cudnn_flex", dynamic=False, options=ours)}
 

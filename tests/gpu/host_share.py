@@ -19,8 +19,8 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from cudnn_flex_compile.engine.replay import shelf
 from cudnn_flex_compile.kernels import cuda
+from tests.gpu.launched import launched as without_replays
 from tests.gpu.turns import compiling, measuring
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
@@ -78,11 +78,8 @@ def steps_of(model, batch, training):
             step(OURS)
 
     def launched():
-        shelf.enabled = False
-        try:
+        with without_replays():
             step(OURS)
-        finally:
-            shelf.enabled = True
 
     return {STOCK: lambda: step(STOCK), OURS: lambda: step(OURS), LAUNCHED: launched, REST: rest}
 

@@ -8,7 +8,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile import cache_clear, cache_info
 from cudnn_flex_compile.bench.mods import causal_padding, softcap
-from cudnn_flex_compile.engine.ready import plans
+from cudnn_flex_compile.engine.state import engine
 from tests.gpu.test_behaviour import assert_right
 
 LENGTH = 256
@@ -53,7 +53,7 @@ def test_each_device_has_plans_of_its_own(inner):
     for device in ("cuda:1", "cuda:0"):
         step(function, inputs(device))
     built = cache_info().builds
-    of_devices = Counter(found.plan.device.index for found in plans._entries.values())
+    of_devices = Counter(found.plan.device.index for found in engine.plans.values())
     assert of_devices[0] == of_devices[1] >= 2  # a forward and a backward on each
     for device in ("cuda:1", "cuda:0"):
         step(function, inputs(device))

@@ -14,7 +14,6 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from cudnn_flex_compile import cache_clear, cache_info, collect
 from cudnn_flex_compile.bench.mods import causal
-from cudnn_flex_compile.engine.ready import plans
 from cudnn_flex_compile.kernels import cuda
 from cudnn_flex_compile.reasons import Code, Reason
 from tests import dense
@@ -26,13 +25,12 @@ DEVICE_SLACK, HOST_SLACK = 64 * MIB, 64 * MIB
 
 
 @pytest.fixture(autouse=True)
-def fresh():
+def fresh(monkeypatch):
     torch._dynamo.reset()
     cache_clear()
     torch.manual_seed(0)
-    bound = plans.bound
+    monkeypatch.setenv("CUDNN_FLEX_PLAN_CACHE_SIZE", str(BOUND))
     yield
-    plans.resize(bound)
     cache_clear()
 
 
@@ -45,7 +43,7 @@ def soft_cap(score, b, h, q, kv):
 
 
 def compiled(dynamic=True, **options):
-    options = {"inner_backend": "aot_eager", "lower": "always", "plan_cache_size": BOUND, **options}
+    options = {"inner_backend": "aot_eager", "lower": "always", **options}
     return torch.compile(
         lambda q, k, v: flex_attention(q, k, v, masked_cap), backend="cudnn_flex", dynamic=dynamic, options=options
     )

@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from cudnn_flex_compile import cache_clear, explain
+from cudnn_flex_compile import cache_clear, configure, explain
 from cudnn_flex_compile.bench.mods import causal, softcap
-from cudnn_flex_compile.engine import verdicts
 
 OPTIONS = {"inner_backend": "aot_eager", "lower": "always"}
 
@@ -42,12 +41,10 @@ def test_errors_are_shown(requires_grad, names):
 
 def test_errors_of_stored_plans(tmp_path, monkeypatch):
     monkeypatch.delenv("CUDNN_FLEX_CACHE")
-    try:
-        first = call_of(cache=True, cache_dir=str(tmp_path))
-        cache_clear()
-        second = call_of(cache=True, cache_dir=str(tmp_path))
-    finally:
-        verdicts.use_folder(None, 1)
+    configure(cache_dir=tmp_path)
+    first = call_of()
+    cache_clear()
+    second = call_of()
     assert first.errors == second.errors != ()
 
 

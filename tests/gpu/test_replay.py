@@ -9,12 +9,15 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile import cache_clear
 from cudnn_flex_compile.bench.mods import alibi, causal, prefix_lm, sliding, softcap
-from cudnn_flex_compile.engine.replay import FREE, OFTEN, shelf
+from cudnn_flex_compile.engine.replay import FREE, OFTEN
+from cudnn_flex_compile.engine.state import engine
+from tests.gpu.launched import launched
 from tests.gpu.test_behaviour import assert_right, compiled, draw, fresh  # noqa: F401
 from tests.gpu.test_numerics import poison
 
 LENGTH, HEADS, STEPS = 256, 4, 3 * OFTEN
 MIB = 2**20
+shelf = engine.shelf
 
 
 def pairs(score, b, h, q, kv):
@@ -32,7 +35,7 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def from_nothing(fresh):  # noqa: F811
-    shelf.replays = shelf.recordings = 0
+    shelf.reset()
 
 
 def call(score_mod, mask_mod):
@@ -64,18 +67,17 @@ def test_each_step_is_right_on_its_own_data(case, training):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_replay_gives_every_bit_of_a_launch(case, monkeypatch):
+def test_a_replay_gives_every_bit_of_a_launch(case):
     function, qkv = call(*CASES[case]()), [draw(requires_grad=False) for _ in range(3)]
     for _ in range(STEPS):
         draw_again(*qkv)
         found = function(*qkv).clone()
-        monkeypatch.setattr(shelf, "enabled", False)
-        assert torch.equal(found, function(*qkv))
-        monkeypatch.setattr(shelf, "enabled", True)
+        with launched():
+            assert torch.equal(found, function(*qkv))
     assert shelf.replays
 
 
-def test_a_gradient_of_the_log_sum_exp(monkeypatch):
+def test_a_gradient_of_the_log_sum_exp():
     def attention(q, k, v):
         return flex_attention(q, k, v, softcap(2.0), return_lse=True)
 
@@ -85,9 +87,8 @@ def test_a_gradient_of_the_log_sum_exp(monkeypatch):
     for _ in range(STEPS):
         draw_again(*qkv, *grads)
         found = [g.clone() for g in torch.autograd.grad(function(*qkv), qkv, grads)]
-        monkeypatch.setattr(shelf, "enabled", False)
-        expected = torch.autograd.grad(function(*qkv), qkv, grads)
-        monkeypatch.setattr(shelf, "enabled", True)
+        with launched():
+            expected = torch.autograd.grad(function(*qkv), qkv, grads)
         for f, e in zip(found, expected, strict=True):
             assert (f - e).norm() <= 1e-3 * e.norm()  # cuDNN adds up dQ in any order
         del found, expected

@@ -1,12 +1,12 @@
 """Options: what is unknown or wrong is said with what is valid, and the environment stands behind what is given."""
 
 import dataclasses
-import sys
-from pathlib import Path
+import itertools
 
 import pytest
 
-from cudnn_flex_compile.config import PREFIX, Options, options_from
+from cudnn_flex_compile.config import CERTIFY, PREFIX, Options, Policy, options_from, policy_from
+from cudnn_flex_compile.settings import Settings
 
 
 @pytest.fixture(autouse=True)
@@ -20,8 +20,8 @@ def test_nothing_given_is_the_defaults() -> None:
 
 
 def test_what_is_given_is_taken() -> None:
-    options = options_from({"inner_backend": "aot_eager", "certify": "off", "plan_cache_size": 3, "verbose": True})
-    assert options == Options(inner_backend="aot_eager", certify="off", plan_cache_size=3, verbose=True)
+    options = options_from({"inner_backend": "aot_eager", "certify": "off", "bias_budget_mb": 3, "verbose": True})
+    assert options == Options(inner_backend="aot_eager", certify="off", bias_budget_mb=3, verbose=True)
 
 
 def test_unknown_keys_are_all_named_with_the_valid_ones() -> None:
@@ -35,8 +35,7 @@ def test_unknown_keys_are_all_named_with_the_valid_ones() -> None:
 @pytest.mark.parametrize(
     ("given", "valid"),
     [({"certify": "twice"}, "'once', 'always', 'off'"), ({"mode": "fast"}, "'max-autotune'"),
-     ({"plan_cache_size": 0}, "1 and more"), ({"cache_mb": 0}, "1 and more"),
-     ({"certify": None}, "'once'"), ({"plan_cache_size": -4}, "1 and more")],
+     ({"certify": None}, "'once'"), ({"bias_budget_mb": -4}, "0 and more")],
 )  # fmt: skip
 def test_wrong_values_are_named_with_the_valid_ones(given: dict[str, object], valid: str) -> None:
     with pytest.raises(ValueError, match="valid values") as error:
@@ -48,7 +47,7 @@ def test_wrong_values_are_named_with_the_valid_ones(given: dict[str, object], va
 
 @pytest.mark.parametrize(
     ("given", "expected"),
-    [({"plan_cache_size": "256"}, "int"), ({"plan_cache_size": 2.5}, "int"), ({"plan_cache_size": True}, "int"),
+    [({"bias_budget_mb": "256"}, "int"), ({"bias_budget_mb": 2.5}, "int"), ({"bias_budget_mb": True}, "int"),
      ({"verbose": 1}, "bool"), ({"verbose": "yes"}, "bool"), ({"inner_backend": None}, "str"),
      ({"inner_options": 3}, "Mapping"),
      ({"inner_options": [("a", 1)]}, "Mapping")],
@@ -59,18 +58,34 @@ def test_wrong_types_are_named_with_the_expected_one(given: dict[str, object], e
     assert next(iter(given)) in str(error.value)
 
 
-def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The user's own, unless another is given; none where it is switched off."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    if sys.platform == "linux":
-        assert options_from({}).cache_folder == tmp_path / "cudnn_flex_compile"
-    assert options_from({"cache_dir": "~/plans"}).cache_folder == tmp_path / "home" / "plans"
-    assert options_from({"cache": False, "cache_dir": "plans"}).cache_folder is None
-    monkeypatch.setenv("CUDNN_FLEX_CACHE_DIR", str(tmp_path / "there"))
-    assert options_from({}).cache_folder == tmp_path / "there"
-    monkeypatch.setenv("CUDNN_FLEX_CACHE", "0")
-    assert options_from({}).cache_folder is None
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Settings)])
+def test_what_is_the_processs_is_no_option(name: str) -> None:
+    """The error says where it is set."""
+    value = getattr(Settings(), name)
+    with pytest.raises(ValueError, match="whole process, not for one compile") as error:
+        options_from({name: value, "verbose": True})
+    assert f"configure({name}={value!r})" in str(error.value)
+    assert PREFIX + name.upper() in str(error.value)
+
+
+POLICIES = [Policy(*fields) for fields in itertools.product(CERTIFY, (False, True), (False, True))]
+
+
+def test_a_policys_text_is_its_own() -> None:
+    assert Policy().text == ""
+    assert len({policy.text for policy in POLICIES}) == len(POLICIES)
+    assert [policy_from(policy.text) for policy in POLICIES] == POLICIES
+    assert Options(certify="always", autotune=True, replay=False).policy == Policy("always", True, False)
+
+
+@pytest.mark.parametrize(
+    "text", ["once", "certify=once", "certify=", "certify=maybe", "replay=True", "autotune=False", "replay=False ", " ",
+             "replay=False certify=off", "certify=off certify=off", "certify=off certify=always"],
+)  # fmt: skip
+def test_a_second_spelling_of_a_policy_is_an_error(text: str) -> None:
+    """It would be a second key for the same plans."""
+    with pytest.raises(ValueError, match="Policy"):
+        policy_from(text)
 
 
 def test_options_cannot_be_changed() -> None:
@@ -95,7 +110,8 @@ def test_the_given_mapping_is_not_changed() -> None:
     ("name", "text", "value"),
     [("inner_backend", "eager", "eager"), ("mode", "reduce-overhead", "reduce-overhead"), ("certify", "off", "off"),
      ("certify", "always", "always"),
-     ("plan_cache_size", "17", 17), ("verbose", "1", True), ("verbose", "TRUE", True), ("verbose", "yes", True),
+     ("bias_budget_mb", "17", 17), ("replay", "no", False),
+     ("verbose", "1", True), ("verbose", "TRUE", True), ("verbose", "yes", True),
      ("verbose", "on", True), ("verbose", "0", False), ("verbose", "off", False), ("verbose", "", False)],
 )  # fmt: skip
 def test_environment_variables(monkeypatch: pytest.MonkeyPatch, name: str, text: str, value: object) -> None:
@@ -104,17 +120,17 @@ def test_environment_variables(monkeypatch: pytest.MonkeyPatch, name: str, text:
 
 
 def test_options_go_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(PREFIX + "PLAN_CACHE_SIZE", "17")
+    monkeypatch.setenv(PREFIX + "BIAS_BUDGET_MB", "17")
     monkeypatch.setenv(PREFIX + "CERTIFY", "off")
-    options = options_from({"plan_cache_size": 5})
-    assert (options.plan_cache_size, options.certify) == (5, "off")
+    options = options_from({"bias_budget_mb": 5})
+    assert (options.bias_budget_mb, options.certify) == (5, "off")
     monkeypatch.setenv(PREFIX + "MODE", "default")
     assert options_from(None, "max-autotune").mode == "max-autotune"
 
 
 def test_a_wrong_environment_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(PREFIX + "PLAN_CACHE_SIZE", "many")
-    with pytest.raises(ValueError, match="CUDNN_FLEX_PLAN_CACHE_SIZE='many'"):
+    monkeypatch.setenv(PREFIX + "BIAS_BUDGET_MB", "many")
+    with pytest.raises(ValueError, match="CUDNN_FLEX_BIAS_BUDGET_MB='many'"):
         options_from(None)
 
 

@@ -26,6 +26,7 @@ from cudnn_flex_compile.engine.call import backward_key, forward_key, problem_of
 from cudnn_flex_compile.engine.clean import any_algorithm
 from cudnn_flex_compile.engine.lowering import Lowering
 from cudnn_flex_compile.engine.problem import BACKWARD, TensorSpec
+from cudnn_flex_compile.engine.state import engine
 from cudnn_flex_compile.kernels import cuda
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.report import collect
@@ -71,9 +72,9 @@ def on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(select, "recall", lambda *arguments: None)  # nothing is stored
     monkeypatch.setattr(select, "keep", lambda *arguments: None)
     monkeypatch.setattr(cuda, "_warned", set())
-    select.cache_clear()
+    engine.reset()
     yield
-    select.cache_clear()
+    engine.reset()
 
 
 # Builds that fail
@@ -142,7 +143,7 @@ def test_a_certification_that_raises_is_a_reason(on_the_host, monkeypatch: pytes
 
 def ready(call: Any) -> StandIn:
     stand_in = StandIn(problem_of(call), torch.OutOfMemoryError("no 3.00 GiB"))
-    select.plans.put(call, select.Ready(stand_in, (False,) * 4))  # pyright: ignore
+    engine.plans.put(call, select.Ready(stand_in, (False,) * 4))  # pyright: ignore
     return stand_in
 
 
@@ -215,7 +216,7 @@ def test_a_captured_plan_outlives_the_cache(on_the_host, monkeypatch: pytest.Mon
     select.cache_clear()
     gc.collect()
     assert [ref() is not None for ref in refs] == [capturing] * 2
-    select.plans.release()
+    engine.plans.release()
     gc.collect()
     assert [ref() for ref in refs] == [None] * 2
 
@@ -252,7 +253,7 @@ def test_threads_that_want_the_same_plan_share_one(on_the_host, monkeypatch: pyt
     monkeypatch.setattr(verify, "certify", lambda *arguments: None)
     calls = [forward_key(PROGRAM, *qkv(), [], scale, True) for scale in (0.125, 0.25)]
     found = in_threads(8, lambda: [select.find_plan(call) for call in calls])
-    assert {id(ready) for pair in found for ready in pair} == {id(select.plans.peek(call)) for call in calls}
+    assert {id(ready) for pair in found for ready in pair} == {id(engine.plans.peek(call)) for call in calls}
     assert select.cache_info().builds == 2
 
 
@@ -314,10 +315,11 @@ def test_a_child_that_is_forked_while_locks_are_held_compiles() -> None:
         MODEL
         + """
 from cudnn_flex_compile import report
-from cudnn_flex_compile.engine import select
+from cudnn_flex_compile import settings
+from cudnn_flex_compile.engine.state import engine
 from cudnn_flex_compile.scoremod import ir
-select.plans.put("key", "value")
-locks = [report._lock, select._building, select.plans._lock, ir._lock]
+engine.plans.put("key", "value")
+locks = [report._lock, settings._lock, engine.building, engine.lock, ir._lock]
 def hold():
     for lock in locks:
         lock.acquire()
@@ -327,7 +329,7 @@ while not all(lock.locked() for lock in locks):
     time.sleep(0.01)
 child = os.fork()
 if child == 0:
-    print(select.plans.peek("key"), run(), flush=True)
+    print(engine.plans.peek("key"), run(), flush=True)
     os._exit(0)
 deadline = time.monotonic() + 90
 while (done := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < deadline:

@@ -2,21 +2,20 @@
 
 import pytest
 
-from cudnn_flex_compile.engine import choice, identity, kinds, timing, verdicts
-from cudnn_flex_compile.engine.call import problem_of
+from cudnn_flex_compile.config import Policy
+from cudnn_flex_compile.engine import choice, identity, timing
 from cudnn_flex_compile.engine.choice import OF_SHAPES
 from cudnn_flex_compile.engine.regimes import REGIMES
-from cudnn_flex_compile.engine.select import cache_clear, find_plan, set_policy
+from cudnn_flex_compile.engine.select import cache_clear, find_plan
 from cudnn_flex_compile.reasons import Code, Reason
 from tests import stand_in
 from tests.stand_in import call
 
+TUNED = Policy(autotune=True).text
 
 @pytest.fixture
 def backend(monkeypatch, tmp_path):
-    found = stand_in.install(monkeypatch)
-    verdicts.use_folder(tmp_path, 1)
-    return found
+    return stand_in.install(monkeypatch, tmp_path)
 
 
 @pytest.fixture
@@ -37,24 +36,21 @@ def times(monkeypatch):
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_the_fastest_is_kept(backend, times, backward):
-    set_policy("once", autotune=True)
-    assert find_plan(call(backward=backward)).plan.strategy == "dense"
+    assert find_plan(call(backward=backward, policy=TUNED)).plan.strategy == "dense"
     times["chained"] = 0.5
     cache_clear()
-    assert find_plan(call(cap=7.0, backward=backward)).plan.strategy == "chained"
+    assert find_plan(call(cap=7.0, backward=backward, policy=TUNED)).plan.strategy == "chained"
     assert times["timed"] == [["chained", "dense"]] * (4 if backward else 2)
 
 
 def test_last_resorts_are_not_built_where_there_is_a_right_plan(backend, times):
-    set_policy("once", autotune=True)
-    find_plan(call())
+    find_plan(call(policy=TUNED))
     assert backend.built == ["chained", "dense"], "none guarded"
 
 
 def test_what_is_wrong_is_not_timed(backend, times):
-    set_policy("once", autotune=True)
     backend.wrong.add("dense")
-    assert find_plan(call()).plan.strategy == "chained"
+    assert find_plan(call(policy=TUNED)).plan.strategy == "chained"
     assert times["timed"] == []
 
 
@@ -66,20 +62,18 @@ def test_without_autotune_nothing_is_timed(backend, times):
 def test_the_choice_is_kept_beside_that_of_the_rules(backend, times):
     """Neither inherits the other's."""
     found = []
-    for autotune in (False, True, False, True):
-        set_policy("once", autotune)
+    for policy in ("", TUNED, "", TUNED):
         cache_clear()
-        found.append(find_plan(call()).plan.strategy)
+        found.append(find_plan(call(policy=policy)).plan.strategy)
     assert found == ["chained", "dense"] * 2
     assert (len(backend.built), len(backend.restored), len(times["timed"])) == (3, 2, 1)
 
 
 def test_another_environment_measures_anew(backend, times, monkeypatch):
-    set_policy("once", autotune=True)
-    find_plan(call())
+    find_plan(call(policy=TUNED))
     cache_clear()
     monkeypatch.setattr(identity, "environment", lambda device: (*stand_in.ENVIRONMENT[:-1], "another device"))
-    find_plan(call())
+    find_plan(call(policy=TUNED))
     assert len(times["timed"]) == 2
 
 
@@ -118,14 +112,3 @@ def test_a_guarded_graph_makes_no_other_known(backend, monkeypatch):
         guarded.append(guard)
         find_plan(call(length=length))
     assert backend.regimes == [len(REGIMES)] * 2 + [len(OF_SHAPES)] * 2
-
-
-def test_kinds_are_bounded(monkeypatch):
-    monkeypatch.setattr(kinds, "KINDS", 3)
-    kinds.forget()
-    problem = problem_of(call())
-    for number in range(5):
-        kinds.remember(kinds.kind_of(problem, f"strategy {number}", None))
-    known = [kinds.is_known(kinds.kind_of(problem, f"strategy {number}", None)) for number in range(5)]
-    assert known == [False, False, True, True, True]
-    kinds.forget()

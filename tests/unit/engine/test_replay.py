@@ -20,12 +20,16 @@ class Machine:
 
     def __init__(self):
         self.direct, self.replayed, self.recorded = [], [], []
+        self.shelf = Shelf()
         self.capturing = self.refusing = False
         self.failing = None
 
     def enqueue(self, addresses, workspace, stream):
         assert stream == CURRENT or not self.capturing
         (self.direct if stream == CURRENT else self.recorded).append((workspace, *addresses))
+
+    def plan(self):
+        return Replays(self.enqueue, 3, self.shelf)
 
     def graph(self, enqueue, device):
         assert device == 3
@@ -49,7 +53,6 @@ class Graph:
 @pytest.fixture
 def machine(monkeypatch):
     machine = Machine()
-    monkeypatch.setattr(replay, "shelf", Shelf())
     monkeypatch.setattr(replay, "Graph", machine.graph)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: machine.capturing)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: CURRENT, raising=False)
@@ -58,7 +61,7 @@ def machine(monkeypatch):
 
 @pytest.fixture
 def replays(machine):
-    return Replays(machine.enqueue, 3)
+    return machine.plan()
 
 
 def test_what_comes_often_is_recorded_once_and_replayed(machine, replays):
@@ -67,7 +70,7 @@ def test_what_comes_often_is_recorded_once_and_replayed(machine, replays):
     assert machine.direct == [(9, 1, 2)] * OFTEN
     assert machine.recorded == [(9, 1, 2)]
     assert machine.replayed == [(9, 1, 2)] * 5
-    assert replay.shelf.replays == 5
+    assert machine.shelf.replays == 5
 
 
 def test_each_launch_has_its_own_addresses(machine, replays):
@@ -113,7 +116,7 @@ def test_all_layers_of_a_model_are_recorded_in_the_end(machine, replays):
 
 def test_graphs_of_all_plans_are_bounded_and_those_not_launched_for_long_go(machine, replays, monkeypatch):
     monkeypatch.setattr(replay, "MOST", 4)
-    other = Replays(machine.enqueue, 3)
+    other = machine.plan()
 
     def often(of_plan, address):
         for _ in range(OFTEN + EARNED_BY):
@@ -144,12 +147,12 @@ class Counted(weakref.WeakSet):
 
 def test_none_that_is_in_use_goes_and_it_is_seldom_looked_for(machine, replays, monkeypatch):
     monkeypatch.setattr(replay, "MOST", 4)
-    replay.shelf.plans = Counted(replay.shelf.plans)
+    machine.shelf.plans = Counted(machine.shelf.plans)
     for _ in range(1000):
         for layer in range(6):
             replays.run([layer], 0)
     assert len(machine.recorded) == 4
-    assert replay.shelf.plans.iterations <= 4 + 1 + 4 * 1000 // (LONG - 10)
+    assert machine.shelf.plans.iterations <= 4 + 1 + 4 * 1000 // (LONG - 10)
 
 
 def test_a_capture_gets_the_launch_itself(machine, replays):
@@ -170,7 +173,7 @@ def test_what_cannot_be_recorded_is_launched(machine, replays, error):
     for _ in range(1000):
         replays.run([1], 0)
     assert len(machine.direct) == 1000
-    assert replay.shelf.recordings == FREE
+    assert machine.shelf.recordings == FREE
 
 
 def test_what_cannot_be_replayed_is_launched(machine, replays):
@@ -182,18 +185,8 @@ def test_what_cannot_be_replayed_is_launched(machine, replays):
     assert machine.replayed == []
 
 
-def test_it_can_be_switched_off_and_on(machine, replays, monkeypatch):
-    for enabled in (False, True, False):
-        monkeypatch.setattr(replay.shelf, "enabled", enabled)
-        for _ in range(2 * OFTEN):
-            replays.run([1], 0)
-    assert len(machine.recorded) == 1
-    assert len(machine.replayed) == OFTEN
-    assert len(machine.direct) == 5 * OFTEN
-
-
 def test_a_recording_elsewhere_is_not_waited_for(machine, replays):
-    with replay.shelf.lock:
+    with machine.shelf.lock:
         for _ in range(OFTEN):
             replays.run([1], 0)
     assert machine.recorded == []
@@ -205,12 +198,12 @@ def test_graphs_go_with_their_plan(machine):
     """At once, not when garbage is collected."""
     gc.disable()
     try:
-        replays = Replays(machine.enqueue, 3)
+        replays = machine.plan()
         for _ in range(OFTEN):
             replays.run([1], 0)
         graph = weakref.ref(next(iter(replays.graphs.values()))[0])
         del replays
         assert graph() is None
-        assert not replay.shelf.plans
+        assert not machine.shelf.plans
     finally:
         gc.enable()

@@ -12,13 +12,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cudnn_flex_compile.engine import identity, plan, select, verdicts
+from cudnn_flex_compile import configure
+from cudnn_flex_compile.engine import identity, plan, verdicts
 from cudnn_flex_compile.engine.call import forward_of, problem_of
 from cudnn_flex_compile.engine.folded import FoldedPlan
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, TensorSpec
-from cudnn_flex_compile.engine.ready import plans
 from cudnn_flex_compile.engine.reference import SubgraphReference
 from cudnn_flex_compile.engine.select import cache_clear, cache_info, find_plan, remember_reference
+from cudnn_flex_compile.engine.state import engine
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod.partition import partition
 from tests import stand_in
@@ -36,9 +37,8 @@ def folder(tmp_path):
 
 @pytest.fixture
 def backend(monkeypatch, folder):
-    found = stand_in.install(monkeypatch)
-    verdicts.use_folder(folder, MIB)
-    return found
+    monkeypatch.setenv("CUDNN_FLEX_CACHE_MB", str(MIB))
+    return stand_in.install(monkeypatch, folder)
 
 
 def again(backend, key):
@@ -164,30 +164,27 @@ def test_what_went_wrong_in_certification_is_not_stored(backend, folder, monkeyp
 
 
 # rule: built in a second process where the first passed, and where it failed
-RULES = {"once": (0, 0), "always": (1, 4), "off": (1, 1)}
+RULES = {"": (0, 0), "certify=always": (1, 4), "certify=off": (1, 1)}
 
 
 @pytest.mark.parametrize(("rule", "built"), RULES.items(), ids=RULES)
 def test_rules_of_certification(backend, folder, rule, built):
     """Which verdicts are trusted, and which are kept. Without certification, none passed."""
-    certified = rule != "off"
-    select._policy.certify = rule
-    find_plan(call())
-    assert again(backend, call())[1] == built[0]
+    certified = rule != "certify=off"
+    find_plan(call(policy=rule))
+    assert again(backend, call(policy=rule))[1] == built[0]
     assert len(files(folder)) == certified
     backend.wrong |= {"chained", "dense"}
-    find_plan(call(cap=7.0))
-    assert again(backend, call(cap=7.0))[1] == built[1]
+    find_plan(call(cap=7.0, policy=rule))
+    assert again(backend, call(cap=7.0, policy=rule))[1] == built[1]
     assert len(files(folder)) == 2 * certified
 
 
 def test_a_newer_verdict_replaces_the_older(backend):
     """A plan that passed once and fails now: "always" finds out, and "once" believes it from then on."""
     find_plan(call())
-    select._policy.certify = "always"
     backend.wrong |= {"chained", "dense"}
-    assert again(backend, call())[0].code is Code.CERTIFICATION
-    select._policy.certify = "once"
+    assert again(backend, call(policy="certify=always"))[0].code is Code.CERTIFICATION
     assert again(backend, call())[:2] == (find_plan(call()), 0)
     assert isinstance(find_plan(call()), Reason)
 
@@ -233,7 +230,7 @@ def test_a_plan_that_other_functions_find_is_compared_with_them(backend, backwar
 def test_a_backward_is_compared_with_other_functions_though_its_forward_was_dropped(backend):
     key = call(backward=True)
     find_plan(key, *asked("first"))
-    del plans._entries[forward_of(key)]
+    del engine.plans._entries[forward_of(key)]
     backend.certified.clear()
     backend.wrong.add("chained")
     assert isinstance(find_plan(key, *asked("second")), Reason)
@@ -241,7 +238,7 @@ def test_a_backward_is_compared_with_other_functions_though_its_forward_was_drop
     backend.wrong.clear()
     cache_clear()
     ready = find_plan(key, *asked("first"))
-    del plans._entries[forward_of(key)]
+    del engine.plans._entries[forward_of(key)]
     assert find_plan(key, *asked("second")) is ready
 
 
@@ -386,8 +383,8 @@ def test_a_plan_that_cannot_be_serialised_runs_all_the_same(backend, folder, mon
     assert not files(folder)
 
 
-def test_without_a_folder_nothing_is_kept(backend, folder):
-    verdicts.use_folder(None, MIB)
+def test_without_a_folder_nothing_is_kept(monkeypatch, folder):
+    backend = stand_in.install(monkeypatch)
     find_plan(call())
     assert again(backend, call())[1] == 1
     assert not folder.exists()
@@ -395,11 +392,22 @@ def test_without_a_folder_nothing_is_kept(backend, folder):
 
 def test_the_same_folder_stays_the_same_store(folder, backend):
     """Its log line about a folder that cannot be written comes once, not once a graph."""
-    store = verdicts._stores[0]
-    verdicts.use_folder(folder, MIB)
-    assert verdicts._stores == [store]
-    verdicts.use_folder(folder, MIB + 1)
-    assert verdicts._stores != [store]
+    store = engine.store
+    configure(plan_cache_size=300, cache_mb=MIB)
+    assert engine.store is store
+    assert (store.folder, store.bound) == (folder, MIB * 2**20)
+
+
+def test_a_folder_that_is_set_later_is_used_from_then_on(monkeypatch, folder):
+    backend = stand_in.install(monkeypatch, folder)
+    monkeypatch.delenv("CUDNN_FLEX_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    engine.reset()
+    assert engine.store.folder == folder / "cudnn_flex_compile"
+    configure(cache_dir=folder / "mine")
+    find_plan(call())
+    assert again(backend, call())[1] == 0
+    assert (len(files(folder / "mine")), (folder / "cudnn_flex_compile").exists()) == (1, False)
 
 
 LENGTHS = list(range(128, 128 + 20 * 64, 64))
@@ -407,14 +415,12 @@ PROCESS = """
     import json, os, signal, sys
     from pathlib import Path
     import pytest
-    from cudnn_flex_compile.engine import verdicts
     from cudnn_flex_compile.engine.select import cache_info, find_plan
     from cudnn_flex_compile.reasons import Reason
     from tests import stand_in
 
     folder, start, die_at = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    backend = stand_in.install(pytest.MonkeyPatch(), wrong={"dense"})
-    verdicts.use_folder(folder, 64)
+    backend = stand_in.install(pytest.MonkeyPatch(), folder, wrong={"dense"})
     replace, writes = os.replace, []
 
     def dying(*paths):

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cudnn_flex_compile.engine import timing, verdicts
+from cudnn_flex_compile.engine import timing
 from cudnn_flex_compile.engine.call import forward_of, problem_of
 from cudnn_flex_compile.engine.select import find_plan
+from cudnn_flex_compile.engine.state import engine
 from cudnn_flex_compile.kernels import contender
 from cudnn_flex_compile.kernels.contender import Contest
 from cudnn_flex_compile.passes import autotune
@@ -41,9 +42,7 @@ def test_the_pair_of_directions_decides(ours, stock, kept):
 @pytest.fixture
 def target(monkeypatch, tmp_path):
     """A call whose plans were found; each side takes what `target.clock` says, and counts how often it was timed."""
-    stand_in.install(monkeypatch)
-    verdicts.use_folder(tmp_path, 1)
-    monkeypatch.setattr(autotune, "_measured", type(autotune._measured)())
+    stand_in.install(monkeypatch, tmp_path)
     clock = SimpleNamespace(ours=[0.5, 1.0], stock=(1.0, 1.5), timed=[])
     backward = call(backward=True)
     forward = forward_of(backward)
@@ -74,7 +73,7 @@ def target(monkeypatch, tmp_path):
 
 def test_measured_once_in_all_processes(target):
     assert autotune.times_of(target) == autotune.times_of(target) == Times((0.5, 1.0), (1.0, 1.5))
-    autotune._measured.clear()
+    engine.times.clear()
     assert autotune.times_of(target) == Times((0.5, 1.0), (1.0, 1.5))
     assert target.clock.timed == ["stock", "ours"]
 
@@ -149,7 +148,7 @@ def test_a_process_that_fails(caplog):
 def test_stored_times_are_exact(target):
     target.clock.ours = [0.1 + 0.2, 1 / 3]
     autotune.times_of(target)
-    autotune._measured.clear()
+    engine.times.clear()
     assert autotune.times_of(target).ours == (0.1 + 0.2, 1 / 3)
 
 

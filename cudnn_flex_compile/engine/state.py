@@ -1,0 +1,86 @@
+"""What this process knows of plans, in one object.
+
+Knows nothing of how plans are found or run. Compiles share it, so nothing in it is what one of them asked for: that is
+in the keys of its plans (config.Policy).
+"""
+
+import atexit
+import os
+from collections.abc import Hashable
+from typing import Any
+
+from cudnn_flex_compile.engine.cache import Cache, Recent
+from cudnn_flex_compile.engine.ready import Ready
+from cudnn_flex_compile.engine.reference import Reference
+from cudnn_flex_compile.engine.replay import Shelf
+from cudnn_flex_compile.engine.store import Store
+from cudnn_flex_compile.locks import new_lock
+from cudnn_flex_compile.reasons import Reason
+from cudnn_flex_compile.settings import forget as forget_settings
+from cudnn_flex_compile.settings import settings
+
+REFERENCES, COVERAGE, TIMES = 256, 1024, 1024  # that are remembered, the last ones
+
+
+class Engine:
+    """Any thread may use it.
+
+    Attributes:
+        lock: of the maps below, held for moments.
+        building: held while a plan is found, which may take seconds.
+        plans: the certified plans, and why there is none, by the keys of calls (engine/call.py).
+        references: the users' functions that plans are compared with, by program and sizes (engine/select.py).
+        coverage: the kinds of plans that were certified in full, so that a new shape of one takes less
+            (engine/kinds.py).
+        times: what autotuning measured of calls, by all that it depends on (passes/autotune.py).
+        shelf: the launches that are replayed.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.building = new_lock(), new_lock()
+        self.plans: Cache[Ready | Reason] = Cache(lambda: settings().plan_cache_size, self.lock)
+        self.references: Recent[Reference] = Recent(REFERENCES, self.lock)
+        self.coverage: Recent[bool] = Recent(COVERAGE, self.lock)
+        self.times: Recent[Any] = Recent(TIMES, self.lock)
+        self.shelf = Shelf()
+        self._store: tuple[Hashable, Store | None] = (), None
+
+    @property
+    def store(self) -> Store | None:
+        """Where verdicts are kept beyond the process, if anywhere; the same one while the settings stay."""
+        given = settings()
+        wanted = given.folder, given.cache_mb
+        with self.lock:
+            if self._store[0] != wanted:
+                self._store = wanted, None if given.folder is None else Store(given.folder, given.cache_mb * 2**20)
+            return self._store[1]
+
+    def clear(self) -> None:
+        """Drops all plans but those that a CUDA graph captured, and what spares plans checks; zeroes all counts."""
+        self.plans.clear()
+        self.coverage.clear()
+
+    def reset(self) -> None:
+        """Forgets all that the process knows, its settings, too. For tests."""
+        self.clear()
+        self.references.clear()
+        self.times.clear()
+        self.shelf.reset()
+        forget_settings()
+        with self.lock:
+            self._store = (), None
+
+    def release(self) -> None:
+        """Frees all plans, while CUDA and cuDNN are there: what modules hold may be freed after they are gone."""
+        self.plans.release()
+
+    def forsake(self) -> None:
+        """In the child of a fork: it has no part in its parent's CUDA context, and frees nothing of it."""
+        for table in (self.plans, self.references, self.coverage, self.times):
+            table.forsake()
+
+
+engine = Engine()
+atexit.register(engine.release)
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=engine.forsake)
