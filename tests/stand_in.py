@@ -60,6 +60,7 @@ class Backend:
         unreadable: whether cuDNN cannot use any stored plan.
         drift: bytes of workspace by which a restored plan differs.
         asked: what a test notes of what was asked for.
+        policy: by which a test asks for plans at run time, where the kernel that stands for CUDA's is not told.
     """
 
     built: list[str] = field(default_factory=list)
@@ -72,6 +73,7 @@ class Backend:
     unreadable: bool = False
     drift: int = 0
     asked: list = field(default_factory=list)
+    policy: str = ""
 
     def build(self, problem, lowering):
         self.built.append(lowering.strategy)

@@ -1,6 +1,7 @@
 """cuDNN handles: one per device and thread, set to the stream that it is asked for.
 
-Knows nothing of graphs.
+Knows nothing of graphs. No handle is destroyed, which would wait for the device: when a thread ends, the next new one
+takes its handles over.
 """
 
 import threading
@@ -9,7 +10,29 @@ from typing import Any
 import cudnn
 import torch
 
-_local = threading.local()
+Entry = tuple[Any, int | None]  # a handle, and the stream that it is set to, once it is
+
+
+class _Handles(threading.local):
+    """This thread's handles, by device."""
+
+    def __init__(self, free: dict[int, list[Entry]]) -> None:
+        self.held = _Held(free)
+
+
+class _Held(dict[int, Entry]):
+    """Gives its entries to `free` when it goes, with its thread."""
+
+    def __init__(self, free: dict[int, list[Entry]]) -> None:
+        super().__init__()
+        self.free = free
+
+    def __del__(self) -> None:
+        for device, entry in self.items():
+            self.free.setdefault(device, []).append(entry)
+
+
+_local = _Handles({})
 
 
 def current_handle(device: int) -> Any:
@@ -19,11 +42,20 @@ def current_handle(device: int) -> Any:
 
 def handle_on(device: int, stream: int) -> Any:
     """This thread's handle for the device, which must be the current one, on a stream, until it is asked for again."""
-    streams: dict[int, tuple[Any, int]] = _local.__dict__.setdefault("handles", {})
-    handle, last = streams.get(device, (None, None))
-    if handle is None:
-        handle = cudnn.create_handle()
+    held = _local.held
+    entry = held.get(device)
+    if entry is None:
+        entry = held[device] = _taken_over(held.free, device)
+    handle, last = entry
     if last != stream:  # nobody else sets the stream of our handle
         cudnn.set_stream(handle, stream)
-        streams[device] = handle, stream
+        held[device] = handle, stream
     return handle
+
+
+def _taken_over(free: dict[int, list[Entry]], device: int) -> Entry:
+    """That of a thread which has ended, or a new one."""
+    try:
+        return free[device].pop()
+    except (KeyError, IndexError):
+        return cudnn.create_handle(), None

@@ -9,6 +9,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile import cache_info
 from cudnn_flex_compile.bench.mods import causal
+from cudnn_flex_compile.config import Policy
 from cudnn_flex_compile.engine.call import Meta, forward_key
 from cudnn_flex_compile.engine.choice import OF_SHAPES
 from cudnn_flex_compile.engine.problem import TensorSpec
@@ -38,11 +39,11 @@ def backend(monkeypatch):
         call = target.forward_call(given, given.running, stand_in.CUDA)
         return target._certified(given, call, target.problem_of(call))
 
-    def run(query, key, value, operands, ints, floats, program, scale, *outputs):
-        metas = [Meta(TensorSpec.of(t), stand_in.CUDA) for t in (query, key, value, *operands)]
-        found.asked.append(find_plan(forward_key(program, *metas[:3], metas[3:], scale, False)))
-        forward(query, key, value, operands, ints, floats, program, scale, *outputs)
-
+    def run(query, keys, value, operands, ints, floats, program, scale, *outputs):
+        metas = [Meta(TensorSpec.of(t), stand_in.CUDA) for t in (query, keys, value, *operands)]
+        key = forward_key(program, *metas[:3], metas[3:], scale, False, policy=found.policy)
+        found.asked.append(find_plan(key))
+        forward(query, keys, value, operands, ints, floats, program, scale, *outputs)
 
     monkeypatch.setattr(module, "judge", judge)
     monkeypatch.setattr(cpu, "forward", run)
@@ -138,6 +139,7 @@ def test_a_new_shape_of_a_known_kind_is_certified_on_less(backend):
 
 
 def test_always_means_in_full(backend):
+    backend.policy = Policy(certify="always").text
     function = compiled(capped, dynamic=True, certify="always")
     for length in (257, 301, 303):
         function(*draw(length))

@@ -3,10 +3,16 @@
 import random
 import threading
 from collections import OrderedDict
+from typing import Any
 
 import pytest
 
-from cudnn_flex_compile.engine.cache import Cache, CacheInfo
+from cudnn_flex_compile.engine.cache import Cache, CacheInfo, Recent
+from cudnn_flex_compile.locks import new_lock
+
+
+def bounded(bound: int) -> Cache[Any]:
+    return Cache(lambda: bound, new_lock())
 
 
 def held(cache: Cache[str], keys: str) -> str:
@@ -14,7 +20,7 @@ def held(cache: Cache[str], keys: str) -> str:
 
 
 def test_what_was_put_is_got() -> None:
-    cache = Cache[str](4)
+    cache = bounded(4)
     assert cache.get("a") is None
     assert cache.put("a", "plan") == "plan"
     assert cache.get("a") == "plan"
@@ -22,14 +28,14 @@ def test_what_was_put_is_got() -> None:
 
 
 def test_the_first_value_stays() -> None:
-    cache = Cache[str](4)
+    cache = bounded(4)
     cache.put("a", "first")
     assert cache.put("a", "second") == "first"
     assert cache.get("a") == "first"
 
 
 def test_the_least_recently_used_goes_first() -> None:
-    cache = Cache[str](3)
+    cache = bounded(3)
     for key in "abc":
         cache.put(key, key)
     cache.get("a")
@@ -43,7 +49,7 @@ def test_the_least_recently_used_goes_first() -> None:
 
 
 def test_a_peek_neither_counts_nor_renews() -> None:
-    cache = Cache[str](2)
+    cache = bounded(2)
     cache.put("a", "a")
     cache.put("b", "b")
     before = cache.info()
@@ -54,20 +60,30 @@ def test_a_peek_neither_counts_nor_renews() -> None:
     assert held(cache, "abc") == "bc"
 
 
-def test_resize_drops_the_oldest() -> None:
-    cache = Cache[str](5)
+def test_a_bound_that_changes_holds_from_the_next_plan_on() -> None:
+    bounds = [5]
+    cache = Cache[str](lambda: bounds[-1], new_lock())
     for key in "abcde":
         cache.put(key, key)
-    cache.resize(2)
-    assert held(cache, "abcde") == "de"
-    assert cache.info().bound == 2
-    cache.resize(4)
+    bounds.append(2)
     cache.put("f", "f")
-    assert held(cache, "abcdef") == "def"
+    assert held(cache, "abcdef") == "ef"
+    assert cache.info().bound == 2
+
+
+def test_what_was_put_last_is_remembered() -> None:
+    """Also where it replaces an older value; a look at it does not renew it."""
+    recent = Recent[int](3, new_lock())
+    for number, key in enumerate("abcad"):
+        assert recent.put(key, number) == number
+        recent.get("b")
+    assert [recent.get(key) for key in "abcd"] == [3, None, 2, 4]
+    recent.clear()
+    assert recent.get("a") is None
 
 
 def test_clear_forgets_everything() -> None:
-    cache = Cache[str](5)
+    cache = bounded(5)
     cache.put("a", "a")
     cache.get("a")
     cache.count("builds")
@@ -77,7 +93,7 @@ def test_clear_forgets_everything() -> None:
 
 
 def test_seconds_add_up() -> None:
-    cache = Cache[str](5)
+    cache = bounded(5)
     cache.count("certify_seconds", 0.25)
     cache.count("certify_seconds", 0.5)
     assert cache.info().certify_seconds == 0.75
@@ -87,7 +103,7 @@ def test_seconds_add_up() -> None:
 
 @pytest.mark.parametrize("what", ["builds", "certifications", "rejections", "restored"])
 def test_counters(what: str) -> None:
-    cache = Cache[str](1)
+    cache = bounded(1)
     cache.count(what)
     cache.count(what)
     assert getattr(cache.info(), what) == 2
@@ -96,12 +112,12 @@ def test_counters(what: str) -> None:
 
 def test_an_unknown_counter_is_an_error() -> None:
     with pytest.raises(KeyError):
-        Cache[str](1).count("build")
+        bounded(1).count("build")
 
 
 @pytest.mark.parametrize("bound", [1, 2, 7])
 def test_any_sequence_is_that_of_a_plain_model(bound: int) -> None:
-    cache, model, draw = Cache[int](bound), OrderedDict[int, int](), random.Random(bound)
+    cache, model, draw = bounded(bound), OrderedDict[int, int](), random.Random(bound)
     hits = misses = evictions = 0
     for step in range(3000):
         key = draw.randrange(12)
@@ -123,7 +139,7 @@ def test_any_sequence_is_that_of_a_plain_model(bound: int) -> None:
 
 def test_threads() -> None:
     """Counters add up, the bound holds, and whoever puts one key gets the one value."""
-    cache, threads, steps = Cache[tuple[int, int]](8), 8, 2000
+    cache, threads, steps = bounded(8), 8, 2000
     failures: list[str] = []
 
     def work(me: int) -> None:
@@ -149,7 +165,7 @@ def test_threads() -> None:
 
 
 def test_racing_puts_agree() -> None:
-    cache, barrier = Cache[object](64), threading.Barrier(8)
+    cache, barrier = bounded(64), threading.Barrier(8)
     got: list[list[object]] = [[] for _ in range(8)]
 
     def race(me: int) -> None:
