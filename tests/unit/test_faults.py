@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
-from cudnn_flex_compile.engine import plan, select, verify
+from cudnn_flex_compile.engine import attempts, plan, select, verify
 from cudnn_flex_compile.engine.call import backward_key, forward_key, problem_of
 from cudnn_flex_compile.engine.clean import any_algorithm
 from cudnn_flex_compile.engine.lowering import Lowering
@@ -69,6 +69,8 @@ def on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "empty", lambda shape, stride, dtype: torch.empty_strided(shape, stride, dtype=dtype))
     monkeypatch.setattr(select, "run_clean", lambda function, device: function())
     monkeypatch.setattr(select, "unusable_device", lambda index: None)
+    for module in (select, attempts):  # no library needs to be there
+        monkeypatch.setattr(module, "cudnn_version", lambda: 99999)
     monkeypatch.setattr(select, "recall", lambda *arguments: None)  # nothing is stored
     monkeypatch.setattr(select, "keep", lambda *arguments: None)
     monkeypatch.setattr(cuda, "_warned", set())
