@@ -117,6 +117,20 @@ def test_what_programs_read_is_bound(runs):
     assert replace(nothing, uids=()) == type(nothing)("native", ())
 
 
+@pytest.mark.parametrize(("name", "replay", "replayed"), [("nothing", True, True), ("nothing", False, False),
+                         ("lengths", True, True), ("constants, an operand, scalars", True, False)])  # fmt: skip
+def test_which_launches_may_be_replayed(runs, monkeypatch, name, replay, replayed):
+    """Where the compile allows it, and all that is read is in device memory."""
+    noted = []
+    monkeypatch.setattr(module.Replays, "run", lambda replays, addresses, workspace: noted.append(addresses))
+    strategy, program = PROGRAMS[name]
+    problem = replace(problem_of(program, FORWARD), replay=replay)
+    plan = module.build(problem, STRATEGY[strategy].lower(program, False))
+    operands = [torch.tensor([100, 128], dtype=torch.int32).view(2, 1, 1, 1), torch.rand(1, 4, 1, 1)]
+    plan.run([torch.empty(16) for _ in range(5)], operands, [7, 8, 9], [torch.tensor(1.5), torch.tensor(2.5)])
+    assert (len(noted), len(runs)) == (replayed, not replayed)
+
+
 def test_a_plan_goes_at_once_with_all_that_it_holds(runs):
     """Device memory is not to wait for the collector of garbage."""
     plan = module.build(problem_of(PROGRAMS["nothing"][1], FORWARD), STRATEGY["native"].lower(ir.program(), False))
