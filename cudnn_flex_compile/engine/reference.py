@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from cudnn_flex_compile.engine.draws import LARGE, draw, only_added
 from cudnn_flex_compile.engine.problem import Problem, TensorSpec
 from cudnn_flex_compile.scoremod import ir
-from cudnn_flex_compile.scoremod.interpret import environment, evaluate
+from cudnn_flex_compile.scoremod.interpret import environment, evaluate, in_range
 from cudnn_flex_compile.scoremod.ir import Program
 from cudnn_flex_compile.scoremod.masks.form import split
 from cudnn_flex_compile.scoremod.text import parse
@@ -175,17 +175,24 @@ class SubgraphReference:
 class IndexByTensors(TorchFunctionMode):
     """`captured[h, q]` with 0-d index tensors as an index op, which vmap and forward-mode AD know.
 
-    What torch's TransformGetItemToIndex does for the calls of flex_attention, less its autograd.Function.
+    What torch's TransformGetItemToIndex does for the calls of flex_attention, less its autograd.Function. No index is
+    out of range: the function is evaluated at pairs at which stock attention never evaluates it, and of tensors that
+    are made up; on a GPU an index out of range would end all work of the process there. Operands are computed alike.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.__getitem__:
+        if func in READS:
             source, index = args
             indices = list(index) if isinstance(index, (tuple, list)) else [index]
             if all(isinstance(i, (torch.Tensor, int)) for i in indices):
                 as_tensors = [torch.as_tensor(i, device=source.device) for i in indices]
+                if len(indices) == source.dim() and all(i.dtype in (torch.int32, torch.int64) for i in as_tensors):
+                    source, as_tensors = in_range(source, as_tensors, source.shape)
                 return torch.ops.aten.index(source, as_tensors)
         return func(*args, **(kwargs or {}))
+
+
+READS = (torch.Tensor.__getitem__, torch.ops.aten.index, torch.ops.aten.index.Tensor)
 
 
 def _over_pairs(function: Callable[..., Any], own_columns: bool) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from cudnn_flex_compile.scoremod.interpret import visible_rows
 from cudnn_flex_compile.scoremod.ir import TRUE, Program
 from cudnn_flex_compile.scoremod.masks.form import split
+from cudnn_flex_compile.scoremod.saturate import INT64_LIMIT
 
 
 def agree(
@@ -140,10 +141,11 @@ def row_limits(
         sign = 1 if bound.side in ("lower", "end") else -1
         diagonal = bound.side in ("lower", "upper")
         limit = (rows if diagonal else torch.zeros_like(rows))[None, None] + sign * bound.constant
+        numbers = [factor * ints[int(term.value or 0)] for factor, term in bound.terms if term.kind == "scalar"]
+        limit = limit + sign * max(-INT64_LIMIT, min(sum(numbers), INT64_LIMIT))
         for factor, term in bound.terms:
-            position = int(term.value or 0)
-            number = operands[position][..., 0].long() if term.kind == "operand" else ints[position]
-            limit = limit + sign * factor * number
+            if term.kind == "operand":
+                limit = limit + sign * factor * operands[int(term.value or 0)][..., 0].long()
         if sign > 0:
             end = torch.minimum(end, limit + 1)
         else:

@@ -14,6 +14,7 @@ from cudnn_flex_compile.scoremod.derive import derive
 from cudnn_flex_compile.scoremod.interpret import environment, evaluate
 from cudnn_flex_compile.scoremod.ir import Program
 from cudnn_flex_compile.scoremod.learned import position
+from cudnn_flex_compile.scoremod.saturate import exact
 from cudnn_flex_compile.scoremod.simplify import simplify
 from cudnn_flex_compile.scoremod.text import parse
 
@@ -23,10 +24,9 @@ LOG2E = math.log2(math.e)
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Some query rows [B, H, R, ...] of a call; a slice of rows, their raw and their modified, masked scores."""
+    """Some query rows [B, H, R, ...] of a call; a slice of rows, their modified, masked scores."""
 
     rows: slice
-    scores: Tensor
     visible: Tensor
     masked: Tensor
     gradient_of: "Gradient"
@@ -70,7 +70,7 @@ def _blocks(
         "q": torch.arange(length, dtype=torch.int32).view(-1, 1),
         "k": torch.arange(columns, dtype=torch.int32),
     }
-    numbers = dict(enumerate(ints)), {i: float(t) for i, t in enumerate(floats)}
+    numbers = dict(enumerate(exact((program.score, program.mask), ints))), {i: float(t) for i, t in enumerate(floats)}
     for start in range(0, length, step):
         rows = slice(start, start + step)
         scores = query[:, :, rows].float() @ keys.transpose(-2, -1) * scale
@@ -79,7 +79,7 @@ def _blocks(
         leaf = environment(scores, indices, near, *numbers)
         visible = evaluate(program.mask, leaf).expand(scores.shape)
         masked = torch.where(visible, evaluate(program.score, leaf), -math.inf)
-        yield Block(rows, scores, visible, masked, Gradient(program, scores, indices, near, *numbers))
+        yield Block(rows, visible, masked, Gradient(program, scores, indices, near, *numbers))
 
 
 def forward(
@@ -89,14 +89,15 @@ def forward(
     """Fills `out` [B, H, Sq, Dv] and `stats` [B, H, Sq] (natural log-sum-exp, float32)."""
     values = per_head(value, query.shape[1])
     for block in _blocks(query, key, operands, ints, floats, parse(program), scale):
-        lse = block.masked.logsumexp(-1)
-        stats[:, :, block.rows] = lse
-        out[:, :, block.rows] = (_weights(block, lse).to(query.dtype).float() @ values).to(query.dtype)
+        stats[:, :, block.rows] = block.masked.logsumexp(-1)
+        out[:, :, block.rows] = (_weights(block).to(query.dtype).float() @ values).to(query.dtype)
 
 
-def _weights(block: Block, lse: Tensor) -> Tensor:
-    lse = lse.unsqueeze(-1)
-    return torch.where(lse == -math.inf, 0.0, torch.exp(block.masked - lse))
+def _weights(block: Block) -> Tensor:
+    """Zero in rows that see no key. Not by way of the log-sum-exp: beside equal scores of -1e9, which hide a whole row,
+    the logarithm of their number is lost.
+    """
+    return torch.where((block.masked == -math.inf).all(-1, keepdim=True), 0.0, block.masked.softmax(-1))
 
 
 def backward(
@@ -119,7 +120,7 @@ def backward(
         delta = delta - grad_lse
     for block in _blocks(query, key, operands, ints, floats, parsed, scale):
         rows = block.rows
-        grad, weights = grad_out[:, :, rows].float(), _weights(block, stats[:, :, rows])
+        grad, weights = grad_out[:, :, rows].float(), _weights(block)
         d_masked = weights * (grad @ values.transpose(-2, -1) - delta[:, :, rows].unsqueeze(-1))
         for near in (tensor[:, :, rows] for tensor in dbias):
             near += torch.where(block.visible, d_masked, 0.0).sum_to_size(near.shape)

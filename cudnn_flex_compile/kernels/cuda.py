@@ -3,6 +3,7 @@
 Knows nothing of how plans are found. A call without a certified plan runs Inductor's kernel instead.
 """
 
+import functools
 import logging
 from collections.abc import Sequence
 
@@ -20,7 +21,8 @@ from cudnn_flex_compile.engine.select import find_plan
 from cudnn_flex_compile.engine.state import engine
 from cudnn_flex_compile.kernels import fallback
 from cudnn_flex_compile.reasons import Code, Reason
-from cudnn_flex_compile.scoremod.ranges import VALUE_LIMIT
+from cudnn_flex_compile.scoremod.saturate import limit_of, saturated
+from cudnn_flex_compile.scoremod.text import parse
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 log = logging.getLogger("cudnn_flex_compile")
@@ -42,7 +44,8 @@ def forward(
             return forward(query, key, value, operands, ints, floats, program, scale, stats, tiles, policy)
     call = forward_key(program, query, key, value, operands, scale, stats, tiles is not None, policy)
     found = _plans.get(call) or find_plan(call)
-    if isinstance(found, Reason) or (ints and not _in_range(ints)):
+    fitting = _fitting(program, ints, query, key) if ints else ints
+    if isinstance(found, Reason) or (fitting is None and tiles is None):
         _explain(program, found)
         out, lse = _fallback_forward(query, key, value, operands, ints, floats, program, scale)
         return out, lse if stats else lse.new_empty(0)
@@ -52,7 +55,7 @@ def forward(
     inputs = _aligned((query, key, value))
     outputs = (out, lse) if stats else (out,)
     try:
-        _run(found, (*inputs, *outputs), operands, ints, floats, tiles)
+        _run(found, (*inputs, *outputs), operands, fitting or (), floats, tiles)
     except torch.OutOfMemoryError as error:
         _explain(program, _no_workspace(found, error))
         del out, outputs
@@ -79,7 +82,8 @@ def backward(
     before = forward_key(program, query, key, value, operands, scale, True, tiles is not None, policy)
     call = backward_key(before, grad_out, grad_lse is not None)
     found = _plans.get(call) or find_plan(call)
-    if isinstance(found, Reason) or (ints and not _in_range(ints)):
+    fitting = _fitting(program, ints, query, key) if ints else ints
+    if isinstance(found, Reason) or (fitting is None and tiles is None):
         _explain(program, found)
         return _fallback_backward(grad_out, grad_lse, query, key, value, operands, ints, floats, program, scale)
     if found.copied:
@@ -92,7 +96,7 @@ def backward(
     gradients = (dq, dk, dv, dbias) if bias_layout else (dq, dk, dv)
     inputs = _aligned((query, key, value, out, stats, grad_out, *rows_of(stats, grad_lse)))
     try:
-        _run(found, (*inputs, *gradients), operands, ints, floats, tiles)
+        _run(found, (*inputs, *gradients), operands, fitting or (), floats, tiles)
     except torch.OutOfMemoryError as error:
         _explain(program, _no_workspace(found, error))
         del dq, dk, dv, dbias, gradients
@@ -161,8 +165,21 @@ def _laid_out(tensor: Tensor, layout: TensorSpec) -> Tensor:
     return _copy(tensor, layout)
 
 
-def _in_range(ints: Sequence[int]) -> bool:
-    return all(abs(i) <= VALUE_LIMIT for i in ints)
+def _fitting(program: str, ints: Sequence[int], query: Tensor, key: Tensor) -> Sequence[int] | None:
+    """The integers as the 32 bits of a plan take them, or None if they do not."""
+    limit = _limit(program, 1 << max(query.shape[2], key.shape[2]).bit_length())
+    for number in ints:
+        if abs(number) > limit:
+            parsed = parse(program)
+            found = saturated((parsed.score, parsed.mask), ints, limit)
+            return found if all(abs(n) <= limit for n in found) else None
+    return ints
+
+
+@functools.lru_cache(1024)
+def _limit(program: str, longest: int) -> int:
+    parsed = parse(program)
+    return limit_of((parsed.score, parsed.mask), longest)
 
 
 def _explain(program: str, found: Ready | Reason) -> None:
@@ -171,7 +188,7 @@ def _explain(program: str, found: Ready | Reason) -> None:
         _warned.add(program)
         if isinstance(found, Reason) and found.code is Code.CERTIFICATION and warned(program):
             return
-        why = found if isinstance(found, Reason) else f"a captured integer is beyond {VALUE_LIMIT}"
+        why = found if isinstance(found, Reason) else "what is computed with a captured integer is beyond 32 bits"
         log.warning("cudnn_flex: a call runs on Inductor's flex_attention instead of cuDNN: %s", why)
 
 

@@ -16,6 +16,7 @@ from cudnn_flex_compile.kernels.compiled import Compiled
 from cudnn_flex_compile.scoremod.interpret import environment, evaluate
 from cudnn_flex_compile.scoremod.ir import Program
 from cudnn_flex_compile.scoremod.learned import position_in
+from cudnn_flex_compile.scoremod.saturate import exact
 from cudnn_flex_compile.scoremod.text import parse
 
 PROGRAMS = 64  # whose kernels are kept, the last ones
@@ -73,7 +74,8 @@ def forward(
     """The output, and the natural log-sum-exp [B, H, Sq]."""
     # Captured tensors: Dynamo makes a float that changes symbolic, and flex_attention fails with it.
     numbers = [torch.full((), float(f), dtype=torch.float32, device=query.device) for f in floats]
-    score_mod = score_mod_of(parse(program), operands, ints, numbers)
+    parsed = parse(program)
+    score_mod = score_mod_of(parsed, operands, exact((parsed.score, parsed.mask), ints), numbers)
     gqa = query.shape[1] != key.shape[1]
     return _compiled(program)(query, key, value, score_mod, scale, gqa)
 

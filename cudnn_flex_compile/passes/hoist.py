@@ -21,6 +21,7 @@ from cudnn_flex_compile.scoremod.interpret import TORCH_DTYPE, evaluate
 from cudnn_flex_compile.scoremod.ir import F32, I32, Expr
 from cudnn_flex_compile.scoremod.masks.intervals import VIEWS, endpoints_of
 from cudnn_flex_compile.scoremod.partition import Hoisted
+from cudnn_flex_compile.scoremod.saturate import INT64_LIMIT, compared
 
 
 def operand_value(
@@ -37,6 +38,8 @@ def operand_value(
     Works on tensors, and on FX proxies, where it writes the nodes that compute the operand.
     """
 
+    only_compared = compared((hoisted.expression,))
+
     def leaf(node: Expr) -> Any:
         if node.kind == "index":
             axis = str(node.value)
@@ -48,13 +51,14 @@ def operand_value(
         if node is LENGTH:
             return torch.full((1, 1, 1, 1), sizes[3], dtype=torch.int32, device=device)
         if node.kind == "scalar" and node.dtype == I32:
-            return torch.full((1, 1, 1, 1), captured(node), dtype=torch.int64, device=device)
+            number = torch.full((1, 1, 1, 1), captured(node), dtype=torch.int64, device=device)
+            return number.clamp(-INT64_LIMIT, INT64_LIMIT) if node.value in only_compared else number
         return _summed_in_float32(captured(node)) if hoisted.learned and node.dtype == F32 else captured(node)
 
     plain = _as_it_is(hoisted, captured, sizes)
     if plain is not None:
         return plain
-    value = evaluate(hoisted.expression, leaf)
+    value = evaluate(hoisted.expression, leaf, size=_size_of)
     if hoisted.limit:
         value = value.clamp(0, sizes[3])
     shape = [size if axis in hoisted.dims else 1 for axis, size in zip(ir.AXES, sizes, strict=True)]
@@ -64,6 +68,10 @@ def operand_value(
 def _summed_in_float32(tensor: Any) -> Any:
     """A captured tensor whose gradient is a sum over many pairs, which 16 bits would not hold on the way."""
     return tensor if _known_tensor(tensor).dtype == torch.float32 else tensor.to(torch.float32)
+
+
+def _size_of(tensor: Any, dim: int) -> Any:
+    return _size(tensor, tensor.node, dim) if isinstance(tensor, Proxy) else tensor.shape[dim]
 
 
 def _known_tensor(tensor: Any) -> torch.Tensor:

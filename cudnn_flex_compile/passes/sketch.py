@@ -17,6 +17,7 @@ from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.interpret import const_tensor, environment, evaluate
 from cudnn_flex_compile.scoremod.ir import F32, I32, Expr, Program
 from cudnn_flex_compile.scoremod.partition import Hoisted
+from cudnn_flex_compile.scoremod.saturate import exact
 
 CELLS = (64, 128)  # of a picture, rows and columns, at most
 SAMPLES = (128, 8192)  # rows and columns at which the mask is evaluated, evenly spread, at most
@@ -65,7 +66,8 @@ def _visible(
     for number, part in hoisted.items():
         value = evaluate(part.expression, outside)
         operands[number] = (value.clamp(0, lengths[1]) if part.limit else value).to(part.stored)
-    ints = {int(n.value or 0): int(v) for n, v in values.items() if (n.kind, n.dtype) == ("scalar", I32)}
+    known = {int(n.value or 0): int(v) for n, v in values.items() if (n.kind, n.dtype) == ("scalar", I32)}
+    ints = dict(enumerate(exact((mask,), [known.get(i, 0) for i in range(1 + max(known, default=-1))])))
     floats = {int(n.value or 0): float(v) for n, v in values.items() if (n.kind, n.dtype) == ("scalar", F32)}
     leaf = environment(torch.zeros((1, 1), device=device), indices, operands, ints, floats)
     return evaluate(mask, leaf).expand(len(rows), len(columns))
@@ -82,7 +84,7 @@ def _outside(
         if node.kind == "const":
             return const_tensor(node, device)
         value = values[node]
-        return value if isinstance(value, torch.Tensor) else torch.full((), value, device=device)
+        return value if isinstance(value, torch.Tensor) else torch.full((1, 1), value, device=device)
 
     return leaf
 

@@ -27,6 +27,7 @@ from cudnn_flex_compile.passes.hoist import operand_value
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod.ir import AXES, Expr, Program
 from cudnn_flex_compile.scoremod.partition import Hoisted
+from cudnn_flex_compile.scoremod.ranges import VALUE_LIMIT
 from cudnn_flex_compile.scoremod.text import text
 from cudnn_flex_compile.scoremod.trace import without_items
 
@@ -212,6 +213,6 @@ def _captured(target: Target, leaf: Expr, limit: int, index: bool) -> CapturedVa
     node = target.captures.nodes[leaf]
     value = example(node)
     if not isinstance(value, torch.Tensor):
-        return CapturedValue(None, number=_hints([value])[0])
+        return CapturedValue(None, number=max(-VALUE_LIMIT, min(_hints([value])[0], VALUE_LIMIT)))  # as plans take it
     real = target.real.get(node)
     return CapturedValue(_spec(value), scalar=leaf.kind == "scalar", real=real, limit=limit, index=index)

@@ -12,6 +12,7 @@ import torch
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import BOOL, F32, I32, I64, Expr
 from cudnn_flex_compile.scoremod.optable import TABLE
+from cudnn_flex_compile.scoremod.saturate import exact
 
 CHUNK = 2**25  # pairs of visible_rows
 TORCH_DTYPE = {F32: torch.float32, I32: torch.int32, I64: torch.int64, BOOL: torch.bool}
@@ -21,7 +22,29 @@ TORCH_DTYPE = {F32: torch.float32, I32: torch.int32, I64: torch.int64, BOOL: tor
 OF_TRUTHS = {"ne": torch.logical_xor, "eq": lambda a, b: torch.logical_xor(a, b).logical_not()}
 
 
-def evaluate(root: Expr, leaf: Callable[[Expr], Any], high: bool = False) -> Any:
+def in_range(source: Any, indices: Sequence[Any], sizes: Sequence[Any]) -> tuple[Any, list[Any]]:
+    """A captured tensor, and indices into its dimensions, of these sizes, from whatever was computed for such: a
+    negative one counts from the end, as in torch, and what is beyond either end becomes the entry there. An empty
+    tensor has a zero.
+
+    Stock attention reads a captured tensor at visible pairs alone, and so an index may be anything at the others. It is
+    evaluated there, too, outside the kernel, where nothing may fail for what nobody sees.
+    """
+    if any(isinstance(n, int) and n == 0 for n in sizes):
+        return source.new_zeros([1] * len(sizes)), [index * 0 for index in indices]
+    near = zip(indices, sizes, strict=True)
+    return source, [torch.where(index < 0, index + n, index).clamp(0, n - 1) for index, n in near]
+
+
+def _gathered(source: Any, indices: Sequence[Any], size: Callable[[Any, int], Any]) -> Any:
+    tensor, near = in_range(source, indices, [size(source, dim) for dim in range(len(indices))])
+    return tensor[tuple(near)]
+
+
+def evaluate(
+    root: Expr, leaf: Callable[[Expr], Any], high: bool = False,
+    size: Callable[[Any, int], Any] = lambda tensor, dim: tensor.shape[dim],
+) -> Any:  # fmt: skip
     """The value of `root`.
 
     Args:
@@ -29,11 +52,15 @@ def evaluate(root: Expr, leaf: Callable[[Expr], Any], high: bool = False) -> Any
         leaf: gives the value of each leaf (score, grad, index, const, capture, operand, scalar), already of
             the leaf's dtype (a capture may have its own) and in a shape that broadcasts with the others.
         high: compute F32 in float64; leaves of F32 must then be float64 too.
+        size: of a dimension of a captured tensor, or of what stands for one.
     """
     values: dict[Expr, Any] = {}
     for node in ir.walk(root):
         if not node.args:
             values[node] = leaf(node)
+        elif node.kind == "gather":
+            source, *indices = (values[a] for a in node.args)
+            values[node] = _gathered(source, indices, size)
         elif high and node.kind == "f32":
             values[node] = values[node.args[0]].to(torch.float64)
         else:
@@ -70,7 +97,9 @@ def environment(
         score: [B, H, Q, K] scaled scores, float32 or float64 (or any shape that the rest broadcasts with).
         indices: int32 per axis, shaped to broadcast with the score.
         operands: by position, shaped to broadcast with the score.
-        ints, floats: the scalars, by position; a float may be a 0-d tensor on the device of the score.
+        ints, floats: the scalars, by position; a float may be a 0-d tensor on the device of the score. Integers may be
+            beyond 32 bits, and what is computed with them has 64; those that stand for "none", such as the largest
+            integer, should have been brought back (saturate.py), lest a sum wraps.
         grad: like the score; needed where the expression has a `grad` leaf.
     """
     high = score.dtype == torch.float64
@@ -91,10 +120,12 @@ def environment(
             case "scalar":
                 source = floats if node.dtype == F32 else ints
                 number = source[int(node.value)]  # pyright: ignore[reportArgumentType]
-                dtype = score.dtype if node.dtype == F32 else torch.int32
                 if isinstance(number, torch.Tensor):
-                    return number.to(dtype)
-                return torch.full((), number, dtype=dtype, device=score.device)
+                    return number.to(score.dtype)
+                if node.dtype == F32:
+                    return torch.full((), number, dtype=score.dtype, device=score.device)
+                # With dimensions: beside a tensor that has some, one without would become 32 bits.
+                return torch.full([1] * score.dim(), number, dtype=torch.int64, device=score.device)
             case kind:
                 raise ValueError(f"no value for a {kind} here")
 
@@ -116,7 +147,7 @@ def visible_rows(
     batch, heads = (size if axis in axes else 1 for axis, size in zip("bh", sizes, strict=False))
     step = max(1, CHUNK // max(1, batch * heads * sizes[3] * block)) * block
     span = {a: torch.arange(n, dtype=torch.int32, device=device) for a, n in zip(ir.AXES, sizes, strict=True)}
-    numbers = dict(enumerate(ints)), {i: float(f) for i, f in enumerate(floats)}
+    numbers = dict(enumerate(exact((mask,), ints))), {i: float(f) for i, f in enumerate(floats)}
     for start in range(0, sizes[2], step):
         rows = slice(start, start + step)
         near = {i: t[:, :, rows] if t.shape[2] > 1 else t for i, t in enumerate(operands)}
@@ -124,6 +155,6 @@ def visible_rows(
             "b": span["b"].view(-1, 1, 1, 1), "h": span["h"].view(-1, 1, 1), "q": span["q"][rows].view(-1, 1),
             "k": span["k"],
         }  # fmt: skip
-        leaf = environment(torch.zeros((), device=device), indices, near, *numbers)
+        leaf = environment(torch.zeros((1, 1, 1, 1), device=device), indices, near, *numbers)
         shape = (batch, heads, len(range(sizes[2])[rows]), sizes[3])
         yield start, evaluate(mask, leaf).expand(shape)

@@ -132,11 +132,14 @@ def _turn_less(n: Expr) -> Expr | None:
 
 
 def _gather_constants(n: Expr) -> Expr | None:
-    """(x + 1) + 2 -> x + 3, on integers only: float addition rounds"""
+    """(x + 1) + 2 -> x + 3, on integers only: float addition rounds; where 3 fits: x may be beyond 32 bits"""
     x, c = n.args
-    if n.dtype != F32 and x.kind == n.kind and is_const(c) and is_const(x.args[1]):
-        return ir.intern(n.kind, n.dtype, (x.args[0], fold(ir.intern(n.kind, n.dtype, (x.args[1], c)))))
-    return None
+    if n.dtype == F32 or x.kind != n.kind or not is_const(c) or not is_const(x.args[1]):
+        return None
+    left, right = int(x.args[1].value or 0), int(c.value or 0)
+    total = ir.const(left + right if n.kind == "add" else left * right, n.dtype)
+    fits = total.value == (left + right if n.kind == "add" else left * right)
+    return ir.intern(n.kind, n.dtype, (x.args[0], total)) if fits else None
 
 
 def _reflexive(n: Expr) -> Expr | None:
@@ -147,8 +150,13 @@ def _reflexive(n: Expr) -> Expr | None:
 
 
 def _always(n: Expr) -> Expr | None:
-    """x >= y -> true on integers that do not overflow, where the least x is no less than the largest y, as in q >= 0"""
-    if n.args[0].dtype not in (I32, I64) or max(map(magnitude, n.args)) > INT32_LIMIT:
+    """x >= y -> true on integers that do not overflow, where the least x is no less than the largest y, as in q >= 0
+
+    Never of scalars and operands: what is computed with 64 bits holds for those of any size.
+    """
+    if n.args[0].dtype not in (I32, I64) or any(node.kind in ("scalar", "operand") for node in ir.walk(*n.args)):
+        return None
+    if max(map(magnitude, n.args)) > INT32_LIMIT:
         return None
     (least, _), (_, largest) = map(interval, n.args)
     return TRUE if least >= largest + (n.kind == "gt") else None
@@ -175,7 +183,8 @@ def _minus_negative(n: Expr) -> Expr | None:
     x, c = n.args
     if n.dtype == F32 or not is_const(c) or not isinstance(c.value, int):
         return None
-    return make("add", x, ir.const(-c.value, n.dtype))
+    opposite = ir.const(-c.value, n.dtype)
+    return make("add", x, opposite) if opposite.value == -c.value else None
 
 
 def _shift_as_product(n: Expr) -> Expr | None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.interpret import TORCH_DTYPE, evaluate
 from cudnn_flex_compile.scoremod.ir import F32, Expr
+from cudnn_flex_compile.scoremod.saturate import INT64_LIMIT, compared
 
 NARROW = 3  # endpoints of a row that one reduction finds: an interval, and a second one that starts with the first key
 VIEWS = {"b": (-1, 1, 1, 1), "h": (1, -1, 1, 1), "q": (1, 1, -1, 1), "k": (1, 1, 1, -1)}
@@ -52,7 +53,7 @@ def endpoints_of(
     place = torch.arange(columns, dtype=torch.int32, device=device)
     before = (place - 1).clamp(min=0).to(torch.int64)
     here, previous = (
-        evaluate(mask, _leaves(operands, ints, floats, sizes, at, device)) for at in (None, before)
+        evaluate(mask, _leaves(mask, operands, ints, floats, sizes, at, device)) for at in (None, before)
     )  # fmt: skip
     axes = ir.axes_of(mask)
     shape = (batch if "b" in axes else 1, heads if "h" in axes else 1, rows, columns)
@@ -67,10 +68,11 @@ def endpoints_of(
 
 
 def _leaves(
-    operands: Sequence[Any], ints: Sequence[Any], floats: Sequence[Any], sizes: Sizes, at: Any,
+    mask: Expr, operands: Sequence[Any], ints: Sequence[Any], floats: Sequence[Any], sizes: Sizes, at: Any,
     device: torch.device,
 ) -> Any:  # fmt: skip
     """Values of a mask's leaves, at all keys, or those at the positions `at`, [Skv]."""
+    only_compared = compared((mask,))
 
     def leaf(node: Expr) -> Any:
         match node.kind:
@@ -86,7 +88,8 @@ def _leaves(
             case "scalar" if node.dtype == F32:
                 return floats[int(node.value or 0)].to(torch.float32)
             case "scalar":
-                return torch.full((1, 1, 1, 1), ints[int(node.value or 0)], dtype=torch.int64, device=device)
+                number = torch.full((1, 1, 1, 1), ints[int(node.value or 0)], dtype=torch.int64, device=device)
+                return number.clamp(-INT64_LIMIT, INT64_LIMIT) if node.value in only_compared else number
             case "const":
                 number: Any = node.value
                 return torch.full((1, 1, 1, 1), number, dtype=TORCH_DTYPE[node.dtype], device=device)

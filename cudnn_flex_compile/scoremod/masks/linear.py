@@ -37,18 +37,23 @@ class Linear:
         return Linear({a: f for a, f in self.factors.items() if a is not atom}, self.constant)
 
     def expression(self) -> Expr:
-        """The form as a 64-bit expression that does not wrap: its 64-bit atoms, which may be the largest integer and
-        mean none, are clamped so that their sum is in range; beyond every sum of indices, another one is as good.
+        """The form as a 64-bit expression that does not wrap: its 64-bit atoms and scalars, which may be the largest
+        integer and mean none, are clamped so that their sum is in range; beyond every sum of indices, another one is as
+        good.
         """
         total = ir.const(self.constant, I64)
-        weight = sum(abs(factor) for atom, factor in self.factors.items() if atom.dtype == I64)
+        weight = sum(abs(factor) for atom, factor in self.factors.items() if _may_be_none(atom))
         for atom, factor in self.factors.items():
-            term = _clamped(atom, LARGE // weight) if atom.dtype == I64 else ir.cast(atom, I64)
+            term = _clamped(ir.cast(atom, I64), LARGE // weight) if _may_be_none(atom) else ir.cast(atom, I64)
             total = term * factor + total if factor != 1 else term + total
         return total
 
 
 LARGE = 2**62
+
+
+def _may_be_none(atom: Expr) -> bool:
+    return atom.dtype == I64 or atom.kind == "scalar"
 
 
 def _clamped(atom: Expr, limit: int) -> Expr:

@@ -155,7 +155,7 @@ def test_the_trivial_mask() -> None:
     assert conjuncts(TRUE) == []
 
 
-EXTREME_ROWS = torch.tensor([0, 1, 255, 2**15, 2**22 + 3, AXIS_LIMIT - 2, AXIS_LIMIT - 1], dtype=torch.int32)
+EXTREME_ROWS = torch.tensor([0, 1, 255, 2**15, 2**22 + 3, AXIS_LIMIT - 2, AXIS_LIMIT - 1])
 CONSTANTS = [
     0, 1, -1, 2, 127, 128, 129, 2**15, -(2**24), 2**28, -(2**28), 2**29, 2**30, -(2**30), 2**31 - 1, -(2**31),
     2**31 - 2**24,
@@ -178,8 +178,12 @@ def shifted(axis: Expr) -> st.SearchStrategy[Expr]:
     return st.one_of(sums(), st.sampled_from(CONSTANTS).map(lambda c: axis + one(c)))
 
 
-def test_overflow_is_no_bound() -> None:
-    """32-bit arithmetic wraps: at any index the form is what torch computes."""
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_overflow_is_no_bound(dtype: torch.dtype) -> None:
+    """32-bit arithmetic wraps, and 64-bit arithmetic does not: at any index the form is what torch computes.
+
+    Scalars have 64 bits, so beside 32-bit indices the number is a constant.
+    """
     bounded = 0
 
     @settings(max_examples=600)
@@ -192,8 +196,9 @@ def test_overflow_is_no_bound() -> None:
     def check(left: Expr, right: Expr, compare: str, number: int) -> None:
         nonlocal bounded
         mask = make(compare, left, right)
-        indices = {"q": EXTREME_ROWS.view(-1, 1), "k": EXTREME_ROWS}
-        leaf = environment(torch.zeros(()), indices, {}, {0: number}, {})
+        mask = ir.rebuild(mask, {NUMBER: one(number)}) if dtype == torch.int32 else mask
+        rows = EXTREME_ROWS.to(dtype)
+        leaf = environment(torch.zeros((1, 1)), {"q": rows.view(-1, 1), "k": rows}, {}, {0: number}, {})
         form = split(simplify(mask))
         bounded += bool(form.bounds)
         expected = evaluate(mask, leaf).expand(7, 7)

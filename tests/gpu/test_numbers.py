@@ -1,0 +1,49 @@
+"""Numbers that stand for "none", and indices that hold where a pair is visible, on the GPU: the tests of the CPU."""
+
+import math
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import flex_attention
+
+from cudnn_flex_compile import cache_clear
+from tests.compile import test_numbers, test_unvisited
+from tests.compile.test_backend import fresh
+
+__all__ = ["fresh"]
+
+HEAD_DIM = 64
+
+
+@pytest.fixture(autouse=True)
+def head_dims(monkeypatch):
+    """Heads as large as cuDNN has them."""
+    cache_clear()
+    wide = test_numbers.qkv
+    for module in (test_numbers, test_unvisited):
+        monkeypatch.setattr(module, "qkv", lambda **how: wide(dim=HEAD_DIM, **how))
+    yield
+    cache_clear()
+
+
+def test_a_window_of_any_size():
+    def f(q, k, v, window):
+        def score_mod(s, b, h, i, j):
+            return torch.where((i >= j) & (i - j < window), s, -math.inf)
+
+        return flex_attention(q, k, v, score_mod)
+
+    test_numbers.by_windows(f, "cuda")
+
+
+@pytest.mark.parametrize("first", range(0, 12, 3))
+def test_generated_programs_of_numbers_of_any_size(first):
+    for number in range(first, first + 3):
+        test_numbers.check(number, "cuda", lowered=False)
+
+
+@pytest.mark.parametrize("blocks", [True, False])
+@pytest.mark.parametrize("number", range(3))
+def test_paged_indices_that_hold_where_a_pair_is_visible(number, blocks):
+    test_unvisited.compare(number, "cuda", blocks)
+    torch.cuda.synchronize()
