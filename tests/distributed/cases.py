@@ -23,22 +23,17 @@ from torch import nn
 from torch._dynamo import config
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.experimental import local_map
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.attention import flex_attention as stock
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.parallel import DistributedDataParallel
 
-from cudnn_flex_compile import ops
 from cudnn_flex_compile.backend import cudnn_flex
 from cudnn_flex_compile.bench.mods import causal, softcap
 from cudnn_flex_compile.kernels import block_mask
-from cudnn_flex_compile.ops import sharding  # noqa: F401
 from cudnn_flex_compile.report import collect
-from cudnn_flex_compile.scoremod import ir
-from cudnn_flex_compile.scoremod.optable import make
-from cudnn_flex_compile.scoremod.text import text
 from tests import layers
 
 RANKS = 2
@@ -262,66 +257,6 @@ def dtensor_by_local_map(device):
             assert (f - e).norm() <= 1e-2 * e.norm()
 
 
-CAPPED = make("tanh", ir.SCORE / 2.0) * 2.0
-PROGRAMS = {
-    "soft cap": (text(ir.program(CAPPED)), False),
-    "another cap": (text(ir.program(make("tanh", ir.SCORE / 3.0) * 3.0)), False),
-    "slopes": (text(ir.program(CAPPED + ir.operand(0, ir.F32, "h"))), True),
-    "heads": (text(ir.program(CAPPED + ir.cast(ir.index("h"), ir.F32))), False),
-    "batch": (text(ir.program(CAPPED + ir.cast(ir.index("b"), ir.F32))), False),
-}
-OF_SLOPES = {"slopes": PROGRAMS["slopes"]}
-HEADS_AND_BATCHES = ((4, 4, 2), (6, 3, 2), (4, 2, 3), (4, 1, 1))  # query heads, kv heads, batch
-PLACEMENTS = (Shard(0), Shard(1), Shard(2), Replicate())
-
-
-def _expected(name, placement, kv_heads, batch):
-    """The output's placement: the queries' where that axis can be divided."""
-    divides = {Shard(0): name != "batch" and batch % RANKS == 0, Shard(1): name != "heads" and kv_heads % RANKS == 0}
-    return placement if divides.get(placement, False) else Replicate()
-
-
-def sharding_rule(device):
-    """The ops on DTensors of each placement: the numbers of whole tensors, and the batch or heads stay sharded."""
-    mesh = init_device_mesh(device, (RANKS,))
-    for sizes in HEADS_AND_BATCHES:
-        whole = qkv(device, *sizes)
-        slopes = torch.arange(sizes[0], dtype=torch.float32, device=device).view(1, -1, 1, 1)
-        for name, (program, reads) in (PROGRAMS if sizes == HEADS_AND_BATCHES[0] else OF_SLOPES).items():
-            operands = [slopes] if reads else []
-            exact = _run(whole, operands, program)
-            for placement in PLACEMENTS:
-                where = [Shard(1) if placement == Shard(1) else Replicate()]
-                sharded = [distribute_tensor(t, mesh, [placement]) for t in whole]
-                found = _run(sharded, [distribute_tensor(t, mesh, where) for t in operands], program)
-                wanted = _expected(name, placement, sizes[1], sizes[2])
-                assert {t.placements for t in found} <= {(wanted,), (Replicate(),)}, (sizes, name, placement)
-                assert found[0].placements == (wanted,), (sizes, name, placement, found[0].placements)
-                for f, e in zip(found, exact, strict=True):
-                    assert (f.full_tensor() - e).norm() <= 1e-2 * e.norm(), (sizes, name, placement)
-
-
-def sharding_rule_with_tiles(device):
-    """A list of tiles is of all pairs, and so an op that takes one runs on whole tensors. The CPU reads no list."""
-    mesh = init_device_mesh(device, (RANKS,))
-    whole, (program, _) = qkv(device), next(iter(PROGRAMS.values()))
-    tiles = distribute_tensor(torch.empty(0, dtype=torch.int32, device=device), mesh, [Replicate()])
-    exact = _run(whole, [], program)
-    for placement in PLACEMENTS:
-        found = _run([distribute_tensor(t, mesh, [placement]) for t in whole], [], program, tiles)
-        assert {t.placements for t in found[:2]} == {(Replicate(),)}, placement
-        for f, e in zip(found, exact, strict=True):
-            assert (f.full_tensor() - e).norm() <= 1e-2 * e.norm(), placement
-
-
-def _run(tensors, operands, program, tiles=None):
-    """out, the log-sum-exp, dQ, dK and dV, through autograd."""
-    leaves = [t.detach().requires_grad_() for t in tensors]
-    out, lse, _ = ops.attention(*leaves, operands, [], [], program, 0.25, True, False, None, tiles)
-    (out.float().square().sum() + lse.sin().sum()).backward()
-    return [out.detach(), lse.detach(), *(t.grad for t in leaves)]
-
-
 def alibi_of_all_heads(device):
     """A slope for each head, as a DTensor among the operands' sources, under local_map with the heads sharded."""
     given, mesh = qkv(device), init_device_mesh(device, (RANKS,))
@@ -367,13 +302,8 @@ def example(device):
 
 CASES = {case.__name__: case for case in (
     ddp, ddp_in_one_graph, ddp_adds_no_work, fsdp2, fsdp2_as_a_whole, tensor_parallel, dtensor_by_local_map,
-    alibi_of_all_heads, sharding_rule, sharding_rule_with_tiles, example,
+    alibi_of_all_heads, example,
 )}  # fmt: skip
-ONLY_ON_CPU = ("sharding_rule_with_tiles",)
-
-
-def cases_on(device):
-    return [case for case in CASES if device == "cpu" or case not in ONLY_ON_CPU]
 
 
 def verdict(name, device):
@@ -402,7 +332,7 @@ def main():
     limit = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo" if given.device == "cpu" else "nccl", timeout=limit)
     verdicts = []
-    for name in given.cases or cases_on(given.device):
+    for name in given.cases or CASES:
         verdicts.append(verdict(name, given.device))
         if dist.get_rank() == 0:
             print(f"case {name}: {verdicts[-1]}", flush=True)

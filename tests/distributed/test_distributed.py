@@ -50,9 +50,5 @@ def test_dtensors_by_local_map(found):
     assert_ok(found, "dtensor_by_local_map", "alibi_of_all_heads")
 
 
-def test_the_ops_on_dtensors(found):
-    assert_ok(found, "sharding_rule", "sharding_rule_with_tiles")
-
-
 def test_the_example(found):
     assert_ok(found, "example")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from tests.distributed.cases import cases_on
+from tests.distributed.cases import CASES
 from tests.distributed.launch import ROOT, run, verdicts
 
 BACKENDS = ("inductor", "cudnn_flex")
@@ -32,7 +32,7 @@ MISSING = "did not come to an end"
 
 def cases(out, sizes):
     """A line for each: "ok" or what went wrong. Those that one that hangs took along run once more, alone."""
-    names = cases_on("cuda")
+    names = list(CASES)
     found = verdicts(out / "cases.log", SECONDS["cases"], "cuda", *names)
     missing = [name for name in names if name not in found]
     for name in missing:
