@@ -28,7 +28,6 @@ class Code(enum.Enum):
     UNSUPPORTED_CALL = "call flex_attention with a plain BlockMask, or none"
     INTERVALS = "pip install 'cudnn-flex-compile[intervals]', for kernels that skip what such a mask hides"
     SHAPE_REFUSED = "cuDNN has no kernel for this shape on this GPU"
-    KNOWN_WRONG = "cuDNN computes this wrongly; upgrade to the version named"
     SLOWER = "nothing: stock flex_attention is the faster one here (options={'lower': 'always'} overrides)"
     MEMORY = "free GPU memory and call cudnn_flex_compile.cache_clear(): checking a plan takes as much as one more call"
     CERTIFICATION = "cuDNN's numbers were wrong here; please report the program and the shape"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cudnn_flex_compile.engine import attempts, identity, plan, select, verify
+from cudnn_flex_compile.engine import identity, plan, select, verify
 from cudnn_flex_compile.engine.attention_graph import output_specs
 from cudnn_flex_compile.engine.call import Meta, backward_key, forward_key
 from cudnn_flex_compile.engine.problem import Problem, TensorSpec
@@ -106,8 +106,6 @@ def install(patch: pytest.MonkeyPatch, folder: Path | None = None, **how: object
     patch.setattr(plan, "restore", backend.restore)
     patch.setattr(verify, "certify", backend.certify)
     patch.setattr(select, "unusable_device", lambda device: None)
-    for module in (select, attempts):
-        patch.setattr(module, "cudnn_version", lambda: 99999)
     patch.setattr(select, "run_clean", lambda function, device: function())
     patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     patch.setattr(torch.cuda, "empty_cache", lambda: None)

@@ -73,7 +73,7 @@ class Asked:
 
 
 def asked_of_forward(
-    problem: Problem, sample: Sample, where: Places, t: Tensors, written: Sequence[torch.Tensor]
+    problem: Problem, sample: Sample, where: Places, written: Sequence[torch.Tensor]
 ) -> list[Asked]:  # fmt: skip
     spot = spot_of_rows(problem, where)
 

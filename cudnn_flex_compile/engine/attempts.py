@@ -19,7 +19,6 @@ from cudnn_flex_compile.engine.strategies.dense import NAME as DENSE
 from cudnn_flex_compile.engine.strategies.scores import biased, legal_backward
 from cudnn_flex_compile.engine.support import refused
 from cudnn_flex_compile.engine.tail import ends, guarded, needs_guard
-from cudnn_flex_compile.engine.versions import cudnn_version
 from cudnn_flex_compile.phases import phase
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
@@ -73,7 +72,7 @@ def _with_others(problem: Problem, found: list[Attempt]) -> list[Attempt]:
 
     way = next(way for way in WAYS.values() if way.takes(problem))
     plain = way.inner_problem(problem)
-    if refused(plain, parse(plain.program), cudnn_version()) is not None:
+    if refused(plain, parse(plain.program)) is not None:
         return found
 
     def make(inner: Attempt) -> Runs | Reason:

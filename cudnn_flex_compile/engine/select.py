@@ -20,7 +20,7 @@ from cudnn_flex_compile.engine.reference import ProgramReference, Reference
 from cudnn_flex_compile.engine.state import engine
 from cudnn_flex_compile.engine.support import refused
 from cudnn_flex_compile.engine.verdicts import keep, recall
-from cudnn_flex_compile.engine.versions import cudnn_version, unusable_device
+from cudnn_flex_compile.engine.versions import unusable_device
 from cudnn_flex_compile.phases import count
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod.text import parse
@@ -113,7 +113,7 @@ def _build(call: Key) -> Ready | Reason:
 def _make(call: Key) -> Ready | Reason:
     problem = problem_of(call)
     program = parse(problem.program)
-    reason = unusable_device(problem.device) or refused(problem, program, cudnn_version())
+    reason = unusable_device(problem.device) or refused(problem, program)
     if reason is not None:
         return reason
     forward = None

@@ -26,13 +26,12 @@ MAX_HEAD_DIM = 256
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """code: the reason. applies: what is wrong with this problem, or None. fixed: the first cuDNN that is right.
+    """code: the reason. applies: what is wrong with this problem, or None.
     evidence: how it was measured, and where.
     """
 
     code: Code
     applies: Callable[[Problem, Program], str | None]
-    fixed: int | None = None
     evidence: str = ""
     measured: str = "one H200 (SM90), cuDNN 9.19 and 9.28"
 
@@ -99,15 +98,12 @@ RULES: tuple[Rule, ...] = (
 )  # fmt: skip
 
 
-def refused(problem: Problem, program: Program, cudnn_version: int) -> Reason | None:
+def refused(problem: Problem, program: Program) -> Reason | None:
     """The first rule that applies, as a reason."""
     for rule in RULES:
-        if rule.fixed is not None and cudnn_version >= rule.fixed:
-            continue
         detail = rule.applies(problem, program)
         if detail is not None:
-            since = f" (right since cuDNN {rule.fixed})" if rule.fixed else ""
-            return Reason(rule.code, detail + since)
+            return Reason(rule.code, detail)
     return None
 
 

@@ -126,8 +126,10 @@ def _data(problem: Problem, tensors: Tensors, written: Written, sample: Sample) 
     """The tensors are unit normal."""
     sample = replace(sample, operands=[surrounded(operand) for operand in sample.operands])
     where = places(problem, sample, tensors.query.device)
-    ask = asked_of_backward if problem.direction == BACKWARD else asked_of_forward
-    return Data(sample, where, ask(problem, sample, where, tensors, [w.tensor for w in written.tensors.values()]))
+    outputs = [w.tensor for w in written.tensors.values()]
+    if problem.direction == BACKWARD:
+        return Data(sample, where, asked_of_backward(problem, sample, where, tensors, outputs))
+    return Data(sample, where, asked_of_forward(problem, sample, where, outputs))
 
 
 def _run(plan: Runnable, forward: Runnable, t: Tensors, written: Written, sample: Sample) -> None:

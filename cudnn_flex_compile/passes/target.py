@@ -88,7 +88,7 @@ def judge(target: Target) -> Accepted | Reason:
         return _certified(target, call, problem)
     program, _ = target.running
     asked = problem.backward(target.lse_gradient) if target.training else problem
-    reason = refused(asked, program, _any_version())
+    reason = refused(asked, program)
     if reason is not None:
         return reason
     if target.tiled:
@@ -101,10 +101,6 @@ def judge(target: Target) -> Accepted | Reason:
             return Accepted((strategy.name,))
         reasons.append(lowering)
     return next((r for r in reasons if r.code is not Code.UNSUPPORTED_CALL), reasons[-1])
-
-
-def _any_version() -> int:
-    return 10**9
 
 
 def _certified(target: Target, call: Key, problem: Problem) -> Accepted | Reason:

@@ -45,13 +45,6 @@ def text(program: Program) -> str:
     return SEPARATOR.join([*lines, f"score {number[program.score]}", f"mask {number[program.mask]}"])
 
 
-def expression_text(root: Expr) -> str:
-    """The same of one expression over any leaves, without a header; it is not parsed again."""
-    nodes = list(ir.walk(root))
-    number = {node: i for i, node in enumerate(nodes)}
-    return SEPARATOR.join(_line(node, number) for node in nodes)
-
-
 def _number(dtype: str, word: str) -> int | float | bool:
     if dtype == BOOL:
         return {"true": True, "false": False}[word]

@@ -115,7 +115,7 @@ def cell(name: str, sm: int, direction: str) -> Cell:
 
 def judged(asked: Problem, sm: int) -> Cell:
     """The cell of a problem."""
-    reason = refused(asked, parse(asked.program), cudnn_version())
+    reason = refused(asked, parse(asked.program))
     if reason is not None:
         return Cell(reason.code.name, False)
 

@@ -30,14 +30,6 @@ class Box:
     upper: int | None = None
 
     @property
-    def rows(self) -> slice:
-        return slice(self.top, self.bottom)
-
-    @property
-    def columns(self) -> slice:
-        return slice(self.left, self.right)
-
-    @property
     def empty(self) -> bool:
         gap = self.lower is not None and self.upper is not None and self.lower + self.upper < 0
         return gap or self.top >= self.bottom or self.left >= self.right

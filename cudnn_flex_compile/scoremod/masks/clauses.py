@@ -101,9 +101,6 @@ def _either(condition: Expr, x: list[Clause], y: list[Clause], node: Expr, posit
     return _all(parts[0], parts[1])
 
 
-NEGATED = {"ge": "lt", "gt": "le", "eq": "ne", "ne": "eq"}
-
-
 def _comparison(node: Expr, positive: bool) -> list[Clause] | None:
     """A comparison of integers as clauses of half-lines, if every part that varies along kv can be solved for it."""
     if node.kind in ("ge", "gt"):

@@ -81,8 +81,9 @@ def computed(found: Sequence[Box], score: Expr, lengths: Lengths) -> tuple[torch
         assert 0 <= box.left < box.right <= lengths[1]
         program, own = box.program(score), (box.bottom - box.top, box.right - box.left)
         mask = values(program.mask, own)
-        count[box.rows, box.columns] += mask
-        total[box.rows, box.columns][mask] = values(program.score, own)[mask]
+        inside = slice(box.top, box.bottom), slice(box.left, box.right)
+        count[inside] += mask
+        total[inside][mask] = values(program.score, own)[mask]
         assert box.pairs() == int(mask.sum()) or None not in (box.lower, box.upper)
         assert all(bool(mask.any(axis).all()) for axis in (0, 1)), "a line that the box does not need"
         assert all(bound is None or bound >= 0 for bound in box.local())
