@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch._dynamo.eval_frame import OptimizedModule
 from torch.fx import GraphModule
 
+from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.config import options_from
 from cudnn_flex_compile.report import Report, collect
 
@@ -64,20 +64,21 @@ def _never_compiled(model: Callable[..., Any]) -> Callable[..., Any]:
 
 def _without_compile(model: Callable[..., Any]) -> Callable[..., Any]:
     """What torch.compile was given, if `model` is its result."""
-    if isinstance(model, OptimizedModule):
-        return model._orig_mod
-    return getattr(model, "_torchdynamo_orig_callable", model) if isinstance(model, types.FunctionType) else model
+    if isinstance(model, types.FunctionType):
+        return torch_private.original_function(model)
+    return torch_private.original_of(model)
 
 
 @contextmanager
 def _compiled_in_place_off(model: Callable[..., Any]) -> Generator[None]:
     """Sets aside what `module.compile()` has compiled."""
     modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
-    compiled = [(m, m._compiled_call_impl) for m in modules if m._compiled_call_impl is not None]
+    calls = ((module, torch_private.compiled_call(module)) for module in modules)
+    compiled = [(module, call) for module, call in calls if call is not None]
     for module, _ in compiled:
-        module._compiled_call_impl = None
+        torch_private.set_compiled_call(module, None)
     try:
         yield
     finally:
         for module, call in compiled:
-            module._compiled_call_impl = call
+            torch_private.set_compiled_call(module, call)

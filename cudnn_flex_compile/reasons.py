@@ -32,6 +32,7 @@ class Code(enum.Enum):
     MEMORY = "free GPU memory and call cudnn_flex_compile.cache_clear(): checking a plan takes as much as one more call"
     CERTIFICATION = "cuDNN's numbers were wrong here; please report the program and the shape"
     CAPTURING = "run the model once before the capture: nothing can be built or checked meanwhile"
+    TORCH = "use a torch that README lists: this one has moved what the detail names"
     INTERNAL = "a bug of cudnn_flex_compile: please report it with the detail"
 
 

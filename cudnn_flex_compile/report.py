@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch._guards import CompileContext
-
+from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.engine.record import Error
 from cudnn_flex_compile.locks import new_lock
 from cudnn_flex_compile.phases import Tally, count, listen
@@ -204,9 +203,8 @@ def collecting() -> bool:
 
 def publish(calls: list[CallReport]) -> None:
     """Tells all who collect of one compiled graph."""
-    compiling = CompileContext.current_compile_id()
     count("graphs")
-    count("recompiles", int(compiling is not None and bool(compiling.frame_compile_id)))
+    count("recompiles", int(torch_private.recompiles()))
     with _lock:
         for report in _collecting:
             report.calls.extend(calls)

@@ -131,7 +131,7 @@ def first_calls(case: Case, functions: dict[str, Function], step: Callable[[Func
 
     Torch's SDPA, which is there for comparison, is taken out of `functions` if it fails.
     """
-    torch._dynamo.reset()  # once: it would drop what was compiled for a contender before
+    torch.compiler.reset()  # once: it would drop what was compiled for a contender before
     layers, calls = [case.layer()], []
     for name, function in list(functions.items()):
         with collect() as report:

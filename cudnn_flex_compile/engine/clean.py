@@ -13,6 +13,8 @@ from typing import TypeVar
 
 import torch
 
+from cudnn_flex_compile import torch_private
+
 Result = TypeVar("Result")
 
 _workers: dict[int, ThreadPoolExecutor] = {}
@@ -42,22 +44,10 @@ def any_algorithm() -> Generator[None]:
     if not torch.are_deterministic_algorithms_enabled() or torch.is_deterministic_algorithms_warn_only_enabled():
         yield
         return
-    torch._C._set_deterministic_algorithms(True, warn_only=True)
+    torch_private.set_deterministic(True, warn_only=True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        torch._C._set_deterministic_algorithms(True, warn_only=False)
-
-
-@contextmanager
-def above_autograd() -> Generator[None]:
-    """Lets a kernel, which runs below autograd, use autograd itself, in its own thread."""
-    keys = torch._C.DispatchKey
-    exclude = torch._C._dispatch_tls_local_exclude_set()
-    for key in (keys.AutogradCUDA, keys.AutogradCPU, keys.AutogradFunctionality, keys.ADInplaceOrView):
-        exclude = exclude.remove(key)
-    include = torch._C._dispatch_tls_local_include_set()
-    with torch._C._ForceDispatchKeyGuard(include, exclude), torch.inference_mode(False), torch.enable_grad():
-        yield
+        torch_private.set_deterministic(True, warn_only=False)

@@ -8,7 +8,8 @@ import threading
 from typing import Any
 
 import cudnn
-import torch
+
+from cudnn_flex_compile import torch_private
 
 Entry = tuple[Any, int | None]  # a handle, and the stream that it is set to, once it is
 
@@ -37,7 +38,7 @@ _local = _Handles({})
 
 def current_handle(device: int) -> Any:
     """This thread's handle for the device, which must be the current one, on torch's current stream."""
-    return handle_on(device, torch._C._cuda_getCurrentRawStream(device))
+    return handle_on(device, torch_private.current_stream(device))
 
 
 def handle_on(device: int, stream: int) -> Any:

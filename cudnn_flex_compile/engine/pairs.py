@@ -6,21 +6,17 @@ of P / N heads (gathered.py).
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.autograd.forward_ad as fwAD
 
+from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.engine.gathered import Given
 from cudnn_flex_compile.engine.places import SEED
 from cudnn_flex_compile.engine.problem import Problem
 from cudnn_flex_compile.engine.reference import Sample
 
 EXACT, STOCK = torch.float64, torch.float32
-
-# fwAD.make_dual itself takes a quarter of a second at first, in which TorchScript compiles decompositions of functions
-# that no score_mod has.
-MAKE_DUAL: Any = getattr(torch._VF, "_make_dual", fwAD.make_dual)  # pyright: ignore
 
 # A score_mod's derivative is a float32 function: it is asked to be this exact, relative to its largest value on
 # unit normal scores. (cuDNN's 1 - tanh(x)**2 is off by about 1e-6: 1% of what is left of it at x = 5.)
@@ -97,7 +93,7 @@ def masked_scores(
     very one that waits for this certification.
     """
     with fwAD.dual_level() as level:
-        dual = MAKE_DUAL(scores, torch.ones_like(scores), level=level)
+        dual = torch_private.make_dual(scores, torch.ones_like(scores), level=level)
         masked, slope = fwAD.unpack_dual(modified(sample, dual, where))
     if slope is None:
         return masked, torch.zeros_like(masked)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.engine.driver import Graph
 from cudnn_flex_compile.locks import new_lock
 
@@ -78,7 +79,7 @@ class Replays:
 
     def run(self, addresses: Sequence[int], workspace: int) -> None:
         """Launches, on the current stream of the device, which must be the current one."""
-        key, stream = (workspace, *addresses), torch._C._cuda_getCurrentRawStream(self._device)
+        key, stream = (workspace, *addresses), torch_private.current_stream(self._device)
         found = self.graphs.get(key)
         if found is None or torch.cuda.is_current_stream_capturing():
             self._enqueue(addresses, workspace, stream)

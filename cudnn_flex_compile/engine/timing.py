@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from cudnn_flex_compile import torch_private
+
 ROUNDS, CALLS = 7, 5  # samples of each contender that count, and calls in a sample
 AHEAD = 10_000_000  # clock cycles (about 5 ms) that the device sleeps first, so that it waits for no host afterwards
 
@@ -23,7 +25,7 @@ def milliseconds(contenders: Sequence[Callable[[], object]]) -> list[float]:
 
 def _sample(run: Callable[[], object]) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(AHEAD)
+    torch_private.sleep(AHEAD)
     start.record()
     for _ in range(CALLS):
         run()

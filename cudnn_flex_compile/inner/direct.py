@@ -8,10 +8,10 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch._inductor.config as inductor_config
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.config import Options
 from cudnn_flex_compile.inner import inductor
 from cudnn_flex_compile.ops import attention as attention_op
@@ -26,7 +26,8 @@ MODES = (None, "default", "max-autotune-no-cudagraphs")
 def suffices(graph_module: GraphModule, example_inputs: Sequence[Any], options: Options) -> bool:
     """Whether Inductor would have nothing to compile in the (rewritten) graph."""
     asked = options.inner_backend == inductor.NAME and options.mode in MODES and not options.inner_options
-    if not asked or inductor_config.triton.cudagraphs:
+    triton: Any = torch_private.inductor_triton()
+    if not asked or triton is None or triton.cudagraphs:
         return False
     nodes = [node for node in graph_module.graph.nodes if node.op != "placeholder"]
     plain = all(type(t) in PLAIN for t in example_inputs if isinstance(t, Tensor))

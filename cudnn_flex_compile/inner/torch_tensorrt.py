@@ -20,6 +20,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.nn import Parameter
 
+from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.config import Options
 from cudnn_flex_compile.inner import inductor
 from cudnn_flex_compile.passes.find import example, find_calls
@@ -89,7 +90,7 @@ def _with_inputs_of_dynamo(
     def run(*inputs: Any) -> Any:
         for weight in weights:
             tensor = inputs[weight.position]
-            if tensor is not weight.tensor() or tensor._version != weight.version:
+            if tensor is not weight.tensor() or torch_private.version_of(tensor) != weight.version:
                 raise RuntimeError(
                     "cudnn_flex_compile: a weight was changed or replaced after TensorRT engines were built of it. "
                     "Call torch._dynamo.reset() to have them built anew, or let weights be inputs of the engines, "
@@ -102,13 +103,11 @@ def _with_inputs_of_dynamo(
 
 def _trains(graph: Graph) -> bool:
     (output,) = graph.find_nodes(op="output")
-    values = [node.meta.get("example_value") for node in output.all_input_nodes]
+    values = [torch_private.example_of(node, None) for node in output.all_input_nodes]
     return any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
 
 
 def _backend() -> Callable[..., Any]:
-    from torch._dynamo.backends.registry import lookup_backend
-
     try:
         import torch_tensorrt  # noqa: F401  # pyright: ignore
     except ImportError as error:
@@ -117,7 +116,7 @@ def _backend() -> Callable[..., Any]:
         ) from error
     except Exception as error:  # what it raises where it finds no TensorRT
         raise ImportError(f"inner_backend={NAME!r}: torch_tensorrt cannot be imported: {error}") from error
-    return lookup_backend(NAME)
+    return torch_private.lookup_backend()(NAME)
 
 
 def _handover(graph_module: GraphModule, example_inputs: Sequence[Any], constants: bool) -> Handover:
@@ -128,7 +127,7 @@ def _handover(graph_module: GraphModule, example_inputs: Sequence[Any], constant
     sources, first = _sources(inputs), inputs[-1].next if inputs else None
     for position, (node, value) in enumerate(zip(inputs, example_inputs, strict=True)):
         size = example(node)
-        source = sources.get(size.node.expr) if isinstance(size, torch.SymInt) else None
+        source = sources.get(torch_private.expression_of(size)) if isinstance(size, torch.SymInt) else None
         constant = constants and isinstance(value, Parameter) and not value.is_inference()
         if source is None and not constant:
             handed.kept.append(position)
@@ -138,9 +137,9 @@ def _handover(graph_module: GraphModule, example_inputs: Sequence[Any], constant
                 found = graph.call_function(torch.ops.aten.sym_size.int, source)
             else:
                 setattr(handed.module, f"weight_{position}", value)
-                handed.weights.append(Weight(position, weakref.ref(value), value._version))
+                handed.weights.append(Weight(position, weakref.ref(value), torch_private.version_of(value)))
                 found = graph.get_attr(f"weight_{position}")
-        found.meta["example_value"] = size
+        torch_private.set_example(found, size)
         node.replace_all_uses_with(found)
         graph.erase_node(node)
     handed.module.recompile()
@@ -154,5 +153,5 @@ def _sources(inputs: Sequence[Node]) -> dict[Any, tuple[Node, int]]:
         tensor = example(node)
         for dim, size in enumerate(tensor.shape if isinstance(tensor, torch.Tensor) else ()):
             if isinstance(size, torch.SymInt):
-                found.setdefault(size.node.expr, (node, dim))
+                found.setdefault(torch_private.expression_of(size), (node, dim))
     return found

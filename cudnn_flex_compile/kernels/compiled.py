@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._dynamo.exc import FailOnRecompileLimitHit
+
+from cudnn_flex_compile import torch_private
 
 
 class Compiled:
@@ -36,7 +37,7 @@ class Compiled:
     def __call__(self, *arguments: Any) -> Any:
         try:
             return self._compiled(*arguments)
-        except FailOnRecompileLimitHit:
+        except torch_private.recompile_limit():
             self._compiled = self._anew()
             return self._compiled(*arguments)
 

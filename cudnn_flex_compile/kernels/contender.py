@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch._functorch.config as functorch_config
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.engine import timing
 from cudnn_flex_compile.engine.places import SEED
 from cudnn_flex_compile.engine.problem import Problem
@@ -89,7 +89,7 @@ def contenders(contest: Contest, device: torch.device) -> list[Callable[[], Any]
 
 
 def main() -> None:
-    functorch_config.donated_buffer = False  # the backward is called several times
+    torch_private.keep_buffers()  # the backward is called several times
     contest: Contest = pickle.load(sys.stdin.buffer)
     device = torch.device("cuda", contest.problem.device)
     with torch.cuda.device(device):

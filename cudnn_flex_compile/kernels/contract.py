@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
+from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.kernels.block_mask import agree
 from cudnn_flex_compile.kernels.later import Reading, later
 from cudnn_flex_compile.scoremod.text import parse
+from cudnn_flex_compile.torch_private import version_of
 
 MISMATCH = (
     "cudnn_flex: the BlockMask's blocks do not agree with its mask_mod: a block that the mask_mod leaves visible is"
@@ -56,7 +58,7 @@ def hold(
         compare: gives a boolean, 0-d, on their device.
     """
     if blocks[0].is_cuda and torch.cuda.is_current_stream_capturing():
-        torch._assert_async(compare())
+        torch_private.assert_on_device(compare())
         return
     tensors = (*blocks, *captured)
     known: dict[Hashable, Any] = _agreed.setdefault(blocks[1], {})  # pyright: ignore[reportAssignmentType]
@@ -86,8 +88,8 @@ Identity = list[tuple[TensorWeakRef, int]]  # a freed tensor's address may be an
 
 
 def _identity(tensors: Sequence[Tensor]) -> Identity:
-    return [(TensorWeakRef(t), t._version) for t in tensors]
+    return [(TensorWeakRef(t), version_of(t)) for t in tensors]
 
 
 def _unchanged(identity: Identity, tensors: Sequence[Tensor]) -> bool:
-    return all(ref() is t and version == t._version for (ref, version), t in zip(identity, tensors, strict=True))
+    return all(ref() is t and version == version_of(t) for (ref, version), t in zip(identity, tensors, strict=True))

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.engine.call import backward_key, forward_key
-from cudnn_flex_compile.engine.clean import above_autograd
 from cudnn_flex_compile.engine.memory import empty
 from cudnn_flex_compile.engine.problem import TensorSpec, dense, dense_like, out_spec
 from cudnn_flex_compile.engine.ready import Ready
@@ -39,7 +39,7 @@ def forward(
 
     With a list of the mask's tiles, it is that by which the plan runs.
     """
-    if query.get_device() != torch._C._cuda_getDevice():
+    if query.get_device() != torch_private.current_device():
         with torch.cuda.device(query.device):
             return forward(query, key, value, operands, ints, floats, program, scale, stats, tiles, policy)
     call = forward_key(program, query, key, value, operands, scale, stats, tiles is not None, policy)
@@ -75,7 +75,7 @@ def backward(
 
     A gradient of the (natural) log-sum-exp is given or not as the loss has it: these are two plans.
     """
-    if query.get_device() != torch._C._cuda_getDevice():
+    if query.get_device() != torch_private.current_device():
         with torch.cuda.device(query.device):
             rest = (out, stats, operands, ints, floats, program, scale, tiles, policy)
             return backward(grad_out, grad_lse, query, key, value, *rest)
@@ -196,7 +196,7 @@ def _fallback_forward(
     query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor], ints: Sequence[int],
     floats: Sequence[Tensor], program: str, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    with above_autograd(), torch.no_grad():
+    with torch_private.above_autograd(), torch.no_grad():
         out, lse = fallback.forward(query, key, value, operands, ints, floats, program, scale)
     wanted = out_spec(TensorSpec.of(query), TensorSpec.of(value))
     return _laid_out(out, wanted), _laid_out(lse, dense(TensorSpec.of(lse)))
@@ -206,7 +206,7 @@ def _fallback_backward(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor],
     ints: Sequence[int], floats: Sequence[Tensor], program: str, scale: float,
 ) -> Gradients:  # fmt: skip
-    with above_autograd():
+    with torch_private.above_autograd():
         gradients = fallback.backward(grad_out, grad_lse, query, key, value, operands, ints, floats, program, scale)
     of_inputs = zip(gradients, (query, key, value), strict=False)
     dq, dk, dv = (_laid_out(g, dense_like(TensorSpec.of(t))) for g, t in of_inputs)

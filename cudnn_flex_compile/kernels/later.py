@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo import compiled_autograd
-from torch.autograd import Variable
 
+from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.locks import new_lock
 
 log = logging.getLogger("cudnn_flex_compile")
@@ -102,10 +101,12 @@ def looking_last(run: Callable[..., Any]) -> Callable[..., Any]:
 
 def _left_to_backward(result: Any) -> bool:
     """Whether the host looks when a backward is enqueued: the one that runs now, or that of any of these outputs."""
-    if torch._C._current_graph_task_id() >= 0:  # a graph that a checkpoint runs again
+    if torch_private.graph_task is None or torch_private.engine is None:
+        return False
+    if torch_private.graph_task() >= 0:  # a graph that a checkpoint runs again
         _at_end_of_backward()
         return True
-    if not torch.is_grad_enabled() or compiled_autograd.compiled_autograd_enabled:  # which would trace the hooks
+    if not torch.is_grad_enabled() or torch_private.traces_backwards():  # which would trace the hooks
         return False
     outputs = result if isinstance(result, tuple | list) else ()
     nodes = {t.grad_fn for t in outputs if isinstance(t, Tensor) and t.grad_fn is not None}
@@ -115,7 +116,7 @@ def _left_to_backward(result: Any) -> bool:
 
 
 def _at_end_of_backward(*_: Any) -> None:
-    Variable._execution_engine.queue_callback(_look)  # pyright: ignore
+    torch_private.engine.queue_callback(_look)
 
 
 def _look(wait: bool = True) -> None:

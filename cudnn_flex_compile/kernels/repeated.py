@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from cudnn_flex_compile import torch_private
+
 log = logging.getLogger("cudnn_flex_compile")
 EAGER = 2  # calls on a GPU before there is reason to think that more will come
 
@@ -43,11 +45,9 @@ class Repeated:
         return compiled(*tensors)
 
     def _compile(self, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
-        from torch._inductor.compile_fx import compile_fx
-
         try:
             with torch.no_grad():
-                compiled: Any = compile_fx(make_fx(self._function)(*tensors), list(tensors))
+                compiled: Any = torch_private.compile_fx()(make_fx(self._function)(*tensors), list(tensors))
                 compiled(*tensors)  # Inductor's kernels are made in the first call
         except Exception:
             log.debug("cudnn_flex: a function that is called at every step can't be compiled", exc_info=True)

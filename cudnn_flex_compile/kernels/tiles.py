@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.engine.tile_recording import recording_of
 from cudnn_flex_compile.engine.tiles import Geometry, Tiler, tiler_of
 from cudnn_flex_compile.kernels.block_mask import agree_with_endpoints
@@ -79,5 +80,5 @@ def none(
 def _captured(tiler: Tiler, table: Tensor, blocks: Sequence[Tensor], block_sizes: Sequence[int]) -> Tensor:
     _replayed.add(tiler)
     if blocks:
-        torch._assert_async(agree_with_endpoints(blocks, table, tiler.geometry.sizes, block_sizes))
+        torch_private.assert_on_device(agree_with_endpoints(blocks, table, tiler.geometry.sizes, block_sizes))
     return tiler.list(table)

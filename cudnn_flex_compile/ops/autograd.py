@@ -18,7 +18,7 @@ from cudnn_flex_compile.scoremod.learned import position_in
 
 LOG2E = 1 / math.log(2)
 # What a stock compiled flex_attention raises.
-TWICE = b"torch.compile with aot_autograd does not currently support double backward"
+TWICE = "torch.compile with aot_autograd does not currently support double backward"
 
 
 class Attention(torch.autograd.Function):
@@ -57,6 +57,18 @@ class Attention(torch.autograd.Function):
         return (*main, dbias if ctx.learned else None, *(None,) * 9)
 
 
+class _Once(torch.autograd.Function):
+    """Hands tensors on, and raises an error in place of their gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return tuple(tensor.detach() for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        raise RuntimeError(TWICE)
+
+
 def _once(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
     """The gradients, which raise an error when they are differentiated.
 
@@ -65,8 +77,7 @@ def _once(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
     """
     if not torch.is_grad_enabled():  # no graph is recorded of them
         return gradients
-    fail = torch._C._functions.DelayedError(TWICE, len(gradients))  # pyright: ignore
-    return fail(*(gradient.detach().requires_grad_() for gradient in gradients))
+    return _Once.apply(*(gradient.detach().requires_grad_() for gradient in gradients))  # pyright: ignore
 
 
 def attention(

@@ -7,9 +7,9 @@ import functools
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from torch.autograd import _profiler_enabled
 from torch.profiler import record_function
 
+from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.text import infix, parse
 
@@ -19,7 +19,7 @@ NOTHING: AbstractContextManager[Any] = nullcontext()
 
 def named(direction: str, program: str) -> AbstractContextManager[Any]:
     """An event around a kernel's call, such as `cudnn_flex forward: tanh(score / 20) * 20, q >= kv`."""
-    return record_function(_name(direction, program)) if _profiler_enabled() else NOTHING
+    return record_function(_name(direction, program)) if torch_private.profiling() else NOTHING
 
 
 @functools.lru_cache(256)

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import _profiler_enabled
 from torch.nn import Parameter
 
+from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.ops.schemas import Gradients, attention_backward, attention_forward, namespace
 
 PLAIN = (Tensor, Parameter)
@@ -27,8 +27,8 @@ def _dispatched(tensor: Tensor) -> bool:
         not tensor.is_cuda
         or type(tensor) not in PLAIN
         or torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or _profiler_enabled()
+        or torch_private.dispatch_modes() > 0
+        or torch_private.profiling()
     )
 
 

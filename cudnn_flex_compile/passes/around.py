@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.passes.estimates import Around
 from cudnn_flex_compile.passes.find import Call
 from cudnn_flex_compile.passes.light import is_view
@@ -34,14 +35,14 @@ def _tflop(product: Node) -> float:
     read, place = product.all_input_nodes, PRODUCTS[product.target]
     if place >= len(read):
         return 0.0
-    out, factor = (node.meta.get("example_value") for node in (product, read[place]))
+    out, factor = (torch_private.example_of(node, None) for node in (product, read[place]))
     if not (isinstance(out, torch.Tensor) and isinstance(factor, torch.Tensor)):
         return 0.0
     return 2 * math.prod(map(_known, (*out.shape, factor.shape[-1]))) / 1e12
 
 
 def _known(size: Any) -> int:
-    return size if isinstance(size, int) else size.node.hint if size.node.has_hint() else 0
+    return size if isinstance(size, int) else torch_private.hint_of(size) or 0
 
 
 def is_alone(graph_module: GraphModule, calls: Sequence[Call]) -> bool:

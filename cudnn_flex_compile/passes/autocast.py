@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch.fx import Node
 
+from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.passes.find import Call, example
 
 
@@ -35,5 +36,5 @@ def _cast(node: Node, dtype: torch.dtype, before: Node) -> Node:
         return node
     with before.graph.inserting_before(before):
         cast = before.graph.call_method("to", (node, dtype))
-    cast.meta["example_value"] = tensor.to(dtype)
+    torch_private.set_example(cast, tensor.to(dtype))
     return cast

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
-from cudnn_flex_compile import ops
+from cudnn_flex_compile import ops, torch_private
 from cudnn_flex_compile.passes.find import Call, changes, example, hint
 from cudnn_flex_compile.passes.hoist import Writer, operand_value
 from cudnn_flex_compile.reasons import Code, Reason
@@ -19,6 +18,7 @@ from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import Expr, Program
 from cudnn_flex_compile.scoremod.partition import Hoisted
 from cudnn_flex_compile.scoremod.text import text
+from cudnn_flex_compile.torch_private import version_of
 
 
 def present(call: Call) -> list[Node]:
@@ -96,12 +96,12 @@ class InputCheck:
         Fake ones, on which DDP's optimizer runs each of its graphs once, have nothing that could be compared.
         """
         first = inputs[self._blocks[0]]
-        if isinstance(first, FakeTensor):
+        if torch_private.is_fake(first):
             return
         capturing = first.is_cuda and torch.cuda.is_current_stream_capturing()
         if self._seen and not capturing and self._breaches == self._contract.breaches():
             for position, tensor, version in self._seen:
-                if inputs[position] is not tensor or tensor._version != version:
+                if inputs[position] is not tensor or version_of(tensor) != version:
                     break
             else:
                 return
@@ -110,7 +110,7 @@ class InputCheck:
         self._contract.hold(blocks, captured, self._question, lambda: self._compare(*blocks, *captured))
         if not capturing and not any(t.is_inference() for t in (*blocks, *captured)):
             positions = (*self._blocks, *self._captured)
-            self._seen = tuple((i, inputs[i], inputs[i]._version) for i in positions)
+            self._seen = tuple((i, inputs[i], version_of(inputs[i])) for i in positions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +168,7 @@ class Guards:
         captured = [mask.nodes[n] for n in mask.leaves]
         changed = changes([*blocks, *captured], call.node)
         shapes = [example(n).shape[d] for n, d in _size_sources(call)]
-        sizes = tuple(n if isinstance(n, int) else n.node.expr for n in shapes)
+        sizes = tuple(n if isinstance(n, int) else torch_private.expression_of(n) for n in shapes)
         key = (call.node.graph, *blocks, *captured, mask.program, mask.hoisted, call.block_sizes, sizes, changed)
         if key not in self._written:
             outside = None if changed else self._outside(call, mask, shapes)
@@ -210,7 +210,7 @@ class Guards:
             arguments = (present(call), operands, ints, floats, text(mask.program), sizes, list(call.block_sizes))
             node = graph.call_function(ops.check_block_mask, arguments)
         self.inside = True
-        node.meta["example_value"] = example(call.query).new_empty((0,), dtype=torch.int32)
+        torch_private.set_example(node, example(call.query).new_empty((0,), dtype=torch.int32))
         return node
 
 

@@ -15,6 +15,8 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+from cudnn_flex_compile import torch_private
+
 FLEX_ATTENTION = torch.ops.higher_order.flex_attention
 IN_PLACE = {"setitem", "__setitem__", *(n for n in dir(operator) if n.startswith("i") and hasattr(operator, n[1:]))}
 NO_BLOCKS = 1 << 30  # the block size that flex_attention gives an absent BlockMask
@@ -75,7 +77,7 @@ class Call:
             node = left.pop()
             if node.op == "output" or (node not in self.output(position) and _has_effect(node)):
                 return True
-            if _may_require_grad(node.meta.get("example_value", True)):
+            if _may_require_grad(torch_private.example_of(node, True)):
                 left += [user for user in node.users if user not in seen]
                 seen.update(node.users)
         return False
@@ -126,12 +128,12 @@ def scale_of(call: Call) -> float | None:
 
 def hint(size: Any) -> int:
     """A size as it is in the call that is being compiled; makes no guard."""
-    return size if isinstance(size, int) else int(size.node.hint)
+    return size if isinstance(size, int) else int(torch_private.hint_of(size))
 
 
 def example(value: Any) -> Any:
     """The fake tensor or symbolic number that Dynamo recorded for a node; other values as they are."""
-    return value.meta["example_value"] if isinstance(value, Node) else value
+    return torch_private.example_of(value) if isinstance(value, Node) else value
 
 
 def ancestors(nodes: Iterable[Node]) -> set[Node]:
@@ -176,17 +178,17 @@ def _read_once(
 
 
 def _storage(value: Any) -> int | None:
-    tensor = value.meta.get("example_value") if isinstance(value, Node) else None
+    tensor = torch_private.example_of(value, None) if isinstance(value, Node) else None
     try:
-        return tensor.untyped_storage()._cdata if isinstance(tensor, torch.Tensor) else None
+        return torch_private.storage_of(tensor) if isinstance(tensor, torch.Tensor) else None
     except NotImplementedError:  # inside vmap, as create_block_mask is
         return None
 
 
 def written(node: Node) -> list[Any]:
     """The arguments that a node changes in place."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        arguments = node.target._schema.arguments
+    if isinstance(node.target, torch_private.OpOverload):
+        arguments = torch_private.schema_of(node.target).arguments
         given = [node.kwargs.get(a.name, node.args[i] if i < len(node.args) else None) for i, a in enumerate(arguments)]
         return [v for a, v in zip(arguments, given, strict=True) if a.is_write]
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")

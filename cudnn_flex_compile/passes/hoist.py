@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node, Proxy
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.proxy import GraphAppendingTracer
 
-from cudnn_flex_compile import ops
+from cudnn_flex_compile import ops, torch_private
 from cudnn_flex_compile.passes.compact import LENGTH, counts_of, order_of, slots_of
 from cudnn_flex_compile.passes.find import changes, example
 from cudnn_flex_compile.scoremod import ir
@@ -185,7 +184,7 @@ class Writer:
             result: Any = before.graph.graph_copy(traced.graph, dict(zip(placeholders, inputs, strict=True)))
         node = first.next
         while node is not before:
-            node.meta["example_value"] = node.meta["val"]
+            torch_private.set_example(node, node.meta["val"])
             node = node.next
         return result
 
@@ -212,7 +211,7 @@ class Writer:
 
 def _known(size: Any) -> Any:
     """A size that can be compared without a guard."""
-    return size if isinstance(size, int) else size.node.expr
+    return size if isinstance(size, int) else torch_private.expression_of(size)
 
 
 def _size(proxy: Proxy, node: Node, dim: int) -> Any:
@@ -235,15 +234,15 @@ class _ProxyFactories(torch.overrides.TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _annotate(first: Node, end: Node, mode: FakeTensorMode) -> None:
+def _annotate(first: Node, end: Node, mode: Any) -> None:
     """Gives new nodes the example values that Dynamo's nodes have, in Dynamo's fake mode, for later passes."""
     node = first
     while node is not end:
-        if "example_value" not in node.meta:
+        if torch_private.example_of(node, None) is None:
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), example)  # pyright: ignore
             target: Any = node.target
             with mode:
                 function = getattr(args[0], target) if node.op == "call_method" else target
                 rest = args[1:] if node.op == "call_method" else args
-                node.meta["example_value"] = function(*rest, **kwargs)
+                torch_private.set_example(node, function(*rest, **kwargs))
         node = node.next

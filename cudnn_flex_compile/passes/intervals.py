@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from cudnn_flex_compile import ops
+from cudnn_flex_compile import ops, torch_private
 from cudnn_flex_compile.engine.tiles import Geometry, tiler_of
 from cudnn_flex_compile.kernels.block_mask import agree_with_endpoints
 from cudnn_flex_compile.passes.block_mask import present
@@ -133,7 +133,7 @@ class Tiles:
             )
             with graph.inserting_before(call.node):
                 node = graph.call_function(ops.list_tiles, arguments)
-            node.meta["example_value"] = example(table).new_empty(size_of(target))
+            torch_private.set_example(node, example(table).new_empty(size_of(target)))
             self._written[shared] = node
         return self._written[shared]
 

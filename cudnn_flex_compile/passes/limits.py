@@ -7,8 +7,8 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.passes.find import Call, example, hint, scale_of
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
@@ -19,6 +19,8 @@ MIB = 2**20
 
 def unsuitable(call: Call) -> Reason | None:
     """Reasons that need no tracing."""
+    if torch_private.needed_for_lowering:
+        return Reason(Code.TORCH, ", ".join(name.where for name in torch_private.needed_for_lowering))
     tensors = [example(n) for n in (call.query, call.key, call.value)]
     forced = call.kernel_options.get("BACKEND", "AUTO")
     if forced != "AUTO" or call.kernel_options.get("FORCE_USE_FLEX_ATTENTION"):
@@ -29,7 +31,7 @@ def unsuitable(call: Call) -> Reason | None:
         return Reason(Code.UNSUPPORTED_CALL, "the scale changes between calls")
     if tensors[0].device.type not in ("cuda", "cpu"):
         return Reason(Code.DEVICE, f"tensors are on {tensors[0].device}")
-    if any(type(t) is not type(tensors[0]) or t.is_nested or is_traceable_wrapper_subclass(t) for t in tensors):
+    if any(type(t) is not type(tensors[0]) or t.is_nested or torch_private.wraps_tensors(t) for t in tensors):
         types = sorted({type(t).__name__ for t in tensors})
         return Reason(Code.UNSUPPORTED_CALL, f"tensors of different, nested or wrapping types: {', '.join(types)}")
     if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 
+from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.config import Options
 from cudnn_flex_compile.passes import block_mask, intervals
 from cudnn_flex_compile.passes.around import around_of, is_alone
@@ -48,7 +48,7 @@ def lower_calls(graph_module: GraphModule, example_inputs: Sequence[Any], option
     """Rewrites the graph in place, as the options of this compile say."""
     inputs = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
     pairs = zip(inputs, example_inputs, strict=False)
-    real = {node: value for node, value in pairs if not isinstance(value, FakeTensor)}  # DDP's optimizer gives such
+    real = {node: value for node, value in pairs if not torch_private.is_fake(value)}  # DDP's optimizer gives such
     writer = Writer()
     captures = options.captures_graphs
     tiled = options.intervals and not captures  # for which the host looks at two numbers a step

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from cudnn_flex_compile import ops
+from cudnn_flex_compile import ops, torch_private
 from cudnn_flex_compile.passes.find import Call, example, scale_of
 
 
@@ -38,12 +38,12 @@ def replace(
             call.uses(1), training, guard, tiles, policy,
         )  # fmt: skip
         op = graph.call_function(ops.attention, arguments)
-        op.meta.update({k: v for k, v in node.meta.items() if k != "example_value"})
+        op.meta.update(node.meta)
         outputs = [graph.call_function(operator.getitem, (op, i)) for i in range(2)]
     fakes = example(node)
-    op.meta["example_value"] = (fakes[0], fakes[1], fakes[1])
+    torch_private.set_example(op, (fakes[0], fakes[1], fakes[1]))
     for position, output in enumerate(outputs):
-        output.meta["example_value"] = fakes[position]
+        torch_private.set_example(output, fakes[position])
         for old in call.output(position) if call.uses(position) else ():
             old.replace_all_uses_with(output)
         if not output.users:
@@ -69,5 +69,5 @@ def with_batch(node: Node, call: Call) -> Node:
     with graph.inserting_before(call.node):
         size = batch if isinstance(batch, int) else graph.call_method("size", (call.query, 0))
         expanded = graph.call_method("expand", (node, size, -1, -1, -1))
-    expanded.meta["example_value"] = tensor.expand(batch, -1, -1, -1)
+    torch_private.set_example(expanded, tensor.expand(batch, -1, -1, -1))
     return expanded

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from cudnn_flex_compile import torch_private
+
 PLAIN = (bool, int, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 NAMESPACES = ("aten", "prims")
 HOMES = ("_operator", "builtins", "math", "torch")
@@ -40,7 +42,7 @@ def _line(node: Node, numbers: dict[Node, int]) -> str:
 
 
 def _function(target: Any) -> str:
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, torch_private.OpOverload):
         if target.namespace not in NAMESPACES:
             raise _NoText
         return str(target)

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
+from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.scoremod import interval_rules as bounds
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import BOOL, F32, I32, I64, Expr, cast, promote
@@ -83,7 +83,7 @@ def _max_backward(g: Expr, args: tuple[Expr, ...], out: Expr) -> Partials:
 
 def _passes_at_bound() -> bool:
     """Whether torch's clamp passes its gradient at the bound itself: torch 2.13 does, 2.15 does not."""
-    with torch.inference_mode(False), torch.enable_grad(), _disable_current_modes():
+    with torch.inference_mode(False), torch.enable_grad(), torch_private.without_modes():
         x = torch.zeros((), requires_grad=True, device="cpu")
         return bool(torch.autograd.grad(x.clamp(min=0.0), x)[0])
 

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.overrides import TorchFunctionMode
 
+from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import BOOL, F32, I32, I64, SCORE, Expr
 from cudnn_flex_compile.scoremod.optable import ROWS, make
@@ -66,8 +65,8 @@ def trace(function: torch.nn.Module, takes_score: bool, captured: Sequence[Captu
     Raises:
         Untraceable: with the op that has no row.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode, torch.no_grad(), TransformGetItemToIndex():
+    mode = torch_private.fake_mode_type(allow_non_fake_inputs=True)
+    with mode, torch.no_grad(), _Indexing():
         inputs = [torch.empty((), dtype=torch.float32, device=device)] if takes_score else []
         inputs += [torch.empty((), dtype=torch.int32, device=device) for _ in ir.AXES]
         inputs += [_stand_in(c, device) for c in captured]
@@ -81,6 +80,28 @@ def trace(function: torch.nn.Module, takes_score: bool, captured: Sequence[Captu
     return result
 
 
+class _Indexing(TorchFunctionMode):
+    """Reads `tensor[i]` as an index at every i, also a 0-d tensor, of which torch would ask its value.
+
+    Inductor traces by such a mode, too (torch._dynamo._trace_wrapped_higher_order_op).
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.__getitem__:
+            source, indices = args[0], _leaves(args[1])
+            if all(isinstance(i, (torch.Tensor, int)) for i in indices):
+                return torch.ops.aten.index(source, [_as_index(i, source.device) for i in indices])
+        return func(*args, **(kwargs or {}))
+
+
+def _leaves(index: Any) -> list[Any]:
+    return [leaf for i in index for leaf in _leaves(i)] if isinstance(index, (tuple, list)) else [index]
+
+
+def _as_index(i: Any, device: torch.device) -> torch.Tensor:
+    return torch.tensor(i, dtype=torch.int64, device=device) if isinstance(i, int) else i
+
+
 def _stand_in(captured: Captured, device: torch.device) -> torch.Tensor:
     if captured.tensor is None:
         return torch.empty((), dtype=torch.int32, device=device)
@@ -91,7 +112,7 @@ def _stand_in(captured: Captured, device: torch.device) -> torch.Tensor:
 
 
 def _hint(size: Any) -> int:
-    return size if isinstance(size, int) else int(size.node.hint)
+    return size if isinstance(size, int) else int(torch_private.hint_of(size))
 
 
 def without_items(function: torch.nn.Module) -> Callable[..., Any]:
@@ -131,7 +152,7 @@ class _Reader:
     def _constant(self, tensor: torch.Tensor) -> Expr:
         if tensor.numel() != 1:
             raise Untraceable("a tensor constant of several elements")
-        with _disable_current_modes():
+        with torch_private.without_modes():
             return ir.const(tensor.item(), dtype_of(tensor.dtype))
 
     def _value(self, arg: Any) -> Any:
@@ -144,7 +165,8 @@ class _Reader:
         return make("gather", value) if isinstance(value, Expr) and value.kind == "capture" else value
 
     def _call(self, node: torch.fx.Node) -> Expr:
-        name = node.target.overloadpacket.__name__ if isinstance(node.target, torch._ops.OpOverload) else None
+        target: Any = node.target
+        name = target.overloadpacket.__name__ if isinstance(target, torch_private.OpOverload) else None
         if name is None:
             raise Untraceable(str(node.target))
         args, kwargs = self._value(node.args), {k: self._value(v) for k, v in node.kwargs.items()}

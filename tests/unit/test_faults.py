@@ -21,7 +21,8 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
-from cudnn_flex_compile.engine import attempts, plan, select, verify
+from cudnn_flex_compile import torch_private
+from cudnn_flex_compile.engine import plan, select, verify
 from cudnn_flex_compile.engine.call import backward_key, forward_key, problem_of
 from cudnn_flex_compile.engine.clean import any_algorithm
 from cudnn_flex_compile.engine.lowering import Lowering
@@ -64,7 +65,7 @@ class StandIn:
 @pytest.fixture
 def on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets the code of CUDA run on the CPU, in the caller's thread."""
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
+    monkeypatch.setattr(torch_private, "current_device", lambda: -1)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(cuda, "empty", lambda shape, stride, dtype: torch.empty_strided(shape, stride, dtype=dtype))
     monkeypatch.setattr(select, "run_clean", lambda function, device: function())

@@ -8,8 +8,8 @@ import threading
 
 import cudnn
 import pytest
-import torch
 
+from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.engine import handles
 from cudnn_flex_compile.engine.handles import current_handle, handle_on
 
@@ -29,7 +29,7 @@ def streams(monkeypatch):
 
     monkeypatch.setattr(cudnn, "create_handle", lambda: next(names))
     monkeypatch.setattr(cudnn, "set_stream", set_stream)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: CURRENT + device, raising=False)
+    monkeypatch.setattr(torch_private, "current_stream", lambda device: CURRENT + device)
     monkeypatch.setattr(handles, "_local", handles._Handles({}))
     return of, changes
 

@@ -1,0 +1,339 @@
+"""Every private name of torch that the package uses, each once: what it is for, and what is done without it.
+
+This file may import torch alone. A name is looked up where it has moved least; one that has moved costs what its row
+says, and never the import of the backend. `missing()` lists those of this torch.
+"""
+
+import contextlib
+import functools
+import operator
+import pkgutil
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+SEEN = "2.11.0, 2.13.0, 2.14.1"  # the versions of torch that have all of these names
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    """A private name of torch.
+
+    Attributes:
+        where: the module, a colon, and the attribute.
+        use: what the package needs it for.
+        without: what happens where it is missing.
+        cuda: whether only builds with CUDA have it.
+    """
+
+    where: str
+    use: str
+    without: str
+    cuda: bool = False
+
+    def value(self) -> Any:
+        """The value, or None where it is missing, whatever looking for it raises."""
+        try:
+            return pkgutil.resolve_name(self.where)
+        except Exception:
+            return None
+
+
+NAMES: list[Name] = []
+
+
+def _now(where: str, use: str, without: str, fallback: Any, cuda: bool = False) -> Any:
+    """The value of a name that `import torch` has, or the fallback."""
+    NAMES.append(Name(where, use, without, cuda))
+    found = NAMES[-1].value()
+    return fallback if found is None else found
+
+
+def _later(where: str, use: str, without: str, fallback: Any = None) -> Callable[[], Any]:
+    """A function that gives the value of a name, whose module is imported only then, or the fallback."""
+    name = Name(where, use, without)
+    NAMES.append(name)
+
+    @functools.cache
+    def value() -> Any:
+        found = name.value()
+        return fallback if found is None else found
+
+    return value
+
+
+def missing() -> list[Name]:
+    """The names that this torch should have, and has not."""
+    built = torch.version.cuda is not None
+    return [name for name in NAMES if (built or not name.cuda) and name.value() is None]
+
+
+# Launches: each is called at every run of a compiled graph.
+current_device: Callable[[], int] = _now(
+    "torch:_C._cuda_getDevice", "the current CUDA device",
+    "torch.cuda.current_device, which takes the host longer", torch.cuda.current_device, cuda=True,
+)  # fmt: skip
+current_stream: Callable[[int], int] = _now(
+    "torch:_C._cuda_getCurrentRawStream", "the address of a device's current stream",
+    "torch.cuda.current_stream, which takes the host longer",
+    lambda device: torch.cuda.current_stream(device).cuda_stream, cuda=True,
+)  # fmt: skip
+empty_on_device: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], torch.Tensor] = _now(
+    "torch:_C._dynamo.guards._empty_strided_cuda", "allocates on the current CUDA device, as Inductor's code does",
+    "torch.empty_strided, which takes the host longer",
+    lambda shape, stride, dtype: torch.empty_strided(shape, stride, dtype=dtype, device="cuda"),
+)  # fmt: skip
+dispatch_modes: Callable[[], int] = _now(
+    "torch:_C._len_torch_dispatch_stack", "how many dispatch modes are on",
+    "every call goes through torch's dispatcher, which takes the host longer", lambda: 1,
+)  # fmt: skip
+profiling: Callable[[], bool] = _now(
+    "torch.autograd:_profiler_enabled", "whether a profiler listens",
+    "every call makes its event, and goes through torch's dispatcher", lambda: True,
+)  # fmt: skip
+_versioned = _now(
+    "torch:Tensor._version", "how often a tensor was written to",
+    "no tensor is known to be unchanged, so masks are compared at each step", None,
+)  # fmt: skip
+version_of: Callable[[torch.Tensor], Any] = operator.attrgetter("_version") if _versioned else lambda tensor: object()
+assert_on_device: Callable[[torch.Tensor], Any] = _now(
+    "torch:_assert_async", "has the device stop where a boolean is false, also in a CUDA graph",
+    "a read out of bounds, at which CUDA stops, too",
+    lambda right: torch.zeros(1, device=right.device).take((~right).long()),
+)  # fmt: skip
+
+# Measuring and certifying plans.
+sleep: Callable[[int], Any] = _now(
+    "torch.cuda:_sleep", "keeps the device busy, while the host enqueues what is timed",
+    "times have some of the host's time in them", lambda cycles: None,
+)  # fmt: skip
+make_dual: Callable[..., Any] = _now(
+    "torch:_VF._make_dual", "forward-mode duals, without what forward_ad.make_dual compiles at first",
+    "forward_ad.make_dual, whose first call takes a quarter of a second", forward_ad.make_dual,
+)  # fmt: skip
+set_deterministic: Callable[..., None] = _now(
+    "torch:_C._set_deterministic_algorithms", "lets certification use any algorithm",
+    "torch.use_deterministic_algorithms, which also sets Inductor's option", torch.use_deterministic_algorithms,
+)  # fmt: skip
+_excluded = _now("torch:_C._dispatch_tls_local_exclude_set", "autograd below an op", "`above_autograd` says it", None)
+_included = _now("torch:_C._dispatch_tls_local_include_set", "autograd below an op", "`above_autograd` says it", None)
+_dispatching = _now("torch:_C._ForceDispatchKeyGuard", "autograd below an op", "`above_autograd` says it", None)
+
+
+@contextlib.contextmanager
+def above_autograd() -> Generator[None]:
+    """Lets a kernel, which runs below autograd, use autograd itself, in its own thread.
+
+    Raises RuntimeError where a name is missing: a shape that has no plan and came up at run time does not run then.
+    """
+    if None in (_excluded, _included, _dispatching):
+        raise RuntimeError(
+            "cudnn_flex: a shape without a certified plan came up at run time, and this torch has moved what its other "
+            f"kernel needs ({SEEN} have it): call torch.compiler.reset(), and compile with this shape"
+        )
+    keys: Any = torch._C.DispatchKey  # pyright: ignore[reportAttributeAccessIssue]
+    exclude = _excluded()
+    for key in (keys.AutogradCUDA, keys.AutogradCPU, keys.AutogradFunctionality, keys.ADInplaceOrView):
+        exclude = exclude.remove(key)
+    with _dispatching(_included(), exclude), torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+# A backward that runs.
+graph_task: Callable[[], int] | None = _now(
+    "torch:_C._current_graph_task_id", "whether a backward runs in this thread",
+    "the host looks at BlockMasks at the end of each graph", None,
+)  # fmt: skip
+engine: Any = _now(
+    "torch.autograd:Variable._execution_engine", "calls a function at the end of a backward",
+    "the host looks at BlockMasks at the end of each graph", None,
+)  # fmt: skip
+_compiled_autograd = _later(
+    "torch._dynamo.compiled_autograd:compiled_autograd_enabled", "whether backwards are traced, and hooks with them",
+    "the host looks at BlockMasks at the end of each graph",
+)  # fmt: skip
+
+
+def traces_backwards() -> bool:
+    """Whether compiled autograd is on, in which a hook would be traced; true where that is not known."""
+    if _compiled_autograd() is None:
+        return True
+    from torch._dynamo import compiled_autograd
+
+    return bool(compiled_autograd.compiled_autograd_enabled)
+
+
+# Reading Dynamo's graphs.
+OpOverload: type = type(torch.ops.aten.add.Tensor)  # what torch._ops.OpOverload names
+wraps_tensors: Callable[[Any], bool] = _now(
+    "torch.utils._python_dispatch:is_traceable_wrapper_subclass", "whether a tensor is made of others, as DTensors are",
+    "the method by which such a type is known", lambda tensor: hasattr(type(tensor), "__tensor_flatten__"),
+)  # fmt: skip
+without_modes: Callable[[], Any] = _now(
+    "torch.utils._python_dispatch:_disable_current_modes", "reads numbers while Dynamo traces",
+    "calls with constant tensors are kept", contextlib.nullcontext,
+)  # fmt: skip
+fake_mode_type: Any = _now(
+    "torch._subclasses.fake_tensor:FakeTensorMode", "traces score_mods and mask_mods",
+    "every call is kept", None,
+)  # fmt: skip
+_fake = _now("torch._subclasses.fake_tensor:FakeTensor", "which inputs have no data", "every call is kept", None)
+needed_for_lowering = [name for name, value in zip(NAMES[-2:], (fake_mode_type, _fake), strict=True) if value is None]
+
+
+def is_fake(value: Any) -> bool:
+    """Whether a value is a tensor without data, as Dynamo's examples are."""
+    return _fake is not None and isinstance(value, _fake)
+
+
+def example_of(node: Any, *default: Any) -> Any:
+    """The fake tensor or symbolic number that Dynamo recorded for a node. Raises KeyError, unless given a default."""
+    return node.meta.get("example_value", *default) if default else node.meta["example_value"]
+
+
+def set_example(node: Any, value: Any) -> None:
+    """Records it for a node that we wrote, for later passes."""
+    node.meta["example_value"] = value
+
+
+def schema_of(op: Any) -> Any:
+    """The schema of an OpOverload, with its arguments' names and which of them it writes to."""
+    return op._schema
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    """A number that tensors of one storage share, also fake ones. Raises NotImplementedError inside vmap."""
+    return tensor.untyped_storage()._cdata
+
+
+def hint_of(size: Any) -> Any:
+    """A symbolic size as it is in the call that is being compiled, without a guard; None if it depends on data."""
+    return size.node.hint if size.node.has_hint() else None
+
+
+def expression_of(size: Any) -> Any:
+    """The sympy expression of a symbolic size, which can be compared without a guard."""
+    return size.node.expr
+
+
+# Dynamo.
+_compile_context = _later(
+    "torch._guards:CompileContext", "whether a piece of code is compiled again", "reports count no recompiles"
+)
+recompile_limit: Callable[[], type[BaseException]] = _later(
+    "torch._dynamo.exc:FailOnRecompileLimitHit", "the error of a function that was compiled for too many inputs",
+    "any error has such a function compiled anew, once", Exception,
+)  # fmt: skip
+compiled_module: Callable[[], Any] = _later(
+    "torch._dynamo.eval_frame:OptimizedModule", "explains what was compiled already", "`explain` compiles it twice", ()
+)
+lookup_backend: Callable[[], Any] = _later(
+    "torch._dynamo.backends.registry:lookup_backend", "inner backends by name", "only Inductor is an inner backend"
+)
+list_backends: Callable[[], Any] = _later(
+    "torch._dynamo.backends.registry:list_backends", "the names of inner backends", "an error does not list them",
+    lambda exclude_tags=(): ["inductor"],
+)  # fmt: skip
+invalid_backend: Callable[[], Any] = _later(
+    "torch._dynamo.exc:InvalidBackend", "the error of an unknown inner backend", "that error is torch's own", ()
+)
+
+
+def recompiles() -> bool:
+    """Whether what is being compiled was compiled before, for other inputs."""
+    context = _compile_context()
+    compiling = None if context is None else context.current_compile_id()
+    return compiling is not None and bool(compiling.frame_compile_id)
+
+
+def original_of(model: Any) -> Any:
+    """What torch.compile was given, if `model` is a module that it gave back; else the model."""
+    return getattr(model, "_orig_mod", model) if isinstance(model, compiled_module()) else model
+
+
+def original_function(function: Any) -> Any:
+    """The same of a function."""
+    return getattr(function, "_torchdynamo_orig_callable", function)
+
+
+def compiled_call(module: torch.nn.Module) -> Any:
+    """What `module.compile()` made, or None."""
+    return getattr(module, "_compiled_call_impl", None)
+
+
+def set_compiled_call(module: torch.nn.Module, call: Any) -> None:
+    """Sets it, or None in its place."""
+    module._compiled_call_impl = call
+
+
+# Inductor.
+_compile_fx = _later(
+    "torch._inductor.compile_fx:compile_fx", "compiles everything but attention", "Inductor as Dynamo finds it does"
+)
+_list_mode_options = _later("torch._inductor:list_mode_options", "what torch.compile's `mode` means", "it is refused")
+inductor_triton: Callable[[], Any] = _later(
+    "torch._inductor.config:triton", "whether CUDA graphs are asked for",
+    "a graph of attention alone goes through Inductor, too",
+)  # fmt: skip
+_donated = _later(
+    "torch._functorch.config:donated_buffer", "times a backward several times", "backwards of Inductor are not timed"
+)
+_add_needs_realized_inputs, _register_lowering, _fallback_handler, _fallback_kernel, _virtualized = (
+    _later(f"torch._inductor.{where}", "calls plans from Inductor's code", "by torch's dispatcher, which takes longer")
+    for where in (
+        "lowering:add_needs_realized_inputs", "lowering:register_lowering", "lowering:fallback_handler",
+        "ir:FallbackKernel", "virtualized:V",
+    )
+)  # fmt: skip
+
+
+def compile_fx() -> Callable[..., Any]:
+    """Inductor: takes a graph, its inputs and `config_patches`."""
+    return _compile_fx() or lookup_backend()("inductor")
+
+
+def mode_options(mode: str) -> dict[str, Any]:
+    """Inductor's options for a mode of torch.compile. Raises ValueError where they are not known."""
+    options = _list_mode_options()
+    if options is None:
+        raise ValueError(f"mode={mode!r} is not known to torch {torch.__version__}'s Inductor: give its inner_options")
+    return options(mode)
+
+
+def keep_buffers() -> None:
+    """Lets a backward be called several times."""
+    if _donated() is not None:
+        import torch._functorch.config as config
+
+        config.donated_buffer = False
+
+
+def call_from_inductor(op: Any, name: str) -> None:
+    """Has Inductor's Python code call a function where it would call an op.
+
+    Note [Inductor's name of an op's kernel]. This registers a lowering for our own op, which does what a missing one
+    does, and then sets the name that the generated code calls: Inductor has no public way to do so (its own
+    `ir.FallbackKernel.codegen` reads `python_kernel_name`). It changes nothing for other ops, and is done once. It may
+    go when a custom op can say which Python function implements it.
+
+    Args:
+        name: the function, as generated code finds it.
+    """
+    parts = _add_needs_realized_inputs(), _register_lowering(), _fallback_handler(), _fallback_kernel(), _virtualized()
+    if None in parts:
+        return
+    realize, register, handler, kernel, V = parts
+
+    def lower(*args: Any, **kwargs: Any) -> Any:
+        outputs = handler(op, add_to_fallback_set=False)(*args, **kwargs)
+        if not V.graph.cpp_wrapper and not getattr(V.graph, "fx_wrapper", False):
+            mine = [o for o in V.graph.operations if isinstance(o, kernel) and o.op_overload is op]
+            if mine:
+                mine[-1].python_kernel_name = name
+        return outputs
+
+    realize(op)
+    register(op, type_promotion_kind=None)(lower)

@@ -1,0 +1,83 @@
+"""torch has the private names that the package uses, and one that it has not costs a feature, never the model."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cudnn_flex_compile import torch_private
+from cudnn_flex_compile.torch_private import NAMES
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "cudnn_flex_compile"
+KEPT = ("torch._subclasses.fake_tensor:FakeTensorMode", "torch._subclasses.fake_tensor:FakeTensor")
+WITHOUT_CONSTANTS = "torch.utils._python_dispatch:_disable_current_modes"
+
+
+def test_torch_has_them_all():
+    lines = [f"{name.where}: {name.use}; without it: {name.without}" for name in torch_private.missing()]
+    assert not lines, f"torch {torch.__version__} (the names are those of {torch_private.SEEN}) lacks:\n" + "\n".join(lines)
+
+
+def test_each_says_what_it_is_for_and_what_is_done_without_it():
+    assert all(name.use and name.without for name in NAMES)
+    assert len({name.where for name in NAMES}) == len(NAMES)
+
+
+@pytest.fixture(scope="module")
+def hidden():
+    """By name: what becomes of a model's calls without it."""
+    environment = {
+        **os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "tests.unit.hidden_names", *(name.where for name in NAMES)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"')]
+    return {line["name"]: line for line in found}, done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.parametrize("name", [name.where for name in NAMES])
+def test_without_it_the_backend_imports_and_a_model_compiles(hidden, name):
+    lines, errors = hidden
+    assert "error" not in lines.get(name, {"error": "did not come to an end"}), (lines.get(name), errors[-3000:])
+    assert lines[name]["calls"] == (["TORCH"] * 2 if name in KEPT else [None] * 2)
+
+
+def _names(tree):
+    """What a module imports, and what it reads of what it has imported."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.Attribute):
+            yield ast.unparse(node)
+
+
+PRIVATE = ("_version", "_schema", "_cdata", "_orig_mod", "_compiled_call_impl", "_execution_engine", "_op_dispatcher")
+
+
+def _is_private(name):
+    first, *rest = name.split(".")
+    of_torch = first == "torch" and any(part.startswith("_") and not part.startswith("__") for part in rest)
+    return of_torch or (bool(rest) and rest[-1] in PRIVATE) or name.endswith((".node.hint", ".node.expr"))
+
+
+def test_no_other_module_uses_one():
+    """Also `meta["example_value"]` is written and read in one place."""
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        text = path.read_text()
+        if path.name == "torch_private.py":
+            continue
+        found += [f"{path.relative_to(ROOT)}: {name}" for name in _names(ast.parse(text)) if _is_private(name)]
+        found += [f"{path.relative_to(ROOT)}: example_value"] if '"example_value"' in text else []
+    assert not found, "\n".join(found)
