@@ -30,6 +30,7 @@ class Graph:
     """What the package uses of cudnn.pygraph. Nodes are recorded; `emulated` computes them."""
 
     def __init__(self, **types: Any) -> None:
+        self.links: list[Any] = []
         self.bands: dict[str, Any] = {}
         self.full: tuple[int, ...] = ()
         self.backward = False
@@ -201,7 +202,7 @@ def emulated(
         grad: [B, H, Q, K], with respect to the modified score.
         rows: [B, H, Q, 1], float32: those of ir.ROWS, if the problem takes a gradient of the log-sum-exp.
     """
-    with mock.patch.object(attention_graph.cudnn, "pygraph", Graph):
+    with mock.patch.object(attention_graph.frontend, "Graph", Graph):
         built = attention_graph.assemble(problem, lowering)
     inputs, graph = built.inputs, built.graph
     built.callbacks.clear()

@@ -3,14 +3,14 @@
 Knows nothing of caches, of execution or of which lowering is best.
 """
 
-import gc
 from dataclasses import dataclass, field
-from types import FunctionType, MethodType
 from typing import Any
 
 import cudnn
 import torch
 
+from cudnn_flex_compile.engine import frontend
+from cudnn_flex_compile.engine.frontend import Link
 from cudnn_flex_compile.engine.lower import FLOAT, TENSOR_TYPES, Emitter, Inputs
 from cudnn_flex_compile.engine.lowering import Lowering
 from cudnn_flex_compile.engine.problem import FORWARD, Problem, TensorSpec, dense, dense_like
@@ -41,28 +41,23 @@ class AttentionGraph:
 class Callbacks:
     """What the score_mod callbacks read. Cleared once the graph is built, or refused: the graph owns the callbacks, and
     a callback that led back to the graph would keep both alive for ever (the cycle runs through C++).
+
+    Attributes:
+        building: what is built, empty afterwards.
+        links: of the graph (frontend.py).
+        emitters: of each score_mod.
     """
 
     building: list[tuple[Inputs, Lowering]]
+    links: list[Link]
     emitters: list[Emitter] = field(default_factory=list[Emitter])
 
     def clear(self) -> None:
-        for lower in [_lowers(emitter.graph) for emitter in self.emitters] or self._given_to():
-            _release(lower)
+        for link in self.links:
+            link.cut()
+        self.links.clear()
         self.building.clear()
         self.emitters.clear()
-
-    def _given_to(self) -> list[Any]:
-        """The closures of a graph that was refused before it called a callback: its wrappers hold them, to which
-        nothing else leads.
-        """
-        if not self.building or self.building[0][1].score_mod is None:
-            return []
-        functions = [thing for thing in gc.get_objects() if type(thing) is FunctionType]
-        wrapped = [(f, getattr(f, "__wrapped__", None)) for f in functions]
-        wrappers = [f for f, inner in wrapped if type(inner) is MethodType and inner.__self__ is self]
-        held = [cell.cell_contents for wrapper in wrappers for cell in wrapper.__closure__ or ()]
-        return [thing for thing in held if type(thing) is FunctionType]
 
     def score_mod(self, graph: Any, score: Any) -> Any:
         inputs, lowering = self.building[0]
@@ -78,22 +73,6 @@ class Callbacks:
         return lowering.score_mod_bprop(emitter)
 
 
-def _release(lower: Any) -> None:
-    """Lets go of a graph by the closure that lowers its tensors, which serves no more once the graph is lowered.
-
-    Frontend 1.32 wraps callbacks, and the wrapper is a cycle of its own: it holds that closure, which holds the lowered
-    graph, which holds the wrapper. Python's collector does not see through C++, so each such graph (and the kernels of
-    its plan) would stay for ever, and be complained about at exit.
-    """
-    for cell in getattr(lower, "__closure__", None) or ():
-        cell.cell_contents = None
-
-
-def _lowers(shim: Any) -> Any:
-    """The closure, of the graph that a callback was given."""
-    return getattr(shim, "_lower", None)
-
-
 def stats_spec(problem: Problem) -> TensorSpec:
     """The log-sum-exp as cuDNN has it: [B, Hq, Sq, 1], float32, contiguous."""
     batch, heads, length = problem.lse_shape
@@ -102,7 +81,7 @@ def stats_spec(problem: Problem) -> TensorSpec:
 
 def assemble(problem: Problem, lowering: Lowering, **graph_arguments: Any) -> AttentionGraph:
     """The graph, with all its nodes; `graph_arguments` name the handle, or the device of a deviceless graph."""
-    graph = cudnn.pygraph(
+    graph = frontend.Graph(
         io_data_type=TENSOR_TYPES[problem.query.dtype],
         intermediate_data_type=FLOAT,
         compute_data_type=FLOAT,
@@ -114,7 +93,7 @@ def assemble(problem: Problem, lowering: Lowering, **graph_arguments: Any) -> At
         inputs.operands[lowering.bias] = _declare(graph, problem.operands[lowering.bias])
     if lowering.lengths is None:
         inputs.declare(*lowering.leaves)
-    callbacks = Callbacks([(inputs, lowering)])
+    callbacks = Callbacks([(inputs, lowering)], graph.links)
     add = _forward if problem.direction == FORWARD else _backward
     add(graph, problem, callbacks, roles)
     return AttentionGraph(graph, roles, inputs, callbacks)

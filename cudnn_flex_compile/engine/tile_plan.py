@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cudnn_flex_compile.engine.attention_graph import output_specs
+from cudnn_flex_compile.engine.frontend import compiled_kernel, quiet
 from cudnn_flex_compile.engine.interval_kernels import intervals_missing
 from cudnn_flex_compile.engine.memory import empty
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem, TensorSpec, dense
@@ -54,7 +55,8 @@ def build(problem: Problem) -> "TilePlan | Reason":
     if problem.deterministic:
         return Reason(Code.SHAPE_REFUSED, f"{NAME}: torch.use_deterministic_algorithms is on")
     try:
-        return TilePlan(problem)
+        with quiet():
+            return TilePlan(problem)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -153,7 +155,7 @@ class _Forward:
         compiler: Any = FlexAttentionFwd(query, key, value, out, plan, lse if problem.stats else None)
         compiler.check_support()
         compiler.compile()
-        self._kernel, self._scale = compiler._compiled_kernel, problem.scale
+        self._kernel, self._scale = compiled_kernel(compiler), problem.scale
         self._lse_shape = problem.lse_shape if problem.stats else None
         self._processors = torch.cuda.get_device_properties(problem.device).multi_processor_count
 
@@ -182,7 +184,7 @@ class _Backward:
         compiler: Any = FlexAttentionBwd(query, key, value, out, grad, lse, dq, dk, dv, plan, grad_lse)
         compiler.check_support()
         compiler.compile()
-        self._kernels: Any = compiler._compiled_kernel
+        self._kernels: Any = compiled_kernel(compiler)
         self._workspace = [
             (name, dense(TensorSpec(tuple(shape), (), dtype)).layout if shape is not None else None)
             for name, shape, dtype in self._kernels.workspace_specs

@@ -98,10 +98,10 @@ class Tiler:
     """Lists tiles for one geometry, on the current device. Raises what the frontend raises for one that it refuses."""
 
     def __init__(self, geometry: Geometry) -> None:
-        from cudnn.flex_attention.plan import builder
+        from cudnn_flex_compile.engine.frontend import tile_builder
 
         g = self.geometry = geometry
-        self._builder: Any = builder
+        builder = self._builder = tile_builder()
         heads = {"num_q_heads": g.heads, "num_kv_heads": g.kv_heads}
         dims = {"arch": ARCHITECTURE, "dtype": g.dtype, "head_dim": g.dim, "head_dim_v": g.value_dim}
         same: dict[str, Any] = {**heads, **dims, "is_varlen": False}
@@ -242,7 +242,10 @@ class Tiler:
         """Compiles a stage the first time, by its tensors, and enqueues it."""
         run = self._stages.get(stage)
         if run is None:
-            run = self._stages[stage] = getattr(self._builder, compiler)(config, *tensors)
+            from cudnn_flex_compile.engine.frontend import quiet
+
+            with quiet():
+                run = self._stages[stage] = getattr(self._builder, compiler)(config, *tensors)
         run(*tensors, *numbers)
 
     def _add_up(self, prefix: str, draft: Draft) -> None:

@@ -58,11 +58,52 @@ def test_a_restored_graph_runs_its_only_plan():
     assert graph.executed is None
 
 
+class Prepared:
+    """As later frontends have it."""
+
+    def __init__(self, order):
+        self.uids, self.got = order, None
+
+    def execute(self, pointers, workspace, handle):
+        self.got = (pointers.typecode, pointers.tolist(), workspace, handle)
+
+
+class PreparingGraph(Graph):
+    def __init__(self, prepared):
+        super().__init__(Lowered([3, 5, 7, 9]))
+        self.prepared = prepared
+
+    def _prepare_backend_execution(self):
+        if self.prepared is None:
+            raise NotImplementedError
+        return self.prepared
+
+
+def test_a_prepared_execution_comes_first():
+    graph = PreparingGraph(Prepared([9, 3]))
+    launcher(graph, UIDS)(ADDRESSES, 11, HANDLE)
+    assert graph.prepared.got == ("Q", [900, 300], 11, 42)
+    assert graph.executed is graph._lowered_graph.got is None
+
+
+@pytest.mark.parametrize("prepared", [None, Prepared([9, 4])], ids=["refused", "of another tensor"])
+def test_without_one_that_fits_the_raw_launch_is_next(prepared):
+    graph = PreparingGraph(prepared)
+    launcher(graph, UIDS)(ADDRESSES, 11, HANDLE)
+    assert graph._lowered_graph.got == ([300, 500, 700, 900], 11, 42, 2)
+
+
+class GraphByUids(Graph):
+    def execute(self, buffers, workspace, handle, tensor_uids=None):
+        self.executed = (dict(zip(tensor_uids, buffers, strict=True)), workspace, handle)
+
+
 OTHERS = {"none": None, "other": object(), "empty": Lowered([]), "more": Lowered([3, 4])}
 
 
 @pytest.mark.parametrize("lowered", OTHERS.values(), ids=OTHERS)
-def test_through_the_public_entry(lowered):
-    graph = Graph(lowered)
+@pytest.mark.parametrize("kind", [Graph, GraphByUids])
+def test_through_the_public_entry(lowered, kind):
+    graph = kind(lowered)
     launcher(graph, UIDS)(ADDRESSES, 11, HANDLE)
     assert graph.executed == (dict(zip(UIDS, ADDRESSES, strict=True)), 11, HANDLE)

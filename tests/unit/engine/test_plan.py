@@ -12,6 +12,7 @@ import cudnn
 import pytest
 import torch
 
+from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.engine import plan as module
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem, TensorSpec, dense, out_spec
 from cudnn_flex_compile.engine.record import Certified, StoredPlan, decode, encode
@@ -53,7 +54,7 @@ def runs(monkeypatch):
     monkeypatch.setattr(torch, "full", lambda shape, value, dtype, device=None: full(shape, value, dtype=dtype))
     for name in ("current_handle", "handle_on"):
         monkeypatch.setattr(module, name, lambda *_: None)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
+    monkeypatch.setattr(torch_private, "current_stream", lambda device: 0)
     return found
 
 

@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 
+from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.engine import replay
 from cudnn_flex_compile.engine.replay import EARNED_BY, FREE, LONG, OFTEN, Replays, Shelf
 
@@ -55,7 +56,7 @@ def machine(monkeypatch):
     machine = Machine()
     monkeypatch.setattr(replay, "Graph", machine.graph)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: machine.capturing)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: CURRENT, raising=False)
+    monkeypatch.setattr(torch_private, "current_stream", lambda device: CURRENT)
     return machine
 
 

@@ -1,0 +1,266 @@
+"""Every private name of cuDNN's frontend (the package `cudnn`) that is used, once, and what is done without it.
+
+This file may import the frontend, and nothing of attention. The names were seen in nvidia-cudnn-frontend 1.32; those
+that a later one has in their place come first. `missing()` lists what this one lacks.
+"""
+
+import contextlib
+import ctypes
+import functools
+import importlib
+import inspect
+import logging
+import operator
+import threading
+from array import array
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
+from typing import Any
+
+import cudnn
+
+from cudnn_flex_compile.locks import new_lock
+
+Launch = Callable[[Sequence[int], int, Any], None]  # addresses, in the order of the uids given; workspace; handle
+
+log = logging.getLogger("cudnn_flex_compile")
+
+
+# Launching. `pygraph.execute` looks at every buffer anew at each call. Whatever is quicker is private.
+def prepared_launch(graph: Any, uids: Sequence[int]) -> Launch | None:
+    """A launch by `_prepare_backend_execution`, which later frontends have for this; None where it is missing."""
+    prepare = getattr(graph, "_prepare_backend_execution", None)
+    if prepare is None:
+        return None
+    try:
+        prepared = prepare()
+        order = list(prepared.uids)
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError):
+        return None
+    in_order = _picker(order, uids)
+    if in_order is None:
+        return None
+    execute: Any = prepared.execute
+
+    def launch(addresses: Sequence[int], workspace: int, handle: Any) -> None:
+        execute(array("Q", in_order(addresses)), workspace=workspace, handle=handle.backend_handle)
+
+    return launch
+
+
+def raw_launch(graph: Any, uids: Sequence[int]) -> Launch | None:
+    """A launch by what frontend 1.32's `execute` itself calls in the end; None where that is missing."""
+    try:
+        lowered = graph._lowered_graph
+        run: Any = lowered._execute_with_raw_ptrs
+        lowered._prepare_variant_pack_template()
+        order = list(lowered._get_variant_pack_uids_sorted())
+        plan = graph._materialize_backend_plan(graph._plan_index).cpp_index if graph._plans else None  # if restored
+    except (AttributeError, RuntimeError, TypeError):
+        return None
+    in_order = _picker(order, uids)
+    if in_order is None:
+        return None
+    count, array_of = len(order), ctypes.c_void_p * len(order)
+    index = -1 if plan is None else plan
+
+    def launch(addresses: Sequence[int], workspace: int, handle: Any) -> None:
+        pointers = array_of(*in_order(addresses))
+        run(ctypes.addressof(pointers), count, workspace, handle.backend_handle, index)
+
+    return launch
+
+
+def public_launch(graph: Any, uids: Sequence[int]) -> Launch:
+    """A launch by `execute`: by uids where it takes them, else by a mapping."""
+    if "tensor_uids" in inspect.signature(graph.execute).parameters:
+        given = tuple(uids)
+
+        def by_uids(addresses: Sequence[int], workspace: int, handle: Any) -> None:
+            graph.execute(list(addresses), workspace, handle=handle, tensor_uids=given)
+
+        return by_uids
+
+    def by_mapping(addresses: Sequence[int], workspace: int, handle: Any) -> None:
+        graph.execute(dict(zip(uids, addresses, strict=True)), workspace, handle=handle)
+
+    return by_mapping
+
+
+def _picker(order: Sequence[int], uids: Sequence[int]) -> Callable[[Sequence[int]], tuple[int, ...]] | None:
+    """What takes the addresses of `uids` in another order; None where that names others, or too few to be a graph's."""
+    if len(order) < 2 or not set(order) <= set(uids):
+        return None
+    return operator.itemgetter(*[uids.index(uid) for uid in order])
+
+
+# Note [Callbacks of a lowered graph]. Frontend 1.32 (`_pygraph._wrap_callback`) wraps a score_mod, and the wrapper
+# holds the closure that lowers tensors, which holds the C++ graph, which holds the wrapper. Python's collector does
+# not see through C++, so each such graph, with the kernels of its plan, would stay for ever, and nanobind would list
+# it at exit. So while a graph of ours is lowered, in its thread, the wrapper is given a Link in place of that
+# closure, and the link is cut once the graph is built or refused. It may go when the wrapper lets go of the graph by
+# itself; there is no issue upstream yet. Without the name, nothing is replaced, and graphs may stay.
+class Link:
+    """A function that can be let go of by whoever made the link."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function: Callable[..., Any] | None = function
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self._function is None:
+            raise RuntimeError("cudnn_flex: a callback of a graph was called after the graph was built")
+        return self._function(*arguments)
+
+    def cut(self) -> None:
+        self._function = None
+
+
+_lowering = new_lock()
+
+
+class Graph(cudnn.pygraph):
+    """A graph, whose callbacks hold it no longer than until its links are cut.
+
+    Attributes:
+        links: what leads from its callbacks to what it was lowered to.
+    """
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        self.links: list[Link] = []
+        super().__init__(*arguments, **keywords)
+
+    def _lower_to_cpp(self) -> Any:
+        with _linked(self.links):
+            return super()._lower_to_cpp()  # pyright: ignore
+
+
+@contextlib.contextmanager
+def _linked(links: list[Link]) -> Generator[None]:
+    module: Any = importlib.import_module("cudnn._pygraph")
+    thread = threading.get_ident()
+    with _lowering:
+        wrap = getattr(module, "_wrap_callback", None)
+        if wrap is None:
+            yield
+            return
+
+        def linked(function: Any, lower: Callable[..., Any]) -> Any:
+            if threading.get_ident() == thread:
+                lower = Link(lower)
+                links.append(lower)
+            return wrap(function, lower)
+
+        module._wrap_callback = linked
+        try:
+            yield
+        finally:
+            module._wrap_callback = wrap
+
+
+# The interval kernels (cudnn.flex_attention, compiled by CuTe DSL).
+INTERVALS = "cudnn.flex_attention"
+LOUD = ("dispatch", "plan.builder")
+
+
+# Note [What the frontend prints]. Frontend 1.32 prints a line for each interval kernel that it compiles, and has no
+# switch. A program's output is its own, so for as long as we have kernels compiled, in our thread alone, the modules
+# that do so get a `print` that logs. It may go when the frontend logs by itself; there is no issue upstream yet.
+@contextlib.contextmanager
+def quiet() -> Generator[None]:
+    """Logs what the frontend prints in this thread."""
+    modules: list[Any] = [importlib.import_module(f"{INTERVALS}.{name}") for name in LOUD]
+    with _printing:
+        _compiling.append(threading.get_ident())
+        for module in modules:
+            module.print = _logged
+    try:
+        yield
+    finally:
+        with _printing:
+            _compiling.remove(threading.get_ident())
+            for module in () if _compiling else modules:
+                del module.print
+
+
+def _logged(*what: Any, **how: Any) -> None:
+    if threading.get_ident() in _compiling:
+        log.debug("%s", " ".join(map(str, what)))
+    else:
+        print(*what, **how)
+
+
+_printing = new_lock()
+_compiling: list[int] = []  # threads, each as often as it is in `quiet`
+
+
+# Note [Where interval kernels are kept]. Compiling one takes seconds. Frontend 1.32 keeps them in a folder if
+# variables of the environment say so when it is imported; the environment belongs to the user, and to the processes
+# that he starts. So each cache of the frontend that is in memory alone is replaced, once, by one of its own class for
+# a folder. It may go when a folder can be passed; there is no issue upstream yet. Without these names kernels are not
+# kept.
+def keep_kernels(folder: Path) -> None:
+    """Has the frontend keep the interval kernels that it compiles, unless it already does."""
+    caches: Any = importlib.import_module(f"{INTERVALS}.runtime.compile_cache")
+    if getattr(caches, "CUTE_DSL_CACHE_ENABLED", True):  # the user says where
+        return
+    try:
+        memory, persistent = caches.JITCache, caches.JITPersistentCache
+        root = folder / caches._compute_source_fingerprint()
+        for module in (importlib.import_module(f"{INTERVALS}.{name}") for name in LOUD):
+            for owner, attribute, name in _caches_of(module, memory):
+                setattr(owner, attribute, persistent(root / name))
+    except (AttributeError, OSError, TypeError) as error:
+        log.debug("cudnn_flex: interval kernels are not kept: %s: %s", type(error).__name__, error)
+
+
+def _caches_of(module: Any, memory: type) -> list[tuple[Any, str, str]]:
+    """Each cache that is in memory alone: whose attribute it is, and a name for it."""
+    names = list(vars(module).items())
+    found = [(module, name, name.strip("_").lower()) for name, value in names if type(value) is memory]
+    functions = [(name, value) for name, value in names if callable(value)]
+    kept = [(value, name) for name, value in functions if type(getattr(value, "compile_cache", None)) is memory]
+    return [*found, *((function, "compile_cache", name.strip("_").lower()) for function, name in kept)]
+
+
+def compiled_kernel(compiler: Any) -> Any:
+    """What FlexAttentionFwd or FlexAttentionBwd compiled: their own call checks everything anew at each launch.
+
+    Raises AttributeError where it is missing: then there is no plan by tiles.
+    """
+    return compiler._compiled_kernel
+
+
+def tile_builder() -> Any:
+    """The module whose functions compile the stages that list tiles; tiles.py names them.
+
+    Raises ImportError or AttributeError where it is missing: then there is no plan by tiles.
+    """
+    return importlib.import_module(f"{INTERVALS}.plan.builder")
+
+
+def backward_topology(config: Any) -> Any:
+    """How the backward's stage is told its tiles."""
+    return tile_builder()._ResolvedSm90BwdTopologyConfig(config)
+
+
+NAMES = (
+    "_pygraph._wrap_callback", "_pygraph.pygraph._lower_to_cpp", "_pygraph.pygraph._materialize_backend_plan",
+    "_pybind_module.backend_graph._execute_with_raw_ptrs",
+    "_pybind_module.backend_graph._prepare_variant_pack_template",
+    "_pybind_module.backend_graph._get_variant_pack_uids_sorted",
+)  # fmt: skip
+
+
+def missing() -> list[str]:
+    """The names for graphs that this frontend lacks."""
+    return [name for name in NAMES if not _there(name)]
+
+
+def _there(name: str) -> bool:
+    try:
+        functools.reduce(getattr, name.split("."), cudnn)
+        return True
+    except AttributeError:
+        return False
