@@ -9,10 +9,11 @@ from typing import Any
 
 from torch.fx import GraphModule
 
+from cudnn_flex_compile.call_report import CallReport
 from cudnn_flex_compile.config import Options, options_from
 from cudnn_flex_compile.inner import compile_inner
 from cudnn_flex_compile.phases import phase
-from cudnn_flex_compile.report import CallReport, publish
+from cudnn_flex_compile.report import publish
 from cudnn_flex_compile.scoremod.text import infix
 from cudnn_flex_compile.settings import settings
 

@@ -4,20 +4,19 @@ Knows nothing of how pictures come about. Needs matplotlib (the extra `plot`).
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from cudnn_flex_compile.call_report import CallReport
 from cudnn_flex_compile.picture import Picture
 from cudnn_flex_compile.rendering import distinct, outcome, place
-
-if TYPE_CHECKING:
-    from cudnn_flex_compile.report import Report
 
 COLUMNS = 4  # panels in a row, at most
 INCHES = 3.2  # of one panel
 
 
-def plot(report: "Report", path: Path) -> int:
+def plot(calls: Sequence[CallReport], path: Path) -> int:
     """Writes the file, in the format that its name ends with; returns how many masks are in it.
 
     Writes none where no call has a picture. Raises ImportError without matplotlib, ValueError for a format that is
@@ -25,7 +24,7 @@ def plot(report: "Report", path: Path) -> int:
     """
     from matplotlib.figure import Figure
 
-    rows = [(n, call, count) for n, (call, count) in enumerate(distinct(report.calls), 1)]
+    rows = [(n, call, count) for n, (call, count) in enumerate(distinct(calls), 1)]
     rows = [row for row in rows if isinstance(row[1].picture, Picture)]
     if not rows:
         return 0

@@ -8,21 +8,19 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from cudnn_flex_compile.call_report import CallReport
 from cudnn_flex_compile.picture import WIDTH as PICTURE_WIDTH
 from cudnn_flex_compile.picture import Picture
 from cudnn_flex_compile.reasons import Reason
 from cudnn_flex_compile.scoremod.ir import SCORE
 from cudnn_flex_compile.wording import describe_mask, describe_score
-
-if TYPE_CHECKING:
-    from cudnn_flex_compile.report import CallReport, Report
 
 WIDTH = 100
 EXPLANATION = Path(__file__).with_name("explanation.py")
@@ -34,9 +32,9 @@ NOTES = {
 }
 
 
-def to_text(report: "Report", width: int = WIDTH, details: bool = True) -> str:
-    """The report as plain text of at most `width` columns; with `details`, as `render` has them."""
-    return _plain(render(report, details), width)
+def to_text(calls: Sequence[CallReport], summary: str, width: int = WIDTH, details: bool = True) -> str:
+    """A report as plain text of at most `width` columns; with `details`, as `render` has them."""
+    return _plain(render(calls, summary, details), width)
 
 
 def self_test(tests: Sequence[dict[str, Any]], width: int = WIDTH) -> str:
@@ -63,15 +61,15 @@ def _plain(shown: Group, width: int) -> str:
     return re.sub("\n{3,}", "\n\n", "\n".join(line.rstrip() for line in lines)).strip("\n")
 
 
-def render(report: "Report", details: bool = True) -> Group:
-    """The report for rich: one row for each distinct call, then why calls were kept and what to do, and with `details`
-    the functions, the mask, and what is known of the plans of each.
+def render(calls: Sequence[CallReport], summary: str, details: bool = True) -> Group:
+    """A report for rich: its summary, one row for each distinct call, then why calls were kept and what to do, and with
+    `details` the functions, the mask, and what is known of the plans of each.
     """
-    if not report.calls:
+    if not calls:
         return Group(Text("No flex_attention call was compiled: is it called, and not inside a graph break?"))
-    rows = distinct(report.calls)
-    parts: list[Any] = [Text(report.summary, style="bold"), _calls_table(rows)]
-    if report.kept:
+    rows = distinct(calls)
+    parts: list[Any] = [Text(summary, style="bold"), _calls_table(rows)]
+    if any(call.reason is not None for call in calls):
         parts.append(_kept_table(rows))
     words = " ".join(score_of(call) + mask_of(call) for call, _ in rows)
     parts += [Text(note, style="dim") for word, note in NOTES.items() if word in words]
@@ -83,7 +81,7 @@ def render(report: "Report", details: bool = True) -> Group:
     return Group(*parts)
 
 
-def distinct(calls: "Sequence[CallReport]") -> "list[tuple[CallReport, int]]":
+def distinct(calls: Sequence[CallReport]) -> list[tuple[CallReport, int]]:
     """Calls that are told apart by what is shown of them, and how many there are of each."""
     found: list[tuple[CallReport, int]] = []
     numbers: dict[tuple[Any, ...], int] = {}
@@ -94,7 +92,7 @@ def distinct(calls: "Sequence[CallReport]") -> "list[tuple[CallReport, int]]":
     return found
 
 
-def _calls_table(rows: "Sequence[tuple[CallReport, int]]") -> Table:
+def _calls_table(rows: Sequence[tuple[CallReport, int]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("#", justify="right")
     table.add_column("calls", justify="right")
@@ -109,7 +107,7 @@ def _calls_table(rows: "Sequence[tuple[CallReport, int]]") -> Table:
     return table
 
 
-def _kept_table(rows: "Sequence[tuple[CallReport, int]]") -> Table:
+def _kept_table(rows: Sequence[tuple[CallReport, int]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("#", justify="right", max_width=12, overflow="fold")
     table.add_column("why it was kept", ratio=1, overflow="fold")
@@ -123,7 +121,7 @@ def _kept_table(rows: "Sequence[tuple[CallReport, int]]") -> Table:
     return table
 
 
-def _details(number: int, call: "CallReport", first: int) -> Group:
+def _details(number: int, call: CallReport, first: int) -> Group:
     """What the tables have no room for: the facts on the left, the mask on the right, once for all that share it.
 
     Args:
@@ -145,7 +143,7 @@ def _drawn(picture: Picture | str) -> str:
     return picture if isinstance(picture, str) else "\n".join((*picture.lines(), picture.caption))
 
 
-def _facts(call: "CallReport") -> Iterator[tuple[str, str]]:
+def _facts(call: CallReport) -> Iterator[tuple[str, str]]:
     """What is known of a call, with its name."""
     if call.score_source:
         yield "score_mod", call.score_source
@@ -164,7 +162,7 @@ def _facts(call: "CallReport") -> Iterator[tuple[str, str]]:
         yield "expected", f"about {call.expected:.1f}x as fast as Inductor, by the pairs that each computes"
 
 
-def outcome(call: "CallReport") -> str:
+def outcome(call: CallReport) -> str:
     """The strategies of forward and backward, once if they are the same."""
     if call.reason is not None:
         return "kept"
@@ -183,12 +181,12 @@ def place(source: str) -> str:
     return f"{'/'.join(Path(path).parts[-1 if named else -2 :])}:{line} {function.strip()}"
 
 
-def score_of(call: "CallReport") -> str:
+def score_of(call: CallReport) -> str:
     """The score in infix, as far as there is room for it."""
     return _short(describe_score(call.program)) if call.program else "not traced"
 
 
-def mask_of(call: "CallReport") -> str:
+def mask_of(call: CallReport) -> str:
     """The mask in words, as far as there is room for it."""
     return _short(describe_mask(call.program)) if call.program else "not traced"
 

@@ -1,4 +1,4 @@
-"""What was done with each flex_attention call: data that logs, `explain` and tests read.
+"""What was done with all flex_attention calls: data that logs, `explain` and tests read.
 
 Knows nothing of how it is shown (rendering.py).
 """
@@ -10,14 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from cudnn_flex_compile import torch_private
-from cudnn_flex_compile.engine.record import Error
+from cudnn_flex_compile.call_report import CallReport
 from cudnn_flex_compile.locks import new_lock
 from cudnn_flex_compile.phases import Tally, count, listen
-from cudnn_flex_compile.picture import Picture
-from cudnn_flex_compile.reasons import Reason
-from cudnn_flex_compile.scoremod.ir import Program
-from cudnn_flex_compile.scoremod.text import infix, text
-from cudnn_flex_compile.wording import describe_mask
 
 # graphs: compiled by this backend; recompiles: those of code that torch had compiled before, for other inputs.
 # programs traced, programs shared: calls whose functions were traced, or taken from a call with the same.
@@ -32,50 +27,6 @@ COUNTS = (
 # build, certify: of plans; autotune: timing of plans and of Inductor's kernel; inner: the inner backend (the backward
 # of Inductor comes later, and is not in it).
 PHASES = ("lower", "trace", "solve", "restore", "build", "certify", "autotune", "keep", "inner")
-
-
-@dataclass(slots=True)
-class CallReport:
-    """One call.
-
-    Attributes:
-        source: where in the user's code it is.
-        program: what it computes, once traced.
-        strategies: of forward and backward, if lowered.
-        reason: why it was kept; None if it was lowered.
-        score_source, mask_source: the functions as the user wrote them; empty if that is not known.
-        picture: of the mask, or why there is none; empty where there is no program.
-        errors: what certification measured of the plans, on a GPU.
-        expected: how many times as fast as Inductor's kernel, by the pairs that either computes; None if not known.
-    """
-
-    source: str
-    program: Program | None = None
-    strategies: tuple[str, ...] = ()
-    reason: Reason | None = None
-    score_source: str = ""
-    mask_source: str = ""
-    picture: Picture | str = ""
-    errors: tuple[Error, ...] = ()
-    expected: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON takes it; what is not known is None."""
-        program, reason = self.program, self.reason
-        return {
-            "source": self.source,
-            "score": infix(program.score) if program else None,
-            "mask": infix(program.mask) if program else None,
-            "mask_bounds": describe_mask(program) if program else None,
-            "program": text(program) if program else None,
-            "score_source": self.score_source or None,
-            "mask_source": self.mask_source or None,
-            "picture": self.picture.to_dict() if isinstance(self.picture, Picture) else None,
-            "strategies": list(self.strategies),
-            "errors": {error.name: {"found": error.found, "stock": error.stock} for error in self.errors},
-            "expected": self.expected,
-            "reason": {"code": reason.code.name, "detail": reason.detail, "remedy": reason.remedy} if reason else None,
-        }
 
 
 @dataclass(slots=True, repr=False)
@@ -153,7 +104,7 @@ class Report:
         """The tables of `print(report)`, without the details of each call."""
         from cudnn_flex_compile.rendering import to_text
 
-        return to_text(self, details=False)
+        return to_text(self.calls, self.summary, details=False)
 
     def plot(self, path: str | Path) -> int:
         """Draws the masks into a file (PNG, or what its name ends with); returns how many there are.
@@ -162,7 +113,7 @@ class Report:
         """
         from cudnn_flex_compile.plotting import plot
 
-        return plot(self, Path(path))
+        return plot(self.calls, Path(path))
 
     def __repr__(self) -> str:
         return f"<Report of {self.summary}>"
@@ -170,12 +121,12 @@ class Report:
     def __str__(self) -> str:
         from cudnn_flex_compile.rendering import to_text
 
-        return to_text(self)
+        return to_text(self.calls, self.summary)
 
     def __rich__(self) -> Any:
         from cudnn_flex_compile.rendering import render
 
-        return render(self)
+        return render(self.calls, self.summary)
 
 
 _collecting: list[Report] = []

@@ -13,6 +13,7 @@ from typing import Any
 from torch.fx import Graph, GraphModule, Node
 
 from cudnn_flex_compile import torch_private
+from cudnn_flex_compile.call_report import CallReport
 from cudnn_flex_compile.config import Options
 from cudnn_flex_compile.passes import block_mask, intervals
 from cudnn_flex_compile.passes.around import around_of, is_alone
@@ -24,7 +25,6 @@ from cudnn_flex_compile.passes.hoist import Writer
 from cudnn_flex_compile.passes.prune import live_nodes, prune
 from cudnn_flex_compile.passes.roads import lower_or_reason
 from cudnn_flex_compile.reasons import Code, Reason
-from cudnn_flex_compile.report import CallReport
 
 log = logging.getLogger("cudnn_flex_compile")
 

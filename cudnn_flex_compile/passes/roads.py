@@ -5,6 +5,7 @@ Knows nothing of the other calls of a graph but what they share (context.py).
 
 from torch.fx import Node
 
+from cudnn_flex_compile.call_report import CallReport
 from cudnn_flex_compile.passes import autotune, estimates, intervals, limits
 from cudnn_flex_compile.passes.block_mask import MaskProgram
 from cudnn_flex_compile.passes.capture import read_captures
@@ -24,7 +25,6 @@ from cudnn_flex_compile.passes.rewrite import replace, with_batch
 from cudnn_flex_compile.passes.target import Accepted, Target, judge
 from cudnn_flex_compile.passes.traced import traced_of
 from cudnn_flex_compile.reasons import Code, Reason
-from cudnn_flex_compile.report import CallReport
 from cudnn_flex_compile.scoremod.text import text
 
 BY_INTERVALS = (Code.SLOWER, Code.BIAS_BUDGET)  # why a call is not run by plans, but may be by intervals

@@ -1,0 +1,58 @@
+"""What was done with one flex_attention call: data that the pass writes, and that reports hold and show.
+
+Knows nothing of how it is shown (rendering.py).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from cudnn_flex_compile.engine.record import Error
+from cudnn_flex_compile.picture import Picture
+from cudnn_flex_compile.reasons import Reason
+from cudnn_flex_compile.scoremod.ir import Program
+from cudnn_flex_compile.scoremod.text import infix, text
+from cudnn_flex_compile.wording import describe_mask
+
+
+@dataclass(slots=True)
+class CallReport:
+    """One call.
+
+    Attributes:
+        source: where in the user's code it is.
+        program: what it computes, once traced.
+        strategies: of forward and backward, if lowered.
+        reason: why it was kept; None if it was lowered.
+        score_source, mask_source: the functions as the user wrote them; empty if that is not known.
+        picture: of the mask, or why there is none; empty where there is no program.
+        errors: what certification measured of the plans, on a GPU.
+        expected: how many times as fast as Inductor's kernel, by the pairs that either computes; None if not known.
+    """
+
+    source: str
+    program: Program | None = None
+    strategies: tuple[str, ...] = ()
+    reason: Reason | None = None
+    score_source: str = ""
+    mask_source: str = ""
+    picture: Picture | str = ""
+    errors: tuple[Error, ...] = ()
+    expected: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON takes it; what is not known is None."""
+        program, reason = self.program, self.reason
+        return {
+            "source": self.source,
+            "score": infix(program.score) if program else None,
+            "mask": infix(program.mask) if program else None,
+            "mask_bounds": describe_mask(program) if program else None,
+            "program": text(program) if program else None,
+            "score_source": self.score_source or None,
+            "mask_source": self.mask_source or None,
+            "picture": self.picture.to_dict() if isinstance(self.picture, Picture) else None,
+            "strategies": list(self.strategies),
+            "errors": {error.name: {"found": error.found, "stock": error.stock} for error in self.errors},
+            "expected": self.expected,
+            "reason": {"code": reason.code.name, "detail": reason.detail, "remedy": reason.remedy} if reason else None,
+        }

@@ -1,0 +1,104 @@
+"""Imports run one way, and importing the package imports little: no cuDNN, and no torch before it is wanted.
+
+pyproject.toml has ruff ban `cudnn` outside of engine/, and torch's private modules outside of torch_private.py.
+"""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "cudnn_flex_compile"
+# From the lowest up. A module imports those of lower layers, and of its own; also inside of functions.
+LAYERS = (
+    ("locks", "reasons", "config", "phases", "torch_private", ""),
+    ("scoremod",),
+    ("engine",),
+    ("kernels",),
+    ("ops",),
+    ("wording", "picture", "call_report", "rendering", "plotting", "report"),
+    ("passes",),
+    ("inner",),
+    ("backend",),
+    ("explanation", "testing", "bench"),
+    ("cli",),
+)
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def modules():
+    """Each file, by the name of its module within the package."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+
+
+FILES = dict(modules())
+
+
+def imports(path):
+    """The modules of the package that a file imports, wherever."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            head, _, module = name.partition(".")
+            if head == PACKAGE.name and module:
+                yield module if module in FILES else module.rpartition(".")[0]
+
+
+IMPORTS = {name: set(imports(path)) - {name, ""} for name, path in FILES.items() if name}
+
+
+def test_each_part_has_a_layer():
+    assert {name.split(".")[0] for name in FILES} == set(LEVEL)
+
+
+@pytest.mark.parametrize("name", IMPORTS)
+def test_imports_run_one_way(name):
+    mine = LEVEL[name.split(".")[0]]
+    assert not {other for other in IMPORTS[name] if LEVEL[other.split(".")[0]] > mine}
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    left = dict(IMPORTS)
+    while leaves := [name for name, needed in left.items() if not needed & left.keys()]:
+        for name in leaves:
+            del left[name]
+    assert not left, f"a circle among {sorted(left)}"
+
+
+FRESH = """
+import json, sys
+{statement}
+print(json.dumps([name for name in {watched} if name in sys.modules]))
+"""
+PASS = "import cudnn_flex_compile.passes.lower_calls, cudnn_flex_compile.kernels.cuda, cudnn_flex_compile.backend"
+LITTLE = {
+    "import cudnn_flex_compile": [],
+    "import cudnn_flex_compile.cli": [],
+    "import cudnn_flex_compile.backend": ["torch", "torch._dynamo"],
+    "import cudnn_flex_compile.testing": ["torch"],
+    PASS: ["torch"],
+}
+WATCHED = ("torch", "torch._dynamo", "torch._inductor.lowering", "cudnn", "rich", "matplotlib", "pytest")
+
+
+@pytest.mark.parametrize("statement", LITTLE)
+def test_what_importing_imports(statement):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    source = FRESH.format(statement=statement, watched=WATCHED)
+    done = subprocess.run([sys.executable, "-c", source], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    print(statement, json.loads(done.stdout))
+    assert "cudnn" not in json.loads(done.stdout)
+    assert set(json.loads(done.stdout)) <= {*LITTLE[statement], *(("pytest",) if "testing" in statement else ())}
