@@ -17,7 +17,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from cudnn_flex_compile import torch_private
 
-FLEX_ATTENTION = torch.ops.higher_order.flex_attention
+FLEX_ATTENTION: Any = getattr(torch.ops.higher_order, "flex_attention", None)  # a torch without has no such calls
 IN_PLACE = {"setitem", "__setitem__", *(n for n in dir(operator) if n.startswith("i") and hasattr(operator, n[1:]))}
 NO_BLOCKS = 1 << 30  # the block size that flex_attention gives an absent BlockMask
 

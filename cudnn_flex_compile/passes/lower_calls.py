@@ -46,6 +46,12 @@ class Lowered:
 
 def lower_calls(graph_module: GraphModule, example_inputs: Sequence[Any], options: Options) -> Lowered:
     """Rewrites the graph in place, as the options of this compile say."""
+    try:
+        found = list(find_calls(graph_module))
+    except Exception as error:  # another torch may write the node in another way
+        log.warning("cudnn_flex: a graph's flex_attention calls cannot be read, and are kept", exc_info=True)
+        reason = Reason(Code.TORCH, f"the arguments of flex_attention's node: {type(error).__name__}: {error}")
+        return Lowered([CallReport(source="unknown source", reason=reason)], [], False)
     inputs = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
     pairs = zip(inputs, example_inputs, strict=False)
     real = {node: value for node, value in pairs if not torch_private.is_fake(value)}  # DDP's optimizer gives such
@@ -53,7 +59,6 @@ def lower_calls(graph_module: GraphModule, example_inputs: Sequence[Any], option
     captures = options.captures_graphs
     tiled = options.intervals and not captures  # for which the host looks at two numbers a step
     tiles, guards = intervals.Tiles(writer) if tiled else None, block_mask.Guards(inputs, writer)
-    found = list(find_calls(graph_module))
     around = None if captures or is_alone(graph_module, found) else around_of(graph_module, len(found))
     context = Context(writer, tiles, guards, real, options, Counter(map(mask_of, found)), around)
     reports: list[CallReport] = []

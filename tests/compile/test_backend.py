@@ -295,3 +295,15 @@ def test_bad_input_gives_stocks_error_or_stocks_numbers(name):
         assert raised.type.__name__ == stock
     else:
         torch.testing.assert_close(run(function, *args)[0], expected)
+
+
+def test_a_node_that_cannot_be_read_keeps_the_calls_of_its_graph(monkeypatch, caplog):
+    """Another torch may give flex_attention's node other arguments: the model runs as without us."""
+
+    def unreadable(graph_module, node):
+        raise ValueError("not enough values to unpack (expected at least 7, got 6)")
+
+    monkeypatch.setattr("cudnn_flex_compile.passes.find._read", unreadable)
+    check(lambda q, k, v: flex_attention(q, k, v, softcap(2.0)), *qkv(), codes=[Code.TORCH])
+    assert "cannot be read" in caplog.text
+    assert "not enough values" in caplog.text
