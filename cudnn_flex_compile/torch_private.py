@@ -211,7 +211,7 @@ def storage_of(tensor: torch.Tensor) -> int:
 
 def hint_of(size: Any) -> Any:
     """A symbolic size as it is in the call that is being compiled, without a guard; None if it depends on data."""
-    return size.node.hint if size.node.has_hint() else None
+    return size.node.hint
 
 
 def expression_of(size: Any) -> Any:

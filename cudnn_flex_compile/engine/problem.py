@@ -5,6 +5,7 @@ Knows nothing of how plans are built. Two problems are equal exactly when one pl
 
 import functools
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.fx.experimental.symbolic_shapes import guard_or_false
@@ -137,7 +138,8 @@ def strides_like(shape: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, .
 
     last = len(order) - 1
     by_stride = sorted(range(last), key=functools.cmp_to_key(compare))
-    strides, step = [0] * len(order), 1
+    strides: list[Any] = [0] * len(order)
+    step: Any = 1
     for dim in (last, *by_stride):
         strides[dim] = step
         step *= torch.sym_max(shape[dim], 1)
