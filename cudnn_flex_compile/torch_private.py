@@ -231,11 +231,13 @@ compiled_module: Callable[[], Any] = _later(
     "torch._dynamo.eval_frame:OptimizedModule", "explains what was compiled already", "`explain` compiles it twice", ()
 )
 lookup_backend: Callable[[], Any] = _later(
-    "torch._dynamo.backends.registry:lookup_backend", "inner backends by name", "only Inductor is an inner backend"
-)
+    "torch._dynamo.backends.registry:lookup_backend", "inner backends by name",
+    "torch.compile, which traces the graph again",
+    lambda name: lambda graph, inputs, **how: torch.compile(graph, backend=name, **how),
+)  # fmt: skip
 list_backends: Callable[[], Any] = _later(
-    "torch._dynamo.backends.registry:list_backends", "the names of inner backends", "an error does not list them",
-    lambda exclude_tags=(): ["inductor"],
+    "torch._dynamo.backends.registry:list_backends", "the names of inner backends", "those of torch.compiler",
+    torch.compiler.list_backends,
 )  # fmt: skip
 invalid_backend: Callable[[], Any] = _later(
     "torch._dynamo.exc:InvalidBackend", "the error of an unknown inner backend", "that error is torch's own", ()

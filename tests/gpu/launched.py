@@ -6,13 +6,12 @@ Knows nothing of plans. A user's way is `options={"replay": False}`: its plans a
 from contextlib import contextmanager
 from unittest import mock
 
-import torch
-
+from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.engine.replay import Replays
 
 
 def _launch(replays, addresses, workspace):
-    replays._enqueue(addresses, workspace, torch._C._cuda_getCurrentRawStream(replays._device))
+    replays._enqueue(addresses, workspace, torch_private.current_stream(replays._device))
 
 
 @contextmanager

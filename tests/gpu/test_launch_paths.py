@@ -74,7 +74,7 @@ def test_threads_that_follow_each_other_use_one_handle(fresh):  # noqa: F811
         poison()
         out = function(*qkv)
         torch.cuda.current_stream().synchronize()
-        used.append((handles._local.handles.by_device[0][0], out))
+        used.append((handles._local.held[0][0], out))
 
     for _ in range(5):
         thread = threading.Thread(target=run)

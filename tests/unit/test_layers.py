@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "cudnn_flex_compile"
 # From the lowest up. A module imports those of lower layers, and of its own; also inside of functions.
 LAYERS = (
-    ("locks", "reasons", "config", "phases", "torch_private", ""),
+    ("locks", "reasons", "config", "settings", "phases", "torch_private", ""),
     ("scoremod",),
     ("engine",),
     ("kernels",),

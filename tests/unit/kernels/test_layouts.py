@@ -13,7 +13,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.testing._internal.optests import opcheck
 
-from cudnn_flex_compile import ops
+from cudnn_flex_compile import ops, torch_private
 from cudnn_flex_compile.engine import attempts, parts, plan, select, verify
 from cudnn_flex_compile.engine.attention_graph import output_specs, stats_spec
 from cudnn_flex_compile.engine.problem import FORWARD
@@ -154,7 +154,7 @@ def on_the_host(monkeypatch):
             raise ValueError("no gradient of the log-sum-exp")
         return HostPlan(problem)
 
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
+    monkeypatch.setattr(torch_private, "current_device", lambda: -1)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(cuda, "empty", lambda shape, stride, dtype: torch.empty_strided(shape, stride, dtype=dtype))
     monkeypatch.setattr(parts, "ROW_COST", 0)
