@@ -70,8 +70,6 @@ def on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "empty", lambda shape, stride, dtype: torch.empty_strided(shape, stride, dtype=dtype))
     monkeypatch.setattr(select, "run_clean", lambda function, device: function())
     monkeypatch.setattr(select, "unusable_device", lambda index: None)
-    for module in (select, attempts):  # no library needs to be there
-        monkeypatch.setattr(module, "cudnn_version", lambda: 99999)
     monkeypatch.setattr(select, "recall", lambda *arguments: None)  # nothing is stored
     monkeypatch.setattr(select, "keep", lambda *arguments: None)
     monkeypatch.setattr(cuda, "_warned", set())

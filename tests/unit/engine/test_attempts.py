@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cudnn_flex_compile.engine import attempts, plan
+from cudnn_flex_compile.engine import plan
 from cudnn_flex_compile.engine.choice import Policy, choose
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem, TensorSpec, dense, out_spec
 from cudnn_flex_compile.engine.reference import ProgramReference
@@ -42,12 +42,6 @@ def wide(*strategies: str) -> list[str]:
 
 def chosen(given: Problem):
     return choose(given, None, ProgramReference(parse(given.program)), Policy())
-
-
-@pytest.fixture(autouse=True)
-def version(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a library that need not be there."""
-    monkeypatch.setattr(attempts, "cudnn_version", lambda: 99999)
 
 
 @pytest.fixture
