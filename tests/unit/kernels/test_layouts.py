@@ -161,11 +161,10 @@ def on_the_host(monkeypatch):
     monkeypatch.setattr(plan, "_build", build)
     monkeypatch.setattr(verify, "certify", lambda *_: None)
     replaced = {"run_clean": lambda function, device: function(), "recall": lambda *_: None, "keep": lambda *_: None}
-    replaced |= {"unusable_device": lambda device: None, "refused": lambda *_: None, "cudnn_version": lambda: 99999}
+    replaced |= {"unusable_device": lambda device: None, "refused": lambda *_: None}
     for name, function in replaced.items():
         monkeypatch.setattr(select, name, function)
-    for name in ("refused", "cudnn_version"):
-        monkeypatch.setattr(attempts, name, replaced[name])
+    monkeypatch.setattr(attempts, "refused", replaced["refused"])
     select.cache_clear()
     yield
     select.cache_clear()
