@@ -5,6 +5,7 @@ cuDNN and then certification decide. A rewrite is made wherever its form comes u
 gives is right on all. tests/gpu/test_wrong_classes.py builds each wrong form, and has certification judge it.
 """
 
+import math
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 from cudnn_flex_compile.engine.problem import BACKWARD, Problem
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
-from cudnn_flex_compile.scoremod.ir import SCORE, TRUE, Expr, Program
+from cudnn_flex_compile.scoremod.ir import F32, SCORE, TRUE, Expr, Program
 from cudnn_flex_compile.scoremod.learned import without_bias
 from cudnn_flex_compile.scoremod.masks.form import split
 from cudnn_flex_compile.scoremod.ranges import AXIS_LIMIT
@@ -22,17 +23,19 @@ from cudnn_flex_compile.scoremod.switches import switched_off
 
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
+FAR_SCORE = 2.0**16  # from here on a float32 log-sum-exp is rounded by as much as bfloat16 rounds a weight
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """code: the reason. applies: what is wrong with this problem, or None.
-    evidence: how it was measured, and where.
+    """code: the reason. applies: what is wrong with this problem, or None. evidence: how it was measured, and where.
+    of_plans: whether it holds for plans of cuDNN alone, and not for the CPU's kernel.
     """
 
     code: Code
     applies: Callable[[Problem, Program], str | None]
     evidence: str = ""
+    of_plans: bool = False
     measured: str = "one H200 (SM90), cuDNN 9.19 and 9.28"
 
 
@@ -85,6 +88,12 @@ def _bias_in_float16(problem: Problem, program: Program) -> str | None:
     return "a captured tensor that requires grad, in another dtype than bfloat16" if learned else None
 
 
+def _finite_fill(problem: Problem, program: Program) -> str | None:
+    numbers = [float(n.value or 0) for n in ir.walk(program.score) if n.kind == "const" and n.dtype == F32]
+    far = [n for n in numbers if FAR_SCORE <= abs(n) < math.inf]
+    return f"{far[0]:g} in the score" if far else None
+
+
 RULES: tuple[Rule, ...] = (
     Rule(Code.DTYPE, _dtype, evidence="cuDNN's flash attention takes bf16 and fp16"),
     Rule(Code.HEAD_DIM, _head_dim, evidence="cudnn_dialect: head dims tried on the H200"),
@@ -94,13 +103,18 @@ RULES: tuple[Rule, ...] = (
          "predicate: out off by 70% (tests/gpu/test_learned.py)", measured="one H200 (SM90), cuDNN 9.19"),
     Rule(Code.CAPTURED_GRADIENT, _bias_in_float16, evidence="dBias is float16, too: that of T5's table is off by 2.04 "
          "times what stock's is (S 1000, D 128)", measured="one H200 (SM90), cuDNN 9.19"),
+    Rule(Code.FINITE_FILL, _finite_fill, evidence="rows that only see such scores: out is off by 0.24 for "
+         "finfo(bfloat16).min, which becomes -inf on the way; at -1e9 a float32 log-sum-exp has lost log n, and the "
+         "backward's weights add up to n (tests/compile/test_numbers.py)", of_plans=True),
     Rule(Code.ILLEGAL_OP, _two_operands, evidence="a node that does not descend from the score is refused"),
 )  # fmt: skip
 
 
-def refused(problem: Problem, program: Program) -> Reason | None:
-    """The first rule that applies, as a reason."""
+def refused(problem: Problem, program: Program, on_cpu: bool = False) -> Reason | None:
+    """The first rule that applies, as a reason; `on_cpu`, where the CPU's kernel runs the program."""
     for rule in RULES:
+        if on_cpu and rule.of_plans:
+            continue
         detail = rule.applies(problem, program)
         if detail is not None:
             return Reason(rule.code, detail)

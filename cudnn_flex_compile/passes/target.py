@@ -88,7 +88,7 @@ def judge(target: Target) -> Accepted | Reason:
         return _certified(target, call, problem)
     program, _ = target.running
     asked = problem.backward(target.lse_gradient) if target.training else problem
-    reason = refused(asked, program)
+    reason = refused(asked, program, on_cpu=True)
     if reason is not None:
         return reason
     if target.tiled:

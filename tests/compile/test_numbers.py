@@ -12,6 +12,13 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile import collect
+from cudnn_flex_compile.engine import support
+from cudnn_flex_compile.engine.call import forward_key, problem_of
+from cudnn_flex_compile.reasons import Code
+from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod.ir import F32, SCORE
+from cudnn_flex_compile.scoremod.optable import make
+from cudnn_flex_compile.scoremod.text import text
 from tests.compile.test_backend import close, fresh, qkv, run
 
 __all__ = ["fresh"]
@@ -150,3 +157,11 @@ def test_rows_hidden_whole_by_a_finite_number(fill, added, trainable):
         wanted = torch.autograd.grad(expected, exact, grad.double())
     for mine, right in zip((found, *gradients), (expected, *wanted), strict=True):
         assert (mine.double() - right).abs().max() < 0.03 * max(1.0, float(right.abs().max()))
+
+
+@pytest.mark.parametrize(("fill", "refused"), [(f, True) for f in FILLS.values()] + [(-65504.0, False), (-1e4, False)])
+def test_plans_are_not_tried_where_a_log_sum_exp_would_lose_log_n(fill, refused):
+    score = make("where", make("ge", ir.index("q"), ir.index("k")), SCORE, ir.const(fill, F32))
+    problem = problem_of(forward_key(text(ir.program(score, ir.TRUE)), *qkv(length=LENGTH), [], 0.25, True))
+    reason = support.refused(problem, ir.program(score, ir.TRUE))
+    assert (reason is not None and reason.code is Code.FINITE_FILL) == refused

@@ -6,13 +6,15 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
-from cudnn_flex_compile import cache_clear
+from cudnn_flex_compile import cache_clear, collect
+from cudnn_flex_compile.reasons import Code
 from tests.compile import test_numbers, test_unvisited
 from tests.compile.test_backend import fresh
 
 __all__ = ["fresh"]
 
 HEAD_DIM = 64
+ALWAYS = {"lower": "always"}
 
 
 @pytest.fixture(autouse=True)
@@ -47,3 +49,22 @@ def test_generated_programs_of_numbers_of_any_size(first):
 def test_paged_indices_that_hold_where_a_pair_is_visible(number, blocks):
     test_unvisited.compare(number, "cuda", blocks)
     torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("fill", test_numbers.FILLS)
+def test_rows_hidden_whole_by_a_finite_number_are_stocks(fill, added):
+    """Such a call is kept, so that it is what Inductor makes of it."""
+    number = test_numbers.FILLS[fill]
+
+    def hidden(s, b, h, i, j):
+        shown = (i >= j) & (i != 5)
+        return s + torch.where(shown, 0.0, number) if added else torch.where(shown, s, number)
+
+    args = [t.cuda() for t in test_numbers.qkv(length=test_numbers.LENGTH)]
+    with collect() as report:
+        found = torch.compile(lambda *a: flex_attention(*a, hidden), backend="cudnn_flex", options=ALWAYS)(*args)
+    assert [call.reason.code for call in report.calls] == [Code.FINITE_FILL]
+    torch._dynamo.reset()
+    expected = torch.compile(lambda *a: flex_attention(*a, hidden))(*args)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
