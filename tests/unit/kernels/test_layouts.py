@@ -133,9 +133,18 @@ class HostPlan:
             cpu.forward(*tensors[:3], *rest, tensors[3], tensors[4].squeeze(-1))
             return
         query, key, value, out, lse, grad, *gradients = tensors
-        found = cpu.backward(grad, None, query, key, value, out, lse.squeeze(-1), *rest)
+        share = self._share(tensors, rest)
+        found = cpu.backward(grad * share, None, query, key, value, out, lse.squeeze(-1), *rest)
         for into, gradient in zip(gradients, found, strict=True):
             into.copy_(gradient)
+
+
+    def _share(self, tensors, rest):
+        """Which part of a row's weights the program has, [B, H, Sq, 1]: less than all if it is one part of a mask."""
+        query, key, value, out, lse, *_ = tensors
+        mine = torch.empty(lse.shape[:3])
+        cpu.forward(query, key, value, *rest, torch.empty(out.shape, dtype=out.dtype), mine)
+        return torch.where(mine == -torch.inf, 0.0, (mine - lse.squeeze(-1)).exp()).unsqueeze(-1).to(out.dtype)
 
 
 def memory(address, spec):
