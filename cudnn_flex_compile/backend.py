@@ -70,6 +70,6 @@ def _log(calls: list[CallReport], options: Options) -> None:
         len(calls), len(calls) - len(kept), len(kept), f" ({reasons})" if reasons else "",
     )  # fmt: skip
     for call in calls if options.verbose else ():
-        what = " + ".join(call.strategies) if call.reason is None else f"kept, {call.reason}; {call.reason.remedy}"
+        what = " + ".join(call.strategies) if call.reason is None else f"kept, {call.reason}; {call.reason.advice}"
         score = infix(call.program.score) if call.program else "?"
         log.info("cudnn_flex:   %s [%s] %s", call.source, score, what)

@@ -54,5 +54,5 @@ class CallReport:
             "strategies": list(self.strategies),
             "errors": {error.name: {"found": error.found, "stock": error.stock} for error in self.errors},
             "expected": self.expected,
-            "reason": {"code": reason.code.name, "detail": reason.detail, "remedy": reason.remedy} if reason else None,
+            "reason": reason.to_dict() if reason else None,
         }

@@ -73,10 +73,10 @@ def _doctor(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     tests = _self_test() if reason is None else []
     failed = [test for test in tests if test["reason"] is not None]
     if given.json:
-        why = _as_json(reason)
+        why = reason.to_dict() if reason else None
         print(json.dumps({**facts, "can_run": reason is None, "reason": why, "self_test": tests}, indent=2))
     elif reason is not None:
-        print(f"\nNo plan can run here: {reason}.\nTo change that: {reason.remedy}.")
+        print(f"\nNo plan can run here: {reason}.\nTo change that: {reason.advice}.")
     else:
         from cudnn_flex_compile.rendering import self_test
 
@@ -94,15 +94,11 @@ def _self_test() -> list[dict[str, Any]]:
         {
             "name": outcome.name,
             "strategies": list(outcome.strategies),
-            "reason": _as_json(outcome.reason),
+            "reason": outcome.reason.to_dict() if outcome.reason else None,
             "seconds": round(outcome.seconds, 3),
         }
         for outcome in selftest.run(torch.cuda.current_device())
     ]
-
-
-def _as_json(reason: Reason | None) -> dict[str, str] | None:
-    return {"code": reason.code.name, "detail": reason.detail, "remedy": reason.remedy} if reason else None
 
 
 def _facts() -> dict[str, Any]:

@@ -16,7 +16,7 @@ class Code(enum.Enum):
     DEVICE = "move the model to an NVIDIA GPU; other devices keep stock flex_attention"
     CUDNN_MISSING = "install nvidia-cudnn-frontend and a torch build that brings cuDNN"
     CUDNN_OLD = "upgrade cuDNN (nvidia-cudnn-cu12 or nvidia-cudnn-cu13) to the version named"
-    UNKNOWN_OP = "rewrite the op in terms of those that README lists, or ask for a row in the op table"
+    UNKNOWN_OP = "rewrite the op in terms of those that docs/support.md lists, or ask for a row in the op table"
     NO_BACKWARD = "run under torch.no_grad, or use ops that have a derivative"
     ILLEGAL_OP = "cuDNN computes no form of this op right; see the detail"
     FINITE_FILL = "hide pairs with -inf, or by the mask_mod; a finite number gives rows hidden whole a meaning"
@@ -33,8 +33,13 @@ class Code(enum.Enum):
     MEMORY = "free GPU memory and call cudnn_flex_compile.cache_clear(): checking a plan takes as much as one more call"
     CERTIFICATION = "cuDNN's numbers were wrong here; please report the program and the shape"
     CAPTURING = "run the model once before the capture: nothing can be built or checked meanwhile"
-    TORCH = "use a torch that README lists: this one has moved what the detail names"
+    TORCH = "use a torch that docs/support.md lists: this one has moved what the detail names"
     INTERNAL = "a bug of cudnn_flex_compile: please report it with the detail"
+
+    @property
+    def page(self) -> str:
+        """The section of the documentation that is about this code."""
+        return f"docs/limits.md#{self.name.lower()}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +60,15 @@ class Reason:
     def remedy(self) -> str:
         """What the user can do, in one line."""
         return self.code.value
+
+    @property
+    def advice(self) -> str:
+        """The remedy, and the section of the documentation that says more."""
+        return f"{self.remedy} ({self.code.page})"
+
+    def to_dict(self) -> dict[str, str]:
+        """Everything that reports show, as JSON takes it."""
+        return {"code": self.code.name, "detail": self.detail, "remedy": self.remedy, "page": self.code.page}
 
     def __str__(self) -> str:
         return f"{self.code.name}: {self.detail}" if self.detail else self.code.name

@@ -117,7 +117,7 @@ def _kept_table(rows: Sequence[tuple[CallReport, int]]) -> Table:
         if call.reason is not None:
             numbers.setdefault(call.reason, []).append(str(number))
     for reason, which in numbers.items():
-        table.add_row(*(Text(cell) for cell in (", ".join(which), str(reason), reason.remedy)))
+        table.add_row(*(Text(cell) for cell in (", ".join(which), str(reason), reason.advice)))
     return table
 
 
