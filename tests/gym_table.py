@@ -1,18 +1,18 @@
-"""What becomes of each mask and mod of attn-gym, as tests/gym_table.md shows it: `python3 -m tests.gym_table --write`.
+"""What becomes of each mask and mod of attn-gym, as docs/models.md shows it: `python3 -m tests.gym_table --write`.
 
 Knows nothing of why: verdicts are those of the reports.
 """
 
 import argparse
 import warnings
-from pathlib import Path
 
 import torch
 
 from cudnn_flex_compile.report import CallReport, collect
+from tests.docs_tables import show
 from tests.gym import CASES, call_of, inputs
 
-FILE = Path(__file__).with_suffix(".md")
+PAGE = ("models.md", "gym")
 HEAD = ["| mask or mod | lowered as |", "| --- | --- |"]
 LENGTH = 320  # two and a half tiles
 OPTIONS = {"inner_backend": "aot_eager", "lower": "always"}
@@ -41,12 +41,12 @@ def generate() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help=f"write {FILE.name} instead of printing it")
+    parser.add_argument("--write", action="store_true", help="write it into docs/models.md instead of printing it")
     write = parser.parse_args().write
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         table = generate()
-    _ = FILE.write_text(table) if write else print(table, end="")
+    _ = show(*PAGE, table) if write else print(table, end="")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""README's table of features: each row names a test that is there, or a file of tests."""
+"""The table of features in docs/training.md: each row names a test that is there, or a file of tests."""
 
 import ast
 import re
@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.docs_tables import shown
+
 ROOT = Path(__file__).parents[1]
-TABLE = (ROOT / "README.md").read_text().split("<!-- features -->")[1].split("<!-- /features -->")[0]
-ROWS = TABLE.strip().splitlines()[2:]
+ROWS = shown("training.md", "features").strip().splitlines()[2:]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.split("|")[1].strip())

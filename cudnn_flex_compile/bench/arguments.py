@@ -16,11 +16,11 @@ forward, backward and both, interleaved in one run.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     mods = (
         "what is measured: names (an unknown one lists all), or module:function, a score_mod, a mask_mod, or a "
-        "function of (heads, length, device) that gives both (the ten of README)"
+        "function of (heads, length, device) that gives both (ten of them)"
     )
     parser.add_argument("--mods", nargs="+", metavar="MOD", help=mods)
     parser.add_argument("--shapes", nargs="+", default=["2,16,16,4096,128"], metavar="B,H,HKV,S,D")
-    parser.add_argument("--forty", action="store_true", help="five mods at the eight shapes of README's table")
+    parser.add_argument("--forty", action="store_true", help="five mods at the eight shapes of docs/benchmarks.md")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--repeats", type=int, default=20, help="samples that count, of each contender (20)")
     parser.add_argument("--mode", choices=("reduce-overhead",), help="CUDA graphs, for both; forward + backward only")

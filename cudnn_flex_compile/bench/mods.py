@@ -224,7 +224,7 @@ MASKS = {
 }  # fmt: skip
 BY_BATCH = {name for name in MASKS if "padd" in name}
 ALL = {**MODS, **MASKS, "soft cap + window 1024": soft_cap_window_1024}
-# The cases that the README's second table is about, at its eight shapes B, H, Hkv, S, D.
+# The cases that the first table of docs/benchmarks.md is about, at its eight shapes B, H, Hkv, S, D.
 FIVE = ("full", "causal", "soft cap + causal", "soft cap + window 1024", "ALiBi + causal")
 EIGHT = (
     "8,16,16,1024,128", "4,32,8,2048,128", "2,16,16,4096,64", "2,32,8,8192,128", "1,16,16,16384,128",

@@ -1,4 +1,4 @@
-"""The examples run as README says, and README tells the truth about options."""
+"""The examples run as docs/index.md says, and docs/options.md tells the truth."""
 
 import dataclasses
 import os
@@ -61,7 +61,7 @@ def test_distributed_says_that_it_needs_gpus():
     assert "no backward on the CPU" in done.stderr
 
 
-def test_readme_lists_the_options_and_settings():
-    rows = re.findall(r"^\| `(\w+)` \| `(.+?)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+def test_the_page_lists_the_options_and_settings():
+    rows = re.findall(r"^\| `(\w+)` \| `(.+?)` \|", (ROOT / "docs" / "options.md").read_text(), re.MULTILINE)
     defaults = dataclasses.asdict(Options()) | dataclasses.asdict(Settings())
     assert {name: eval(default) for name, default in rows} == defaults  # literals of our own file

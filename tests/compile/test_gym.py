@@ -1,21 +1,19 @@
-"""attn-gym's masks and mods on the CPU: no further off than eager flex_attention, and lowered as gym_table.md says.
+"""attn-gym's masks and mods on the CPU: no further off than eager flex_attention, and lowered as docs/models.md says.
 
 Knows nothing of which are lowered: the table is generated.
 """
 
-import re
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 
 from cudnn_flex_compile.reasons import Code
 from tests import gym, gym_table
+from tests.docs_tables import shown
 from tests.gym import CASES
 
-README = Path(__file__).parents[2] / "README.md"
-STALE = "tests/gym_table.md is out of date; regenerate it: python3 -m tests.gym_table --write"
+STALE = "the table in docs/models.md is out of date; regenerate it: python3 -m tests.gym_table --write"
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +25,7 @@ def quiet():
 
 @pytest.fixture
 def table():
-    return gym_table.FILE.read_text() if gym_table.FILE.exists() else ""
+    return shown(*gym_table.PAGE)
 
 
 def furthest(found, exact):
@@ -57,10 +55,3 @@ def test_the_table_has_one_row_for_each_case(table):
     head, rows = table.splitlines()[:2], table.splitlines()[2:]
     assert head == gym_table.HEAD, STALE
     assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == list(CASES), STALE
-
-
-def test_readme_shows_the_table(table):
-    shown = re.findall(r"^<!-- gym -->\n(.*?)^<!-- /gym -->$", README.read_text(), re.DOTALL | re.MULTILINE)
-    assert [text.strip() for text in shown] in ([], [table.strip()]), (
-        "README.md differs from tests/gym_table.md between <!-- gym --> and <!-- /gym -->"
-    )

@@ -1,7 +1,7 @@
 """The strategy that the real cuDNN accepts of each mod, by architecture: `python3 -m tests.deviceless.matrix --write`.
 
 Knows nothing of numbers: cuDNN accepts graphs that it computes wrongly, and certification judges those on a GPU. One
-file in tests/deviceless/matrices for each minor version of cuDNN.
+file in tests/deviceless/matrices for each minor version of cuDNN; docs/support.md shows the newest.
 """
 
 import argparse
@@ -29,8 +29,10 @@ from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod.text import parse
 from tests.deviceless.accepted import verdict
 from tests.deviceless.harness import SMS, load_libraries
+from tests.docs_tables import show
 
 FOLDER = Path(__file__).with_name("matrices")
+PAGE = ("support.md", "matrix")
 BATCH, HEADS, LENGTH, DIM = 2, 4, 4096, 128
 DIRECTIONS = (FORWARD, BACKWARD)
 # What cuDNN's log says where it refuses, and what the table says.
@@ -177,13 +179,22 @@ def file(version: str | None = None) -> Path:
     return FOLDER / f"{version or minor()}.md"
 
 
+def recorded() -> list[str]:
+    """The minor versions that have a file, the oldest first."""
+    return sorted((f.stem for f in FOLDER.glob("*.md")), key=lambda version: tuple(map(int, version.split("."))))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="write the file of the installed cuDNN, do not print it")
+    parser.add_argument("--write", action="store_true", help="write it as that of the installed cuDNN, do not print it")
     write = parser.parse_args().write
     load_libraries()
     table = generate()
-    _ = file().write_text(table) if write else print(table, end="")
+    if not write:
+        print(table, end="")
+        return
+    file().write_text(table)
+    show(*PAGE, file(recorded()[-1]).read_text())
 
 
 if __name__ == "__main__":

@@ -1,11 +1,9 @@
-"""The support matrix is that of the installed cuDNN, or no worse than that of the last recorded one; README shows it.
+"""The support matrix is that of the installed cuDNN, or no worse than the last recorded one; docs/support.md shows it.
 
 Knows nothing of what the cells should be: they are generated.
 """
 
-import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -13,16 +11,12 @@ from cudnn_flex_compile.engine.problem import BACKWARD
 from cudnn_flex_compile.engine.versions import cudnn_version
 from tests.deviceless import matrix
 from tests.deviceless.harness import SMS
+from tests.deviceless.matrix import recorded
+from tests.docs_tables import shown
 
-README = Path(__file__).parents[2] / "README.md"
 ONE_OF_EACH = (80, 90, 100, 120)  # kinds of engines
 DETERMINISTIC_ROW_VECTORS = 92800  # 9.19 takes none on SM100, 9.28 does; those between were not asked
 STALE = "tests/deviceless/matrices is out of date; regenerate it: python3 -m tests.deviceless.matrix --write"
-
-
-def recorded():
-    """The minor versions that have a file, the oldest first."""
-    return sorted((f.stem for f in matrix.FOLDER.glob("*.md")), key=numbers)
 
 
 def numbers(version):
@@ -83,13 +77,8 @@ def test_every_strategy_is_in_the_matrix():
     assert "2 parts" in table
 
 
-def test_readme_shows_the_newest():
-    pattern = r"^<!-- matrix -->\n(.*?)^<!-- /matrix -->$"
-    shown = re.findall(pattern, README.read_text(), re.DOTALL | re.MULTILINE)
-    newest = matrix.file(recorded()[-1])
-    assert [text.strip() for text in shown] == [newest.read_text().strip()], (
-        f"README.md differs from {newest.name} between <!-- matrix --> and <!-- /matrix -->"
-    )
+def test_the_page_shows_the_newest():
+    assert shown(*matrix.PAGE) == matrix.file(recorded()[-1]).read_text(), STALE
 
 
 def test_a_refusal_is_worse():
