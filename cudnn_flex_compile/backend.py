@@ -38,26 +38,16 @@ def cudnn_flex(
     Raises:
         ValueError, TypeError: an unknown option, or a value that it does not take; or such an environment variable.
     """
-    from cudnn_flex_compile.kernels.later import looking_last
     from cudnn_flex_compile.passes.lower_calls import lower_calls
 
     chosen = options_from(options, mode)
     settings()  # a wrong one is an error here, not in the midst of a compile
     with phase("lower"):
-        lowered = lower_calls(graph_module, example_inputs, chosen)
-    publish(lowered.calls)
-    _log(lowered.calls, chosen)
+        calls = lower_calls(graph_module, example_inputs, chosen)
+    publish(calls)
+    _log(calls, chosen)
     with phase("inner"):
-        compiled = compile_inner(graph_module, example_inputs, chosen)
-    if not lowered.checked:
-        return compiled
-
-    def run(*inputs: Any) -> Any:
-        for check in lowered.checks:
-            check(inputs)
-        return compiled(*inputs)
-
-    return looking_last(run if lowered.checks else compiled)
+        return compile_inner(graph_module, example_inputs, chosen)
 
 
 def _log(calls: list[CallReport], options: Options) -> None:

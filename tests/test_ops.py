@@ -44,7 +44,7 @@ def arguments(case, return_lse=True, layout="BSHD", requires_grad=True):
     torch.manual_seed(0)
     query = draw(2, 4, 17, 16, layout=layout, requires_grad=requires_grad)
     key, value = (draw(2, 2, 23, 16, layout=layout, requires_grad=requires_grad) for _ in range(2))
-    return (query, key, value, *rest(4), text(program), 0.25, return_lse, True, None)
+    return (query, key, value, *rest(4), text(program), 0.25, return_lse, True, [], [], "")
 
 
 @pytest.mark.parametrize(("case", "layout"), list(itertools.product(CASES, ("BSHD", "BHSD"))))
@@ -56,12 +56,13 @@ def test_opcheck_attention(case, layout):
 @pytest.mark.parametrize("case", CASES)
 def test_opcheck_backward(case):
     query, key, value, operands, ints, floats, program, scale, *_ = arguments(case, requires_grad=False)
-    out, _, stats = ops.attention(query, key, value, operands, ints, floats, program, scale, False, True, None)
+    out, _, stats = ops.attention(query, key, value, operands, ints, floats, program, scale, False, True, [], [], "")
     grad = torch.randn_like(out)
     opcheck(
         ops.attention_backward,
-        (grad, torch.randn_like(stats), query, key, value, out, stats, operands, ints, floats, program, scale),
-    )
+        (grad, torch.randn_like(stats), query, key, value, out, stats, operands, ints, floats, program, scale,
+         [], [], ""),
+    )  # fmt: skip
 
 
 def test_opcheck_block_mask():
@@ -120,10 +121,10 @@ def test_gradients_of_the_lse(with_out):
 
 
 def test_a_backward_needs_no_stats_that_the_caller_asked_for():
-    *rest, _, guard = arguments("soft cap", return_lse=False)
+    *rest, _, stock, layout, by_blocks = arguments("soft cap", return_lse=False)
     gradients = []
     for stats in (True, False):
-        out, _, kept = ops.attention(*rest, stats, guard)
+        out, _, kept = ops.attention(*rest, stats, stock, layout, by_blocks)
         assert kept.numel() == (out.shape[:3].numel() if stats else 0)
         gradients.append(torch.autograd.grad(out.sum(), rest[:3]))
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
@@ -144,4 +145,4 @@ def test_a_second_derivative_is_refused():
 def test_shapes_that_are_no_attention_are_refused(query, key, value):
     tensors = [draw(*shape, requires_grad=False) for shape in (query, key, value)]
     with pytest.raises(ValueError, match="equal batches"):
-        ops.attention(*tensors, [], [], [], text(ir.program()), 1.0, False, False, None)
+        ops.attention(*tensors, [], [], [], text(ir.program()), 1.0, False, False, [], [], "")

@@ -49,7 +49,7 @@ def test_flops_are_those_of_stock_attention(kv_heads):
     value = draw(kv_heads, COLUMNS, VALUE_DIM)
 
     def step():
-        ops.attention(query, key, value, [], [], [], PLAIN, 0.25, False, False, None)[0].sum().backward()
+        ops.attention(query, key, value, [], [], [], PLAIN, 0.25, False, False, [], [], "")[0].sum().backward()
 
     assert counted(step) == stock_flops()
 
@@ -109,7 +109,7 @@ def test_a_profile_tells_programs_apart(options, around):
 def test_without_a_profiler_no_name_is_made():
     profiling._name.cache_clear()
     args = [draw(HEADS, ROWS, DIM, requires_grad=False) for _ in range(3)]
-    ops.attention(*args, [], [], [], CAPPED, 0.25, False, False, None)
+    ops.attention(*args, [], [], [], CAPPED, 0.25, False, False, [], [], "")
     assert profiling._name.cache_info().misses == 0
 
 

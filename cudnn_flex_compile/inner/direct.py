@@ -15,12 +15,14 @@ from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.config import Options
 from cudnn_flex_compile.inner import inductor
 from cudnn_flex_compile.ops import attention as attention_op
+from cudnn_flex_compile.ops import check_block_mask
 from cudnn_flex_compile.ops.autograd import attention
-from cudnn_flex_compile.ops.undispatched import PLAIN
+from cudnn_flex_compile.ops.undispatched import PLAIN, check
 from cudnn_flex_compile.passes.light import is_view
 
 # Inductor's modes that ask for nothing but kernels: not those with CUDA graphs.
 MODES = (None, "default", "max-autotune-no-cudagraphs")
+PLAINLY = {attention_op: attention, check_block_mask: check}  # what runs in place of an op
 
 
 def suffices(graph_module: GraphModule, example_inputs: Sequence[Any], options: Options) -> bool:
@@ -35,14 +37,13 @@ def suffices(graph_module: GraphModule, example_inputs: Sequence[Any], options: 
 
 
 def _is_light(node: Node) -> bool:
-    return node.op == "output" or node.target in (attention_op, operator.getitem) or is_view(node)
+    return node.op == "output" or node.target in (*PLAINLY, operator.getitem) or is_view(node)
 
 
 def compile(graph_module: GraphModule) -> Callable[..., Any]:
     """The graph as a Python function. Changes the graph."""
     for node in graph_module.graph.nodes:
-        if node.target is attention_op:
-            node.target = attention
+        node.target = PLAINLY.get(node.target, node.target)
     graph_module.recompile()
     _ = graph_module.code  # a lazy module writes its forward only now: one taken before finds out at each call
     return graph_module.forward

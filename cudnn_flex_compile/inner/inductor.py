@@ -1,6 +1,6 @@
 """Inductor, with the mode and options that torch.compile would have given it.
 
-Knows nothing of attention but the two ops that its code calls.
+Knows nothing of attention but the ops that its code calls.
 """
 
 import functools
@@ -28,8 +28,8 @@ def compile(graph_module: GraphModule, example_inputs: Sequence[Any], options: O
 @functools.cache
 def _call_undispatched() -> None:
     """Has Inductor's Python code call the functions of ops/undispatched.py where it would call the ops."""
-    from cudnn_flex_compile.ops import attention_backward, attention_forward
-    from cudnn_flex_compile.ops.undispatched import BACKWARD, FORWARD
+    from cudnn_flex_compile.ops import attention_backward, attention_forward, check_block_mask
+    from cudnn_flex_compile.ops.undispatched import BACKWARD, CHECK, FORWARD
 
-    for op, function in ((attention_forward, FORWARD), (attention_backward, BACKWARD)):
+    for op, function in ((attention_forward, FORWARD), (attention_backward, BACKWARD), (check_block_mask, CHECK)):
         torch_private.call_from_inductor(op, f"torch.ops.cudnn_flex.{function}")

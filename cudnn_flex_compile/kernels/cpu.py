@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cudnn_flex_compile.kernels.stock import Stock
 from cudnn_flex_compile.scoremod.derive import derive
 from cudnn_flex_compile.scoremod.interpret import environment, evaluate
 from cudnn_flex_compile.scoremod.ir import Program
@@ -42,12 +43,13 @@ class Gradient:
     operands: dict[int, Tensor]
     ints: dict[int, int]
     floats: dict[int, float]
+    captured: Sequence[Tensor]
 
     def __call__(self, grad: Tensor) -> Tensor:
         expression = derive(self.program.score)
         if expression is None:
             return torch.zeros_like(grad)
-        leaf = environment(self.scores, self.indices, self.operands, self.ints, self.floats, grad)
+        leaf = environment(self.scores, self.indices, self.operands, self.ints, self.floats, grad, self.captured)
         return evaluate(simplify(expression), leaf).expand(grad.shape)
 
 
@@ -58,8 +60,9 @@ def per_head(tensor: Tensor, heads: int) -> Tensor:
 
 def _blocks(
     query: Tensor, key: Tensor, operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor],
-    program: Program, scale: float,
+    program: Program, scale: float, stock: Stock | None,
 ) -> Iterator[Block]:  # fmt: skip
+    captured = () if stock is None else stock.captured
     batch, heads, length, _ = query.shape
     columns = key.shape[2]
     keys = per_head(key, heads)
@@ -76,19 +79,24 @@ def _blocks(
         scores = query[:, :, rows].float() @ keys.transpose(-2, -1) * scale
         indices = {**every, "q": every["q"][rows]}
         near = {i: t[:, :, rows] if t.shape[2] > 1 else t for i, t in enumerate(operands)}
-        leaf = environment(scores, indices, near, *numbers)
+        leaf = environment(scores, indices, near, *numbers, captured=captured)
         visible = evaluate(program.mask, leaf).expand(scores.shape)
+        if stock is not None:
+            partial, full = stock.listed_pairs(every["q"][rows, 0], every["k"])
+            visible = (visible & partial) | full
         masked = torch.where(visible, evaluate(program.score, leaf), -math.inf)
-        yield Block(rows, visible, masked, Gradient(program, scores, indices, near, *numbers))
+        yield Block(rows, visible, masked, Gradient(program, scores, indices, near, *numbers, captured))
 
 
 def forward(
     query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor], ints: Sequence[int],
-    floats: Sequence[Tensor], program: str, scale: float, out: Tensor, stats: Tensor,
+    floats: Sequence[Tensor], program: str, scale: float, out: Tensor, stats: Tensor, stock: Stock | None = None,
 ) -> None:  # fmt: skip
-    """Fills `out` [B, H, Sq, Dv] and `stats` [B, H, Sq] (natural log-sum-exp, float32)."""
+    """Fills `out` [B, H, Sq, Dv] and `stats` [B, H, Sq] (natural log-sum-exp, float32); with `stock`, by its blocks."""
+    if stock is not None:
+        key, value, program = stock.own_order(key), stock.own_order(value), stock.program
     values = per_head(value, query.shape[1])
-    for block in _blocks(query, key, operands, ints, floats, parse(program), scale):
+    for block in _blocks(query, key, operands, ints, floats, parse(program), scale, stock):
         stats[:, :, block.rows] = block.masked.logsumexp(-1)
         out[:, :, block.rows] = (_weights(block).to(query.dtype).float() @ values).to(query.dtype)
 
@@ -103,11 +111,14 @@ def _weights(block: Block) -> Tensor:
 def backward(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
     operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor], program: str, scale: float,
+    stock: Stock | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """dQ, dK, dV in float32, dK and dV per kv head, and the gradient of the learned operand, if there is one.
 
     `grad_lse` is with respect to the natural log-sum-exp.
     """
+    if stock is not None:
+        key, value, program = stock.own_order(key), stock.own_order(value), stock.program
     heads, kv_heads = query.shape[1], key.shape[1]
     keys, values = per_head(key, heads), per_head(value, heads)
     parsed = parse(program)
@@ -118,7 +129,7 @@ def backward(
     delta = (grad_out.float() * out.float()).sum(-1)
     if grad_lse is not None:  # the log-sum-exp's derivative with respect to a score is its weight
         delta = delta - grad_lse
-    for block in _blocks(query, key, operands, ints, floats, parsed, scale):
+    for block in _blocks(query, key, operands, ints, floats, parsed, scale, stock):
         rows = block.rows
         grad, weights = grad_out[:, :, rows].float(), _weights(block)
         d_masked = weights * (grad @ values.transpose(-2, -1) - delta[:, :, rows].unsqueeze(-1))
@@ -129,4 +140,7 @@ def backward(
         dk += d_scores.transpose(-2, -1) @ query[:, :, rows].float()
         dv += weights.transpose(-2, -1) @ grad
     group = (kv_heads, heads // kv_heads)
-    return dq, dk.unflatten(1, group).sum(2), dv.unflatten(1, group).sum(2), *dbias
+    dk, dv = (t.unflatten(1, group).sum(2) for t in (dk, dv))
+    if stock is not None:
+        dk, dv = stock.given_order(dk), stock.given_order(dv)
+    return dq, dk, dv, *dbias

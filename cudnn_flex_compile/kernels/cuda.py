@@ -19,13 +19,15 @@ from cudnn_flex_compile.engine.repro import warned
 from cudnn_flex_compile.engine.rows import rows_of
 from cudnn_flex_compile.engine.select import find_plan
 from cudnn_flex_compile.engine.state import engine
-from cudnn_flex_compile.kernels import fallback
+from cudnn_flex_compile.kernels import contract, fallback
+from cudnn_flex_compile.kernels.stock import Given, Stock
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod.saturate import limit_of, saturated
 from cudnn_flex_compile.scoremod.text import parse
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 log = logging.getLogger("cudnn_flex_compile")
+DISAGREE = Reason(Code.BLOCK_MASK, "its blocks do not agree with its mask_mod")
 _warned: set[str] = set()
 _plans = engine.plans
 
@@ -33,21 +35,25 @@ _plans = engine.plans
 def forward(
     query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor], ints: Sequence[int],
     floats: Sequence[Tensor], program: str, scale: float, stats: bool, tiles: Tensor | None = None,
-    policy: str = "",
+    policy: str = "", stock: Given | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The output in the query's order of strides, and the natural log-sum-exp [B, H, Sq], empty without `stats`.
 
-    With a list of the mask's tiles, it is that by which the plan runs.
+    With a list of the mask's tiles, it is that by which the plan runs. With a BlockMask that says other than the mask,
+    it is as stock flex_attention has it.
     """
     if query.get_device() != torch_private.current_device():
         with torch.cuda.device(query.device):
-            return forward(query, key, value, operands, ints, floats, program, scale, stats, tiles, policy)
+            return forward(query, key, value, operands, ints, floats, program, scale, stats, tiles, policy, stock)
+    if stock is not None and not contract.agrees(stock, query, key, ints, floats):
+        by_blocks = (operands, ints, floats, program, scale, stats, policy, Stock.of(*stock))
+        return _forward_by_blocks(query, key, value, *by_blocks)
     call = forward_key(program, query, key, value, operands, scale, stats, tiles is not None, policy)
     found = _plans.get(call) or find_plan(call)
     fitting = _fitting(program, ints, query, key) if ints else ints
     if isinstance(found, Reason) or (fitting is None and tiles is None):
         _explain(program, found)
-        out, lse = _fallback_forward(query, key, value, operands, ints, floats, program, scale)
+        out, lse = _fallback_forward(query, key, value, operands, ints, floats, program, scale, _stock_of(stock))
         return out, lse if stats else lse.new_empty(0)
     if found.copied:
         query, key, value = _copied(found, query, key, value)
@@ -59,7 +65,7 @@ def forward(
     except torch.OutOfMemoryError as error:
         _explain(program, _no_workspace(found, error))
         del out, outputs
-        out, lse = _fallback_forward(query, key, value, operands, ints, floats, program, scale)
+        out, lse = _fallback_forward(query, key, value, operands, ints, floats, program, scale, _stock_of(stock))
         return out, lse if stats else lse.new_empty(0)
     _hold_if_captured(found)
     return out, lse
@@ -68,7 +74,7 @@ def forward(
 def backward(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
     operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor], program: str, scale: float,
-    tiles: Tensor | None = None, policy: str = "",
+    tiles: Tensor | None = None, policy: str = "", stock: Given | None = None,
 ) -> Gradients:  # fmt: skip
     """dQ, dK, dV, dense in the orders of the strides of query, key and value, and the gradient of the learned operand,
     contiguous, in the query's dtype, empty if there is none.
@@ -77,15 +83,19 @@ def backward(
     """
     if query.get_device() != torch_private.current_device():
         with torch.cuda.device(query.device):
-            rest = (out, stats, operands, ints, floats, program, scale, tiles, policy)
-            return backward(grad_out, grad_lse, query, key, value, *rest)
+            same = (out, stats, operands, ints, floats, program, scale, tiles, policy, stock)
+            return backward(grad_out, grad_lse, query, key, value, *same)
+    if stock is not None and not contract.agrees(stock, query, key, ints, floats):
+        by_blocks = (out, stats, operands, ints, floats, program, scale, policy, Stock.of(*stock))
+        return _backward_by_blocks(grad_out, grad_lse, query, key, value, *by_blocks)
     before = forward_key(program, query, key, value, operands, scale, True, tiles is not None, policy)
     call = backward_key(before, grad_out, grad_lse is not None)
     found = _plans.get(call) or find_plan(call)
     fitting = _fitting(program, ints, query, key) if ints else ints
     if isinstance(found, Reason) or (fitting is None and tiles is None):
         _explain(program, found)
-        return _fallback_backward(grad_out, grad_lse, query, key, value, operands, ints, floats, program, scale)
+        rest = (operands, ints, floats, program, scale)
+        return _fallback_backward(grad_out, grad_lse, query, key, value, *rest, _stock_of(stock))
     if found.copied:
         query, key, value, grad_out = _copied(found, query, key, value, grad_out)
     if out.stride() != found.out_stride:  # a hook on saved tensors may have brought it back in another layout
@@ -100,7 +110,8 @@ def backward(
     except torch.OutOfMemoryError as error:
         _explain(program, _no_workspace(found, error))
         del dq, dk, dv, dbias, gradients
-        return _fallback_backward(grad_out, grad_lse, query, key, value, operands, ints, floats, program, scale)
+        rest = (operands, ints, floats, program, scale)
+        return _fallback_backward(grad_out, grad_lse, query, key, value, *rest, _stock_of(stock))
     _hold_if_captured(found)
     return dq, dk, dv, dbias
 
@@ -192,22 +203,57 @@ def _explain(program: str, found: Ready | Reason) -> None:
         log.warning("cudnn_flex: a call runs on Inductor's flex_attention instead of cuDNN: %s", why)
 
 
+def _stock_of(given: Given | None) -> Stock | None:
+    return None if given is None else Stock.of(*given)
+
+
+def _forward_by_blocks(
+    query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor], ints: Sequence[int],
+    floats: Sequence[Tensor], program: str, scale: float, stats: bool, policy: str, stock: Stock,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As stock flex_attention; where the device chooses, by the plan, too, of which one has no block to compute."""
+    call = (query, key, value, operands, ints, floats, program, scale)
+    if not stock.chosen_by_device:
+        _explain(program, DISAGREE)
+        out, lse = _fallback_forward(*call, stock)
+        return out, lse if stats else lse.new_empty(0)
+    out, lse = forward(*call, stats, None, policy)
+    other, other_lse = _fallback_forward(*call, stock.where_plans_are_wrong())
+    return torch.where(stock.guard, out, other), torch.where(stock.guard, lse, other_lse) if stats else lse
+
+
+def _backward_by_blocks(
+    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
+    operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor], program: str, scale: float, policy: str,
+    stock: Stock,
+) -> Gradients:  # fmt: skip
+    given = (grad_out, grad_lse, query, key, value)
+    rest = (operands, ints, floats, program, scale)
+    if not stock.chosen_by_device:
+        return _fallback_backward(*given, *rest, stock)
+    planned = backward(*given, out, stats, *rest, None, policy)
+    others = _fallback_backward(*given, *rest, stock.where_plans_are_wrong())
+    dq, dk, dv, dbias = (torch.where(stock.guard, *pair) for pair in zip(planned, others, strict=True))
+    return dq, dk, dv, dbias
+
+
 def _fallback_forward(
     query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor], ints: Sequence[int],
-    floats: Sequence[Tensor], program: str, scale: float,
+    floats: Sequence[Tensor], program: str, scale: float, stock: Stock | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     with torch_private.above_autograd(), torch.no_grad():
-        out, lse = fallback.forward(query, key, value, operands, ints, floats, program, scale)
+        out, lse = fallback.forward(query, key, value, operands, ints, floats, program, scale, stock)
     wanted = out_spec(TensorSpec.of(query), TensorSpec.of(value))
     return _laid_out(out, wanted), _laid_out(lse, dense(TensorSpec.of(lse)))
 
 
 def _fallback_backward(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor],
-    ints: Sequence[int], floats: Sequence[Tensor], program: str, scale: float,
+    ints: Sequence[int], floats: Sequence[Tensor], program: str, scale: float, stock: Stock | None,
 ) -> Gradients:  # fmt: skip
+    call = (grad_out, grad_lse, query, key, value, operands, ints, floats, program, scale, stock)
     with torch_private.above_autograd():
-        gradients = fallback.backward(grad_out, grad_lse, query, key, value, operands, ints, floats, program, scale)
+        gradients = fallback.backward(*call)
     of_inputs = zip(gradients, (query, key, value), strict=False)
     dq, dk, dv = (_laid_out(g, dense_like(TensorSpec.of(t))) for g, t in of_inputs)
     if len(gradients) == 3:

@@ -2,7 +2,8 @@
 
 Knows nothing of attention. The endpoints of rows come from the surrounding graph, which finds a few for each row and
 counts how many there are. The host reads that count, and whether the BlockMask agrees, in one look, for which it waits
-when the list is enqueued, so that the device does not wait for the host. Where a row has more endpoints, all of them
+when the list is enqueued, so that the device does not wait for the host. The list is the guard of its calls
+(contract.py): they run by it if the BlockMask agrees. Where a row has more endpoints, all of them
 are found here: slower, and right for any mask. Under CUDA graph capture the host can look at nothing, and so there is
 room for every endpoint that a row can have.
 """
@@ -17,8 +18,8 @@ from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.engine.tile_recording import recording_of
 from cudnn_flex_compile.engine.tiles import Geometry, Tiler, tiler_of
 from cudnn_flex_compile.kernels.block_mask import agree_with_endpoints
-from cudnn_flex_compile.kernels.contract import MISMATCH, check
-from cudnn_flex_compile.kernels.later import Reading
+from cudnn_flex_compile.kernels.contract import AGREED, Answer, with_answer
+from cudnn_flex_compile.kernels.reading import Reading
 from cudnn_flex_compile.scoremod.interpret import visible_rows
 from cudnn_flex_compile.scoremod.masks.intervals import every_endpoint
 from cudnn_flex_compile.scoremod.text import parse
@@ -36,17 +37,13 @@ def make(
     Args:
         table: endpoints of rows (scoremod/masks/intervals.py).
         found: how many a row has at most, and, under a BlockMask, whether that agrees with the table; int32, [1 or 2].
-        blocks, block_sizes: of the BlockMask, as kernels.contract.check takes them.
+        blocks, block_sizes: of the BlockMask, as in kernels.stock.Stock.
         operands, ints, floats, program: of the mask.
-
-    Raises:
-        RuntimeError: the BlockMask does not agree with the mask.
     """
     tiler = tiler_of(geometry, table.device.index)
 
     def all_endpoints(most: int) -> Tensor:
-        rows = visible_rows(parse(program).mask, operands, ints, floats, geometry.sizes, 1, table.device)
-        return every_endpoint(rows, geometry.sizes, geometry.mask_heads, most)
+        return _all_endpoints(most, operands, ints, floats, program, geometry, table.device)
 
     if torch.cuda.is_current_stream_capturing():
         log.warning("cudnn_flex: a mask's tiles are listed under CUDA graph capture, for any mask, which is slow")
@@ -59,26 +56,35 @@ def make(
         table = all_endpoints(count)
         tiles = tiler.list(table)
         right = [bool(agree_with_endpoints(blocks, table, geometry.sizes, block_sizes))] if blocks else []
-    if not all(right):
-        raise RuntimeError(MISMATCH)
-    return tiles
+    return with_answer(tiles, _answer(right))
 
 
 def none(
     table: Tensor, found: Tensor, blocks: Sequence[Tensor], block_sizes: Sequence[int],
     operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor], program: str, geometry: Geometry,
 ) -> Tensor:  # fmt: skip
-    """An empty list, where no kernel reads one. Raises as `make` does."""
+    """An empty list, where no kernel reads one."""
     count, *right = found.tolist()
     if blocks and count > table.shape[1]:
-        check(blocks, operands, ints, floats, program, geometry.sizes, block_sizes)
-    elif not all(right):
-        raise RuntimeError(MISMATCH)
-    return table.new_empty(0)
+        table = _all_endpoints(count, operands, ints, floats, program, geometry, table.device)
+        right = [bool(agree_with_endpoints(blocks, table, geometry.sizes, block_sizes))]
+    return with_answer(table.new_empty(0), _answer(right))
+
+
+def _answer(right: Sequence[bool]) -> Answer:
+    return Answer(lambda: all(right))
+
+
+def _all_endpoints(
+    most: int, operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor], program: str,
+    geometry: Geometry, device: torch.device,
+) -> Tensor:  # fmt: skip
+    rows = visible_rows(parse(program).mask, operands, ints, floats, geometry.sizes, 1, device)
+    return every_endpoint(rows, geometry.sizes, geometry.mask_heads, most)
 
 
 def _captured(tiler: Tiler, table: Tensor, blocks: Sequence[Tensor], block_sizes: Sequence[int]) -> Tensor:
     _replayed.add(tiler)
     if blocks:
         torch_private.assert_on_device(agree_with_endpoints(blocks, table, tiler.geometry.sizes, block_sizes))
-    return tiler.list(table)
+    return with_answer(tiler.list(table), AGREED)

@@ -27,15 +27,17 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, operands: list[Tensor],
-        ints: list[int], floats: list[Tensor], program: str, scale: float, return_lse: bool, guard: Tensor | None,
-        tiles: Tensor | None, policy: str,
+        ints: list[int], floats: list[Tensor], program: str, scale: float, return_lse: bool, stock: list[Tensor],
+        layout: list[int], by_blocks: str, tiles: Tensor | None, policy: str,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """`bias` is the learned operand: autograd sees no tensors in lists."""
-        out, stats = forward(query, key, value, operands, ints, floats, program, scale, True, guard, tiles, policy)
+        rest = (program, scale, True, stock, layout, by_blocks, tiles, policy)
+        out, stats = forward(query, key, value, operands, ints, floats, *rest)
         ctx.set_materialize_grads(False)
         if not return_lse:
             ctx.mark_non_differentiable(stats)
-        ctx.save_for_backward(query, key, value, out, stats, tiles, *operands, *floats)
+        ctx.save_for_backward(query, key, value, out, stats, tiles, *operands, *floats, *stock)
+        ctx.floats, ctx.layout, ctx.by_blocks = len(operands) + len(floats), layout, by_blocks
         ctx.operands, ctx.ints, ctx.program, ctx.scale, ctx.policy = len(operands), ints, program, scale, policy
         ctx.learned = bias is not None
         return out, stats
@@ -46,15 +48,16 @@ class Attention(torch.autograd.Function):
     ) -> Any:
         query, key, value, out, stats, tiles, *rest = ctx.saved_tensors
         if grad_out is None and grad_stats is None:
-            return (None,) * 13
+            return (None,) * 15
         with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
             gradients = backward(
                 torch.zeros_like(out) if grad_out is None else grad_out,
-                *(grad_stats, query, key, value, out, stats, rest[: ctx.operands], ctx.ints, rest[ctx.operands :]),
-                *(ctx.program, ctx.scale, tiles, ctx.policy),
+                *(grad_stats, query, key, value, out, stats, rest[: ctx.operands], ctx.ints),
+                *(rest[ctx.operands : ctx.floats], ctx.program, ctx.scale),
+                *(rest[ctx.floats :], ctx.layout, ctx.by_blocks, tiles, ctx.policy),
             )
         *main, dbias = _once(gradients)
-        return (*main, dbias if ctx.learned else None, *(None,) * 9)
+        return (*main, dbias if ctx.learned else None, *(None,) * 11)
 
 
 class _Once(torch.autograd.Function):
@@ -82,29 +85,29 @@ def _once(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
 
 def attention(
     query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], ints: list[int], floats: list[Tensor],
-    program: str, scale: float, return_lse: bool, stats: bool, guard: Tensor | None,
+    program: str, scale: float, return_lse: bool, stats: bool, stock: list[Tensor], layout: list[int], by_blocks: str,
     tiles: Tensor | None = None, policy: str = "",
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
     """As the op, without dispatch: out, the log-sum-exp in base 2, and the natural one (with a gradient)."""
     position = position_in(program) if operands else None
     bias = None if position is None else operands[position]
     learned = bias is not None and bias.requires_grad
-    rest = (operands, ints, floats, program, scale)
+    rest, kept = (operands, ints, floats, program, scale), (stock, layout, by_blocks, tiles, policy)
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad or learned):
-        out, natural = Attention.apply(query, key, value, bias, *rest, return_lse, guard, tiles, policy)  # pyright: ignore
+        out, natural = Attention.apply(query, key, value, bias, *rest, return_lse, *kept)  # pyright: ignore
     else:
-        out, natural = forward(query, key, value, *rest, stats or return_lse, guard, tiles, policy)
+        out, natural = forward(query, key, value, *rest, stats or return_lse, *kept)
     return out, natural * LOG2E if return_lse else None, natural
 
 
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], ints: list[int], floats: list[Tensor],
-    program: str, scale: float, return_lse: bool, stats: bool, guard: Tensor | None, tiles: Tensor | None = None,
-    policy: str = "",
+    program: str, scale: float, return_lse: bool, stats: bool, stock: list[Tensor], layout: list[int], by_blocks: str,
+    tiles: Tensor | None = None, policy: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """What compilers decompose: below it there is no autograd, whose bookkeeping a compiled graph need not pay."""
     arguments = (query, key, value, operands, ints, floats, program, scale)
-    out, lse, natural = attention(*arguments, return_lse, stats, guard, tiles, policy)
+    out, lse, natural = attention(*arguments, return_lse, stats, stock, layout, by_blocks, tiles, policy)
     lse = new_stats(query, False) if lse is None else lse
     return out, lse, natural.detach() if stats else new_stats(query, False)
 

@@ -3,6 +3,8 @@
 Knows nothing of autograd. Imports the kernels of a device when they first run.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -45,37 +47,51 @@ def _new_bias(query: Tensor, operands: list[Tensor], program: str) -> Tensor:
     return query.new_empty((0,) if position is None else operands[position].shape)
 
 
+def _disagreeing(
+    query: Tensor, key: Tensor, ints: list[int], floats: list[Tensor], stock: list[Tensor], layout: list[int],
+    by_blocks: str,
+) -> Any:  # fmt: skip
+    """The call as stock flex_attention runs it, if it has a BlockMask that says other than its mask."""
+    from cudnn_flex_compile.kernels import contract
+    from cudnn_flex_compile.kernels.stock import Stock
+
+    given = (stock, layout, by_blocks)
+    return Stock.of(*given) if stock and not contract.agrees(given, query, key, ints, floats) else None
+
+
 @torch.library.impl(library, "attention_forward", "CUDA")
 def _forward_cuda(
     query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], ints: list[int], floats: list[Tensor],
-    program: str, scale: float, stats: bool, guard: Tensor | None, tiles: Tensor | None = None,
-    policy: str = "",
+    program: str, scale: float, stats: bool, stock: list[Tensor], layout: list[int], by_blocks: str,
+    tiles: Tensor | None = None, policy: str = "",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     from cudnn_flex_compile.kernels import cuda
 
     with named("forward", program):
-        return cuda.forward(query, key, value, operands, ints, floats, program, scale, stats, tiles, policy)
+        given = (stock, layout, by_blocks) if stock else None
+        return cuda.forward(query, key, value, operands, ints, floats, program, scale, stats, tiles, policy, given)
 
 
 @torch.library.impl(library, "attention_forward", "CPU")
 def _forward_cpu(
     query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], ints: list[int], floats: list[Tensor],
-    program: str, scale: float, stats: bool, guard: Tensor | None, tiles: Tensor | None = None,
-    policy: str = "",
+    program: str, scale: float, stats: bool, stock: list[Tensor], layout: list[int], by_blocks: str,
+    tiles: Tensor | None = None, policy: str = "",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     from cudnn_flex_compile.kernels import cpu
 
     _check(query, key, value)
     out, natural = _new_out(query, value), new_stats(query, True)
+    kept = _disagreeing(query, key, ints, floats, stock, layout, by_blocks)
     with named("forward", program), torch.autocast("cpu", enabled=False):
-        cpu.forward(query, key, value, operands, ints, floats, program, scale, out, natural)
+        cpu.forward(query, key, value, operands, ints, floats, program, scale, out, natural, kept)
     return out, natural if stats else new_stats(query, False)
 
 
 def _forward_fake(
     query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], ints: list[int], floats: list[Tensor],
-    program: str, scale: float, stats: bool, guard: Tensor | None, tiles: Tensor | None = None,
-    policy: str = "",
+    program: str, scale: float, stats: bool, stock: list[Tensor], layout: list[int], by_blocks: str,
+    tiles: Tensor | None = None, policy: str = "",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     _check(query, key, value)
     return _new_out(query, value), new_stats(query, stats)
@@ -84,12 +100,12 @@ def _forward_fake(
 @torch.library.impl(library, "attention_backward", "CUDA")
 def _backward_cuda(
     grad_out: Tensor, grad_stats: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
-    operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str, scale: float,
-    tiles: Tensor | None = None, policy: str = "",
+    operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str, scale: float, stock: list[Tensor],
+    layout: list[int], by_blocks: str, tiles: Tensor | None = None, policy: str = "",
 ) -> Gradients:  # fmt: skip
     from cudnn_flex_compile.kernels import cuda
 
-    rest = (operands, ints, floats, program, scale, tiles, policy)
+    rest = (operands, ints, floats, program, scale, tiles, policy, (stock, layout, by_blocks) if stock else None)
     with named("backward", program):
         return cuda.backward(grad_out, grad_stats, query, key, value, out, stats, *rest)
 
@@ -97,12 +113,12 @@ def _backward_cuda(
 @torch.library.impl(library, "attention_backward", "CPU")
 def _backward_cpu(
     grad_out: Tensor, grad_stats: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
-    operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str, scale: float,
-    tiles: Tensor | None = None, policy: str = "",
+    operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str, scale: float, stock: list[Tensor],
+    layout: list[int], by_blocks: str, tiles: Tensor | None = None, policy: str = "",
 ) -> Gradients:  # fmt: skip
     from cudnn_flex_compile.kernels import cpu
 
-    rest = (operands, ints, floats, program, scale)
+    rest = (operands, ints, floats, program, scale, _disagreeing(query, key, ints, floats, stock, layout, by_blocks))
     with named("backward", program), torch.autocast("cpu", enabled=False):
         gradients = cpu.backward(grad_out, grad_stats, query, key, value, out, stats, *rest)
     into = (*_new_gradients(query, key, value), _new_bias(query, operands, program))
@@ -113,8 +129,8 @@ def _backward_cpu(
 
 def _backward_fake(
     grad_out: Tensor, grad_stats: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
-    operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str, scale: float,
-    tiles: Tensor | None = None, policy: str = "",
+    operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str, scale: float, stock: list[Tensor],
+    layout: list[int], by_blocks: str, tiles: Tensor | None = None, policy: str = "",
 ) -> Gradients:  # fmt: skip
     return *_new_gradients(query, key, value), _new_bias(query, operands, program)
 

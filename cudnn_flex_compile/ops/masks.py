@@ -1,4 +1,4 @@
-"""The ops about masks: keys in another order, the check of a BlockMask, and the list of a mask's tiles.
+"""The ops about masks: keys in another order, the comparison of a BlockMask, and the list of a mask's tiles.
 
 Knows nothing of attention.
 """
@@ -38,25 +38,21 @@ def _permute_keys(keys: Tensor, order: Tensor, slots: Tensor) -> Tensor:
 library.impl("permute_keys", _permute_keys, "CompositeImplicitAutograd")
 
 
-def _check_block_mask(
-    blocks: list[Tensor], operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str,
+def check_block_mask(
+    blocks: list[Tensor], captured: list[Tensor], ints: list[int], floats: list[Tensor], program: str,
     sizes: list[int], block_sizes: list[int],
 ) -> Tensor:  # fmt: skip
-    """An empty tensor, for attention to depend on. Raises RuntimeError where blocks and program disagree: at the end of
-    the compiled graph, if it is part of one.
-    """
+    """The guard of the calls with a BlockMask (kernels/contract.py), an empty tensor."""
     from cudnn_flex_compile.kernels import contract
 
-    contract.check(blocks, operands, ints, floats, program, sizes, block_sizes)
-    return blocks[0].new_empty(0, dtype=torch.int32)
+    return contract.guard_of(blocks, captured, ints, floats, program, sizes, block_sizes)
 
 
 def _check_fake(
-    blocks: list[Tensor], operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str,
+    blocks: list[Tensor], captured: list[Tensor], ints: list[int], floats: list[Tensor], program: str,
     sizes: list[int], block_sizes: list[int],
 ) -> Tensor:  # fmt: skip
     return blocks[0].new_empty(0, dtype=torch.int32)
-
 
 
 @torch.library.impl(library, "list_tiles", "CUDA")
@@ -64,7 +60,7 @@ def _list_tiles_cuda(
     table: Tensor, found: Tensor, blocks: list[Tensor], block_sizes: list[int], operands: list[Tensor],
     ints: list[int], floats: list[Tensor], program: str, geometry: list[int], dtype: torch.dtype, size: int,
 ) -> Tensor:  # fmt: skip
-    """A list for attention to run on, int32 [size] (engine/tiles.py). Raises RuntimeError as check_block_mask does."""
+    """A list for attention to run on, int32 [size] (engine/tiles.py), and their guard."""
     from cudnn_flex_compile.kernels import tiles
 
     with torch.cuda.device(table.device):
@@ -92,6 +88,6 @@ def _list_tiles_fake(
 
 
 for _device in ("CPU", "CUDA"):
-    library.impl("check_block_mask", _check_block_mask, _device)
+    library.impl("check_block_mask", check_block_mask, _device)
 torch.library.register_fake("cudnn_flex::list_tiles", _list_tiles_fake, lib=library)
 torch.library.register_fake("cudnn_flex::check_block_mask", _check_fake, lib=library)

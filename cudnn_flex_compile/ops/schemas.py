@@ -6,25 +6,28 @@ Knows nothing of what they compute.
 import torch
 from torch import Tensor
 
+# stock, layout, by_blocks: the call as stock flex_attention runs it, by the blocks of a BlockMask (kernels/stock.py);
+# empty without one.
 SCHEMAS = {
     "attention": (
         "(Tensor query, Tensor key, Tensor value, Tensor[] operands, SymInt[] ints, Tensor[] floats, str program,"
-        " float scale, bool return_lse, bool stats, Tensor? guard, Tensor? tiles=None, str policy='')"
-        " -> (Tensor out, Tensor lse, Tensor stats)"
+        " float scale, bool return_lse, bool stats, Tensor[] stock, SymInt[] layout, str by_blocks, Tensor? tiles=None,"
+        " str policy='') -> (Tensor out, Tensor lse, Tensor stats)"
     ),
     "attention_forward": (
         "(Tensor query, Tensor key, Tensor value, Tensor[] operands, SymInt[] ints, Tensor[] floats, str program,"
-        " float scale, bool stats, Tensor? guard, Tensor? tiles=None, str policy='') -> (Tensor out, Tensor stats)"
+        " float scale, bool stats, Tensor[] stock, SymInt[] layout, str by_blocks, Tensor? tiles=None, str policy='')"
+        " -> (Tensor out, Tensor stats)"
     ),
     "attention_backward": (
         "(Tensor grad_out, Tensor? grad_stats, Tensor query, Tensor key, Tensor value, Tensor out, Tensor stats,"
-        " Tensor[] operands, SymInt[] ints, Tensor[] floats, str program, float scale, Tensor? tiles=None,"
-        " str policy='')"
+        " Tensor[] operands, SymInt[] ints, Tensor[] floats, str program, float scale, Tensor[] stock, SymInt[] layout,"
+        " str by_blocks, Tensor? tiles=None, str policy='')"
         " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)"
     ),
     "permute_keys": "(Tensor keys, Tensor order, Tensor slots) -> Tensor",
     "check_block_mask": (
-        "(Tensor[] blocks, Tensor[] operands, SymInt[] ints, Tensor[] floats, str program, SymInt[] sizes,"
+        "(Tensor[] blocks, Tensor[] captured, SymInt[] ints, Tensor[] floats, str program, SymInt[] sizes,"
         " SymInt[] block_sizes) -> Tensor"
     ),
     "list_tiles": (

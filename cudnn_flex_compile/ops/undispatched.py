@@ -1,4 +1,4 @@
-"""`attention_forward` and `attention_backward` as plain functions: the ops, without the cost of torch's dispatcher.
+"""`attention_forward`, `attention_backward`, `check_block_mask` as plain functions: the ops without torch's dispatcher.
 
 Knows nothing of autograd. Compiled graphs call these where they would call the ops. The dispatcher takes as long as
 all else that the host does for a call. It is gone through all the same wherever something may depend on it: on other
@@ -14,11 +14,18 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from cudnn_flex_compile import torch_private
-from cudnn_flex_compile.ops.schemas import Gradients, attention_backward, attention_forward, namespace
+from cudnn_flex_compile.ops.masks import check_block_mask as check_plain
+from cudnn_flex_compile.ops.schemas import (
+    Gradients,
+    attention_backward,
+    attention_forward,
+    check_block_mask,
+    namespace,
+)  # fmt: skip
 
 PLAIN = (Tensor, Parameter)
 # Names in torch.ops.cudnn_flex.
-FORWARD, BACKWARD = "undispatched_forward", "undispatched_backward"
+FORWARD, BACKWARD, CHECK = "undispatched_forward", "undispatched_backward", "undispatched_check"
 
 
 def _dispatched(tensor: Tensor) -> bool:
@@ -41,28 +48,36 @@ def _cuda() -> Any:
 
 def forward(
     query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], ints: list[int], floats: list[Tensor],
-    program: str, scale: float, stats: bool, guard: Tensor | None, tiles: Tensor | None = None,
-    policy: str = "",
+    program: str, scale: float, stats: bool, stock: list[Tensor], layout: list[int], by_blocks: str,
+    tiles: Tensor | None = None, policy: str = "",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As the op `attention_forward`."""
     if _dispatched(query):
-        rest = (operands, ints, floats, program, scale, stats, guard, tiles, policy)
-        return attention_forward(query, key, value, *rest)
-    return _cuda().forward(query, key, value, operands, ints, floats, program, scale, stats, tiles, policy)
+        kept = (stock, layout, by_blocks, tiles, policy)
+        return attention_forward(query, key, value, operands, ints, floats, program, scale, stats, *kept)
+    given = (stock, layout, by_blocks) if stock else None
+    return _cuda().forward(query, key, value, operands, ints, floats, program, scale, stats, tiles, policy, given)
 
 
 def backward(
     grad_out: Tensor, grad_stats: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
-    operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str, scale: float,
-    tiles: Tensor | None = None, policy: str = "",
+    operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str, scale: float, stock: list[Tensor],
+    layout: list[int], by_blocks: str, tiles: Tensor | None = None, policy: str = "",
 ) -> Gradients:  # fmt: skip
     """As the op `attention_backward`."""
     plain = type(grad_out) in PLAIN and (grad_stats is None or type(grad_stats) in PLAIN)
-    call = _cuda().backward if plain and not _dispatched(query) else attention_backward
-    rest = (operands, ints, floats, program, scale, tiles, policy)
-    return call(grad_out, grad_stats, query, key, value, out, stats, *rest)
+    given = (grad_out, grad_stats, query, key, value, out, stats, operands, ints, floats, program, scale)
+    if not plain or _dispatched(query):
+        return attention_backward(*given, stock, layout, by_blocks, tiles, policy)
+    return _cuda().backward(*given, tiles, policy, (stock, layout, by_blocks) if stock else None)
+
+
+def check(blocks: list[Tensor], *rest: Any) -> Tensor:
+    """As the op `check_block_mask`."""
+    return (check_block_mask if _dispatched(blocks[0]) else check_plain)(blocks, *rest)
 
 
 # Where Inductor's generated code finds them, also code from its caches.
 setattr(namespace, FORWARD, forward)
 setattr(namespace, BACKWARD, backward)
+setattr(namespace, CHECK, check)

@@ -1,24 +1,26 @@
-"""Sees to the BlockMask contract of one call: compared now where the tensors are at hand, and at every step.
+"""Sees to the BlockMask contract of one call: its blocks are compared with its mask now, where the tensors are at hand,
+and at every step, for which the call gets what it takes to run as stock flex_attention does.
 
 Knows nothing of the comparison itself (kernels/block_mask.py).
 """
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Node
 
 from cudnn_flex_compile import ops, torch_private
 from cudnn_flex_compile.passes.find import Call, changes, example, hint
-from cudnn_flex_compile.passes.hoist import Writer, operand_value
+from cudnn_flex_compile.passes.hoist import Writer
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
-from cudnn_flex_compile.scoremod.ir import Expr, Program
+from cudnn_flex_compile.scoremod.ir import TRUE, Expr, Program
+from cudnn_flex_compile.scoremod.learned import with_bias, without_bias
+from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.partition import Hoisted
 from cudnn_flex_compile.scoremod.text import text
-from cudnn_flex_compile.torch_private import version_of
 
 
 def present(call: Call) -> list[Node]:
@@ -58,68 +60,15 @@ def _sizes(call: Call) -> list[int]:
     return [hint(n) for n in (*query.shape[:3], key.shape[2])]
 
 
-class InputCheck:
-    """The check of one BlockMask that is an input of the graph, like all that its mask_mod captured: a few identity
-    tests a step. It keeps the tensors that it saw last, so that no other one can have the identity of one of them.
-
-    Args:
-        blocks, captured: positions among the graph's inputs.
-        operands: computes the mask's operands from the captured tensors.
-        question: what an answer holds for, beside these tensors.
-        arguments: of kernels.block_mask.agree, after the operands.
-    """
-
-    def __init__(
-        self,
-        blocks: tuple[int, ...],
-        captured: tuple[int, ...],
-        operands: Callable[[Sequence[torch.Tensor]], list[torch.Tensor]],
-        question: Hashable,
-        arguments: tuple[Any, ...],
-    ) -> None:
-        from cudnn_flex_compile.kernels import contract
-        from cudnn_flex_compile.kernels.block_mask import agree
-        from cudnn_flex_compile.kernels.repeated import Repeated
-
-        def compare(*tensors: torch.Tensor) -> torch.Tensor:
-            return agree(tensors[: len(blocks)], operands(tensors[len(blocks) :]), *arguments)
-
-        self._blocks, self._captured, self._question = blocks, captured, question
-        self._compare, self._contract = Repeated(compare), contract
-        self._seen: tuple[tuple[int, torch.Tensor, int], ...] = ()
-        self._breaches = 0  # that were known when these were seen
-
-    def __call__(self, inputs: Sequence[Any]) -> None:
-        """Raises RuntimeError if the tensors are others than last time and do not agree with the mask, when the host
-        looks (kernels/later.py).
-
-        Fake ones, on which DDP's optimizer runs each of its graphs once, have nothing that could be compared.
-        """
-        first = inputs[self._blocks[0]]
-        if torch_private.is_fake(first):
-            return
-        capturing = first.is_cuda and torch.cuda.is_current_stream_capturing()
-        if self._seen and not capturing and self._breaches == self._contract.breaches():
-            for position, tensor, version in self._seen:
-                if inputs[position] is not tensor or version_of(tensor) != version:
-                    break
-            else:
-                return
-        blocks, captured = [inputs[i] for i in self._blocks], [inputs[i] for i in self._captured]
-        self._seen, self._breaches = (), self._contract.breaches()
-        self._contract.hold(blocks, captured, self._question, lambda: self._compare(*blocks, *captured))
-        if not capturing and not any(t.is_inference() for t in (*blocks, *captured)):
-            positions = (*self._blocks, *self._captured)
-            self._seen = tuple((i, inputs[i], version_of(inputs[i])) for i in positions)
-
-
 @dataclass(frozen=True, slots=True)
 class MaskProgram:
-    """A call's mask: its program, what its operands are, and the nodes of what it captured.
+    """A call's mask_mod: its program, what its operands are, and the nodes of what it captured.
 
     Attributes:
         program: of the mask alone.
         hoisted: its operands.
+        own: the same over captures.
+        of_score: what the score_mod itself leaves visible, over captures; in blocks of any kind.
         nodes: of captures and scalars.
         ints, floats: the scalar leaves, in the order of their positions.
         noop: whether the mask_mod is a constant, so that a BlockMask may well have blocks of its own.
@@ -127,6 +76,8 @@ class MaskProgram:
 
     program: Program
     hoisted: tuple[Hoisted, ...]
+    own: Expr
+    of_score: Expr
     nodes: dict[Expr, Any]
     ints: Sequence[Expr]
     floats: Sequence[Expr]
@@ -135,83 +86,117 @@ class MaskProgram:
     @property
     def leaves(self) -> list[Expr]:
         """The captures and scalars that it reads."""
-        roots = (self.program.mask, *(part.expression for part in self.hoisted))
-        return [n for n in ir.walk(*roots) if n.kind in ("capture", "scalar")]
+        return [n for n in ir.walk(self.own) if n.kind in ("capture", "scalar")]
+
+    @property
+    def captures(self) -> list[Expr]:
+        """All captures, those of the mask_mod first."""
+        return [n for n in ir.walk(self.own, self.of_score) if n.kind == "capture"]
+
+    def by_position(self) -> "MaskProgram":
+        """Over captures whose positions are those in `captures`."""
+        moved = {leaf: ir.capture(i, leaf.dtype) for i, leaf in enumerate(self.captures)}
+        own, of_score = (ir.rebuild(root, dict(moved)) for root in (self.own, self.of_score))
+        return replace(self, own=own, of_score=of_score)
+
+
+class Written(NamedTuple):
+    """What the attention op takes of a BlockMask (kernels/stock.py): its arguments `stock`, `layout`, `by_blocks`."""
+
+    tensors: Sequence[Any] = ()
+    layout: Sequence[Any] = ()
+    program: str = ""
 
 
 class Guards:
-    """Sees to it that each distinct BlockMask of a graph is checked once a step, for all calls that use it.
-
-    Outside the graph where its tensors and all that the mask captured are inputs; in the graph otherwise.
+    """Writes what calls need of their BlockMasks. Each distinct one is compared once a step, for all calls that use it.
 
     Args:
-        inputs: the placeholders of the graph that Dynamo gave, in order.
         writer: writes operands.
+        on_device: whether the device has to choose by what the comparison gives, for the host can't look under CUDA
+            graphs.
     """
 
-    def __init__(self, inputs: Sequence[Node], writer: Writer) -> None:
-        self._positions = {node: i for i, node in enumerate(inputs)}
-        self._writer = writer
-        self._written: dict[tuple[Any, ...], Node | None] = {}
-        self.outside: list[InputCheck] = []
-        self.inside = False  # whether any check is in the graph
+    def __init__(self, writer: Writer, on_device: bool) -> None:
+        self._writer, self._on_device = writer, on_device
+        self._written: dict[tuple[Any, ...], Node] = {}
 
     def forget(self) -> None:
-        """Checks anew from now on."""
+        """Compares anew from now on."""
         self._written.clear()
 
-    def write(self, call: Call, mask: MaskProgram) -> Node | None:
-        """The node whose value the attention op takes as its guard, if the check is in the graph."""
-        if not call.blocks:
+    def unsuitable(self, call: Call, mask: MaskProgram) -> Reason | None:
+        """A reason against a comparison on the device."""
+        if not call.blocks or not self._on_device:
             return None
+        sizes = [*_shapes(call), *call.block_sizes, *(n for b in present(call) for n in example(b).shape)]
+        static = all(isinstance(n, int) for n in sizes) and not any(n.kind == "scalar" for n in mask.leaves)
+        return None if static else Reason(Code.BLOCK_MASK, "under CUDA graphs, beside sizes or numbers that change")
+
+    def write(
+        self, call: Call, mask: MaskProgram | None, score: Expr, slots: Node | None = None, tiles: Node | None = None
+    ) -> Written:
+        """Above the call.
+
+        Args:
+            mask: None without a BlockMask.
+            score: over the operands that the op takes.
+            slots: the place to which each key went, if keys come in another order.
+            tiles: the list of the mask's tiles, which is the guard then.
+        """
+        if mask is None:
+            return Written()
+        blocks, captured = present(call), [mask.nodes[n] for n in mask.captures]
+        moved = mask.by_position()
+        guard = tiles if tiles is not None else self._guard(call, mask, text(ir.program(mask=moved.own)))
+        rest, bias = without_bias(score)
+        if moved.of_score is not TRUE:
+            rest = make("where", moved.of_score, rest, ir.const(float("-inf"), ir.F32))
+        program = ir.program(with_bias(rest, bias), moved.own)
+        tensors = [guard, *blocks, *captured, *([] if slots is None else [slots])]
+        return Written(tensors, [len(blocks), len(captured), *call.block_sizes], text(program))
+
+    def _guard(self, call: Call, mask: MaskProgram, program: str) -> Node:
         blocks = present(call)
         captured = [mask.nodes[n] for n in mask.leaves]
         changed = changes([*blocks, *captured], call.node)
-        shapes = [example(n).shape[d] for n, d in _size_sources(call)]
+        shapes = _shapes(call)
         sizes = tuple(n if isinstance(n, int) else torch_private.expression_of(n) for n in shapes)
-        key = (call.node.graph, *blocks, *captured, mask.program, mask.hoisted, call.block_sizes, sizes, changed)
+        key = (call.node.graph, *blocks, *captured, program, call.block_sizes, sizes, changed)
         if key not in self._written:
-            outside = None if changed else self._outside(call, mask, shapes)
-            self._written[key] = None if outside else self._inside(call, mask, shapes)
-            self.outside += [outside] if outside else []
+            write = self._compared_on_device if self._on_device else self._compared
+            self._written[key] = write(call, mask, program, shapes)
         return self._written[key]
 
-    def _outside(self, call: Call, mask: MaskProgram, sizes: list[Any]) -> InputCheck | None:
-        """A check of the graph's inputs, if they are all that it takes."""
-        blocks, leaves = present(call), mask.leaves
-        static = all(isinstance(n, int) for n in (*sizes, *call.block_sizes))
-        nodes = [*blocks, *(mask.nodes[n] for n in leaves)]
-        scalars = any(n.kind == "scalar" for n in leaves)
-        if not static or scalars or not all(n in self._positions for n in nodes):
-            return None
-        device = example(call.query).device
-
-        def operands(captured: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-            by_leaf = dict(zip(leaves, captured, strict=True))
-            return [operand_value(part, by_leaf.__getitem__, tuple(sizes), device) for part in mask.hoisted]
-
-        positions = [self._positions[n] for n in nodes]
-        question = (text(mask.program), *mask.hoisted, *sizes, *call.block_sizes)
-        arguments = ([], [], mask.program, sizes, list(call.block_sizes))
-        of_blocks, of_captured = tuple(positions[: len(blocks)]), tuple(positions[len(blocks) :])
-        return InputCheck(of_blocks, of_captured, operands, question, arguments)
-
-    def _inside(self, call: Call, mask: MaskProgram, shapes: list[Any]) -> Node:
-        kinds = {n.dtype for n in ir.walk(mask.program.mask) if n.kind == "scalar"}
-        operands = [self._writer.write(h, mask.nodes, call.query, call.key, call.node) for h in mask.hoisted]
-        ints = [mask.nodes[n] for n in mask.ints] if ir.I32 in kinds else []
-        floats = [mask.nodes[n] for n in mask.floats] if ir.F32 in kinds else []
+    def _compared(self, call: Call, mask: MaskProgram, program: str, shapes: list[Any]) -> Node:
+        captured = [mask.nodes[n] for n in ir.walk(mask.own) if n.kind == "capture"]
+        ints, floats = ([mask.nodes[n] for n in leaves] for leaves in (mask.ints, mask.floats))
         graph = call.node.graph
         with graph.inserting_before(call.node):
             sizes = [
                 size if isinstance(size, int) else graph.call_method("size", (node, dim))
                 for size, (node, dim) in zip(shapes, _size_sources(call), strict=True)
             ]
-            arguments = (present(call), operands, ints, floats, text(mask.program), sizes, list(call.block_sizes))
+            arguments = (present(call), captured, ints, floats, program, sizes, list(call.block_sizes))
             node = graph.call_function(ops.check_block_mask, arguments)
-        self.inside = True
         torch_private.set_example(node, example(call.query).new_empty((0,), dtype=torch.int32))
         return node
+
+    def _compared_on_device(self, call: Call, mask: MaskProgram, program: str, sizes: list[int]) -> Node:
+        from cudnn_flex_compile.kernels.block_mask import agree
+
+        blocks = present(call)
+        operands = [self._writer.write(h, mask.nodes, call.query, call.key, call.node) for h in mask.hoisted]
+
+        def compare(*tensors: torch.Tensor) -> torch.Tensor:
+            of_blocks, rest = tensors[: len(blocks)], tensors[len(blocks) :]
+            return agree(of_blocks, rest, [], [], mask.program, sizes, call.block_sizes)
+
+        return self._writer.write_function(compare, [*blocks, *operands], call.node)
+
+
+def _shapes(call: Call) -> list[Any]:
+    return [example(n).shape[d] for n, d in _size_sources(call)]
 
 
 def _size_sources(call: Call) -> tuple[tuple[Node, int], ...]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod.hoisting import LENGTH
 from cudnn_flex_compile.scoremod.ir import I32, I64, TRUE, Expr, Program
 from cudnn_flex_compile.scoremod.masks.bound import Bound
 from cudnn_flex_compile.scoremod.masks.form import split
@@ -86,9 +87,6 @@ def _limit(bounds: tuple[Bound, ...], hoisted: Sequence[Hoisted], kind: str) -> 
     for position in found:
         limit = make("max" if kind == "start" else "min", limit, position)
     return make("min", make("max", limit, ir.const(0, I64)), LENGTH)
-
-
-LENGTH = ir.intern("scalar", I32, value=-1)  # the number of keys; the caller knows it
 
 
 def _position(bound: Bound, hoisted: Sequence[Hoisted]) -> Expr:

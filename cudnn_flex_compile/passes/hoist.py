@@ -13,14 +13,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.proxy import GraphAppendingTracer
 
 from cudnn_flex_compile import ops, torch_private
-from cudnn_flex_compile.passes.compact import LENGTH, counts_of, order_of, slots_of
+from cudnn_flex_compile.passes.compact import counts_of, order_of, slots_of
 from cudnn_flex_compile.passes.find import changes, example
 from cudnn_flex_compile.scoremod import ir
-from cudnn_flex_compile.scoremod.interpret import TORCH_DTYPE, evaluate
-from cudnn_flex_compile.scoremod.ir import F32, I32, Expr
-from cudnn_flex_compile.scoremod.masks.intervals import VIEWS, endpoints_of
+from cudnn_flex_compile.scoremod.hoisting import LENGTH, computed
+from cudnn_flex_compile.scoremod.ir import F32, Expr
+from cudnn_flex_compile.scoremod.masks.intervals import endpoints_of
 from cudnn_flex_compile.scoremod.partition import Hoisted
-from cudnn_flex_compile.scoremod.saturate import INT64_LIMIT, compared
 
 
 def operand_value(
@@ -37,31 +36,14 @@ def operand_value(
     Works on tensors, and on FX proxies, where it writes the nodes that compute the operand.
     """
 
-    only_compared = compared((hoisted.expression,))
-
-    def leaf(node: Expr) -> Any:
-        if node.kind == "index":
-            axis = str(node.value)
-            span = torch.arange(sizes[ir.AXES.index(axis)], dtype=torch.int32, device=device)
-            return span.view(VIEWS[axis])
-        if node.kind == "const":
-            number: Any = node.value
-            return torch.full((1, 1, 1, 1), number, dtype=TORCH_DTYPE[node.dtype], device=device)
-        if node is LENGTH:
-            return torch.full((1, 1, 1, 1), sizes[3], dtype=torch.int32, device=device)
-        if node.kind == "scalar" and node.dtype == I32:
-            number = torch.full((1, 1, 1, 1), captured(node), dtype=torch.int64, device=device)
-            return number.clamp(-INT64_LIMIT, INT64_LIMIT) if node.value in only_compared else number
-        return _summed_in_float32(captured(node)) if hoisted.learned and node.dtype == F32 else captured(node)
-
     plain = _as_it_is(hoisted, captured, sizes)
     if plain is not None:
         return plain
-    value = evaluate(hoisted.expression, leaf, size=_size_of)
-    if hoisted.limit:
-        value = value.clamp(0, sizes[3])
-    shape = [size if axis in hoisted.dims else 1 for axis, size in zip(ir.AXES, sizes, strict=True)]
-    return value.to(hoisted.stored).expand(*shape).contiguous()
+
+    def value(node: Expr) -> Any:
+        return _summed_in_float32(captured(node)) if hoisted.learned and node.dtype == F32 else captured(node)
+
+    return computed(hoisted, value, sizes, device, _size_of)
 
 
 def _summed_in_float32(tensor: Any) -> Any:

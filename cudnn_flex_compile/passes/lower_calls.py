@@ -7,7 +7,6 @@ the model runs.
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
@@ -29,36 +28,20 @@ from cudnn_flex_compile.reasons import Code, Reason
 log = logging.getLogger("cudnn_flex_compile")
 
 
-@dataclass(frozen=True, slots=True)
-class Lowered:
-    """What was done to a graph.
-
-    Attributes:
-        calls: one report a call, in order.
-        checks: what to call with the graph's inputs before every run.
-        checked: whether a run checks anything, in the graph or outside.
-    """
-
-    calls: list[CallReport]
-    checks: list[block_mask.InputCheck]
-    checked: bool
-
-
-def lower_calls(graph_module: GraphModule, example_inputs: Sequence[Any], options: Options) -> Lowered:
-    """Rewrites the graph in place, as the options of this compile say."""
+def lower_calls(graph_module: GraphModule, example_inputs: Sequence[Any], options: Options) -> list[CallReport]:
+    """Rewrites the graph in place, as the options of this compile say. Returns a report of each call, in order."""
     try:
         found = list(find_calls(graph_module))
     except Exception as error:  # another torch may write the node in another way
         log.warning("cudnn_flex: a graph's flex_attention calls cannot be read, and are kept", exc_info=True)
         reason = Reason(Code.TORCH, f"the arguments of flex_attention's node: {type(error).__name__}: {error}")
-        return Lowered([CallReport(source="unknown source", reason=reason)], [], False)
-    inputs = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
-    pairs = zip(inputs, example_inputs, strict=False)
+        return [CallReport(source="unknown source", reason=reason)]
+    pairs = zip(graph_module.graph.find_nodes(op="placeholder"), example_inputs, strict=False)
     real = {node: value for node, value in pairs if not torch_private.is_fake(value)}  # DDP's optimizer gives such
     writer = Writer()
     captures = options.captures_graphs
     tiled = options.intervals and not captures  # for which the host looks at two numbers a step
-    tiles, guards = intervals.Tiles(writer) if tiled else None, block_mask.Guards(inputs, writer)
+    tiles, guards = intervals.Tiles(writer) if tiled else None, block_mask.Guards(writer, captures)
     around = None if captures or is_alone(graph_module, found) else around_of(graph_module, len(found))
     context = Context(writer, tiles, guards, real, options, Counter(map(mask_of, found)), around)
     reports: list[CallReport] = []
@@ -75,13 +58,13 @@ def lower_calls(graph_module: GraphModule, example_inputs: Sequence[Any], option
         prune(module.graph, live.get(module.graph, set()))
         module.graph.lint()
         module.recompile()
-    return Lowered(reports, guards.outside, bool(guards.outside) or guards.inside)
+    return reports
 
 
 def _lower(call: Call, context: Context) -> CallReport:
     report = CallReport(source=call.source)
     describe_functions(report, call)
-    before, checks = set(call.node.graph.nodes), len(context.guards.outside)
+    before = set(call.node.graph.nodes)
     try:
         cast = with_casts(call)
         report.reason = lower_or_reason(cast, context, report)
@@ -91,7 +74,6 @@ def _lower(call: Call, context: Context) -> CallReport:
         log.warning("cudnn_flex: the pass failed on %s; the call is kept", call.source, exc_info=True)
         report.reason, report.strategies = Reason(Code.INTERNAL, f"{type(error).__name__}: {error}"), ()
         _take_back(call, before, context)
-        del context.guards.outside[checks:]  # stock flex_attention honours whatever blocks a kept call has
     return report
 
 

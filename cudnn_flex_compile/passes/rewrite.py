@@ -10,12 +10,13 @@ from typing import Any
 from torch.fx import Node
 
 from cudnn_flex_compile import ops, torch_private
+from cudnn_flex_compile.passes.block_mask import Written
 from cudnn_flex_compile.passes.find import Call, example, scale_of
 
 
 def replace(
     call: Call, key: Node, value: Node, operands: Sequence[Node], ints: Sequence[Any], floats: Sequence[Node],
-    program: str, training: bool, guard: Node | None, tiles: Node | None, policy: str,
+    program: str, training: bool, blocks: Written, tiles: Node | None, policy: str,
 ) -> None:  # fmt: skip
     """Rewrites the call's users to the op's outputs; the node itself goes.
 
@@ -26,7 +27,7 @@ def replace(
         ints: nodes or integers. floats: nodes of 0-d host tensors.
         program: canonical text.
         training: whether a gradient may be asked for.
-        guard: the node of the BlockMask's check, if there is a BlockMask.
+        blocks: what the op takes of the BlockMask.
         tiles: the list of the mask's tiles, where the call runs by one.
         policy: text (config.Policy).
     """
@@ -35,7 +36,8 @@ def replace(
         key, value = (with_batch(n, call) for n in (key, value))
         arguments = (
             call.query, key, value, list(operands), list(ints), list(floats), program, scale_of(call) or 0.0,
-            call.uses(1), training, guard, tiles, policy,
+            call.uses(1), training, list(blocks.tensors), list(blocks.layout), blocks.program,
+            tiles, policy,
         )  # fmt: skip
         op = graph.call_function(ops.attention, arguments)
         op.meta.update(node.meta)

@@ -3,8 +3,6 @@
 Knows nothing of the other calls of a graph but what they share (context.py).
 """
 
-from torch.fx import Node
-
 from cudnn_flex_compile.call_report import CallReport
 from cudnn_flex_compile.passes import autotune, estimates, intervals, limits
 from cudnn_flex_compile.passes.block_mask import MaskProgram
@@ -66,7 +64,7 @@ def lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason 
         other = by_plans()
         if other is None or other.code not in BY_INTERVALS:
             return other
-    missing = _by_intervals(tiled, context, report)
+    missing = _by_intervals(tiled, checked, context, report)
     if missing is None:
         return None
     other = other or by_plans()
@@ -77,7 +75,8 @@ def lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason 
 def _by_plans(target: Target, checked: MaskProgram | None, context: Context, report: CallReport) -> Reason | None:
     """Rewrites the call to run by plans that know its mask, or says why it does not."""
     measured = context.options.autotune and autotune.measurable(target)
-    why = slower(target, context) if context.only_faster and not measured else None
+    why = None if checked is None else context.guards.unsuitable(target.call, checked)
+    why = why or (slower(target, context) if context.only_faster and not measured else None)
     if why is not None:
         return why
     verdict = judge(target)
@@ -87,12 +86,13 @@ def _by_plans(target: Target, checked: MaskProgram | None, context: Context, rep
     if why is not None:
         return why
     _accept(target, verdict, context, report)
-    guard = None if checked is None else context.guards.write(target.call, checked)
-    _rewrite(target, context, guard)
+    _rewrite(target, checked, context)
     return None
 
 
-def _by_intervals(target: Target, context: Context, report: CallReport) -> Reason | None:
+def _by_intervals(
+    target: Target, checked: MaskProgram | None, context: Context, report: CallReport
+) -> Reason | None:
     """Rewrites the call to run by the intervals of its mask's rows, or says why it does not."""
     call = target.call
     if context.tiles is None:
@@ -110,7 +110,7 @@ def _by_intervals(target: Target, context: Context, report: CallReport) -> Reaso
     if isinstance(verdict, Reason):
         return verdict
     _accept(target, verdict, context, report)
-    _rewrite(target, context, None)
+    _rewrite(target, checked, context)
     return None
 
 
@@ -119,17 +119,18 @@ def _accept(target: Target, verdict: Accepted, context: Context, report: CallRep
     report.expected = estimates.expected(facts_of(target, context))
 
 
-def _rewrite(target: Target, context: Context, guard: Node | None) -> None:
+def _rewrite(target: Target, checked: MaskProgram | None, context: Context) -> None:
     call, nodes, writer = target.call, dict(target.captures.nodes), context.operands
     ints = [nodes[leaf] for leaf in target.captures.ints]
     floats = [nodes[leaf] for leaf in target.captures.floats]
-    key, value = call.key, call.value
+    key, value, slots = call.key, call.value, None
     if target.compact is not None:
         columns = writer.write(target.compact.columns, nodes, call.query, key, call.node)
         order = writer.write_order(columns, key, call.node)
-        nodes[COUNTS] = order.counts
+        nodes[COUNTS], slots = order.counts, order.slots
         key, value = (writer.permute(with_batch(n, call), order, call.node) for n in (key, value))
     program, hoisted = target.running
     operands = [writer.write(h, nodes, call.query, call.key, call.node) for h in hoisted]
     tiles = context.tiles.write(target, operands, ints, floats) if target.tiled and context.tiles else None
-    replace(call, key, value, operands, ints, floats, text(program), target.training, guard, tiles, target.policy)
+    blocks = context.guards.write(call, checked, program.score, slots, tiles)
+    replace(call, key, value, operands, ints, floats, text(program), target.training, blocks, tiles, target.policy)

@@ -19,7 +19,7 @@ from cudnn_flex_compile.phases import count, phase
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.fingerprint import graph_text
-from cudnn_flex_compile.scoremod.ir import SCORE, Program
+from cudnn_flex_compile.scoremod.ir import SCORE, Expr, Program
 from cudnn_flex_compile.scoremod.learned import NotAdded
 from cudnn_flex_compile.scoremod.partition import Hoisted, ScoreGather, pairwise, partition
 from cudnn_flex_compile.scoremod.ranges import narrow
@@ -38,8 +38,8 @@ class Traced:
     Attributes:
         program: of both functions.
         hoisted: its operands.
-        mask: of the mask_mod alone, with which a BlockMask is compared, and its operands; None without a BlockMask. A
-            score_mod masks in blocks of any kind.
+        mask: of the mask_mod alone, with which a BlockMask is compared, and its operands, and what it and the score_mod
+            leave visible, over captures; None without a BlockMask.
         noop: whether the mask_mod is a constant, as BlockMask.from_kv_blocks has it unless told otherwise.
         pairwise: the same program with the mask as one predicate of rows and columns, and its operands
             (scoremod/partition.py); None where the score is modified, or the mask reads a captured tensor at pairs.
@@ -48,7 +48,7 @@ class Traced:
 
     program: Program
     hoisted: tuple[Hoisted, ...]
-    mask: tuple[Program, tuple[Hoisted, ...]] | None
+    mask: tuple[Program, tuple[Hoisted, ...], Expr, Expr] | None
     pairwise: tuple[Program, tuple[Hoisted, ...]] | None
     noop: bool = False
     fingerprint: str | None = None
@@ -117,7 +117,8 @@ def _trace(call: Call, captures: Captures, fingerprint: str | None) -> Traced | 
             whole = normalize(ir.program(narrow(score), narrow(mask)))
             program, hoisted = partition(whole, captures.stored, captures.learned)
             pairs = pairwise(whole) if whole.score is SCORE else None
-            alone = partition(normalize(ir.program(mask=narrow(mask)))) if call.blocks else None
+            own, of_score = (normalize(ir.program(*p)).mask for p in ((SCORE, narrow(mask)), (narrow(score),)))
+            alone = partition(ir.program(mask=own)) if call.blocks else None
         count("programs traced")
     except Untraceable as error:
         return Reason(Code.UNKNOWN_OP, str(error))
@@ -125,5 +126,6 @@ def _trace(call: Call, captures: Captures, fingerprint: str | None) -> Traced | 
         return Reason(Code.CAPTURED_GRADIENT, f"a captured tensor that requires grad takes part in {error}")
     except ScoreGather:
         return Reason(Code.UNKNOWN_OP, "a captured tensor read at an index that depends on the score")
-    only_mask, by_pairs = (None if found is None else (found[0], tuple(found[1])) for found in (alone, pairs))
+    by_pairs = None if pairs is None else (pairs[0], tuple(pairs[1]))
+    only_mask = None if alone is None else (alone[0], tuple(alone[1]), own, of_score)
     return Traced(program, tuple(hoisted), only_mask, by_pairs, mask is ir.TRUE, fingerprint)

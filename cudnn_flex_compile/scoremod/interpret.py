@@ -90,6 +90,7 @@ def environment(
     ints: Mapping[int, int],
     floats: Mapping[int, float | torch.Tensor],
     grad: torch.Tensor | None = None,
+    captured: Sequence[torch.Tensor] = (),
 ) -> Callable[[Expr], torch.Tensor]:
     """A leaf function for `evaluate` on the device and in the float type of `score`.
 
@@ -101,6 +102,7 @@ def environment(
             beyond 32 bits, and what is computed with them has 64; those that stand for "none", such as the largest
             integer, should have been brought back (saturate.py), lest a sum wraps.
         grad: like the score; needed where the expression has a `grad` leaf.
+        captured: the tensors that are read by `gather`, by position.
     """
     high = score.dtype == torch.float64
 
@@ -126,6 +128,8 @@ def environment(
                     return torch.full((), number, dtype=score.dtype, device=score.device)
                 # With dimensions: beside a tensor that has some, one without would become 32 bits.
                 return torch.full([1] * score.dim(), number, dtype=torch.int64, device=score.device)
+            case "capture" if captured:
+                return captured[int(node.value)]  # pyright: ignore[reportArgumentType]
             case kind:
                 raise ValueError(f"no value for a {kind} here")
 

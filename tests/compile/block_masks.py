@@ -1,9 +1,7 @@
 """BlockMasks for the tests of the contract, and what compiled calls with them are compared with.
 
-Knows nothing of the backend's decisions: each test says whether its call is lowered, kept or refused.
+Knows nothing of the backend's decisions: each test says whether its call is lowered or kept.
 """
-
-import contextlib
 
 import pytest
 import torch
@@ -14,7 +12,6 @@ from cudnn_flex_compile.bench.mods import causal
 from cudnn_flex_compile.report import collect
 from tests.compile.test_backend import AOT, close, draw
 
-REFUSED = "do not agree"
 LENGTHS, PREFIXES = torch.tensor([150, 40]), torch.tensor([[3, 70, 0, 130], [64, 0, 1, 20]])
 IDS = torch.arange(640) // 90
 
@@ -128,22 +125,16 @@ def compilations(function, steps, **how):
     return counter.frame_count
 
 
-@contextlib.contextmanager
-def refusal():
-    with pytest.raises(RuntimeError, match=REFUSED):
-        yield
-
-
 @pytest.fixture
 def comparisons(monkeypatch):
     """One entry for each comparison of blocks with a mask program at run time."""
     from cudnn_flex_compile.kernels import contract
 
-    seen, hold = [], contract.hold
+    seen, compare = [], contract._agree
 
-    def counted(blocks, *rest):
-        seen.append(blocks)
-        hold(blocks, *rest)
+    def counted(*args):
+        seen.append(args)
+        return compare(*args)
 
-    monkeypatch.setattr(contract, "hold", counted)
+    monkeypatch.setattr(contract, "_agree", counted)
     return seen

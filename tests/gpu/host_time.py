@@ -38,7 +38,7 @@ def op_calls(q, k, v):
     q, k, v = (t.detach() for t in (q, k, v))
     mask = make("ge", ir.index("q"), ir.index("k"))
     plain, capped = text(ir.program(mask=mask)), text(ir.program(make("tanh", ir.SCORE / 20.0) * 20.0, mask))
-    out, _, stats = ops.attention(q, k, v, [], [], [], capped, 0.125, False, True, None)
+    out, _, stats = ops.attention(q, k, v, [], [], [], capped, 0.125, False, True, [], [], "")
     sdpa = torch.ops.aten._scaled_dot_product_cudnn_attention
     sdpa_backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
     saved = sdpa(q, k, v, None, True, 0.0, True, False, scale=0.125)
@@ -46,12 +46,12 @@ def op_calls(q, k, v):
     plain, capped = ([], [], [], plain, 0.125), ([], [], [], capped, 0.125)
     return {
         "torch's cuDNN SDPA op, causal": lambda: sdpa(q, k, v, None, True, 0.0, True, False, scale=0.125),
-        "ours, causal": lambda: forward(q, k, v, *plain, True, None),
-        "ours, soft cap + causal": lambda: forward(q, k, v, *capped, True, None),
-        "ours, by the dispatcher, causal": lambda: ops.attention_forward(q, k, v, *plain, True, None),
+        "ours, causal": lambda: forward(q, k, v, *plain, True, [], [], ""),
+        "ours, soft cap + causal": lambda: forward(q, k, v, *capped, True, [], [], ""),
+        "ours, by the dispatcher, causal": lambda: ops.attention_forward(q, k, v, *plain, True, [], [], ""),
         "torch's cuDNN SDPA op, causal, backward": lambda: sdpa_backward(out, q, k, v, *state, scale=0.125),
-        "ours, causal, backward": lambda: backward(out, None, q, k, v, out, stats, *plain),
-        "ours, soft cap + causal, backward": lambda: backward(out, None, q, k, v, out, stats, *capped),
+        "ours, causal, backward": lambda: backward(out, None, q, k, v, out, stats, *plain, [], [], ""),
+        "ours, soft cap + causal, backward": lambda: backward(out, None, q, k, v, out, stats, *capped, [], [], ""),
     }
 
 

@@ -180,7 +180,7 @@ if child == 0:
     assert cache_info().size == 0
     torch.set_num_threads(1)
     q = torch.randn(2, 4, 256, 64)
-    out = torch.ops.cudnn_flex.attention(q, q, q, [], [], [], PROGRAM, 0.125, False, False, None)[0]
+    out = torch.ops.cudnn_flex.attention(q, q, q, [], [], [], PROGRAM, 0.125, False, False, [], [], "")[0]
     assert torch.allclose(out, torch.nn.functional.scaled_dot_product_attention(q, q, q), atol=1e-5)
     print("the child is done", flush=True)
     os._exit(0)  # as multiprocessing's children end: plans of the parent are not the child's to free

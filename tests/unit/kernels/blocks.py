@@ -33,13 +33,19 @@ BLOCKS = [(128, 128), (64, 64), (128, 64)]
 
 
 @functools.cache
-def compiled(name: str, sizes: tuple[int, ...]):
-    """The program of a mask, and its operands."""
+def over_captures(name: str) -> ir.Program:
+    """The program of a mask, over what it captures."""
     function, tensors = MASKS[name]
     leaves = [ir.capture(i, {torch.int32: "i32", torch.int64: "i64"}[t.dtype]) for i, t in enumerate(tensors)]
     captured = [Captured(t, leaf) for t, leaf in zip(tensors, leaves, strict=True)]
-    mask = narrow(trace(function, False, captured, CPU))
-    program, hoisted = partition(normalize(ir.program(mask=mask)))
+    return normalize(ir.program(mask=narrow(trace(function, False, captured, CPU))))
+
+
+@functools.cache
+def compiled(name: str, sizes: tuple[int, ...]):
+    """The same over operands, and these."""
+    tensors = MASKS[name][1]
+    program, hoisted = partition(over_captures(name))
     return program, [operand_value(h, lambda leaf: tensors[leaf.value], sizes, CPU) for h in hoisted]
 
 

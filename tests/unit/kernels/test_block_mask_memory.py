@@ -1,6 +1,5 @@
-"""What `check` remembers: a verdict holds for the very tensors, versions and numbers that it was found with."""
+"""What is remembered of a comparison: an answer holds for the very tensors, versions and numbers that gave it."""
 
-import contextlib
 import gc
 
 import numpy as np
@@ -9,100 +8,115 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask
 
 from cudnn_flex_compile.kernels import contract
-from cudnn_flex_compile.kernels.contract import check
+from cudnn_flex_compile.kernels.contract import ANSWER, agrees, answer_of, guard_of
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.text import text
 
-from .blocks import CAUSAL, compiled, from_pattern, stock, tensors_of
+from .blocks import CAUSAL, MASKS, from_pattern, over_captures, stock, tensors_of
+
+SIZES, BLOCK = (1, 1, 256, 256), (128, 128)
 
 
 @pytest.fixture(autouse=True)
-def _forget() -> None:
-    contract._agreed.clear()
+def comparisons(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    contract._known.clear()
+    calls: list[int] = []
+    real = contract._agree
+    monkeypatch.setattr(contract, "_agree", lambda *a: calls.append(1) or real(*a))
+    return calls
 
 
-def checked(mask: BlockMask, name: str, sizes=(1, 1, 256, 256), block=(128, 128)) -> None:
-    program, operands = compiled(name, sizes)
-    check(tensors_of(mask), operands, [], [], text(program), sizes, block)
+def answer(mask: BlockMask, name: str, captured=None, sizes=SIZES, block=BLOCK) -> bool:
+    captured = MASKS[name][1] if captured is None else captured
+    return answer_of(tensors_of(mask), captured, [], [], text(over_captures(name)), sizes, block)()
 
 
-def test_check_raises_where_they_disagree() -> None:
-    mask = stock("causal", (1, 1, 256, 256), (128, 128))
-    checked(mask, "causal")
-    checked(mask, "causal")
-    for other in ("everything", "per batch", "every other"):
-        with (
-            pytest.raises(RuntimeError, match="do not agree with its mask_mod")
-            if other == "everything"
-            else _nothing(other)
-        ):
-            checked(mask, other)
-
-
-def _nothing(name: str):
+def test_answers() -> None:
     """causal's blocks also suit b = 0 of `per batch`; `every other` sees pairs above the diagonal."""
-    return contextlib.nullcontext() if name == "per batch" else pytest.raises(RuntimeError, match="do not agree")
+    mask = stock("causal", SIZES, BLOCK)
+    found = [answer(mask, name) for name in ("causal", "causal", "everything", "per batch", "every other")]
+    assert found == [True, True, False, True, False]
 
 
-def test_a_verdict_is_remembered_for_the_same_tensors_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    real = contract.agree
-    monkeypatch.setattr(contract, "agree", lambda *a: calls.append(1) or real(*a))
-    mask = stock("causal", (1, 1, 256, 256), (128, 128))
+def test_an_answer_is_remembered_for_the_same_tensors_only(comparisons: list[int]) -> None:
+    mask = stock("causal", SIZES, BLOCK)
     for _ in range(3):
-        checked(mask, "causal")
-    assert len(calls) == 1
-    checked(stock("causal", (1, 1, 256, 256), (128, 128)), "causal")
-    assert len(calls) == 2
-    checked(mask, "per head")  # the same for one head, but another program
-    assert len(calls) == 3
+        assert answer(mask, "causal")
+    assert len(comparisons) == 1
+    assert answer(stock("causal", SIZES, BLOCK), "causal")
+    assert len(comparisons) == 2
+    assert answer(mask, "per head")  # the same for one head, but another program
+    assert len(comparisons) == 3
 
 
-def test_a_change_in_place_is_seen() -> None:
-    mask = stock("causal", (1, 1, 256, 256), (128, 128))
-    checked(mask, "causal")
-    mask.kv_num_blocks.zero_()
-    with pytest.raises(RuntimeError, match="do not agree"):
-        checked(mask, "causal")
+@pytest.mark.parametrize("what", ["blocks", "captured"])
+def test_a_change_in_place_is_seen(what: str, comparisons: list[int]) -> None:
+    lengths = MASKS["lengths"][1][0].clone()
+    mask = stock("lengths", (2, 1, 256, 256), BLOCK)
+    assert answer(mask, "lengths", [lengths], (2, 1, 256, 256))
+    if what == "blocks":
+        mask.kv_num_blocks.zero_()
+    else:
+        lengths.fill_(256)
+    assert not answer(mask, "lengths", [lengths], (2, 1, 256, 256))
+    assert not answer(mask, "lengths", [lengths], (2, 1, 256, 256))
+    assert len(comparisons) == 2
 
 
 def test_another_tensor_at_the_same_address_is_seen() -> None:
     """As when a freed count tensor's memory is given to the next one, beside indices that are kept."""
-    mask = from_pattern(CAUSAL, None, 128, (1, 1, 256, 256))
+    mask = from_pattern(CAUSAL, None, 128, SIZES)
     memory = mask.kv_num_blocks.numpy().copy()
-    program, _ = compiled("causal", (1, 1, 256, 256))
+    program = text(over_captures("causal"))
 
-    def run() -> None:
-        blocks = [torch.from_numpy(memory), mask.kv_indices]
-        check(blocks, [], [], [], text(program), (1, 1, 256, 256), (128, 128))
+    def run() -> bool:
+        return answer_of([torch.from_numpy(memory), mask.kv_indices], [], [], [], program, SIZES, BLOCK)()
 
-    run()
+    assert run()
     gc.collect()
     memory[...] = 0
-    with pytest.raises(RuntimeError, match="do not agree"):
-        run()
+    assert not run()
 
 
 def test_other_block_sizes_are_another_question() -> None:
-    mask = from_pattern(CAUSAL, None, 128, (1, 1, 256, 256))
-    program, _ = compiled("causal", (1, 1, 256, 256))
-    check(tensors_of(mask)[:2], [], [], [], text(program), (1, 1, 256, 256), (128, 128))
-    with pytest.raises(RuntimeError, match="do not agree"):
-        check(tensors_of(mask)[:2], [], [], [], text(program), (1, 1, 256, 256), (128, 64))
+    mask = from_pattern(CAUSAL, None, 128, SIZES)
+    program, blocks = text(over_captures("causal")), tensors_of(mask)[:2]
+    assert answer_of(blocks, [], [], [], program, SIZES, BLOCK)()
+    assert not answer_of(blocks, [], [], [], program, SIZES, (128, 64))()
 
 
 def test_freed_block_masks_are_forgotten() -> None:
-    mask = stock("causal", (1, 1, 256, 256), (128, 128))
-    checked(mask, "causal")
-    assert len(contract._agreed) == 1
+    mask = stock("causal", SIZES, BLOCK)
+    assert answer(mask, "causal")
+    assert len(contract._known) == 1
     del mask
     gc.collect()
-    assert len(contract._agreed) == 0
+    assert len(contract._known) == 0
+
+
+def test_inference_tensors_are_compared_each_time(comparisons: list[int]) -> None:
+    with torch.inference_mode():
+        mask = stock("causal", SIZES, BLOCK)
+    assert answer(mask, "causal")
+    mask.kv_num_blocks.numpy()[...] = 0
+    assert not answer(mask, "causal")
+    assert len(comparisons) == 2
 
 
 def test_numbers_and_lengths_of_the_step_count() -> None:
-    mask = from_pattern(np.ones((1, 1, 2, 2), dtype=bool) & CAUSAL, None, 128, (1, 1, 256, 256))
-    shifted = ir.program(mask=ir.intern("ge", "bool", (ir.index("q") + ir.scalar(0, "i32"), ir.index("k"))))
-    check(tensors_of(mask), [], [0], [], text(shifted), (1, 1, 256, 256), (128, 128))
-    with pytest.raises(RuntimeError, match="do not agree"):
-        check(tensors_of(mask), [], [5], [], text(shifted), (1, 1, 256, 256), (128, 128))
+    mask = from_pattern(np.ones((1, 1, 2, 2), dtype=bool) & CAUSAL, None, 128, SIZES)
+    shifted = text(ir.program(mask=ir.intern("ge", "bool", (ir.index("q") + ir.scalar(0, "i32"), ir.index("k")))))
+    assert answer_of(tensors_of(mask), [], [0], [], shifted, SIZES, BLOCK)()
+    assert not answer_of(tensors_of(mask), [], [5], [], shifted, SIZES, BLOCK)()
+    assert not answer_of(tensors_of(mask), [], [0], [], shifted, (1, 1, 256, 300), BLOCK)()
+
+
+def test_a_guard_that_was_copied_is_found_out_anew(comparisons: list[int]) -> None:
+    mask, program = stock("causal", SIZES, BLOCK), text(over_captures("causal"))
+    blocks, query = tensors_of(mask), torch.empty(1, 1, 256, 8)
+    guard = guard_of(blocks, [], [], [], program, SIZES, BLOCK)
+    assert guard is guard_of(blocks, [], [], [], program, SIZES, BLOCK)
+    for now in (guard, guard.clone()):
+        assert agrees(([now, *blocks], [len(blocks), 0, *BLOCK], program), query, query, [], [])
+    assert not hasattr(guard.clone(), ANSWER)
+    assert len(comparisons) == 1

@@ -48,13 +48,13 @@ def on_cuda(example):
 def test_a_call_that_is_compiled_under_capture_is_kept(capturing, monkeypatch):
     given = with_examples(on_cuda)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    (call,) = lower_calls(*given, OPTIONS).calls
+    (call,) = lower_calls(*given, OPTIONS)
     assert (call.reason.code is Code.CAPTURING) == capturing
     assert not capturing or not call.reason.lasting
 
 
 def test_tensors_that_wrap_others_are_kept():
-    (call,) = lower_calls(*with_examples(lambda example: TwoTensor(example, example)), OPTIONS).calls
+    (call,) = lower_calls(*with_examples(lambda example: TwoTensor(example, example)), OPTIONS)
     assert call.reason.code is Code.UNSUPPORTED_CALL
     assert "TwoTensor" in call.reason.detail
 
@@ -68,5 +68,5 @@ def test_a_call_whose_largest_scores_are_used_is_kept(monkeypatch):
     def call(q, k, v):
         return flex_attention(q, k, v, lambda s, b, h, i, j: s * 2, return_aux=AuxRequest(max_scores=True))
 
-    (found,) = lower_calls(*graph_of(call), OPTIONS).calls
+    (found,) = lower_calls(*graph_of(call), OPTIONS)
     assert found.reason.code is Code.MAX_SCORES
