@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from cudnn_flex_compile.bench.mods import causal
 from cudnn_flex_compile.kernels import repeated
@@ -263,6 +263,30 @@ def test_made_in_the_graph(name, comparisons):
             seen.append(len(comparisons))
     assert code_of(report.calls) is None
     assert seen == [ONCE_A_STEP[name] * n for n in (1, 2, 3)]
+
+
+def _sparser(lengths):
+    """Made in the graph: each second block of queries sees itself alone."""
+    mask = padding_mask(lengths)
+    first = torch.arange(mask.kv_num_blocks.shape[-1]) % 2 == 0
+    counts = torch.where(first, mask.kv_num_blocks, 0)
+    return from_counts(counts, mask.kv_indices, mask.mask_mod)
+
+
+def from_counts(counts, indices, mask_mod):
+    return BlockMask.from_kv_blocks(counts, indices, BLOCK_SIZE=64, mask_mod=mask_mod, seq_lengths=(160, 160))
+
+
+def test_blocks_made_in_the_graph_that_are_sparser():
+    """No data are there when it is compiled: the call is lowered, and right at the first step already."""
+    args = inputs(created())
+    with collect() as report:
+        run = compiled(lambda q, k, v, lengths: layers(q, k, v, _sparser(lengths), 2))
+        for lengths in (torch.tensor([150, 30]), torch.tensor([30, 160])):
+            mask = _sparser(lengths)
+            expected = honoured(honoured(*args, mask), *args[1:], mask)
+            close(run(*args, lengths), expected)
+    assert code_of(report.calls) is None
 
 
 @pytest.mark.parametrize("captured", [False, True], ids=["causal", "lengths"])

@@ -34,7 +34,7 @@ def attention(q, k, v):
 
 
 def through_op(q, k, v):
-    return ops.attention(q, k, v, [], [], [], PROGRAM, 0.25, False, False, None)[0]
+    return ops.attention(q, k, v, [], [], [], PROGRAM, 0.25, False, False, [], [], "")[0]
 
 
 def compiled(function=attention, **options):

@@ -1,4 +1,4 @@
-"""BlockMasks that change after compilation, on the GPU: numbers or an error, and no synchronisation.
+"""BlockMasks that change after compilation, on the GPU: stock's numbers at every step, and few synchronisations.
 
 Knows nothing of which BlockMasks are lowered (tests/compile/test_block_mask.py).
 """
@@ -12,6 +12,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from cudnn_flex_compile.bench.mods import causal, causal_padding, sliding, softcap
 from cudnn_flex_compile.kernels.repeated import EAGER
 from cudnn_flex_compile.report import collect
+from tests.any_block_masks import MASKS, Case, as_mask_mod, check
 from tests.gpu.test_behaviour import assert_right, compiled, draw, fresh  # noqa: F401
 
 LENGTH = 256
@@ -62,25 +63,22 @@ def test_a_new_block_mask_each_step():
     mask = mask_of(causal)
     with no_synchronisation():  # the host waits for one number alone
         function(*qkv, mask)
-    with pytest.raises(RuntimeError, match="do not agree"):
-        function(*qkv, _foreign(mask_of(causal)))
+    assert_right(function(*qkv, _foreign(mask_of(causal))), qkv, None, far)
     assert_right(function(*qkv, mask_of(causal)), qkv, None, causal)
 
 
-def test_training_does_not_wait_for_the_device_in_the_forward():
-    """What it does not wait for, the backward looks at."""
+def test_the_host_waits_for_nothing_behind_the_comparison():
+    """A long kernel that is enqueued after the comparison of an earlier graph delays no later launch."""
     qkv, function = [draw(requires_grad=True) for _ in range(3)], compiled(attend)
-    grad = torch.ones_like(qkv[0])
     for _ in range(EAGER + 3):
-        torch.autograd.grad(function(*qkv, mask_of(causal)), qkv, grad)
-    wrong = _foreign(mask_of(causal))
+        torch.autograd.grad(function(*qkv, mask_of(causal)), qkv, torch.ones_like(qkv[0]))
+    mask = mask_of(causal)
+    function(*qkv, mask)
     torch.cuda.synchronize()
     torch.cuda._sleep(10**9)  # half a second
-    out = function(*qkv, wrong)
+    out = function(*qkv, mask)
+    torch.autograd.grad(out, qkv, torch.ones_like(out))
     assert not torch.cuda.current_stream().query()
-    with pytest.raises(RuntimeError, match="do not agree"):
-        torch.autograd.grad(out, qkv, grad)
-    assert_right(function(*qkv, mask_of(causal)), qkv, None, causal)
 
 
 def _zeroed(mask):
@@ -95,16 +93,42 @@ def _foreign(mask):
     return other
 
 
-@pytest.mark.parametrize("change", [_zeroed, _foreign], ids=["in place", "another BlockMask"])
-def test_swapped_for_one_that_disagrees(change):
-    qkv, mask, function = inputs(), mask_of(causal), compiled(attend)
-    for _ in range(2):
-        assert_right(function(*qkv, mask), qkv, None, causal)
-    wrong = change(mask)
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match="do not agree"):
-            function(*qkv, wrong)
-    assert_right(function(*qkv, mask_of(causal)), qkv, None, causal)
+def far(b, h, q, kv):
+    """What is visible by the blocks of `_foreign` and `causal`: the block below the diagonal."""
+    return (q // 128 == 1) & (kv // 128 == 0)
+
+
+def nowhere(b, h, q, kv):
+    return q < 0
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize(("change", "seen"), [(_zeroed, nowhere), (_foreign, far)], ids=["in place", "another"])
+def test_swapped_for_one_that_disagrees(change, seen, training):
+    qkv, mask = [draw(requires_grad=training) for _ in range(3)], mask_of(causal)
+    function, grad = compiled(attend, lower="always"), torch.randn_like(qkv[0])
+
+    def step(mask, mask_mod):
+        out = function(*qkv, mask)
+        gradients = torch.autograd.grad(out, qkv, grad) if training else []
+        assert_right(out, qkv, None, mask_mod, grad if training else None, gradients)
+
+    with collect() as report:
+        for _ in range(2):
+            step(mask, causal)
+        wrong = change(mask)
+        for _ in range(2):
+            step(wrong, seen)
+        step(mask_of(causal), causal)
+    assert len(report.lowered) == len(report.calls) == 1
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("number", range(len(MASKS)), ids=list(MASKS))
+def test_any_block_mask(number, training):
+    """As tests/compile/test_any_block_masks.py, and also those that disagree when they are compiled."""
+    for i in range(3):
+        check(Case(number + len(MASKS) * (i + 3 * training), "cuda", agreeing=0.8), 6, training)
 
 
 def test_captured_lengths_change_in_place():
@@ -116,8 +140,7 @@ def test_captured_lengths_change_in_place():
     qkv, function, mask = inputs(), compiled(attend), mask_of(mask_mod, 2)
     assert_right(function(*qkv, mask), qkv, None, mask_mod)
     lengths.copy_(torch.tensor([100, LENGTH]))
-    with pytest.raises(RuntimeError, match="do not agree"):
-        function(*qkv, mask)
+    assert_right(function(*qkv, mask), qkv, None, as_mask_mod(mask))
     assert_right(function(*qkv, mask_of(mask_mod, 2)), qkv, None, mask_mod)
 
 

@@ -18,6 +18,7 @@ from cudnn_flex_compile.engine.tiles import Geometry, tiler_of
 from cudnn_flex_compile.report import collect
 from cudnn_flex_compile.scoremod.masks.intervals import NARROW, every_endpoint
 from tests import dense
+from tests.any_block_masks import as_mask_mod
 from tests.documents import SPELLINGS, causal_documents, layout
 
 NINETY = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -175,7 +176,7 @@ def test_layers_share_a_list_and_steps_build_nothing(with_mask, monkeypatch):
     assert len(set(builds)) == 1
 
 
-def test_a_block_mask_of_other_documents_is_refused():
+def test_a_block_mask_of_other_documents_is_honoured():
     def call(q, k, v, mask):
         return flex_attention(q, k, v, block_mask=mask)
 
@@ -187,8 +188,7 @@ def test_a_block_mask_of_other_documents_is_refused():
         mask = create_block_mask(causal_documents(ids), batch, None, length, length)
         assert_right(function(query, key, value, mask), (query, key, value), grad, causal_documents(ids))
     mask.mask_mod = causal_documents(torch.zeros_like(ids))
-    with pytest.raises(RuntimeError, match="do not agree"):
-        function(query, key, value, mask)
+    assert_right(function(query, key, value, mask), (query, key, value), grad, as_mask_mod(mask))
 
 
 def test_manual_capture_is_right_for_any_layout(caplog):

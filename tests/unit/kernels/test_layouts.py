@@ -87,14 +87,14 @@ def empty(views, dtype):
 def of_fakes(given):
     """What the fakes say that forward and backward return."""
     with FakeTensorMode():
-        out, stats = ops.attention_forward(*given.forward(empty), True, None)
-        return out, stats, *ops.attention_backward(*given.backward(empty, out, stats))
+        out, stats = ops.attention_forward(*given.forward(empty), True, [], [], "")
+        return out, stats, *ops.attention_backward(*given.backward(empty, out, stats), [], [], "")
 
 
 def by_ops(given, device="cpu"):
     new = functools.partial(real, device=device)
-    out, stats = ops.attention_forward(*given.forward(new), True, None)
-    return out, stats, *ops.attention_backward(*given.backward(new, out, stats))
+    out, stats = ops.attention_forward(*given.forward(new), True, [], [], "")
+    return out, stats, *ops.attention_backward(*given.backward(new, out, stats), [], [], "")
 
 
 def by_cuda(given):
@@ -225,9 +225,9 @@ class Fallback:
 def test_opcheck(name):
     for seed in range(NUMBER // 10):
         given = case(name, seed)
-        opcheck(ops.attention_forward, (*given.forward(real), True, None), test_utils=CHECKS)
+        opcheck(ops.attention_forward, (*given.forward(real), True, [], [], ""), test_utils=CHECKS)
         out, stats, *_ = by_ops(given)
-        opcheck(ops.attention_backward, given.backward(real, out, stats), test_utils=CHECKS)
+        opcheck(ops.attention_backward, (*given.backward(real, out, stats), [], [], ""), test_utils=CHECKS)
 
 
 def test_an_output_that_comes_back_in_another_layout(on_the_host):
