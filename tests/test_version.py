@@ -23,10 +23,10 @@ from cudnn_flex_compile.scoremod.optable import TABLE, make
 from cudnn_flex_compile.scoremod.text import HEADER, SEPARATOR, text
 
 # What the version stands for. A test that fails prints what belongs here.
-VERSION = "cudnn_flex 8"
+VERSION = "cudnn_flex 9"
 DIGESTS = {
-    "schemas of ops": "37a9a4084ac6",
-    "functions that code calls": "938121cde687",
+    "schemas of ops": "830faa1c06de",
+    "functions that code calls": "8abb9b460947",
     "text of programs": "4696a37780aa",
     "names in programs": "02be7d1a6baa",
     "numbers of a geometry": "032ea48d3a73",
@@ -58,8 +58,8 @@ def layouts():
         for strides in (BSHD, GAPPED, EXPANDED):
             query = torch.empty_strided(SHAPE, strides, dtype=torch.bfloat16)
             rest = ([torch.empty(1, 3, 1, 1), torch.empty(2, 1, 4, 4)], [1], [torch.empty(())], program, 1.0)
-            out, stats = ops.attention_forward(query, query, query, *rest, True, None)
-            gradients = ops.attention_backward(out, stats, query, query, query, out, stats, *rest)
+            out, stats = ops.attention_forward(query, query, query, *rest, True, [], [], "")
+            gradients = ops.attention_backward(out, stats, query, query, query, out, stats, *rest, [], [], "")
             found += [(list(t.shape), t.stride(), str(t.dtype)) for t in (out, stats, *gradients)]
     return found
 
