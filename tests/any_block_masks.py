@@ -115,7 +115,7 @@ class Case:
         shape = (*self.shape, rows, columns)
         some, other = (torch.rand(shape, generator=self.generator).to(self.device) for _ in range(2))
         if not agreeing:
-            return some < 0.5, (some > 0.7) & self.full
+            return some < 0.5, (some > 0.7) & self.full  # none is both: stock would count its pairs twice
         pad = columns * self.blocks[1] - self.lengths[1], rows * self.blocks[0] - self.lengths[0]
         tiled = [
             torch.nn.functional.pad(self.pairs()[0], (0, pad[0], 0, pad[1]), value=fill)

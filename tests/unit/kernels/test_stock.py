@@ -23,9 +23,8 @@ PROGRAM = ir.program(
 
 
 def stock(full, slots, program=PROGRAM):
-    partial = torch.rand(2, 1, 3, 4, generator=torch.Generator().manual_seed(0)) < 0.6
-    pattern = (torch.rand(2, 1, 3, 4, generator=torch.Generator().manual_seed(1)) < 0.3).numpy() if full else None
-    mask = from_pattern(partial.numpy(), pattern, 64, (2, 4, *LENGTHS))
+    drawn = torch.rand(2, 1, 3, 4, generator=torch.Generator().manual_seed(0)).numpy()
+    mask = from_pattern(drawn < 0.6, drawn > 0.7 if full else None, 64, (2, 4, *LENGTHS))
     return Stock(torch.empty(0), tensors_of(mask), [torch.tensor([170, 40])], slots, (64, 64), text(program))
 
 
