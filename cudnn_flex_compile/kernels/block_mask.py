@@ -54,7 +54,7 @@ def _agree(
     if partial.shape[2] < rows or any(t.shape[2] < columns for t in transposed):  # made for shorter lengths
         return torch.zeros((), dtype=torch.bool, device=partial.device)
     full = listed(blocks[2], blocks[3], columns) if every_pair else torch.zeros_like(partial)
-    good = torch.ones((), dtype=torch.bool, device=partial.device)
+    good = ~(partial & full).any()  # stock counts the pairs of a block that is in both lists twice
     for start, some, every in found:
         here = slice(start // q_block, start // q_block + some.shape[-2])
         omitted = some & ~partial[:, :, here, :columns] & ~full[:, :, here, :columns]

@@ -89,6 +89,8 @@ def brute_force(mask: BlockMask, visible: torch.Tensor, block: tuple[int, int]) 
             if getattr(mask, count) is not None:
                 near = [min(x, n - 1) for x, n in zip((b, h), getattr(mask, count).shape, strict=False)]
                 listed = getattr(mask, index)[near[0], near[1], i, : int(getattr(mask, count)[near[0], near[1], i])]
+                if kinds.keys() & set(listed.tolist()):  # stock counts the pairs of a block in both lists twice
+                    return False
                 kinds.update(dict.fromkeys(listed.tolist(), kind))
         for j in range(cols):
             pairs = visible[b, h, i * block[0] : (i + 1) * block[0], j * block[1] : (j + 1) * block[1]]
