@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 __all__ = [
     "Options", "Reason", "Report", "Settings", "cache_clear", "cache_info", "collect", "configure", "cudnn_flex",
-    "explain",
+    "explain", "install", "uninstall",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from cudnn_flex_compile.config import Options
     from cudnn_flex_compile.engine.select import cache_clear, cache_info
     from cudnn_flex_compile.explanation import explain
+    from cudnn_flex_compile.installation import install, uninstall
     from cudnn_flex_compile.reasons import Reason
     from cudnn_flex_compile.report import Report, collect
     from cudnn_flex_compile.settings import Settings, configure
@@ -31,6 +32,8 @@ _HOMES = {
     "configure": "settings",
     "cudnn_flex": "backend",
     "explain": "explanation",
+    "install": "installation",
+    "uninstall": "installation",
 }
 
 

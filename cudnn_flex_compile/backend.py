@@ -38,16 +38,25 @@ def cudnn_flex(
     Raises:
         ValueError, TypeError: an unknown option, or a value that it does not take; or such an environment variable.
     """
-    from cudnn_flex_compile.passes.lower_calls import lower_calls
-
     chosen = options_from(options, mode)
-    settings()  # a wrong one is an error here, not in the midst of a compile
-    with phase("lower"):
-        calls = lower_calls(graph_module, example_inputs, chosen)
-    publish(calls)
-    _log(calls, chosen)
+    lower(graph_module, example_inputs, chosen)
     with phase("inner"):
         return compile_inner(graph_module, example_inputs, chosen)
+
+
+def lower(graph_module: GraphModule, example_inputs: Sequence[Any], options: Options) -> None:
+    """Lowers the calls of a graph in place, reports and logs them.
+
+    Args:
+        example_inputs: the inputs of the call that is being compiled; empty where they are not at hand.
+    """
+    from cudnn_flex_compile.passes.lower_calls import lower_calls
+
+    settings()  # a wrong one is an error here, not in the midst of a compile
+    with phase("lower"):
+        calls = lower_calls(graph_module, example_inputs, options)
+    publish(calls)
+    _log(calls, options)
 
 
 def _log(calls: list[CallReport], options: Options) -> None:

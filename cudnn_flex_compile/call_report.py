@@ -14,6 +14,31 @@ from cudnn_flex_compile.scoremod.text import infix, text
 from cudnn_flex_compile.wording import describe_mask
 
 
+BY_INDUCTOR, EAGERLY = "compiled by Inductor alone", "not compiled, or by a backend without a kernel for it"
+REMEDIES = {
+    BY_INDUCTOR: "call cudnn_flex_compile.install() before it is compiled, or run the script with `cudnn-flex run`",
+    EAGERLY: "compile it: flex_attention = torch.compile(flex_attention), after cudnn_flex_compile.install()",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Outside:
+    """A flex_attention call that no graph of ours has.
+
+    Attributes:
+        source: where in the user's code it is.
+        ran: BY_INDUCTOR or EAGERLY.
+    """
+
+    source: str
+    ran: str
+
+    @property
+    def remedy(self) -> str:
+        """How to have it lowered."""
+        return REMEDIES[self.ran]
+
+
 @dataclass(slots=True)
 class CallReport:
     """One call.

@@ -1,5 +1,5 @@
-"""The command `cudnn-flex`: whether plans run right here (doctor), what the backend does with a script (explain), and
-how fast attention is here (bench).
+"""The command `cudnn-flex`: whether plans run right here (doctor), what the backend does with a script (explain), a
+script with its calls lowered (run), and how fast attention is here (bench).
 
 Knows nothing of how reports are laid out. Exit codes: 0 yes, 1 no (no plan can run here, or the self-test failed; the
 script failed or compiled no flex_attention call), 2 wrong usage; a script's own exit code passes through.
@@ -10,22 +10,22 @@ import contextlib
 import importlib.util
 import json
 import platform
-import runpy
 import sys
-import traceback
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cudnn_flex_compile
+from cudnn_flex_compile import run as run_command
 from cudnn_flex_compile.bench.arguments import DESCRIPTION, add_arguments
 from cudnn_flex_compile.reasons import Code, Reason
+from cudnn_flex_compile.script import run_script
 
 if TYPE_CHECKING:
     from cudnn_flex_compile.report import Report
 
-USAGE_ERROR, INTERRUPTED = 2, 130
+USAGE_ERROR = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="cudnn-flex", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--version", action="version", version=f"cudnn-flex {cudnn_flex_compile.__version__}")
-    commands = parser.add_subparsers(required=True, metavar="doctor | explain | bench")
+    commands = parser.add_subparsers(required=True, metavar="doctor | explain | run | bench")
     doctor = commands.add_parser("doctor", help="show versions and devices, and test whether plans run right here")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(run=_doctor)
@@ -52,6 +52,13 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("script", help="path of a Python script that calls torch.compile(..., backend='cudnn_flex')")
     explain.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the script")
     explain.set_defaults(run=_explain)
+    run = commands.add_parser(
+        "run",
+        help="run a script with every flex_attention call that Inductor compiles lowered, then show the report",
+        description="Options of the backend are taken from the environment; what follows the script is passed to it.",
+    )
+    run_command.add_arguments(run)
+    run.set_defaults(run=run_command.run)
     bench = commands.add_parser("bench", help="measure attention on this machine", description=DESCRIPTION)
     add_arguments(bench)
     bench.set_defaults(run=_bench)
@@ -173,14 +180,15 @@ def _explain(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         )
     if given.plot and importlib.util.find_spec("matplotlib") is None:
         parser.exit(USAGE_ERROR, f"{parser.prog} explain: --plot needs matplotlib: pip install matplotlib\n")
+    from cudnn_flex_compile.outside import listening
     from cudnn_flex_compile.report import collect
 
     output = contextlib.redirect_stdout(sys.stderr) if given.json else contextlib.nullcontext()
-    with collect() as report, output:
-        code = _run(given.script, given.arguments)
+    with collect() as report, listening(report.outside), output:
+        code = run_script(given.script, given.arguments)
     if given.json:
         print(json.dumps({"script": given.script, "exit_code": code, **report.to_dict()}, indent=2))
-    elif report.calls:
+    elif report.calls or report.outside:
         _show(report, given.script)
     elif not code:
         print(
@@ -213,32 +221,6 @@ def _plotted(report: "Report", path: str) -> bool:
     said = f"{count} masks drawn into {path}" if count else "no call has a mask that can be drawn"
     print(f"cudnn-flex explain: {said}", file=sys.stderr)
     return True
-
-
-def _run(script: str, arguments: Sequence[str]) -> int:
-    """Runs a script as `python script ...` does; its exit code."""
-    before = sys.argv, sys.path[0]
-    sys.argv, sys.path[0] = [script, *arguments], str(Path(script).resolve().parent)
-    try:
-        runpy.run_path(script, run_name="__main__")
-    except SystemExit as stop:
-        return _exit_code(stop.code)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except Exception:  # the script's error: shown as Python shows it, and what was compiled before it is shown too
-        traceback.print_exc()
-        return 1
-    finally:
-        sys.argv, sys.path[0] = before
-    return 0
-
-
-def _exit_code(code: Any) -> int:
-    """What Python makes of `sys.exit(code)`."""
-    if code is None or isinstance(code, int):
-        return code or 0
-    print(code, file=sys.stderr)
-    return 1
 
 
 if __name__ == "__main__":

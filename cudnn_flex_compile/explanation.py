@@ -41,12 +41,13 @@ def explain(
     """
     options_from(options)
     from cudnn_flex_compile.backend import cudnn_flex
+    from cudnn_flex_compile.outside import listening
 
     def backend(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         return cudnn_flex(graph_module, example_inputs, options=options)
 
     alone = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
-    with collect() as report, _compiled_in_place_off(model):
+    with collect() as report, listening(report.outside), _compiled_in_place_off(model):
         torch.compile(_never_compiled(model), backend=backend, **alone)(*args, **kwargs)  # pyright: ignore
     return report
 

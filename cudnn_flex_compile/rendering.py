@@ -5,7 +5,7 @@ Knows nothing of how either comes about.
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from cudnn_flex_compile.call_report import CallReport
+from cudnn_flex_compile.call_report import CallReport, Outside
 from cudnn_flex_compile.picture import WIDTH as PICTURE_WIDTH
 from cudnn_flex_compile.picture import Picture
 from cudnn_flex_compile.reasons import Reason
@@ -32,9 +32,15 @@ NOTES = {
 }
 
 
-def to_text(calls: Sequence[CallReport], summary: str, width: int = WIDTH, details: bool = True) -> str:
+NONE: Mapping[Outside, int] = {}
+
+
+def to_text(
+    calls: Sequence[CallReport], summary: str, outside: Mapping[Outside, int] = NONE, width: int = WIDTH,
+    details: bool = True,
+) -> str:  # fmt: skip
     """A report as plain text of at most `width` columns; with `details`, as `render` has them."""
-    return _plain(render(calls, summary, details), width)
+    return _plain(render(calls, summary, outside, details), width)
 
 
 def self_test(tests: Sequence[dict[str, Any]], width: int = WIDTH) -> str:
@@ -61,14 +67,18 @@ def _plain(shown: Group, width: int) -> str:
     return re.sub("\n{3,}", "\n\n", "\n".join(line.rstrip() for line in lines)).strip("\n")
 
 
-def render(calls: Sequence[CallReport], summary: str, details: bool = True) -> Group:
+def render(
+    calls: Sequence[CallReport], summary: str, outside: Mapping[Outside, int] = NONE, details: bool = True
+) -> Group:
     """A report for rich: its summary, one row for each distinct call, then why calls were kept and what to do, and with
     `details` the functions, the mask, and what is known of the plans of each.
     """
+    elsewhere = [_outside_table(outside)] if outside else []
     if not calls:
-        return Group(Text("No flex_attention call was compiled: is it called, and not inside a graph break?"))
+        none = Text("No flex_attention call was compiled: is it called, and not inside a graph break?")
+        return Group(none, *elsewhere)
     rows = distinct(calls)
-    parts: list[Any] = [Text(summary, style="bold"), _calls_table(rows)]
+    parts: list[Any] = [Text(summary, style="bold"), _calls_table(rows), *elsewhere]
     if any(call.reason is not None for call in calls):
         parts.append(_kept_table(rows))
     words = " ".join(score_of(call) + mask_of(call) for call, _ in rows)
@@ -118,6 +128,17 @@ def _kept_table(rows: Sequence[tuple[CallReport, int]]) -> Table:
             numbers.setdefault(call.reason, []).append(str(number))
     for reason, which in numbers.items():
         table.add_row(*(Text(cell) for cell in (", ".join(which), str(reason), reason.advice)))
+    return table
+
+
+def _outside_table(outside: Mapping[Outside, int]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("outside", max_width=26, overflow="fold")
+    table.add_column("times", justify="right")
+    table.add_column("how it ran", ratio=1, overflow="fold")
+    table.add_column("what to do", ratio=1, overflow="fold")
+    for call, times in outside.items():
+        table.add_row(*(Text(cell) for cell in (place(call.source), f"x{times}", call.ran, call.remedy)))
     return table
 
 

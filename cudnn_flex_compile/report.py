@@ -3,6 +3,7 @@
 Knows nothing of how it is shown (rendering.py).
 """
 
+from collections import Counter
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cudnn_flex_compile import torch_private
-from cudnn_flex_compile.call_report import CallReport
+from cudnn_flex_compile.call_report import CallReport, Outside
 from cudnn_flex_compile.locks import new_lock
 from cudnn_flex_compile.phases import Tally, count, listen
 
@@ -35,10 +36,12 @@ class Report:
 
     Attributes:
         calls: every flex_attention call.
+        outside: calls that no graph of ours has, and how often each was compiled or ran; `explain` looks for them.
         tally: what was counted and timed meanwhile, in the whole process.
     """
 
     calls: list[CallReport] = field(default_factory=list[CallReport])
+    outside: Counter[Outside] = field(default_factory=Counter[Outside])
     tally: Tally = field(default_factory=Tally)
 
     @property
@@ -71,7 +74,11 @@ class Report:
         """Everything, as JSON takes it."""
         calls = [c.to_dict() for c in self.calls]
         counted = {"lowered": len(self.lowered), "kept": len(self.kept), "counts": self.counts}
-        return {**counted, "seconds": self.seconds, "calls": calls}
+        outside = [
+            {"source": call.source, "ran": call.ran, "times": times, "remedy": call.remedy}
+            for call, times in self.outside.items()
+        ]
+        return {**counted, "seconds": self.seconds, "calls": calls, "outside": outside}
 
     def assert_all_lowered(self) -> None:
         """For tests of models. Raises AssertionError, with the table, if a call was kept or there was none."""
@@ -104,7 +111,7 @@ class Report:
         """The tables of `print(report)`, without the details of each call."""
         from cudnn_flex_compile.rendering import to_text
 
-        return to_text(self.calls, self.summary, details=False)
+        return to_text(self.calls, self.summary, self.outside, details=False)
 
     def plot(self, path: str | Path) -> int:
         """Draws the masks into a file (PNG, or what its name ends with); returns how many there are.
@@ -121,12 +128,12 @@ class Report:
     def __str__(self) -> str:
         from cudnn_flex_compile.rendering import to_text
 
-        return to_text(self.calls, self.summary)
+        return to_text(self.calls, self.summary, self.outside)
 
     def __rich__(self) -> Any:
         from cudnn_flex_compile.rendering import render
 
-        return render(self.calls, self.summary)
+        return render(self.calls, self.summary, self.outside)
 
 
 _collecting: list[Report] = []

@@ -244,6 +244,18 @@ invalid_backend: Callable[[], Any] = _later(
 )
 
 
+_eager_key = _now(
+    "torch:_C.DispatchKey.CompositeExplicitAutograd", "tells explain of eager flex_attention calls",
+    "explain does not list them", None,
+)  # fmt: skip
+
+
+def compiling() -> bool:
+    """Whether Dynamo is compiling, in this thread."""
+    context = _compile_context()
+    return context is not None and context.current_compile_id() is not None
+
+
 def recompiles() -> bool:
     """Whether what is being compiled was compiled before, for other inputs."""
     context = _compile_context()
@@ -271,7 +283,39 @@ def set_compiled_call(module: torch.nn.Module, call: Any) -> None:
     module._compiled_call_impl = call
 
 
+def context_fn_of(region: torch.fx.GraphModule) -> Any:
+    """The context_fn of a region that is checkpointed by a policy, where Dynamo leaves it; or None."""
+    return region.meta.get("_checkpoint_context_fn")
+
+
+def set_context_fn(region: torch.fx.GraphModule, context_fn: Any) -> None:
+    """Sets it."""
+    region.meta["_checkpoint_context_fn"] = context_fn
+
+
+def eager_kernel(op: Any) -> Any:
+    """The function that runs a higher-order op on tensors with data; None where it is not found."""
+    return getattr(op, "py_kernels", {}).get(_eager_key)
+
+
+def set_eager_kernel(op: Any, kernel: Any) -> None:
+    """Sets it.
+
+    Note [Listening to eager calls]. torch has no hook for calls of a higher-order op. This is done while `explain`
+    runs, by a function that calls the one that was there, and taken back at its end.
+    """
+    op.py_kernels[_eager_key] = kernel
+    op._dispatch_cache.clear()
+
+
 # Inductor.
+inductor_options: Callable[[], Any] = _later(
+    "torch._inductor:config", "where install() puts a pass of ours", "install() raises an error"
+)
+custom_graph_pass: Callable[[], Any] = _later(
+    "torch._inductor.custom_graph_pass:CustomGraphPass", "what Inductor takes a pass for", "passes are not cached",
+    object,
+)  # fmt: skip
 _compile_fx = _later(
     "torch._inductor.compile_fx:compile_fx", "compiles everything but attention", "Inductor as Dynamo finds it does"
 )

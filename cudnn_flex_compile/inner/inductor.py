@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from cudnn_flex_compile import torch_private
+from cudnn_flex_compile import inductor_seam, torch_private
 from cudnn_flex_compile.config import Options
 
 NAME = "inductor"
@@ -17,17 +17,18 @@ NAME = "inductor"
 
 def compile(graph_module: GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
     """The compiled graph, with `mode` and `inner_options` as Inductor's own configuration."""
-    _call_undispatched()
+    prepare()
     patches: dict[str, Any] = {}
     if options.mode not in (None, "default"):
         patches |= torch_private.mode_options(options.mode)
     patches |= dict(options.inner_options)
-    return torch_private.compile_fx()(graph_module, list(example_inputs), config_patches=patches or None)
+    with inductor_seam.stock():  # kept calls are kept
+        return torch_private.compile_fx()(graph_module, list(example_inputs), config_patches=patches or None)
 
 
 @functools.cache
-def _call_undispatched() -> None:
-    """Has Inductor's Python code call the functions of ops/undispatched.py where it would call the ops."""
+def prepare() -> None:
+    """Has Inductor's Python code from now on call the functions of ops/undispatched.py where it would call the ops."""
     from cudnn_flex_compile.ops import attention_backward, attention_forward, check_block_mask
     from cudnn_flex_compile.ops.undispatched import BACKWARD, CHECK, FORWARD
 

@@ -12,6 +12,8 @@ import torch
 
 from cudnn_flex_compile import torch_private
 
+from cudnn_flex_compile import inductor_seam
+
 
 class Compiled:
     """The function in one graph. Sizes that change become symbolic.
@@ -44,4 +46,4 @@ class Compiled:
     def _anew(self) -> Callable[..., Any]:
         given = self._function
         copy = types.FunctionType(given.__code__.replace(co_name=self._name), given.__globals__, self._name)
-        return torch.compile(copy, fullgraph=True)
+        return torch.compile(copy, fullgraph=True, options=inductor_seam.STOCK)

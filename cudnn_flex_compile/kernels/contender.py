@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from cudnn_flex_compile import torch_private
+from cudnn_flex_compile import inductor_seam, torch_private
 from cudnn_flex_compile.engine import timing
 from cudnn_flex_compile.engine.places import SEED
 from cudnn_flex_compile.engine.problem import Problem
@@ -76,7 +76,7 @@ def contenders(contest: Contest, device: torch.device) -> list[Callable[[], Any]
     else:
         score_mod, mask = score_mod_of(*captured), None
     gqa = problem.query.shape[1] != problem.key.shape[1]
-    compiled: Any = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    compiled: Any = torch.compile(flex_attention, dynamic=False, fullgraph=True, options=inductor_seam.STOCK)
     leaves = [t.detach().requires_grad_(contest.training) for t in (tensors.query, tensors.key, tensors.value)]
 
     def forward() -> torch.Tensor:

@@ -16,6 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from cudnn_flex_compile import torch_private
+from cudnn_flex_compile.passes.caller import running_line
 
 FLEX_ATTENTION: Any = getattr(torch.ops.higher_order, "flex_attention", None)  # a torch without has no such calls
 IN_PLACE = {"setitem", "__setitem__", *(n for n in dir(operator) if n.startswith("i") and hasattr(operator, n[1:]))}
@@ -84,11 +85,13 @@ class Call:
 
     @property
     def source(self) -> str:
-        """The line of the user's code that made the call, as Dynamo recorded it."""
+        """The line of the user's code that made the call, as Dynamo recorded it. Where flex_attention was compiled by
+        itself, Dynamo records none of it: the line that called what is being compiled.
+        """
         lines = [line.strip() for line in str(self.node.meta.get("stack_trace", "")).splitlines()]
         places = [i for i, line in enumerate(lines) if line.startswith("File ") and "flex_attention.py" not in line]
         if not places:
-            return "unknown source"
+            return running_line() or "unknown source"
         last = places[-1]
         code = lines[last + 1] if last + 1 < len(lines) else ""
         return f"{lines[last]}: {code}" if code else lines[last]

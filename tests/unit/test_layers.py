@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "cudnn_flex_compile"
 # From the lowest up. A module imports those of lower layers, and of its own; also inside of functions.
 LAYERS = (
-    ("locks", "reasons", "config", "settings", "phases", "torch_private", ""),
+    ("locks", "reasons", "config", "settings", "phases", "torch_private", "inductor_seam", "script", ""),
     ("scoremod",),
     ("engine",),
     ("kernels",),
@@ -25,7 +25,9 @@ LAYERS = (
     ("passes",),
     ("inner",),
     ("backend",),
-    ("explanation", "testing", "bench"),
+    ("inductor_pass", "outside"),
+    ("installation", "explanation", "testing", "bench"),
+    ("run",),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
