@@ -17,6 +17,7 @@ from cudnn_flex_compile.config import Options
 from cudnn_flex_compile.passes import block_mask, intervals
 from cudnn_flex_compile.passes.around import around_of, is_alone
 from cudnn_flex_compile.passes.autocast import with_casts, without_casts
+from cudnn_flex_compile.passes.checkpoint_policy import save_as_stock
 from cudnn_flex_compile.passes.context import Context, mask_of
 from cudnn_flex_compile.passes.describe import describe_functions
 from cudnn_flex_compile.passes.find import Call, find_calls
@@ -55,6 +56,7 @@ def lower_calls(graph_module: GraphModule, example_inputs: Sequence[Any], option
         if report.reason is None:
             changed.append(call.graph_module)
     for module in {id(m): m for m in [*changed, *([graph_module] if changed else [])]}.values():
+        save_as_stock(module)
         prune(module.graph, live.get(module.graph, set()))
         module.graph.lint()
         module.recompile()

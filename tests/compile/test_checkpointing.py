@@ -11,6 +11,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from cudnn_flex_compile import inner, ops
 from cudnn_flex_compile.bench.mods import alibi, causal, softcap
+from cudnn_flex_compile.passes.find import FLEX_ATTENTION
 from cudnn_flex_compile.report import collect
 
 pytestmark = [pytest.mark.usefixtures("trainable"), pytest.mark.filterwarnings("ignore")]
@@ -141,6 +142,29 @@ def test_the_partitioner_computes_attention_again_in_checkpointed_regions_alone(
     saved = [n.meta["val"] for n in backward.nodes if n.op == "placeholder"]
     stats = [t for t in saved if t.dtype == torch.float32 and t.shape == (2, 4, LENGTH)]
     assert len(stats) == 3 - again
+
+
+@pytest.mark.parametrize(("saved", "again"), [((), 3), ((FLEX_ATTENTION,), 0), ((ops.attention_forward,), 0)], ids=str)
+def test_a_policy_that_saves_flex_attention_saves_ours(saved, again, partitioned):
+    """As stock's would be: by the op that the user's list names."""
+
+    def policy(context, op, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if op in saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+
+    def model(q, k, v):
+        for _ in range(3):
+            block = lambda x: flex_attention(x.sin(), k, v, CAP).cos() + x  # noqa: E731
+            q = checkpoint(block, q, use_reentrant=False, context_fn=contexts)
+        return q
+
+    function = torch.compile(model, backend="cudnn_flex", options={"inner_backend": "min_cut"})
+    with collect() as report:
+        function(*qkv()).sum().backward()
+    report.assert_all_lowered()
+    (forward,), (backward,) = partitioned
+    assert (count(forward, ops.attention_forward), count(backward, ops.attention_forward)) == (3, again)
 
 
 def test_the_direct_runner_saves_what_the_backward_reads_and_no_more(monkeypatch):
