@@ -13,7 +13,6 @@ from cudnn_flex_compile.scoremod.ir import Program
 from cudnn_flex_compile.scoremod.text import infix, text
 from cudnn_flex_compile.wording import describe_mask
 
-
 BY_INDUCTOR, EAGERLY = "compiled by Inductor alone", "not compiled, or by a backend without a kernel for it"
 REMEDIES = {
     BY_INDUCTOR: "call cudnn_flex_compile.install() before it is compiled, or run the script with `cudnn-flex run`",

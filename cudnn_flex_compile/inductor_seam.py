@@ -3,14 +3,16 @@
 Knows nothing of what the pass does. The option is documented, in torch/_inductor/config.py.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any, Protocol
+
+import torch
 
 from cudnn_flex_compile import torch_private
 
 PASS, TIMING = "pre_grad_custom_pass", "pre_grad_pass_timing"  # the latter since torch 2.13
-STOCK = {PASS: None}  # options of a torch.compile that compiles a kernel of Inductor's own
+STOCK: dict[str, Any] = {PASS: None}  # options of a torch.compile that compiles a kernel of Inductor's own
 
 
 class Pass(Protocol):
@@ -28,7 +30,7 @@ def config() -> Any:
     """Inductor's options. Raises RuntimeError where this torch has none."""
     options = torch_private.inductor_options()
     if options is None:
-        raise RuntimeError(f"torch {torch_private.torch.__version__} has no torch._inductor.config: nothing to install in")
+        raise RuntimeError(f"torch {torch.__version__} has no torch._inductor.config for install() to put a pass into")
     return options
 
 
@@ -74,7 +76,7 @@ def take_out() -> None:
 
 
 @contextmanager
-def stock() -> Iterator[None]:
+def stock() -> Generator[None]:
     """Has Inductor compile what is compiled within as if no pass of ours were in."""
     found = installed()
     with config().patch({PASS: found.before} if found is not None else {}):

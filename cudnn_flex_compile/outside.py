@@ -4,20 +4,20 @@ Knows nothing of what is done with calls. It listens only while somebody asks, a
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
 from torch.fx import Graph
 
 from cudnn_flex_compile import inductor_seam, torch_private
+from cudnn_flex_compile.call_report import BY_INDUCTOR, EAGERLY, Outside
 from cudnn_flex_compile.passes.caller import running_line
 from cudnn_flex_compile.passes.find import FLEX_ATTENTION, find_calls
-from cudnn_flex_compile.call_report import BY_INDUCTOR, EAGERLY, Outside
 
 
 @contextmanager
-def listening(found: Counter[Outside]) -> Iterator[None]:
+def listening(found: Counter[Outside]) -> Generator[None]:
     """Counts the calls in `found`, as long as this lasts."""
     with _inductor(found), _eager(found):
         yield
@@ -43,7 +43,7 @@ class _Observe(torch_private.custom_graph_pass()):
 
 
 @contextmanager
-def _inductor(found: Counter[Outside]) -> Iterator[None]:
+def _inductor(found: Counter[Outside]) -> Generator[None]:
     if inductor_seam.installed() is not None:  # then they are in graphs of ours
         yield
         return
@@ -55,7 +55,7 @@ def _inductor(found: Counter[Outside]) -> Iterator[None]:
 
 
 @contextmanager
-def _eager(found: Counter[Outside]) -> Iterator[None]:
+def _eager(found: Counter[Outside]) -> Generator[None]:
     """Stands before what runs the op eagerly, on tensors with data."""
     kernel = torch_private.eager_kernel(FLEX_ATTENTION)
     if kernel is None:

@@ -10,9 +10,7 @@ from typing import Any
 
 import torch
 
-from cudnn_flex_compile import torch_private
-
-from cudnn_flex_compile import inductor_seam
+from cudnn_flex_compile import inductor_seam, torch_private
 
 
 class Compiled:

@@ -11,18 +11,18 @@ from typing import Any
 from torch.fx import GraphModule
 from torch.utils.checkpoint import CheckpointPolicy
 
+from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.ops import attention_forward
 from cudnn_flex_compile.passes.find import FLEX_ATTENTION
 
-KEY = "_checkpoint_context_fn"  # where Dynamo leaves the context_fn of a checkpointed region, in its graph's meta
 SAVES = (True, CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE)
 
 
 def save_as_stock(region: GraphModule) -> None:
     """Changes the policy of a graph with lowered calls, if it is a region that is checkpointed by a policy."""
-    context_fn = region.meta.get(KEY)
+    context_fn = torch_private.context_fn_of(region)
     if context_fn is not None and not isinstance(context_fn, _Contexts):
-        region.meta[KEY] = _Contexts(context_fn)
+        torch_private.set_context_fn(region, _Contexts(context_fn))
 
 
 class _Contexts:
@@ -30,8 +30,9 @@ class _Contexts:
 
     def __init__(self, context_fn: Callable[[], Any]) -> None:
         self._context_fn = context_fn
-        if hasattr(context_fn, "cache_hash"):  # by which torch's caches know a policy
-            self.cache_hash = f"cudnn_flex {context_fn.cache_hash}"
+        known = getattr(context_fn, "cache_hash", None)  # by which torch's caches know a policy
+        if known is not None:
+            self.cache_hash = f"cudnn_flex {known}"
 
     def __call__(self) -> Any:
         contexts = self._context_fn()
