@@ -16,6 +16,7 @@ from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import BOOL, F32, I32, I64, SCORE, Expr
 from cudnn_flex_compile.scoremod.optable import ROWS, make
+from cudnn_flex_compile.scoremod.views import VIEWS, View, squeezed, view_of
 
 
 class Untraceable(Exception):
@@ -70,7 +71,7 @@ def trace(function: torch.nn.Module, takes_score: bool, captured: Sequence[Captu
         inputs = [torch.empty((), dtype=torch.float32, device=device)] if takes_score else []
         inputs += [torch.empty((), dtype=torch.int32, device=device) for _ in ir.AXES]
         inputs += [_stand_in(c, device) for c in captured]
-        graph = make_fx(without_items(function), tracing_mode="real")(*inputs).graph
+        graph = _aten_graph(function, inputs)
     leaves = [SCORE] if takes_score else []
     leaves += [ir.index(axis) for axis in ir.AXES]
     leaves += [c.leaf for c in captured]
@@ -100,6 +101,14 @@ def _leaves(index: Any) -> list[Any]:
 
 def _as_index(i: Any, device: torch.device) -> torch.Tensor:
     return torch.tensor(i, dtype=torch.int64, device=device) if isinstance(i, int) else i
+
+
+def _aten_graph(function: torch.nn.Module, inputs: Sequence[torch.Tensor]) -> torch.fx.Graph:
+    try:
+        return make_fx(without_items(function), tracing_mode="real")(*inputs).graph
+    except Exception as error:  # torch's, about a step of the user's function: `fbk[:, kv]` reads a number, for one
+        first = str(error).strip().split("\n")[0]
+        raise Untraceable(f"a step that make_fx cannot trace ({type(error).__name__}: {first})") from error
 
 
 def _stand_in(captured: Captured, device: torch.device) -> torch.Tensor:
@@ -149,7 +158,9 @@ class _Reader:
                 return self._tensor(self._value(node.args[0]))
         raise Untraceable("a graph without an output")
 
-    def _constant(self, tensor: torch.Tensor) -> Expr:
+    def _constant(self, tensor: Any) -> Expr:
+        if not isinstance(tensor, torch.Tensor):
+            raise Untraceable("an op that takes functions, such as torch.cond,")
         if tensor.numel() != 1:
             raise Untraceable("a tensor constant of several elements")
         with torch_private.without_modes():
@@ -162,9 +173,28 @@ class _Reader:
 
     def _tensor(self, value: Any) -> Expr:
         """A captured tensor that is used without an index is 0-d."""
+        if isinstance(value, View):
+            raise Untraceable(f"a vector of {len(value.left)} dimensions inside a function")
         return make("gather", value) if isinstance(value, Expr) and value.kind == "capture" else value
 
-    def _call(self, node: torch.fx.Node) -> Expr:
+    def _view(self, name: str, node: torch.fx.Node, args: tuple[Any, ...]) -> View | None:
+        """What a step of indexing leaves of a captured tensor, if the node is one."""
+        source = args[0] if args else None
+        if isinstance(source, Expr) and source.kind == "capture":
+            source = view_of(source, _example(node.args[0]).dim())
+        if not isinstance(source, View) or not source.left:
+            return None
+        sizes = _example(node.args[0]).shape
+        if name == "squeeze":
+            dims = args[1] if len(args) > 1 else range(len(sizes))
+            return squeezed(source, sizes, (dims,) if isinstance(dims, int) else dims)
+        if name == "slice" and _example(node).shape == sizes:
+            return source
+        if name == "index" and any(i is not None and not isinstance(i, Expr) for i in args[1]):
+            raise Untraceable("an index that is a captured vector")
+        return VIEWS[name](source, *args[1:]) if name in VIEWS else None
+
+    def _call(self, node: torch.fx.Node) -> Any:
         target: Any = node.target
         name = target.overloadpacket.__name__ if isinstance(target, torch_private.OpOverload) else None
         if name is None:
@@ -173,19 +203,27 @@ class _Reader:
         example = node.meta["val"]
         if not isinstance(example, torch.Tensor):
             raise Untraceable(f"{name}, which has several results,")
+        view = self._view(name, node, args) if not kwargs else None
+        if view is not None and len(view.left) != example.dim():
+            raise Untraceable("an index that is a vector")
+        if view is not None:
+            return view if view.left else make("gather", view.source, *(i for i in view.indices if i is not None))
         if example.dim() != 0:
             raise Untraceable(f"{name} with a result of {example.dim()} dimensions, not a number,")
-        if name not in ("index", "select"):
-            args = tuple(self._tensor(a) for a in args)
+        args = tuple(self._tensor(a) for a in args)
         _check_integers(name, node)
         try:
             if name in SPECIAL:
                 return _typed(name, SPECIAL[name](example, *args, **kwargs), example)
             if name in DIRECT and not kwargs:
                 return _typed(name, make(DIRECT[name], *numbers(args)), example)
-        except TypeError as error:  # arguments that neither the row nor the reader of this op takes
+        except (TypeError, AttributeError) as error:  # arguments that neither the row nor the reader of this op takes
             raise Untraceable(f"{name} ({error})") from error
         raise Untraceable(name)
+
+
+def _example(arg: Any) -> torch.Tensor:
+    return arg.meta["val"]
 
 
 DO_NOT_WRAP = (
@@ -385,18 +423,6 @@ def _masked_fill(example: Any, x: Expr, condition: Expr, value: Any) -> Expr:
     return make("where", condition, *reversed(numbers((x, value))))
 
 
-def _index(example: Any, source: Any, indices: Sequence[Any]) -> Expr:
-    if not isinstance(source, Expr) or source.kind != "capture" or any(i is None for i in indices):
-        raise Untraceable("an index of what is no captured tensor")
-    return make("gather", source, *indices)
-
-
-def _select(example: Any, source: Any, dim: int, position: int) -> Expr:
-    if not isinstance(source, Expr) or source.kind != "capture" or dim != 0 or position < 0:
-        raise Untraceable("select")
-    return make("gather", source, ir.const(position, I64))
-
-
 SPECIAL: dict[str, Callable[..., Expr]] = {
     "add": _with_alpha("add"), "sub": _with_alpha("sub"), "rsub": _rsub, "div": _div, "pow": _pow,
     "bitwise_and": _bitwise("and", "bitand"), "__and__": _bitwise("and", "bitand"),
@@ -411,5 +437,4 @@ SPECIAL: dict[str, Callable[..., Expr]] = {
     "view": _same, "contiguous": _same, "scalar_tensor": _filled(None), "full": _filled(None),
     "new_full": _filled(None), "full_like": _filled(None), "zeros": _filled(0), "new_zeros": _filled(0),
     "zeros_like": _filled(0), "ones": _filled(1), "new_ones": _filled(1), "ones_like": _filled(1),
-    "index": _index, "select": _select,
 }  # fmt: skip

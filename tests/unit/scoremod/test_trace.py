@@ -129,6 +129,12 @@ def test_masks_that_are_easily_got_wrong(source: str) -> None:
         "torch.tanh(score / 2) * torch.tensor(3)",
         "f0",
         "score * 0 + i0",
+        "score + fbk[b][kv]",
+        "score + table[h][q - kv + 6]",
+        "score + table[0][kv] + table[-1, q] + table[1][-2]",
+        "score + fbk.T[kv, b] + fbk.t()[kv][b] + fbk.transpose(0, 1)[kv, b] + fbk.permute(1, 0)[kv][b]",
+        "score + fbk.unsqueeze(1)[b][0][kv] + fbk[None][0, b, kv] + fbk.unsqueeze(0).squeeze(0)[b][kv]",
+        "score + fbk.select(0, 1)[kv] + fbk.select(-1, -1)[b]",
     ],
 )
 def test_scores_that_are_easily_got_wrong(source: str) -> None:
@@ -143,7 +149,8 @@ def test_scores_that_are_easily_got_wrong(source: str) -> None:
         ("score % 2", "remainder"), ("score // 2", "floor_divide"), ("torch.fmod(score, 2.0)", "fmod"),
         ("torch.lgamma(score)", "lgamma"), ("score ** score", "pow"), ("2 ** score", "pow"),
         ("torch.round(score)", "round"),
-        ("score.clamp(min=score * 2)", "clamp"), ("score + fh.sum()", "sum"), ("score + fbk[b][kv]", "dimensions"),
+        ("score.clamp(min=score * 2)", "clamp"), ("score + fh.sum()", "sum"), ("score + fbk[b].sum()", "vector"),
+        ("score + fbk[:, kv][b]", "make_fx"), ("score + table[h][ik].sum()", "vector"),
         ("torch.nn.functional.softplus(score, beta=2)", "softplus"), ("torch.rand(()) + score", "rand"),
         ("torch.nn.functional.logsigmoid(score)", "log_sigmoid"),  # an op of two results
         ("torch.relu(q - kv) + score", "relu"), ("torch.sign(q - kv) + score", "sign"),

@@ -1,0 +1,85 @@
+"""Captured tensors that a function indexes step by step, as in `bias[b][h][q, kv]`: what is still to be indexed.
+
+Must not know ATen graphs or the op table: trace.py calls these functions with a graph's arguments.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod.ir import I64, Expr
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A captured tensor, some of whose dimensions are indexed.
+
+    Attributes:
+        source: the captured tensor's leaf.
+        indices: for each of its dimensions the index, None for one that is left.
+        left: for each dimension of the view the tensor's own; None for one of size 1 that it does not have.
+    """
+
+    source: Expr
+    indices: tuple[Expr | None, ...]
+    left: tuple[int | None, ...]
+
+
+def view_of(source: Expr, dims: int) -> View:
+    """The whole tensor."""
+    return View(source, (None,) * dims, tuple(range(dims)))
+
+
+def _indexed(view: View, chosen: dict[int, Expr]) -> View:
+    indices = list(view.indices)
+    for dim, position in chosen.items():
+        own = view.left[dim]
+        if own is not None:
+            indices[own] = position
+    left = tuple(own for dim, own in enumerate(view.left) if dim not in chosen)
+    return replace(view, indices=tuple(indices), left=left)
+
+
+def _index(view: View, indices: Sequence[Expr | None]) -> View:
+    return _indexed(view, {dim: position for dim, position in enumerate(indices) if position is not None})
+
+
+def _select(view: View, dim: int, position: int) -> View:
+    return _indexed(view, {dim % len(view.left): ir.const(position, I64)})
+
+
+def _permute(view: View, order: Sequence[int]) -> View:
+    return replace(view, left=tuple(view.left[dim] for dim in order))
+
+
+def _transpose(view: View, first: int, second: int) -> View:
+    order = list(range(len(view.left)))
+    order[first], order[second] = order[second], order[first]
+    return _permute(view, order)
+
+
+def _turned(view: View) -> View:
+    return _permute(view, range(len(view.left))[::-1])
+
+
+def _unsqueeze(view: View, dim: int) -> View:
+    left = list(view.left)
+    left.insert(dim % (len(left) + 1), None)
+    return replace(view, left=tuple(left))
+
+
+def _same(view: View) -> View:
+    return view
+
+
+VIEWS: dict[str, Callable[..., View]] = {
+    "index": _index, "select": _select, "permute": _permute, "transpose": _transpose, "t": _turned,
+    "numpy_T": _turned, "unsqueeze": _unsqueeze, "alias": _same, "detach": _same,
+}  # fmt: skip
+
+
+def squeezed(view: View, sizes: Sequence[Any], dims: Sequence[int]) -> View:
+    """The view without those of `dims` that have size 1: their index is 0."""
+    gone = [dim % len(sizes) for dim in dims]
+    return _indexed(view, {dim: ir.const(0, I64) for dim in gone if sizes[dim] == 1})
