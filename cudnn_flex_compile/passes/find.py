@@ -121,8 +121,8 @@ def _has_effect(node: Node) -> bool:
 def scale_of(call: Call) -> float | None:
     """The scale; one that depends on sizes alone is specialized, as head dims are. None if it is data."""
     value = example(call.scale)
-    if isinstance(value, (int, float)):
-        return float(value)
+    if isinstance(value, torch.Tensor):
+        return None
     try:
         return float(value)
     except (TypeError, GuardOnDataDependentSymNode):
@@ -132,6 +132,11 @@ def scale_of(call: Call) -> float | None:
 def hint(size: Any) -> int:
     """A size as it is in the call that is being compiled; makes no guard."""
     return size if isinstance(size, int) else int(torch_private.hint_of(size))
+
+
+def is_data(size: Any) -> bool:
+    """Whether a size or a number depends on data, so that it has no value before the call runs."""
+    return isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)) and torch_private.hint_of(size) is None
 
 
 def example(value: Any) -> Any:
@@ -172,9 +177,7 @@ _dead: "weakref.WeakKeyDictionary[Graph, Names]" = weakref.WeakKeyDictionary()
 _writers: "weakref.WeakKeyDictionary[Graph, Names]" = weakref.WeakKeyDictionary()
 
 
-def _read_once(
-    known: "weakref.WeakKeyDictionary[Graph, Names]", graph: Graph, read: Callable[[Graph], Names]
-) -> Names:
+def _read_once(known: "weakref.WeakKeyDictionary[Graph, Names]", graph: Graph, read: Callable[[Graph], Names]) -> Names:
     if graph not in known:
         known[graph] = read(graph)
     return known[graph]
@@ -200,12 +203,15 @@ def written(node: Node) -> list[Any]:
 
 
 def find_calls(graph_module: GraphModule) -> Iterator[Call]:
-    """All calls, also those in nested graphs such as checkpointed regions, in the order of execution."""
+    """All calls, also those in nested graphs such as checkpointed regions, in the order of execution.
+
+    A call in a graph that is called several times comes as many times.
+    """
     for node in list(graph_module.graph.nodes):
         if node.op != "call_function":
             continue
         if node.target is FLEX_ATTENTION:
-            yield _read(graph_module, node)
+            yield read_call(graph_module, node)
             continue
         for argument in node.args:
             nested = _submodule(graph_module, argument)
@@ -222,7 +228,8 @@ def _submodule(graph_module: GraphModule, argument: Any) -> GraphModule | None:
     return found if isinstance(found, GraphModule) else None
 
 
-def _read(graph_module: GraphModule, node: Node) -> Call:
+def read_call(graph_module: GraphModule, node: Node) -> Call:
+    """The call that a flex_attention node of the module's graph is."""
     query, key, value, score_mod, block_mask, scale, kernel_options, *captured = node.args
     mask: Any = block_mask
     block_sizes = mask[-3], mask[-2]

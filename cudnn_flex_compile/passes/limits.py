@@ -9,12 +9,13 @@ from collections.abc import Sequence
 import torch
 
 from cudnn_flex_compile import torch_private
-from cudnn_flex_compile.passes.find import Call, example, hint, scale_of
+from cudnn_flex_compile.passes.find import Call, example, hint, is_data, scale_of
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.partition import HALF, Hoisted
 
 MIB = 2**20
+UNFORCED = {"BACKEND": "AUTO", "FORCE_USE_FLEX_ATTENTION": False}  # options that name a kernel, and what names none
 
 
 def unsuitable(call: Call) -> Reason | None:
@@ -22,13 +23,16 @@ def unsuitable(call: Call) -> Reason | None:
     if torch_private.needed_for_lowering:
         return Reason(Code.TORCH, ", ".join(name.where for name in torch_private.needed_for_lowering))
     tensors = [example(n) for n in (call.query, call.key, call.value)]
-    forced = call.kernel_options.get("BACKEND", "AUTO")
-    if forced != "AUTO" or call.kernel_options.get("FORCE_USE_FLEX_ATTENTION"):
-        return Reason(Code.FORCED_BACKEND, f"kernel_options ask for {forced}")
+    for name, unforced in UNFORCED.items():
+        if call.kernel_options.get(name, unforced) != unforced:
+            return Reason(Code.FORCED_BACKEND, f"kernel_options have {name}={call.kernel_options[name]!r}")
     if call.uses(2):
         return Reason(Code.MAX_SCORES, "the largest scores are used")
     if scale_of(call) is None:
-        return Reason(Code.UNSUPPORTED_CALL, "the scale changes between calls")
+        given = "a tensor" if isinstance(example(call.scale), torch.Tensor) else "data"
+        return Reason(Code.UNSUPPORTED_CALL, f"the scale is {given}, not a number that is known before the call")
+    if _of_data(call):
+        return Reason(Code.DATA_DEPENDENT, f"{_of_data(call)} depends on data")
     if tensors[0].device.type not in ("cuda", "cpu"):
         return Reason(Code.DEVICE, f"tensors are on {tensors[0].device}")
     if any(type(t) is not type(tensors[0]) or t.is_nested or torch_private.wraps_tensors(t) for t in tensors):
@@ -36,6 +40,20 @@ def unsuitable(call: Call) -> Reason | None:
         return Reason(Code.UNSUPPORTED_CALL, f"tensors of different, nested or wrapping types: {', '.join(types)}")
     if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
         return Reason(Code.CAPTURING, "this call was compiled while a CUDA graph was captured", lasting=False)
+    return None
+
+
+def _of_data(call: Call) -> str | None:
+    """What of a call has no size before it runs: tokens that a mask picks, for one."""
+    for name in ("query", "key", "value"):
+        shape = example(getattr(call, name)).shape
+        if any(map(is_data, shape)):
+            return f"the {name}'s shape {tuple(shape)}"
+    for value in map(example, [*call.score_captured, *call.mask_captured, *call.blocks, *call.block_sizes]):
+        if isinstance(value, torch.Tensor) and any(map(is_data, value.shape)):
+            return f"the shape {tuple(value.shape)} of a tensor that a function or the BlockMask has"
+        if is_data(value):
+            return f"a number that a function or the BlockMask has, {value},"
     return None
 
 

@@ -20,7 +20,7 @@ from cudnn_flex_compile.passes.autocast import with_casts, without_casts
 from cudnn_flex_compile.passes.checkpoint_policy import save_as_stock
 from cudnn_flex_compile.passes.context import Context, mask_of
 from cudnn_flex_compile.passes.describe import describe_functions
-from cudnn_flex_compile.passes.find import Call, find_calls
+from cudnn_flex_compile.passes.find import Call, find_calls, read_call
 from cudnn_flex_compile.passes.hoist import Writer
 from cudnn_flex_compile.passes.prune import live_nodes, prune
 from cudnn_flex_compile.passes.roads import lower_or_reason
@@ -48,13 +48,14 @@ def lower_calls(graph_module: GraphModule, example_inputs: Sequence[Any], option
     reports: list[CallReport] = []
     changed: list[GraphModule] = []
     live: dict[Graph, set[Node]] = {}
-    for call in find_calls(graph_module):  # lazily: each call is read after those before it were rewritten
-        if call.node.graph not in live:
-            live[call.node.graph] = live_nodes(call.node.graph)
-        report = _lower(call, context)
-        reports.append(report)
-        if report.reason is None:
-            changed.append(call.graph_module)
+    known: dict[Node, CallReport] = {}
+    for module, node in [(call.graph_module, call.node) for call in found]:
+        if node not in known:  # of a region that is called several times, each call counts, and is lowered once
+            if node.graph not in live:
+                live[node.graph] = live_nodes(node.graph)
+            known[node] = _lower(read_call(module, node), context)  # after those before it were rewritten
+            changed += [module] if known[node].reason is None else []
+        reports.append(known[node])
     for module in {id(m): m for m in [*changed, *([graph_module] if changed else [])]}.values():
         save_as_stock(module)
         prune(module.graph, live.get(module.graph, set()))

@@ -27,6 +27,7 @@ from cudnn_flex_compile.scoremod.simplify import normalize
 from cudnn_flex_compile.scoremod.trace import Captured, Untraceable, trace
 
 KEPT = 256
+LONGEST, MOST = 200, 2**15  # ops of a function that follow one another, and all of them: what recursion goes through
 _known: "OrderedDict[Hashable, Traced | Reason]" = OrderedDict()
 _lock = new_lock()
 
@@ -107,12 +108,24 @@ def _digest(key: tuple[Hashable, ...]) -> str:
     return hashlib.blake2b(repr((*key[:-1], key[-1].type)).encode(), digest_size=20).hexdigest()  # pyright: ignore
 
 
+def _too_large(name: str, root: Expr) -> Reason | None:
+    longest, count = ir.extent(root)
+    if longest > LONGEST:
+        return Reason(Code.TOO_LARGE, f"the {name} has {longest} ops one after another, more than {LONGEST}")
+    if count > MOST:
+        return Reason(Code.TOO_LARGE, f"the {name} has more than {MOST} ops, shared ones counted for each use")
+    return None
+
+
 def _trace(call: Call, captures: Captures, fingerprint: str | None) -> Traced | Reason:
     device = example(call.query).device
     try:
         with phase("trace"):
             score = trace(call.score_mod, True, captures.of_score, device)
             mask = trace(call.mask_mod, False, captures.of_mask, device)
+        large = _too_large("score_mod", score) or _too_large("mask_mod", mask)
+        if large is not None:
+            return large
         with phase("solve"):
             whole = normalize(ir.program(narrow(score), narrow(mask)))
             program, hoisted = partition(whole, captures.stored, captures.learned)

@@ -175,6 +175,15 @@ def walk(*roots: Expr) -> Iterator[Expr]:
             stack.extend((a, False) for a in reversed(node.args) if a not in seen)
 
 
+def extent(root: Expr) -> tuple[int, int]:
+    """How many ops follow one another at most, and how many there are where shared ones are counted for each use."""
+    found: dict[Expr, tuple[int, int]] = {}
+    for node in walk(root):
+        args = [found[a] for a in node.args]
+        found[node] = 1 + max((depth for depth, _ in args), default=0), 1 + sum(count for _, count in args)
+    return found[root]
+
+
 def rebuild(root: Expr, leaf: "dict[Expr, Expr]") -> Expr:
     """`root` with the nodes that are keys of `leaf` replaced."""
     done: dict[Expr, Expr] = dict(leaf)
