@@ -168,6 +168,23 @@ def traces_backwards() -> bool:
 
 # Reading Dynamo's graphs.
 OpOverload: type = type(torch.ops.aten.add.Tensor)  # what torch._ops.OpOverload names
+OpOverloadPacket: type = type(torch.ops.aten.add)
+HigherOrderOperator: Any = _now(
+    "torch._ops:HigherOrderOperator", "what a node with regions writes into",
+    "such a node is taken to write into all that it is given", type(NotImplemented),
+)  # fmt: skip
+dispatch_mode: Any = _now(
+    "torch.utils._python_dispatch:TorchDispatchMode", "what a function of several ops writes into",
+    "it is taken to write into all that it is given", object,
+)  # fmt: skip
+is_wrapped: Callable[[torch.Tensor], bool] = _now(
+    "torch:_C._functorch.is_functorch_wrapped_tensor", "whether a tensor is one inside vmap",
+    "such a tensor is taken to share memory with all others", lambda tensor: False,
+)  # fmt: skip
+unwrapped: Callable[[torch.Tensor], torch.Tensor] = _now(
+    "torch:_C._functorch.get_unwrapped", "what a tensor inside vmap is made of",
+    "such a tensor is taken to share memory with all others", lambda tensor: torch.empty(0).to_sparse(),
+)  # fmt: skip
 wraps_tensors: Callable[[Any], bool] = _now(
     "torch.utils._python_dispatch:is_traceable_wrapper_subclass", "whether a tensor is made of others, as DTensors are",
     "the method by which such a type is known", lambda tensor: hasattr(type(tensor), "__tensor_flatten__"),

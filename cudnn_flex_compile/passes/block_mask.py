@@ -12,7 +12,7 @@ import torch
 from torch.fx import Node
 
 from cudnn_flex_compile import ops, torch_private
-from cudnn_flex_compile.passes.find import Call, changes, example, hint
+from cudnn_flex_compile.passes.find import Call, example, hint
 from cudnn_flex_compile.passes.hoist import Writer
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
@@ -119,11 +119,6 @@ class Guards:
 
     def __init__(self, writer: Writer, on_device: bool) -> None:
         self._writer, self._on_device = writer, on_device
-        self._written: dict[tuple[Any, ...], Node] = {}
-
-    def forget(self) -> None:
-        """Compares anew from now on."""
-        self._written.clear()
 
     def unsuitable(self, call: Call, mask: MaskProgram) -> Reason | None:
         """A reason against a comparison on the device."""
@@ -157,16 +152,12 @@ class Guards:
         return Written(tensors, [len(blocks), len(captured), *call.block_sizes], text(program))
 
     def _guard(self, call: Call, mask: MaskProgram, program: str) -> Node:
-        blocks = present(call)
-        captured = [mask.nodes[n] for n in mask.leaves]
-        changed = changes([*blocks, *captured], call.node)
         shapes = _shapes(call)
         sizes = tuple(n if isinstance(n, int) else torch_private.expression_of(n) for n in shapes)
-        key = (call.node.graph, *blocks, *captured, program, call.block_sizes, sizes, changed)
-        if key not in self._written:
-            write = self._compared_on_device if self._on_device else self._compared
-            self._written[key] = write(call, mask, program, shapes)
-        return self._written[key]
+        write = self._compared_on_device if self._on_device else self._compared
+        sources = [*present(call), *(mask.nodes[n] for n in mask.leaves)]
+        kind = ("check", program, call.block_sizes, sizes)
+        return self._writer.once(kind, sources, call.node, lambda: write(call, mask, program, shapes))
 
     def _compared(self, call: Call, mask: MaskProgram, program: str, shapes: list[Any]) -> Node:
         captured = [mask.nodes[n] for n in ir.walk(mask.own) if n.kind == "capture"]

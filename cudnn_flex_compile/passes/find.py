@@ -4,10 +4,9 @@ Knows nothing of what becomes of them. The node's signature differs between torc
 is the last element of the block mask tuple, the block sizes are the two before it, outputs go by position.
 """
 
-import itertools
 import operator
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +16,12 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.passes.caller import running_line
+from cudnn_flex_compile.passes.effects import has_effect, submodule
 
 FLEX_ATTENTION: Any = getattr(torch.ops.higher_order, "flex_attention", None)  # a torch without has no such calls
-IN_PLACE = {"setitem", "__setitem__", *(n for n in dir(operator) if n.startswith("i") and hasattr(operator, n[1:]))}
 NO_BLOCKS = 1 << 30  # the block size that flex_attention gives an absent BlockMask
+# Names of what is dead in a graph as Dynamo made it: the pass writes no such node. The nodes would keep it alive.
+_dead: "weakref.WeakKeyDictionary[Graph, frozenset[str]]" = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +69,17 @@ class Call:
 
         HuggingFace's models, for one, scale the LSE and drop it.
         """
-        dead = _read_once(_dead, self.node.graph, _dead_names)
-        return any(user.name not in dead for node in self.output(position) for user in node.users)
+        graph = self.node.graph
+        if graph not in _dead:
+            _dead[graph] = _dead_names(graph)
+        return any(user.name not in _dead[graph] for node in self.output(position) for user in node.users)
 
     def differentiates(self, position: int) -> bool:
         """Whether a gradient may flow from a result of the graph to the output; not if all of its uses are detached."""
         seen, left = set(self.output(position)), list(self.output(position))
         while left:
             node = left.pop()
-            if node.op == "output" or (node not in self.output(position) and _has_effect(node)):
+            if node.op == "output" or (node not in self.output(position) and has_effect(node)):
                 return True
             if _may_require_grad(torch_private.example_of(node, True)):
                 left += [user for user in node.users if user not in seen]
@@ -101,7 +104,7 @@ def _dead_names(graph: Graph) -> frozenset[str]:
     """The nodes that reach no result of the graph, and nothing with an effect."""
     dead: set[str] = set()
     for node in reversed(graph.nodes):
-        if not _has_effect(node) and all(user.name in dead for user in node.users):
+        if all(user.name in dead for user in node.users) and not has_effect(node):
             dead.add(node.name)
     return frozenset(dead)
 
@@ -111,11 +114,6 @@ def _may_require_grad(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return any(_may_require_grad(v) for v in value)  # pyright: ignore[reportUnknownVariableType]
     return value.requires_grad if isinstance(value, torch.Tensor) else True
-
-
-def _has_effect(node: Node) -> bool:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return node.is_impure() or node.target is operator.setitem or str(name).endswith("_")
 
 
 def scale_of(call: Call) -> float | None:
@@ -156,52 +154,6 @@ def ancestors(nodes: Iterable[Node]) -> set[Node]:
     return seen
 
 
-def changes(tensors: Sequence[Any], before: Node) -> tuple[Node, ...]:
-    """The nodes of the graph above `before` that change one of the tensors, or what it is a view of, in place."""
-    graph, storages = before.graph, {_storage(t) for t in tensors} - {None}
-    names = _read_once(_writers, graph, _writer_names) if storages else ()
-    above = itertools.takewhile(lambda node: node is not before, graph.nodes if names else ())
-    writers = (node for node in above if node.name in names)
-    return tuple(node for node in writers if any(_storage(t) in storages for t in written(node)))
-
-
-def _writer_names(graph: Graph) -> frozenset[str]:
-    """The nodes that change a tensor in place."""
-    return frozenset(n.name for n in graph.nodes if any(_storage(t) is not None for t in written(n)))
-
-
-# What is read of a graph once, as Dynamo made it: the pass writes no node that changes a tensor, and none that is dead.
-# By name, for a node would keep its graph alive.
-Names = frozenset[str]
-_dead: "weakref.WeakKeyDictionary[Graph, Names]" = weakref.WeakKeyDictionary()
-_writers: "weakref.WeakKeyDictionary[Graph, Names]" = weakref.WeakKeyDictionary()
-
-
-def _read_once(known: "weakref.WeakKeyDictionary[Graph, Names]", graph: Graph, read: Callable[[Graph], Names]) -> Names:
-    if graph not in known:
-        known[graph] = read(graph)
-    return known[graph]
-
-
-def _storage(value: Any) -> int | None:
-    tensor = torch_private.example_of(value, None) if isinstance(value, Node) else None
-    try:
-        return torch_private.storage_of(tensor) if isinstance(tensor, torch.Tensor) else None
-    except NotImplementedError:  # inside vmap, as create_block_mask is
-        return None
-
-
-def written(node: Node) -> list[Any]:
-    """The arguments that a node changes in place."""
-    if isinstance(node.target, torch_private.OpOverload):
-        arguments = torch_private.schema_of(node.target).arguments
-        given = [node.kwargs.get(a.name, node.args[i] if i < len(node.args) else None) for i, a in enumerate(arguments)]
-        return [v for a, v in zip(arguments, given, strict=True) if a.is_write]
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    in_place = (name.endswith("_") and not name.endswith("__")) or name in IN_PLACE or node.kwargs.get("inplace")
-    return [*(node.args[:1] if in_place and node.op.startswith("call_") else ()), node.kwargs.get("out")]
-
-
 def find_calls(graph_module: GraphModule) -> Iterator[Call]:
     """All calls, also those in nested graphs such as checkpointed regions, in the order of execution.
 
@@ -214,18 +166,9 @@ def find_calls(graph_module: GraphModule) -> Iterator[Call]:
             yield read_call(graph_module, node)
             continue
         for argument in node.args:
-            nested = _submodule(graph_module, argument)
+            nested = submodule(graph_module, argument)
             if nested is not None:
                 yield from find_calls(nested)
-
-
-def _submodule(graph_module: GraphModule, argument: Any) -> GraphModule | None:
-    if not isinstance(argument, Node) or argument.op != "get_attr":
-        return None
-    found: Any = graph_module
-    for name in str(argument.target).split("."):
-        found = getattr(found, name)
-    return found if isinstance(found, GraphModule) else None
 
 
 def read_call(graph_module: GraphModule, node: Node) -> Call:
@@ -234,7 +177,7 @@ def read_call(graph_module: GraphModule, node: Node) -> Call:
     mask: Any = block_mask
     block_sizes = mask[-3], mask[-2]
     absent = all(size == NO_BLOCKS for size in block_sizes) and _made_here(mask[2])
-    score_graph, mask_graph = (_submodule(graph_module, m) for m in (score_mod, mask[-1]))
+    score_graph, mask_graph = (submodule(graph_module, m) for m in (score_mod, mask[-1]))
     if score_graph is None or mask_graph is None:
         raise TypeError(f"flex_attention's score_mod and mask_mod are {score_mod}, {mask[-1]}: expected subgraphs")
     empty: tuple[Any, ...] = ()

@@ -1,25 +1,29 @@
 """Writes what is computed outside the kernel into the surrounding graph, as nodes that the inner backend fuses.
 
-Knows nothing of cuDNN. Each node is written once per graph: calls that need the same value share it.
+Knows nothing of cuDNN. Each node is written once per graph: calls that need the same value share it, unless something
+between them may write into what it is computed from (effects.py).
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch.fx import Node, Proxy
+from torch.fx import GraphModule, Node, Proxy
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.proxy import GraphAppendingTracer
 
 from cudnn_flex_compile import ops, torch_private
 from cudnn_flex_compile.passes.compact import counts_of, order_of, slots_of
-from cudnn_flex_compile.passes.find import changes, example
+from cudnn_flex_compile.passes.effects import Writers
+from cudnn_flex_compile.passes.find import example
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.hoisting import LENGTH, computed
 from cudnn_flex_compile.scoremod.ir import F32, Expr
 from cudnn_flex_compile.scoremod.masks.intervals import endpoints_of
 from cudnn_flex_compile.scoremod.partition import Hoisted
+
+Made = TypeVar("Made")
 
 
 def operand_value(
@@ -86,38 +90,48 @@ class KeyOrder:
 
 
 class Writer:
-    """Writes operands into graphs, each once for all calls that need the same value."""
+    """Writes operands into graphs, each once for all calls that need the same value.
 
-    def __init__(self) -> None:
-        self._written: dict[tuple[Any, ...], Node] = {}
-        self._orders: dict[tuple[Any, ...], KeyOrder] = {}
-        self._endpoints: dict[tuple[Any, ...], tuple[Node, Node]] = {}
+    Args:
+        root: the graph that Dynamo made; others are nested in it.
+    """
+
+    def __init__(self, root: GraphModule) -> None:
+        self.writers = Writers(root)
+        self._written: dict[tuple[Any, ...], Any] = {}
 
     def forget(self) -> None:
         """Writes everything anew from now on; what was written stays for those that use it."""
         self._written.clear()
-        self._orders.clear()
-        self._endpoints.clear()
+
+    def once(self, kind: tuple[Any, ...], sources: Sequence[Any], before: Node, write: Callable[[], Made]) -> Made:
+        """What `write` makes above `before`: the same for all that ask for one kind with the same sources, until
+        something may write into one of the sources.
+        """
+        shared = (before.graph, *kind, *sources, self.writers.above(sources, before))
+        if shared not in self._written:
+            self._written[shared] = write()
+        return self._written[shared]
 
     def write(self, hoisted: Hoisted, captured: dict[Expr, Any], query: Node, key: Node, before: Node) -> Node:
         """The node of an operand, above `before`."""
-        graph = before.graph
-        leaves = [n for n in ir.walk(hoisted.expression) if n.kind in ("capture", "scalar") and n is not LENGTH]
-        nodes = [captured[n] for n in leaves]
-        sizes = tuple(_known(example(n).shape[d]) for n, d in ((query, 0), (query, 1), (query, 2), (key, 2)))
-        shared = (graph, hoisted, *nodes, *sizes, example(query).device, changes(nodes, before))
-        if shared not in self._written:
+
+        def write() -> Node:
             first = before.prev
-            with graph.inserting_before(before):
-                tracer = GraphAppendingTracer(graph)
-                self._written[shared] = self._trace(hoisted, captured, query, key, tracer)
+            with before.graph.inserting_before(before):
+                operand = self._trace(hoisted, captured, query, key, GraphAppendingTracer(before.graph))
             _annotate(first.next, before, example(query).fake_mode)
-        return self._written[shared]
+            return operand
+
+        leaves = [n for n in ir.walk(hoisted.expression) if n.kind in ("capture", "scalar") and n is not LENGTH]
+        sizes = tuple(_known(example(n).shape[d]) for n, d in ((query, 0), (query, 1), (query, 2), (key, 2)))
+        kind = ("operand", hoisted, *sizes, example(query).device)
+        return self.once(kind, [captured[n] for n in leaves], before, write)
 
     def write_order(self, columns: Node, key: Node, before: Node) -> KeyOrder:
         """How the keys that `columns` shows come to the front, above `before`."""
-        shared = (before.graph, columns)
-        if shared not in self._orders:
+
+        def write() -> KeyOrder:
             first = before.prev
             with before.graph.inserting_before(before):
                 tracer = GraphAppendingTracer(before.graph)
@@ -128,8 +142,9 @@ class Writer:
                     slots = slots_of(bias, counts, span)
                     order = order_of(slots, span)
             _annotate(first.next, before, example(key).fake_mode)
-            self._orders[shared] = KeyOrder(counts.node, order.node, slots.node)
-        return self._orders[shared]
+            return KeyOrder(counts.node, order.node, slots.node)
+
+        return self.once(("order",), [columns], before, write)
 
     def write_endpoints(
         self, mask: Expr, operands: Sequence[Node], ints: Sequence[Any], floats: Sequence[Node], call: Sequence[Node]
@@ -141,8 +156,8 @@ class Writer:
         """
         query, key, before = call
         sizes = (*example(query).shape[:3], example(key).shape[2])
-        shared = (before.graph, mask, *operands, *ints, *floats, *sizes)
-        if shared not in self._endpoints:
+
+        def write() -> tuple[Node, Node]:
             first = before.prev
             with before.graph.inserting_before(before):
                 tracer = GraphAppendingTracer(before.graph)
@@ -152,8 +167,9 @@ class Writer:
                 with _ProxyFactories(tracer):
                     found = endpoints_of(mask, of_mask, numbers, scalars, sizes, example(query).device)
             _annotate(first.next, before, example(query).fake_mode)
-            self._endpoints[shared] = found.table.node, found.most.node
-        return self._endpoints[shared]
+            return found.table.node, found.most.node
+
+        return self.once(("endpoints", mask, *sizes), [*operands, *ints, *floats], before, write)
 
     def write_function(self, function: Callable[..., torch.Tensor], inputs: Sequence[Node], before: Node) -> Node:
         """The node of a function's result, above `before`, for inputs of these sizes; anew for each call."""

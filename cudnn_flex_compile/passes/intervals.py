@@ -16,7 +16,7 @@ from cudnn_flex_compile import ops, torch_private
 from cudnn_flex_compile.engine.tiles import Geometry, tiler_of
 from cudnn_flex_compile.kernels.block_mask import agree_with_endpoints
 from cudnn_flex_compile.passes.block_mask import present
-from cudnn_flex_compile.passes.find import Call, changes, example, hint
+from cudnn_flex_compile.passes.find import Call, example, hint
 from cudnn_flex_compile.passes.hoist import Writer
 from cudnn_flex_compile.passes.target import Target
 from cudnn_flex_compile.passes.traced import Traced
@@ -110,20 +110,13 @@ class Tiles:
 
     def __init__(self, writer: Writer) -> None:
         self._writer = writer
-        self._written: dict[tuple[Any, ...], Node] = {}
-
-    def forget(self) -> None:
-        """Writes everything anew from now on."""
-        self._written.clear()
 
     def write(self, target: Target, operands: Sequence[Node], ints: Sequence[Any], floats: Sequence[Node]) -> Node:
         """The node of the list, above the call."""
-        call, mask = target.call, target.program.mask
-        graph, blocks = call.node.graph, present(call)
+        call, mask, blocks = target.call, target.program.mask, present(target.call)
         geometry = _geometry(target)
-        changed = changes([*blocks, *operands], call.node)
-        shared = (graph, mask, *operands, *ints, *floats, *blocks, call.block_sizes, geometry, changed)
-        if shared not in self._written:
+
+        def write() -> Node:
             place = (call.query, call.key, call.node)
             table, most = self._writer.write_endpoints(mask, operands, ints, floats, place)
             arguments = (
@@ -131,11 +124,13 @@ class Tiles:
                 *(list(operands), list(ints), list(floats), text(target.program)),
                 *(geometry.numbers, geometry.dtype, size_of(target)),
             )
-            with graph.inserting_before(call.node):
-                node = graph.call_function(ops.list_tiles, arguments)
+            with call.node.graph.inserting_before(call.node):
+                node = call.node.graph.call_function(ops.list_tiles, arguments)
             torch_private.set_example(node, example(table).new_empty(size_of(target)))
-            self._written[shared] = node
-        return self._written[shared]
+            return node
+
+        kind = ("tiles", mask, call.block_sizes, geometry)
+        return self._writer.once(kind, [*operands, *ints, *floats, *blocks], call.node, write)
 
     def _found(self, call: Call, table: Node, most: Node) -> Node:
         """How many endpoints there are, and whether the BlockMask's blocks, if there are any, agree with them."""

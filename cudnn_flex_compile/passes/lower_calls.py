@@ -39,7 +39,7 @@ def lower_calls(graph_module: GraphModule, example_inputs: Sequence[Any], option
         return [CallReport(source="unknown source", reason=reason)]
     pairs = zip(graph_module.graph.find_nodes(op="placeholder"), example_inputs, strict=False)
     real = {node: value for node, value in pairs if not torch_private.is_fake(value)}  # DDP's optimizer gives such
-    writer = Writer()
+    writer = Writer(graph_module)
     captures = options.captures_graphs
     tiled = options.intervals and not captures  # for which the host looks at two numbers a step
     tiles, guards = intervals.Tiles(writer) if tiled else None, block_mask.Guards(writer, captures)
@@ -87,6 +87,3 @@ def _take_back(call: Call, before: set[Node], context: Context) -> None:
         if node not in before and not node.users:
             graph.erase_node(node)
     context.operands.forget()
-    context.guards.forget()
-    if context.tiles is not None:
-        context.tiles.forget()

@@ -9,7 +9,8 @@ import operator
 
 from torch.fx import Graph, Node
 
-from cudnn_flex_compile.passes.find import ancestors, written
+from cudnn_flex_compile.passes.effects import has_effect
+from cudnn_flex_compile.passes.find import ancestors
 
 # Calls whose results share memory with nothing else.
 FACTORIES = {"arange", "empty", "full", "ones", "zeros", *(f"new_{n}" for n in ("empty", "full", "ones", "zeros"))}
@@ -21,6 +22,8 @@ BATCHED = {"_add_batch_dim", "_remove_batch_dim"}
 def prune(graph: Graph, before: set[Node]) -> None:
     """Erases, in place, what is dead now and was live before; what was dead before is the inner backend's to judge."""
     dead = before - live_nodes(graph)
+    if any(_name(node) in BATCHED for node in graph.nodes if node not in dead):  # the user's own, dead before
+        dead = {node for node in dead if _name(node) not in VMAP}
     for node in reversed(list(graph.nodes)):
         if node in dead and not node.users:
             graph.erase_node(node)
@@ -31,14 +34,10 @@ def live_nodes(graph: Graph) -> set[Node]:
     live = ancestors(node for node in graph.nodes if node.op in ("placeholder", "output"))
     grown = True
     while grown:
-        effects = [node for node in graph.nodes if node not in live and _has_effect(node) and not _may_go(node, live)]
+        effects = [node for node in graph.nodes if node not in live and has_effect(node) and not _may_go(node, live)]
         grown = bool(effects)
         live |= ancestors(effects)
     return live
-
-
-def _has_effect(node: Node) -> bool:
-    return node.is_impure() or _name(node) in VMAP or any(value is not None for value in written(node))
 
 
 def _may_go(node: Node, live: set[Node]) -> bool:

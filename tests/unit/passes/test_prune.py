@@ -113,3 +113,17 @@ def test_what_was_dead_before_is_not_touched():
     graph.output((x,))
     prune(graph, live_nodes(graph))
     assert len(graph.nodes) == 3
+
+
+def test_the_levels_of_a_dead_vmap_stay_with_it():
+    graph = Graph()
+    x = graph.placeholder("x")
+    needed = mapped(graph, x)
+    mapped(graph, x)
+    result = graph.call_method("mul", (x, needed))
+    graph.output((result,))
+    before = live_nodes(graph)
+    result.replace_input_with(needed, x)
+    prune(graph, before)
+    x = torch.full((3,), 3.0)
+    assert torch.equal(GraphModule(torch.nn.Module(), graph)(x)[0], x * x)
