@@ -43,7 +43,7 @@ def shared(graphs):
 def check(number, device, graphs):
     """The report of a generated program, whose results and whose inputs, written into, are right."""
     drawn, state, expected_state = program(number), inputs(number, device), inputs(number, device)
-    options = {"lower": "always", "cache": False, "inner_backend": "seen"}
+    options = {"lower": "always", "inner_backend": "seen"}
     with collect() as report:
         found = torch.compile(drawn.function, backend="cudnn_flex", options=options)(*state)
     for mine, theirs in zip(found, drawn.function(*expected_state), strict=True):
