@@ -167,6 +167,13 @@ def traces_backwards() -> bool:
 
 
 # Reading Dynamo's graphs.
+set_grad_mode: Any = _now(
+    "torch:_C._set_grad_enabled", "the grad mode at each call of a graph", "that of its compile is taken", None
+)
+enter_inference_mode, exit_inference_mode = (
+    _now(f"torch.autograd.grad_mode:{name}", "calls in an inference mode of the graph", "these calls fail", None)
+    for name in ("_enter_inference_mode", "_exit_inference_mode")
+)
 OpOverload: type = type(torch.ops.aten.add.Tensor)  # what torch._ops.OpOverload names
 OpOverloadPacket: type = type(torch.ops.aten.add)
 HigherOrderOperator: Any = _now(
@@ -214,6 +221,11 @@ def example_of(node: Any, *default: Any) -> Any:
 def set_example(node: Any, value: Any) -> None:
     """Records it for a node that we wrote, for later passes."""
     node.meta["example_value"] = value
+
+
+def has_hooks(tensor: torch.Tensor) -> bool:
+    """Whether a hook may change the tensor's gradient."""
+    return bool(getattr(tensor, "_backward_hooks", None))
 
 
 def schema_of(op: Any) -> Any:

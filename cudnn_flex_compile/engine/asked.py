@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from cudnn_flex_compile.engine.compare import Finding, of_log_sums, of_rows
-from cudnn_flex_compile.engine.expected import expected_bias, expected_columns, expected_dq, expected_rows, slope_error
+from cudnn_flex_compile.engine.compare import Finding, of_changes, of_log_sums, of_rows
+from cudnn_flex_compile.engine.expected import expected_bias, expected_columns, expected_dq, expected_rows, slopes
 from cudnn_flex_compile.engine.gathered import (
     Given,
     Spot,
@@ -93,7 +93,10 @@ def asked_of_backward(
     """The tensors `t` are unit normal."""
     dq, dk, dv, *dbias = written
     of_rows_, of_columns = spot_of_rows(problem, where), spots_of_columns(problem, where)
-    off = slope_error(problem, sample, gathered(problem, t, of_rows_))
+    found = slopes(problem, sample, gathered(problem, t, of_rows_))
+    off, findings = found.error, list[Finding]()
+    if found.change is not None and sample.change is not None:
+        findings.append(of_changes(sample.change.at(of_rows_.where), found.change, sample.change.error))
 
     def judge_rows(regimes: Sequence[Regime], parts: Iterable[Given], found: Found) -> Iterator[Finding]:
         (given,) = parts
@@ -106,7 +109,7 @@ def asked_of_backward(
 
     place = of_columns[0].of_columns
     return [
-        Asked(problem, [of_rows_], [(dq, of_rows_.of_rows)], judge_rows),
+        Asked(problem, [of_rows_], [(dq, of_rows_.of_rows)], judge_rows, findings),
         Asked(problem, of_columns, [(dk, place), (dv, place)], judge_columns),
         *(_of_bias(problem, sample, where, gradient, side) for gradient in dbias for side in (False, True)),
     ]

@@ -14,14 +14,14 @@ import torch
 from cudnn_flex_compile.engine.expected import Block, LogSums
 from cudnn_flex_compile.engine.pairs import EPSILON
 from cudnn_flex_compile.engine.record import Error
-from cudnn_flex_compile.engine.regimes import Regime
+from cudnn_flex_compile.engine.regimes import REGIMES, Regime
 
 Regimes = Sequence[Regime]
 Counts = tuple[torch.Tensor, torch.Tensor]  # of Poisoned.counts
 MEMORY = "memory of "
 # What is told first of several things that are wrong with the data of one regime.
 ORDER = (*(MEMORY + name for name in ("dQ", "dK", "dV", "dBias")), "out", MEMORY + "out", "the LSE", MEMORY + "the LSE",
-         "dQ", "dK", "dV", "dBias")  # fmt: skip
+         "dQ", "dK", "dV", "dBias", "captured")  # fmt: skip
 # A plan may be this much further from float64 than stock precision is, in total. The few sampled rows of few keys
 # weigh much in the total, and differ from kernel to kernel: plans that are within 2 on all rows (tests/gpu) were seen
 # at 2.3 here. Wrong ones were seen at 20 and more.
@@ -177,6 +177,21 @@ def _judge_log_sums(regime: Regime, numbers: list[float]) -> str | None:
     if others or (lost and regime.usual):
         return "the LSE is -inf or NaN in other rows than it should be"
     return f"the LSE is off by up to {worst:.2g}" if beyond else None
+
+
+def of_changes(found: torch.Tensor, exact: torch.Tensor, allowed: float) -> Finding:
+    """Of how scores [N, R, C] change with what was captured, which is a matter of the program alone: in the first
+    regime. What is not finite, such as hidden pairs, is not compared; what is may be off by so much of the largest.
+    """
+    judged = exact.abs() < math.inf
+    size, off = (x.abs().masked_fill_(~judged, 0.0).flatten(1).amax(1) for x in (exact, found - exact))
+    return Finding("captured", REGIMES[:1], _numbers(REGIMES[:1], off, size, size * allowed), _judge_changes)
+
+
+def _judge_changes(_: Regime, numbers: list[float]) -> str | None:
+    off, size, allowed = numbers
+    right = off <= allowed
+    return None if right else f"the gradient of what the score_mod captured is off by {_ratio(off, size)}"
 
 
 def of_memory(regimes: Regimes, name: str, counts: Sequence[Counts]) -> Finding:

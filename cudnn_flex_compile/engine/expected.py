@@ -19,9 +19,9 @@ from cudnn_flex_compile.engine.pairs import (
     FUNCTION_ERROR,
     SMALLEST_STEP,
     STOCK,
+    derivatives,
     exact_scores,
     gradient_of,
-    masked_scores,
     modified,
     modified_gradient_of,
     products,
@@ -67,10 +67,28 @@ class LogSums:
     noise: torch.Tensor
 
 
-def slope_error(problem: Problem, sample: Sample, given: Given) -> torch.Tensor:
-    """What a score_mod's derivative may be off by: 0-d. What is given is unit normal."""
-    slope = masked_scores(sample, products(problem, given, EXACT), given.where)[1]
-    return slope.abs().nan_to_num_(0.0, 0.0, 0.0).max().mul_(FUNCTION_ERROR)
+@dataclass(slots=True)
+class Slopes:
+    """Of a score_mod, on usual data.
+
+    Attributes:
+        error: what its derivative by the raw score may be off by, 0-d.
+        change: how the score changes with what was captured, in the sample's direction, [P, R, C], NaN where masked;
+            None where nothing is compared.
+    """
+
+    error: torch.Tensor
+    change: torch.Tensor | None
+
+
+def slopes(problem: Problem, sample: Sample, given: Given) -> Slopes:
+    """What is given is unit normal."""
+    masked, slope, *changes = derivatives(sample, products(problem, given, EXACT), given.where)
+    error = slope.abs().nan_to_num_(0.0, 0.0, 0.0).max().mul_(FUNCTION_ERROR)
+    if sample.change is None or not changes:
+        return Slopes(error, None)
+    change = changes[0].masked_fill(masked == -math.inf, math.nan)
+    return Slopes(error, change.view(len(given.where[0]), -1, change.shape[-1]))
 
 
 def expected_rows(problem: Problem, sample: Sample, given: Given) -> tuple[Block, LogSums]:

@@ -8,9 +8,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.autograd.forward_ad as fwAD
 
-from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.engine.gathered import Given
 from cudnn_flex_compile.engine.places import SEED
 from cudnn_flex_compile.engine.problem import Problem
@@ -84,20 +82,23 @@ def modified(sample: Sample, scores: torch.Tensor, where: tuple[torch.Tensor, ..
 def masked_scores(
     sample: Sample, scores: torch.Tensor, where: tuple[torch.Tensor, ...]
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Modified, masked scores and their derivative by the raw score, zero where masked.
+    """Modified, masked scores and their derivative by the raw score, zero where masked."""
+    masked, slope, *_ = derivatives(sample, scores, where)
+    return masked, slope
 
-    Where a score_mod itself gives -inf the derivative is zero, too, if it is finite; else the gradient is not defined
-    (0 * inf in stock kernels), and stays infinite or NaN.
 
-    By forward-mode differentiation: a reverse pass would wait for autograd's device thread, which may be the
-    very one that waits for this certification.
+def derivatives(
+    sample: Sample, scores: torch.Tensor, where: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """The same, and where a sample has it the derivative by what was captured, in its direction.
+
+    Where a score_mod itself gives -inf the derivatives are zero, too, if they are finite; else the gradient is not
+    defined (0 * inf in stock kernels), and stays infinite or NaN.
     """
-    with fwAD.dual_level() as level:
-        dual = torch_private.make_dual(scores, torch.ones_like(scores), level=level)
-        masked, slope = fwAD.unpack_dual(modified(sample, dual, where))
-    if slope is None:
-        return masked, torch.zeros_like(masked)
-    return masked, slope.masked_fill((masked == -math.inf) & (slope.abs() < math.inf), 0.0)
+    masked, *slopes = sample.derivatives(scores.view(len(where[0]), -1, scores.shape[2]), *where)
+    hidden = masked == -math.inf
+    slopes = (slope.masked_fill(hidden & (slope.abs() < math.inf), 0.0) for slope in slopes)
+    return tuple(x.reshape(scores.shape) for x in (masked, *slopes))
 
 
 def weights_of(masked: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:

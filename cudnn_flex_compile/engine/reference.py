@@ -1,25 +1,36 @@
 """What a plan is compared with: modified, masked scores from the user's own functions, or from the program.
 
 Knows nothing of cuDNN. The user's original subgraphs are the reference wherever they are at hand (at compile
-time); for a shape that only comes up later it is the program, which was compared with them then.
+time), and their derivatives those of reverse-mode autograd; for a shape that only comes up later it is the program,
+which was compared with them then.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.autograd.forward_ad as fwAD
 from torch.overrides import TorchFunctionMode
 
+from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.engine.draws import LARGE, draw, only_added
-from cudnn_flex_compile.engine.problem import Problem, TensorSpec
+from cudnn_flex_compile.engine.problem import BACKWARD, Problem, TensorSpec
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.interpret import environment, evaluate, in_range
 from cudnn_flex_compile.scoremod.ir import Program
+from cudnn_flex_compile.scoremod.learned import position_in
 from cudnn_flex_compile.scoremod.masks.form import split
 from cudnn_flex_compile.scoremod.text import parse
 
+# Of a sum of a few terms, where float16 may round an intermediate result.
+CHANGE_ERROR = {torch.float64: 2.0**-16, torch.float32: 2.0**-16, torch.float16: 2.0**-8, torch.bfloat16: 2.0**-5}
+HIDDEN = (float("-inf"), 0.0, 0.0)  # what is masked: the score, and its derivatives
 Masked = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Derivatives = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +41,48 @@ class Sample:
         operands, ints, floats: as the op takes them.
         masked: (scores [P, R, C], batches [P], heads [P], rows [R], columns [C]) -> [P, R, C], -inf where masked;
             differentiable in the scores, in their dtype.
+        autograd: of the same, (masked, slope, change): the derivative by the raw score, and that by what the functions
+            captured, in some direction; reverse-mode autograd's. None where `masked` is made of ops alone.
+        change: of scores in that direction, as the program has it; None where nothing is compared.
     """
 
     operands: list[torch.Tensor]
     ints: list[int]
     floats: list[torch.Tensor]
     masked: Masked
+    autograd: Derivatives | None = None
+    change: "Change | None" = None
+
+    def derivatives(self, scores: torch.Tensor, *where: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """As `autograd`, or (masked, slope) by forward-mode differentiation, which sees no grad mode, but needs none
+        of autograd's device threads: one of these may be what waits for this certification.
+        """
+        if self.autograd is not None:
+            return self.autograd(scores, *where)  # pyright: ignore[reportCallIssue]
+        with fwAD.dual_level() as level:
+            dual = torch_private.make_dual(scores, torch.ones_like(scores), level=level)
+            masked, slope = fwAD.unpack_dual(self.masked(dual, *where))  # pyright: ignore[reportCallIssue]
+        return masked, torch.zeros_like(masked) if slope is None else slope
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """How scores change with captured tensors in some direction, by way of the learned operand.
+
+    Attributes:
+        operand: its change; None where there is no learned operand.
+        error: what it may be off by, relatively: the user's functions compute with captured tensors in their dtype.
+    """
+
+    operand: torch.Tensor | None
+    error: float
+
+    def at(self, where: Sequence[torch.Tensor]) -> torch.Tensor:
+        """At batches [P], heads [P], rows [R] and columns [C]: [P, R, C], or 0-d."""
+        batches, heads, rows, columns = where
+        if self.operand is None:
+            return torch.zeros((), device=batches.device)
+        return pairs_of(self.operand, (batches[:, None, None], heads[:, None, None], rows[:, None], columns))
 
 
 class Reference(Protocol):
@@ -114,6 +161,8 @@ class SubgraphReference:
 
     Attributes:
         score_mod, mask_mod: take (score, b, h, q, kv, *captured) and (b, h, q, kv, *captured).
+        joint: of score_mod (scoremod/aten.py joint_graph); None where no gradient is asked.
+        learned: positions in `captured` of those that it takes directions for.
         score_captured, mask_captured: positions in `captured` of each one's last arguments.
         captured: all captured inputs.
         operands: computes the op's operands from the captured tensors and sizes (b, h, sq, skv), and the order in
@@ -133,6 +182,8 @@ class SubgraphReference:
     ]
     ints: tuple[int, ...] = ()
     floats: tuple[int, ...] = ()
+    joint: Callable[..., tuple[torch.Tensor, ...]] | None = None
+    learned: tuple[int, ...] = ()
     fingerprint: str | None = None
     source: str = ""
 
@@ -140,26 +191,59 @@ class SubgraphReference:
         infinite = only_added(parse(problem.program))
         values = [self._draw(c, generator, extremes, infinite) for c in self.captured]
         sizes = (*problem.lse_shape, problem.lengths[1])
-        operands, order = self.operands(values, sizes, generator.device)
+        joint = self.joint if problem.direction == BACKWARD else None
+        directions = [torch.empty_like(values[i]).normal_(generator=generator) for i in self.learned] if joint else []
+        moved = [] if extremes else directions
+        operands, order, change = self._operands(problem, values, moved, sizes, generator.device)
         for_score = [values[i] for i in self.score_captured]
         for_mask = [values[i] for i in self.mask_captured]
 
-        def of_pair(score: torch.Tensor, *place: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return self.score_mod(score, *place, *for_score), self.mask_mod(*place, *for_mask)
+        def value(*of_pair: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return (self.score_mod(*of_pair, *for_score),)
 
-        def masked(
-            scores: torch.Tensor, batches: torch.Tensor, heads: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
-        ) -> torch.Tensor:
+        def evaluated(
+            function: Callable[..., tuple[torch.Tensor, ...]], scores: torch.Tensor, batches: torch.Tensor,
+            heads: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor,
+        ) -> tuple[torch.Tensor, ...]:  # fmt: skip
             if order is not None:
                 columns = (order[batches] if len(order) > 1 else order.expand(len(batches), -1))[:, columns]
             place = [i.to(torch.int32) for i in (batches, heads, rows, columns)]
-            with IndexByTensors():
-                modified, visible = _over_pairs(of_pair, columns.dim() > 1)(scores, *place)
-            modified = modified.to(scores.dtype).expand(scores.shape)
-            return torch.where(visible, modified, float("-inf"))
 
-        ints = [int(values[i]) for i in self.ints]
-        return Sample(operands, ints, [values[i] for i in self.floats], masked)
+            def of_pair(score: torch.Tensor, *place: torch.Tensor) -> tuple[torch.Tensor, ...]:
+                return *function(score, *place), self.mask_mod(*place, *for_mask)
+
+            with IndexByTensors():
+                *found, visible = _over_pairs(of_pair, columns.dim() > 1)(scores, *place)
+            found = (x.to(scores.dtype).expand(scores.shape) for x in found)
+            return tuple(torch.where(visible, x, hidden) for x, hidden in zip(found, HIDDEN, strict=False))
+
+        def slopes(*of_pair: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return joint(*of_pair, *for_score, *directions) if joint else ()
+
+        def masked(*given: torch.Tensor) -> torch.Tensor:
+            return evaluated(value, *given)[0]  # pyright: ignore[reportCallIssue]
+
+        ints, floats = [int(values[i]) for i in self.ints], [values[i] for i in self.floats]
+        autograd = functools.partial(evaluated, slopes) if joint else None
+        return Sample(operands, ints, floats, masked, autograd, change)
+
+    def _operands(
+        self, problem: Problem, values: Sequence[Any], directions: Sequence[torch.Tensor],
+        sizes: tuple[int, int, int, int], device: torch.device,
+    ) -> tuple[list[torch.Tensor], torch.Tensor | None, Change | None]:  # fmt: skip
+        """The operands, the order of the keys, and how scores change in the directions."""
+        if not directions:
+            return *self.operands(values, sizes, device), None
+        given = list(values)
+        with fwAD.dual_level() as level:
+            for i, direction in zip(self.learned, directions, strict=True):
+                given[i] = torch_private.make_dual(values[i], direction, level=level)
+            duals, order = self.operands(given, sizes, device)
+            found = [fwAD.unpack_dual(dual) for dual in duals]
+        learned = position_in(problem.program)
+        error = max(CHANGE_ERROR[direction.dtype] for direction in directions)
+        change = Change(None if learned is None else found[learned].tangent, error)
+        return [dual.primal for dual in found], order, change
 
     def _draw(self, captured: CapturedValue, generator: torch.Generator, extremes: bool, infinite: bool) -> Any:
         if captured.spec is None:

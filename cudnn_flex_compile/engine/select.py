@@ -76,7 +76,8 @@ def find_plan(
     if torch.cuda.is_current_stream_capturing():
         detail = "the plan cannot be compared with these functions while a CUDA graph is being captured"
         return Reason(Code.CERTIFICATION, detail, lasting=False)
-    return run_clean(lambda: _or_why_not(lambda: _compared(call, found, reference())), Call(*call).device)
+    functions = reference()  # in this thread, for what they take of autograd
+    return run_clean(lambda: _or_why_not(lambda: _compared(call, found, functions)), Call(*call).device)
 
 
 def _compared(call: Key, found: Ready, reference: Reference) -> Ready | Reason:

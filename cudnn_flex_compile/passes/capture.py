@@ -24,7 +24,7 @@ class Captures:
         nodes: the node (or number) of each leaf.
         of_score, of_mask: the captured arguments of the two subgraphs, in order.
         ints, floats: the scalar leaves, in the order of their positions.
-        learned: the leaves of tensors that require grad.
+        learned: the leaves of tensors that require grad, where gradients are on.
     """
 
     nodes: dict[Expr, Any] = field(default_factory=dict[Expr, Any])
@@ -78,11 +78,11 @@ def read_captures(call: Call) -> Captures | Reason:
             only_item = _only_item(module, leading + position) and tensor.device.type == "cpu"
             if tensor.device != device and not only_item:
                 return Reason(Code.DEVICE, f"a captured tensor is on {tensor.device}, the query on {device}")
-            learned = tensor.requires_grad and torch.is_grad_enabled()
+            learned = tensor.requires_grad and call.grad_mode
             if learned and only_item:
                 return Reason(Code.CAPTURED_GRADIENT, "a captured tensor that requires grad is read by item()")
             try:
-                arguments.append(Captured(tensor, captures.leaf_of(value, only_item)))
+                arguments.append(Captured(tensor, captures.leaf_of(value, only_item), learned))
             except Untraceable as error:
                 return Reason(Code.UNKNOWN_OP, str(error))
             captures.learned.update([arguments[-1].leaf] if learned else [])

@@ -4,6 +4,7 @@ Knows nothing of what becomes of them. The node's signature differs between torc
 is the last element of the block mask tuple, the block sizes are the two before it, outputs go by position.
 """
 
+import itertools
 import operator
 import weakref
 from collections.abc import Iterable, Iterator
@@ -39,6 +40,8 @@ class Call:
         scale: a number or a node.
         kernel_options: the user's, and flex_attention's defaults.
         score_captured, mask_captured: nodes or integers, the last arguments of the subgraphs.
+        grad_mode: whether autograd records what the call does.
+        inference: whether the graph enters inference mode above it.
     """
 
     graph_module: GraphModule
@@ -54,6 +57,15 @@ class Call:
     kernel_options: dict[str, Any]
     score_captured: tuple[Any, ...]
     mask_captured: tuple[Any, ...]
+    grad_mode: bool
+    inference: bool
+
+    @property
+    def differentiated(self) -> bool:
+        """Whether autograd asks score_mod for a gradient, as stock flex_attention has it."""
+        return self.grad_mode and any(
+            requires_grad(n) for n in (self.query, self.key, self.value, *self.score_captured)
+        )
 
     @property
     def captured(self) -> list[Node]:
@@ -142,6 +154,11 @@ def example(value: Any) -> Any:
     return torch_private.example_of(value) if isinstance(value, Node) else value
 
 
+def requires_grad(value: Any) -> bool:
+    tensor = example(value)
+    return isinstance(tensor, torch.Tensor) and tensor.requires_grad
+
+
 def ancestors(nodes: Iterable[Node]) -> set[Node]:
     """The nodes, and all that they are computed from."""
     seen: set[Node] = set()
@@ -154,25 +171,55 @@ def ancestors(nodes: Iterable[Node]) -> set[Node]:
     return seen
 
 
-def find_calls(graph_module: GraphModule) -> Iterator[Call]:
+def find_calls(
+    graph_module: GraphModule, grad_mode: bool | None = None, inference: bool = False
+) -> Iterator[Call]:  # fmt: skip
     """All calls, also those in nested graphs such as checkpointed regions, in the order of execution.
 
     A call in a graph that is called several times comes as many times.
+
+    Args:
+        grad_mode: in which the graph starts; if not given, the one of its compile, on which Dynamo has a guard.
+        inference: whether it is called in inference mode, which another graph has entered.
     """
-    for node in list(graph_module.graph.nodes):
+    modes = _grad_modes(graph_module.graph, torch.is_grad_enabled() if grad_mode is None else grad_mode)
+    inside = {node: _nested(graph_module, node) for node in modes if node.target is not FLEX_ATTENTION}
+    recorded = {module for node, modules in inside.items() for module in modules if modes[node]}
+    for node, mode in modes.items():
+        if node.target is FLEX_ATTENTION:
+            yield read_call(graph_module, node, mode, inference or _in_inference_mode(node))
+            continue
+        for module in inside[node]:  # which may be called in several modes
+            yield from find_calls(module, module in recorded, inference or _in_inference_mode(node))
+
+
+def _grad_modes(graph: Graph, current: bool) -> dict[Node, bool]:
+    """The grad mode at each call of a function, which is `current` at first."""
+    found: dict[Node, bool] = {}
+    for node in graph.nodes:
         if node.op != "call_function":
             continue
-        if node.target is FLEX_ATTENTION:
-            yield read_call(graph_module, node)
-            continue
-        for argument in node.args:
-            nested = submodule(graph_module, argument)
-            if nested is not None:
-                yield from find_calls(nested)
+        found[node] = current
+        if node.target is torch_private.set_grad_mode:
+            current = bool(node.args[0])
+        elif node.target is torch_private.enter_inference_mode:
+            current = not node.args[0]
+        elif node.target is torch_private.exit_inference_mode:
+            current = found[node.args[0]]  # pyright: ignore[reportArgumentType]
+    return found
 
 
-def read_call(graph_module: GraphModule, node: Node) -> Call:
-    """The call that a flex_attention node of the module's graph is."""
+def _in_inference_mode(node: Node) -> bool:
+    above = [n.target for n in itertools.takewhile(lambda other: other is not node, node.graph.nodes)]
+    return above.count(torch_private.enter_inference_mode) > above.count(torch_private.exit_inference_mode)
+
+
+def _nested(graph_module: GraphModule, node: Node) -> list[GraphModule]:
+    return [module for module in (submodule(graph_module, a) for a in node.args) if module is not None]
+
+
+def read_call(graph_module: GraphModule, node: Node, grad_mode: bool, inference: bool) -> Call:
+    """The call that a flex_attention node of the module's graph is, in that grad mode or in inference mode."""
     query, key, value, score_mod, block_mask, scale, kernel_options, *captured = node.args
     mask: Any = block_mask
     block_sizes = mask[-3], mask[-2]
@@ -195,6 +242,8 @@ def read_call(graph_module: GraphModule, node: Node) -> Call:
         kernel_options=dict(kernel_options),  # pyright: ignore[reportArgumentType, reportCallIssue]
         score_captured=tuple(score_captured),  # pyright: ignore[reportArgumentType]
         mask_captured=tuple(mask_captured),  # pyright: ignore[reportArgumentType]
+        grad_mode=grad_mode,
+        inference=inference,
     )
 
 

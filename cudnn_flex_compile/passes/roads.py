@@ -18,7 +18,7 @@ from cudnn_flex_compile.passes.context import (
     slower,
 )  # fmt: skip
 from cudnn_flex_compile.passes.describe import describe_mask
-from cudnn_flex_compile.passes.find import Call, example
+from cudnn_flex_compile.passes.find import Call, requires_grad
 from cudnn_flex_compile.passes.rewrite import replace, with_batch
 from cudnn_flex_compile.passes.target import Accepted, Target, judge
 from cudnn_flex_compile.passes.traced import traced_of
@@ -44,7 +44,8 @@ def lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason 
     large = limits.over_budget(call, hoisted, context.options.bias_budget_mb)
     if large is not None and traced.pairwise is None:
         return large
-    training = bool(example(call.node)[0].requires_grad) or any(part.learned for part in hoisted)
+    asked = any(map(requires_grad, (call.query, call.key, call.value))) or any(part.learned for part in hoisted)
+    training = call.grad_mode and asked
     wrong = None if checked is None else disagreement(call, captures, checked, context)
     if wrong is not None:
         return wrong

@@ -25,11 +25,12 @@ from cudnn_flex_compile.passes.compact import COUNTS, Compact, counts_of, order_
 from cudnn_flex_compile.passes.find import Call, example, hint, scale_of
 from cudnn_flex_compile.passes.hoist import operand_value
 from cudnn_flex_compile.reasons import Code, Reason
+from cudnn_flex_compile.scoremod.aten import fake_mode, joint_graph, plain, value_graph
 from cudnn_flex_compile.scoremod.ir import AXES, Expr, Program
 from cudnn_flex_compile.scoremod.partition import Hoisted
 from cudnn_flex_compile.scoremod.ranges import VALUE_LIMIT
 from cudnn_flex_compile.scoremod.text import text
-from cudnn_flex_compile.scoremod.trace import without_items
+from cudnn_flex_compile.scoremod.trace import Captured, stand_ins
 
 if TYPE_CHECKING:
     from cudnn_flex_compile.engine.ready import Ready
@@ -187,8 +188,7 @@ def _reference(target: Target) -> SubgraphReference:
         return [operand_value(h, by_leaf.__getitem__, sizes, device) for h in target.running[1]], order
 
     return SubgraphReference(
-        score_mod=without_items(target.call.score_mod),
-        mask_mod=without_items(target.call.mask_mod),
+        **_functions(target),
         score_captured=tuple(leaves.index(c.leaf) for c in target.captures.of_score),
         mask_captured=tuple(leaves.index(c.leaf) for c in target.captures.of_mask),
         captured=captured,
@@ -198,6 +198,35 @@ def _reference(target: Target) -> SubgraphReference:
         fingerprint=target.fingerprint,
         source=target.call.source,
     )
+
+
+def _functions(target: Target) -> dict[str, Any]:
+    """The user's functions as ATen graphs: vmap takes these, but no autograd.Function, say.
+
+    They are traced here, in the thread that compiles: a certification, in ours, may not wait for autograd's.
+    """
+    call, captures = target.call, target.captures
+    device, leaves = example(call.query).device, list(captures.nodes)
+    score_mod, mask_mod = plain(call.score_mod), plain(call.mask_mod)
+    with fake_mode():
+        of_score = _numbered(target, captures.of_score, stand_ins(True, captures.of_score, device, target.training))
+        of_mask = _numbered(target, captures.of_mask, stand_ins(False, captures.of_mask, device, False))
+        learned = [c for c in captures.of_score if c.learned]
+        places = [len(of_score) - len(captures.of_score) + captures.of_score.index(c) for c in learned]
+        return {
+            "score_mod": value_graph(score_mod, of_score),
+            "mask_mod": value_graph(mask_mod, of_mask),
+            "joint": joint_graph(score_mod, of_score, places) if target.training else None,
+            "learned": tuple(leaves.index(c.leaf) for c in learned),
+        }
+
+
+def _numbered(target: Target, captured: Sequence[Captured], inputs: list[Any]) -> list[Any]:
+    """The inputs with the numbers of the call that is being compiled in place of symbolic integers."""
+    nodes = target.captures.nodes
+    numbers = [_hints([example(nodes[c.leaf])])[0] if c.tensor is None else None for c in captured]
+    start = len(inputs) - len(captured)
+    return inputs[:start] + [t if n is None else n for t, n in zip(inputs[start:], numbers, strict=True)]
 
 
 def _shape(target: Target, leaf: Expr) -> tuple[int, ...]:

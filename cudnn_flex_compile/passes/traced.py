@@ -18,6 +18,7 @@ from cudnn_flex_compile.passes.find import Call, example, hint
 from cudnn_flex_compile.phases import count, phase
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod.aten import OwnGradient
 from cudnn_flex_compile.scoremod.fingerprint import graph_text
 from cudnn_flex_compile.scoremod.ir import SCORE, Expr, Program
 from cudnn_flex_compile.scoremod.learned import NotAdded
@@ -93,7 +94,7 @@ def _key(call: Call, captures: Captures) -> tuple[Hashable, ...] | None:
     device = example(call.query).device
     defaults = torch.get_default_dtype(), torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
     captured = tuple(tuple(_layout(c, captures) for c in given) for given in (captures.of_score, captures.of_mask))
-    return score, mask, captured, defaults, bool(call.blocks), device
+    return score, mask, captured, defaults, bool(call.blocks), call.differentiated, device
 
 
 def _layout(captured: Captured, captures: Captures) -> Hashable:
@@ -121,7 +122,7 @@ def _trace(call: Call, captures: Captures, fingerprint: str | None) -> Traced | 
     device = example(call.query).device
     try:
         with phase("trace"):
-            score = trace(call.score_mod, True, captures.of_score, device)
+            score = trace(call.score_mod, True, captures.of_score, device, call.differentiated)
             mask = trace(call.mask_mod, False, captures.of_mask, device)
         large = _too_large("score_mod", score) or _too_large("mask_mod", mask)
         if large is not None:
@@ -133,6 +134,8 @@ def _trace(call: Call, captures: Captures, fingerprint: str | None) -> Traced | 
             own, of_score = (normalize(ir.program(*p)).mask for p in ((SCORE, narrow(mask)), (narrow(score),)))
             alone = partition(ir.program(mask=own)) if call.blocks else None
         count("programs traced")
+    except OwnGradient as error:
+        return Reason(Code.NO_BACKWARD, f"score_mod has {error}")
     except Untraceable as error:
         return Reason(Code.UNKNOWN_OP, str(error))
     except NotAdded as error:

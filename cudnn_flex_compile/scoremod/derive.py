@@ -24,7 +24,7 @@ def derive(score: Expr) -> Expr | None:
     nodes = list(ir.walk(score))
     active = {SCORE}
     for node in nodes:
-        if node.dtype == F32 and any(a in active for a in node.args):
+        if node.dtype == F32 and node.kind != "stop" and any(a in active for a in node.args):
             active.add(node)
         elif node.dtype == BOOL and any(a in active for a in node.args):
             continue  # a predicate of the score is piecewise constant: zero gradient, as in torch

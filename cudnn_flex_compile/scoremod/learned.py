@@ -43,7 +43,9 @@ def separate(score: Expr, learned: Set[Expr]) -> tuple[Expr, Expr | None]:
 
 
 def reads(root: Expr, leaves: Set[Expr]) -> bool:
-    return any(node in leaves for node in ir.walk(root))
+    """Whether a gradient flows to one of the leaves: not through `stop`."""
+    kept = ir.rebuild(root, {node: ZERO for node in ir.walk(root) if node.kind == "stop"})
+    return any(node in leaves for node in ir.walk(kept))
 
 
 def _terms(root: Expr) -> list[Expr]:

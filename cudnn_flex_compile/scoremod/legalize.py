@@ -186,7 +186,13 @@ def _turned(n: Expr) -> Expr:
     return ir.intern("ge", BOOL, (ir.intern("add", I32, (left, ir.const(0, I32))), right))
 
 
+def _stop(n: Expr) -> Expr:
+    """stop(x) -> x: the backward has been derived by now, and a kernel only computes values"""
+    return n.args[0]
+
+
 RULES: dict[str, Callable[[Expr], Expr]] = {
+    "stop": _stop,
     "sub": _sub, "div": _div, "neg": _neg, "max": _max, "min": _min, "sign": _sign, "exp2": _exp2,
     "clamp_min": _clamp("max"), "clamp_max": _clamp("min"), "idiv": _integer_division, "mod": _integer_division,
     "f32": _number_of_bool, "i32": _number_of_bool, "where": _where,

@@ -221,6 +221,8 @@ ROWS: tuple[Row, ...] = (
     Row("where", "where", 3, torch.where, _where_backward, "binary_select", CHOICE, interval=bounds.chosen),
     # a captured tensor that takes a gradient; without effect (learned.py)
     Row("learned", "float", 1, lambda x: x, lambda g, a, o: (g,)),
+    # the value alone, without a gradient (trace.py: of the score, or of an entry of a captured tensor)
+    Row("stop", "float", 1, lambda x: x.detach(), _zero, aten=("detach",)),
     # casts
     Row("f32", F32, 1, lambda x: x.to(torch.float32), _zero),
     Row("i32", I32, 1, lambda x: x.to(torch.int32), _zero, interval=bounds.wrapped),

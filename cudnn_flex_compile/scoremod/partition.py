@@ -91,6 +91,8 @@ class Partition:
 
     def _exactly(self, node: Expr) -> torch.dtype | None:
         """The 16-bit dtype that holds every value, if one does."""
+        if node.kind == "stop":
+            return self._exactly(node.args[0])
         if node.kind == "gather":
             return self.stored.get(node.args[0])
         if node.kind == "where":

@@ -1,4 +1,4 @@
-"""Traces a score_mod or mask_mod into an expression: make_fx on 0-d tensors, then one table of ATen ops.
+"""Traces a score_mod or mask_mod into an expression: an ATen graph (aten.py), then one table of ATen ops.
 
 Knows nothing of cuDNN. The input is what Dynamo made of the user's function (any module that takes score, b,
 h, q, kv, captured...); the output is exact: whatever has no row in the table is `Untraceable`, never skipped.
@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.overrides import TorchFunctionMode
 
 from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod.aten import OwnGradient, fake_mode, plain, value_graph
 from cudnn_flex_compile.scoremod.ir import BOOL, F32, I32, I64, SCORE, Expr
 from cudnn_flex_compile.scoremod.optable import ROWS, make
 from cudnn_flex_compile.scoremod.views import VIEWS, View, squeezed, view_of
@@ -29,10 +28,16 @@ class Untraceable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Captured:
-    """A value that the function captured: its fake tensor, or None for a Python integer turned symbolic."""
+    """A value that the function captured.
+
+    Attributes:
+        tensor: its fake tensor, or None for a Python integer turned symbolic.
+        learned: whether a gradient is asked of it.
+    """
 
     tensor: torch.Tensor | None
     leaf: Expr
+    learned: bool = False
 
 
 DTYPES = {
@@ -50,7 +55,10 @@ def dtype_of(dtype: torch.dtype, what: str = "a tensor") -> str:
     return DTYPES[dtype]
 
 
-def trace(function: torch.nn.Module, takes_score: bool, captured: Sequence[Captured], device: torch.device) -> Expr:
+def trace(
+    function: torch.nn.Module, takes_score: bool, captured: Sequence[Captured], device: torch.device,
+    differentiated: bool = False,
+) -> Expr:  # fmt: skip
     """The expression that `function` computes.
 
     Args:
@@ -58,54 +66,42 @@ def trace(function: torch.nn.Module, takes_score: bool, captured: Sequence[Captu
         takes_score: whether it is a score_mod.
         captured: in the order of the function's last arguments.
         device: where the user's tensors are.
+        differentiated: whether a gradient is asked of the score.
 
     Returns:
         F32 for a score_mod, BOOL for a mask_mod. Leaves are SCORE, indices, constants and the leaves given
-        in `captured`, read through `gather` where they are tensors.
+        in `captured`, read through `gather` where they are tensors. Those of which a gradient is asked are in a `stop`
+        where the function lets none through.
 
     Raises:
         Untraceable: with the op that has no row.
+        OwnGradient: where no expression has the function's gradient.
     """
-    mode = torch_private.fake_mode_type(allow_non_fake_inputs=True)
-    with mode, torch.no_grad(), _Indexing():
-        inputs = [torch.empty((), dtype=torch.float32, device=device)] if takes_score else []
-        inputs += [torch.empty((), dtype=torch.int32, device=device) for _ in ir.AXES]
-        inputs += [_stand_in(c, device) for c in captured]
-        graph = _aten_graph(function, inputs)
+    with fake_mode(), torch.inference_mode(False):
+        graph = _aten_graph(function, stand_ins(takes_score, captured, device, differentiated))
     leaves = [SCORE] if takes_score else []
     leaves += [ir.index(axis) for axis in ir.AXES]
     leaves += [c.leaf for c in captured]
     result = _Reader(graph, leaves).read()
     if result.dtype != (F32 if takes_score else BOOL):
         raise Untraceable(f"a result of dtype {result.dtype}")
-    return result
+    return _only_of(result, {*([SCORE] if differentiated else []), *(c.leaf for c in captured if c.learned)})
 
 
-class _Indexing(TorchFunctionMode):
-    """Reads `tensor[i]` as an index at every i, also a 0-d tensor, of which torch would ask its value.
-
-    Inductor traces by such a mode, too (torch._dynamo._trace_wrapped_higher_order_op).
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.__getitem__:
-            source, indices = args[0], _leaves(args[1])
-            if all(isinstance(i, (torch.Tensor, int)) for i in indices):
-                return torch.ops.aten.index(source, [_as_index(i, source.device) for i in indices])
-        return func(*args, **(kwargs or {}))
-
-
-def _leaves(index: Any) -> list[Any]:
-    return [leaf for i in index for leaf in _leaves(i)] if isinstance(index, (tuple, list)) else [index]
-
-
-def _as_index(i: Any, device: torch.device) -> torch.Tensor:
-    return torch.tensor(i, dtype=torch.int64, device=device) if isinstance(i, int) else i
+def stand_ins(
+    takes_score: bool, captured: Sequence[Captured], device: torch.device, differentiated: bool
+) -> list[torch.Tensor]:  # fmt: skip
+    """The function's inputs, in the current fake mode."""
+    score = torch.empty((), dtype=torch.float32, device=device, requires_grad=differentiated)
+    indices = [torch.empty((), dtype=torch.int32, device=device) for _ in ir.AXES]
+    return [*([score] if takes_score else []), *indices, *(_stand_in(c, device) for c in captured)]
 
 
 def _aten_graph(function: torch.nn.Module, inputs: Sequence[torch.Tensor]) -> torch.fx.Graph:
     try:
-        return make_fx(without_items(function), tracing_mode="real")(*inputs).graph
+        return value_graph(plain(function), inputs).graph
+    except OwnGradient:
+        raise
     except Exception as error:  # torch's, about a step of the user's function: `fbk[:, kv]` reads a number, for one
         first = str(error).strip().split("\n")[0]
         raise Untraceable(f"a step that make_fx cannot trace ({type(error).__name__}: {first})") from error
@@ -116,26 +112,12 @@ def _stand_in(captured: Captured, device: torch.device) -> torch.Tensor:
         return torch.empty((), dtype=torch.int32, device=device)
     if captured.leaf.kind == "scalar":
         return torch.empty((), dtype=torch.float32, device=device)
-    sizes = [_hint(size) for size in captured.tensor.shape]
-    return torch.empty(sizes, dtype=captured.tensor.dtype, device=captured.tensor.device)
+    sizes, tensor = [_hint(size) for size in captured.tensor.shape], captured.tensor
+    return torch.empty(sizes, dtype=tensor.dtype, device=tensor.device, requires_grad=captured.learned)
 
 
 def _hint(size: Any) -> int:
     return size if isinstance(size, int) else int(torch_private.hint_of(size))
-
-
-def without_items(function: torch.nn.Module) -> Callable[..., Any]:
-    """Reads `captured.item()` as the captured 0-d tensor itself: a Python number with which to compute."""
-    if not isinstance(function, torch.fx.GraphModule):
-        return function
-    copied: dict[torch.fx.Node, torch.fx.Node] = {}
-    graph = torch.fx.Graph()
-    graph.output(graph.graph_copy(function.graph, copied))
-    for node in list(graph.nodes):
-        if node.op == "call_method" and node.target == "item":
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-    return torch.fx.GraphModule(function, graph)
 
 
 class _Reader:
@@ -207,7 +189,7 @@ class _Reader:
         if view is not None and len(view.left) != example.dim():
             raise Untraceable("an index that is a vector")
         if view is not None:
-            return view if view.left else make("gather", view.source, *(i for i in view.indices if i is not None))
+            return view if view.left else _entry(view.source, *(i for i in view.indices if i is not None))
         if example.dim() != 0:
             raise Untraceable(f"{name} with a result of {example.dim()} dimensions, not a number,")
         args = tuple(self._tensor(a) for a in args)
@@ -230,6 +212,26 @@ DO_NOT_WRAP = (
     "index", "select", "where", "clone", "detach", "alias", "view", "contiguous", "lift_fresh_copy",
     "bitwise_and", "bitwise_or", "bitwise_xor", "__and__", "__or__", "__xor__",
 )  # fmt: skip
+
+
+def _entry(captured: Expr, *indices: Expr) -> Expr:
+    """Of a captured tensor, or of the `stop` of one."""
+    if captured.kind == "stop":
+        return make("stop", make("gather", captured.args[0], *indices))
+    return make("gather", captured, *indices)
+
+
+def _stop(root: Expr) -> Expr:
+    """`root` without gradients: every leaf of it that may have one is in a `stop`, and nothing else ever is."""
+    leaves = [n for n in ir.walk(root) if n is SCORE or (n.kind == "gather" and n.dtype == F32)]
+    stopped = {n: n for n in ir.walk(root) if n.kind == "stop"}
+    return ir.rebuild(root, {n: make("stop", n) for n in leaves} | stopped)
+
+
+def _only_of(root: Expr, differentiated: set[Expr]) -> Expr:
+    """`root` with the stops of these leaves alone: no gradient is asked of others."""
+    stops = [n for n in ir.walk(root) if n.kind == "stop"]
+    return ir.rebuild(root, {n: n.args[0] for n in stops if not differentiated & {n.args[0], *n.args[0].args[:1]}})
 
 
 def _check_integers(name: str, node: torch.fx.Node) -> None:
@@ -433,7 +435,7 @@ SPECIAL: dict[str, Callable[..., Expr]] = {
     "clamp": _clamp, "gelu": _gelu, "softplus": _softplus,
     "clamp_min": lambda e, x, low: _clamp(e, x, low), "clamp_max": lambda e, x, high: _clamp(e, x, None, high),
     "square": lambda e, x: make("mul", x, x), "where": _where, "masked_fill": _masked_fill,
-    "_to_copy": _cast, "clone": _same, "detach": _same, "alias": _same, "lift_fresh_copy": _same,
+    "_to_copy": _cast, "clone": _same, "detach": lambda e, x: _stop(x), "alias": _same, "lift_fresh_copy": _same,
     "view": _same, "contiguous": _same, "scalar_tensor": _filled(None), "full": _filled(None),
     "new_full": _filled(None), "full_like": _filled(None), "zeros": _filled(0), "new_zeros": _filled(0),
     "zeros_like": _filled(0), "ones": _filled(1), "new_ones": _filled(1), "ones_like": _filled(1),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cudnn_flex_compile.scoremod import ir
-from cudnn_flex_compile.scoremod.ir import I64, Expr
+from cudnn_flex_compile.scoremod.ir import F32, I64, Expr
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +16,7 @@ class View:
     """A captured tensor, some of whose dimensions are indexed.
 
     Attributes:
-        source: the captured tensor's leaf.
+        source: the captured tensor's leaf, or the `stop` of it where it is detached.
         indices: for each of its dimensions the index, None for one that is left.
         left: for each dimension of the view the tensor's own; None for one of size 1 that it does not have.
     """
@@ -73,9 +73,14 @@ def _same(view: View) -> View:
     return view
 
 
+def _detached(view: View) -> View:
+    stopped = view.source.dtype != F32 or view.source.kind == "stop"
+    return view if stopped else replace(view, source=ir.intern("stop", F32, (view.source,)))
+
+
 VIEWS: dict[str, Callable[..., View]] = {
     "index": _index, "select": _select, "permute": _permute, "transpose": _transpose, "t": _turned,
-    "numpy_T": _turned, "unsqueeze": _unsqueeze, "alias": _same, "detach": _same,
+    "numpy_T": _turned, "unsqueeze": _unsqueeze, "alias": _same, "detach": _detached,
 }  # fmt: skip
 
 
