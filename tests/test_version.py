@@ -28,7 +28,7 @@ DIGESTS = {
     "schemas of ops": "830faa1c06de",
     "functions that code calls": "8abb9b460947",
     "text of programs": "4696a37780aa",
-    "names in programs": "02be7d1a6baa",
+    "names in programs": "a2abfd3a7b52",
     "numbers of a geometry": "032ea48d3a73",
     "layouts of outputs": "71d6a02dcbcd",
 }

@@ -23,14 +23,15 @@ from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import F32
 from cudnn_flex_compile.scoremod.learned import with_bias
 from cudnn_flex_compile.scoremod.text import text
-from tests.engine.test_verify import CAUSAL, KV, PROGRAM, Q, StandIn
+from tests.engine.test_verify import CAUSAL, KV, PROGRAM, Q, StandIn, joint
 
 pytestmark = pytest.mark.any_torch
 ALL_AT_ONCE = 2**60
 FIVE = tuple(regime for regime in REGIMES if not regime.extremes)
 ALIBI = ir.program(ir.SCORE + ir.operand(0, F32, "h") * ir.cast(KV - Q, F32), CAUSAL)
+CAPPED = lambda s, b, h, q, kv: torch.tanh(s / 20.0) * 20.0  # noqa: E731
 USERS = SubgraphReference(
-    score_mod=lambda s, b, h, q, kv: torch.tanh(s / 20.0) * 20.0, mask_mod=lambda b, h, q, kv: q >= kv,
+    score_mod=CAPPED, mask_mod=lambda b, h, q, kv: q >= kv, joint=joint(CAPPED),
     score_captured=(), mask_captured=(), captured=(), operands=lambda values, sizes, device: ([], None),
 )  # fmt: skip
 

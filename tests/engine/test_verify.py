@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from cudnn_flex_compile.engine.attention_graph import output_specs
 from cudnn_flex_compile.engine.draws import random_like
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem, TensorSpec, out_spec
 from cudnn_flex_compile.engine.reference import CapturedValue, ProgramReference, SubgraphReference
@@ -14,7 +15,9 @@ from cudnn_flex_compile.engine.verify import certify
 from cudnn_flex_compile.kernels import cpu
 from cudnn_flex_compile.passes.hoist import operand_value
 from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod.aten import fake_mode, joint_graph
 from cudnn_flex_compile.scoremod.ir import F32, I32
+from cudnn_flex_compile.scoremod.learned import with_bias
 from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.partition import Hoisted
 from cudnn_flex_compile.scoremod.text import text
@@ -62,6 +65,15 @@ class StandIn:
             for into, gradient in zip(gradients, found, strict=True):
                 into.copy_(gradient)
             self.spoil(tuple(gradients))
+
+
+def joint(score_mod, *captured, learned=()):
+    """A score_mod and its derivatives; `learned` are positions among the captured tensors."""
+    with fake_mode():
+        places = [torch.empty((), dtype=torch.int32) for _ in range(4)]
+        inputs = [torch.empty(t.shape, dtype=t.dtype, requires_grad=i in learned) for i, t in enumerate(captured)]
+        inputs = [torch.empty((), requires_grad=True), *places, *inputs]
+        return joint_graph(score_mod, inputs, [5 + i for i in learned])
 
 
 def verdict(direction, program=PROGRAM, runs=None, spoil=lambda tensors: None, reference=None, operands=(), **how):
@@ -161,6 +173,7 @@ def test_the_users_functions_are_the_reference_not_the_program():
     reference = SubgraphReference(
         score_mod=lambda s, b, h, q, kv, table: s + table[h] * 2,
         mask_mod=lambda b, h, q, kv: b.new_ones((), dtype=torch.bool),
+        joint=joint(lambda s, b, h, q, kv, table: s + table[h] * 2, captured),
         score_captured=(0,),
         mask_captured=(),
         captured=(CapturedValue(TensorSpec.of(captured)),),
@@ -198,3 +211,91 @@ def test_integers_are_drawn_within_their_dtype(dtype):
     largest = min(300, torch.iinfo(dtype).max - 1)
     assert drawn.min() >= 0
     assert largest - 10 <= drawn.max() <= largest
+
+
+def half_detached(score, b, h, q, kv, table):
+    return score + table[h, q] * 0.5 + table[h, q].detach() * 0.5
+
+
+def half_without_gradients(score, b, h, q, kv, table):
+    with torch.no_grad():
+        half = table[h, q] * 0.5
+    return score + half + table[h, q] * 0.5
+
+
+def attached(score, b, h, q, kv, table):
+    return score + table[h, q]
+
+
+@pytest.mark.parametrize("score_mod", [half_detached, half_without_gradients, attached])
+@pytest.mark.parametrize("attached_half", [0.5, 1.0])
+def test_a_captured_tensor_whose_gradient_is_lowered_wrongly_is_caught(score_mod, attached_half):
+    """Each plan gives the right dBias: wrong is what autograd makes of it outside."""
+    table, entry = torch.empty(4, 70), make("gather", ir.capture(0, F32), ir.index("h"), ir.index("q"))
+    rest = make("stop", entry) * (1.0 - attached_half)
+    hoisted = Hoisted(entry * attached_half + rest, torch.float32, learned=True)
+    program = ir.program(with_bias(ir.SCORE, ir.operand(0, F32, "hqk")))
+    reference = SubgraphReference(
+        score_mod=score_mod, mask_mod=lambda b, h, q, kv: b.new_ones((), dtype=torch.bool),
+        joint=joint(score_mod, table, learned=(0,)), learned=(0,), score_captured=(0,), mask_captured=(),
+        captured=(CapturedValue(TensorSpec.of(table)),),
+        operands=lambda values, sizes, device: ([operand_value(hoisted, lambda _: values[0], sizes, device)], None),
+    )  # fmt: skip
+    operands = (TensorSpec((1, 4, 70, 90), (4 * 70 * 90, 70 * 90, 90, 1), torch.float32),)
+    forward, backward = (problem(program, direction, operands) for direction in (FORWARD, BACKWARD))
+    found = certify(WithBias(backward), StandIn(forward), reference)
+    right = (attached_half == 1.0) == (score_mod is attached)
+    assert found is None if right else "what the score_mod captured is off by" in found.detail
+
+
+class WithBias(StandIn):
+    """The CPU kernels, with the gradient of the learned operand."""
+
+    def __init__(self, problem):
+        super().__init__(problem)
+        self.outputs = output_specs(problem)
+
+    def run(self, tensors, operands, ints, floats):
+        query, key, value, out, stats, grad, *gradients = tensors
+        rest = (operands, ints, floats, self.program, self.problem.scale)
+        found = cpu.backward(grad, None, query, key, value, out, stats.squeeze(-1), *rest)
+        for into, gradient in zip(gradients, found, strict=True):
+            into.copy_(gradient)
+
+
+STOPPED = {
+    "detach": lambda s, b, h, q, kv: torch.tanh(s).detach() + s,
+    "no_grad": lambda s, b, h, q, kv: without_gradients(s) + s,
+    "an autograd.Function": lambda s, b, h, q, kv: Doubled.apply(s),
+}
+
+
+@torch.no_grad()
+def without_gradients(score):
+    return torch.tanh(score)
+
+
+class Doubled(torch.autograd.Function):
+    """tanh(x) + x, with the gradient of x."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return torch.tanh(x) + x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+@pytest.mark.parametrize("name", STOPPED)
+def test_gradients_that_a_score_mod_stops_are_the_reference(name):
+    mod = STOPPED[name]
+    value = lambda s, b, h, q, kv: torch.tanh(s) + s  # noqa: E731
+    reference = SubgraphReference(
+        score_mod=value, mask_mod=lambda b, h, q, kv: q >= kv, joint=joint(mod),
+        score_captured=(), mask_captured=(), captured=(), operands=lambda values, sizes, device: ([], None),
+    )  # fmt: skip
+    tanh = make("tanh", ir.SCORE)
+    stopped = ir.program(make("tanh", make("stop", ir.SCORE)) + ir.SCORE, CAUSAL)
+    assert verdict(BACKWARD, stopped, reference=reference) is None
+    assert "dQ is off by" in verdict(BACKWARD, ir.program(tanh + ir.SCORE, CAUSAL), reference=reference).detail

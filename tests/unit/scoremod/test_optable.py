@@ -35,7 +35,7 @@ REFERENCES = {
     "sin": torch.sin, "cos": torch.cos, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "erf": torch.erf,
     "relu": torch.nn.functional.relu, "gelu": torch.nn.functional.gelu, "silu": torch.nn.functional.silu,
     "gelu_tanh": lambda a: torch.nn.functional.gelu(a, approximate="tanh"), "softplus": torch.nn.functional.softplus,
-    "floor": torch.floor, "ceil": torch.ceil, "where": torch.where, "learned": torch.clone,
+    "floor": torch.floor, "ceil": torch.ceil, "where": torch.where, "learned": torch.clone, "stop": torch.detach,
 }  # fmt: skip
 TIED = {"min", "max", "clamp_min", "clamp_max"}
 
@@ -183,7 +183,7 @@ def test_derivatives_are_those_of_autograd(row: Row) -> None:
 
 
 def autograd(value: torch.Tensor, source: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    found = torch.autograd.grad(value, source, weights, allow_unused=True)[0]
+    found = torch.autograd.grad(value, source, weights, allow_unused=True)[0] if value.requires_grad else None
     return torch.zeros_like(source) if found is None else found
 
 

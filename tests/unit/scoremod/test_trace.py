@@ -7,12 +7,13 @@ import torch
 from hypothesis import given, settings
 
 from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod.aten import plain
 from cudnn_flex_compile.scoremod.ir import BOOL, F32, I32, I64, SCORE
 from cudnn_flex_compile.scoremod.optable import well_typed
 from cudnn_flex_compile.scoremod.ranges import narrow
 from cudnn_flex_compile.scoremod.simplify import simplify
 from cudnn_flex_compile.scoremod.text import infix
-from cudnn_flex_compile.scoremod.trace import Captured, Untraceable, dtype_of, trace, without_items
+from cudnn_flex_compile.scoremod.trace import Captured, Untraceable, dtype_of, trace
 from tests.unit.evaluate import CPU, differing, direct, interpreted, scores, traced
 from tests.unit.generate import Grammar, Mod, mask_mods, score_mods
 
@@ -219,7 +220,7 @@ def test_items_are_read_as_the_captured_number() -> None:
     root = trace(module, True, [Captured(torch.tensor(2.0), ir.scalar(0, F32))], CPU)
     assert infix(root) == "tanh(score) * scalar0"
     assert "item" in module.code, "the user's own graph is not touched"
-    function = without_items(lambda score: score)
+    function = plain(lambda score: score)
     assert function(3) == 3
 
 
