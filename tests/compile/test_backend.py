@@ -303,7 +303,7 @@ def test_a_node_that_cannot_be_read_keeps_the_calls_of_its_graph(monkeypatch, ca
     def unreadable(graph_module, node):
         raise ValueError("not enough values to unpack (expected at least 7, got 6)")
 
-    monkeypatch.setattr("cudnn_flex_compile.passes.find._read", unreadable)
+    monkeypatch.setattr("cudnn_flex_compile.passes.find.read_call", unreadable)
     check(lambda q, k, v: flex_attention(q, k, v, softcap(2.0)), *qkv(), codes=[Code.TORCH])
     assert "cannot be read" in caplog.text
     assert "not enough values" in caplog.text
