@@ -62,7 +62,8 @@ def _single(problem: Problem, program: Program) -> str | None:
 def _two_operands(problem: Problem, program: Program) -> str | None:
     if problem.tiled:  # no kernel computes the mask then
         return None
-    for node in ir.walk(without_bias(program.score)[0], program.mask):
+    computed = without_bias(program.score)[0], split(program.mask).residual  # bounds have an index, biases are added
+    for node in ir.walk(*computed):
         if node.args and all(_fed_by_operands(a) for a in node.args):
             return f"{node.kind} of captured tensors alone, one along q and one along kv"
     return None

@@ -11,7 +11,7 @@ evaluates it in the surrounding graph. Outside go
     what captured tensors that require grad add to the score, as one tensor over pairs (learned.py).
 """
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +21,7 @@ from cudnn_flex_compile.scoremod.interpret import TORCH_DTYPE
 from cudnn_flex_compile.scoremod.ir import BOOL, F32, I32, I64, SCORE, TRUE, Expr, Program
 from cudnn_flex_compile.scoremod.learned import PAIRS, NotAdded, reads, separate, with_bias
 from cudnn_flex_compile.scoremod.legalize import computes
+from cudnn_flex_compile.scoremod.masks.bound import Bound
 from cudnn_flex_compile.scoremod.masks.form import hides, split
 from cudnn_flex_compile.scoremod.masks.linear import KV
 from cudnn_flex_compile.scoremod.masks.solve import solve
@@ -156,13 +157,14 @@ def _mask(mask: Expr, parts: Partition) -> Expr:
     terms = [bound.predicate() for bound in solved.bounds]
     terms += [make("ge", KV, parts.operand(start, I32, limit=True)) for start in solved.starts]
     terms += [make("gt", parts.operand(end, I32, limit=True), KV) for end in solved.ends]
-    if solved.columns is not TRUE:
-        terms.append(parts.bias(solved.columns))
-    if solved.residual is not TRUE:
-        # Beside a band, by which tiles are skipped, a bias is the faster one, unless the parts are bounds themselves.
-        inside = not _captures(solved.residual) and computes(solved.residual)
-        inside = inside and (_of_bounds(solved.residual) or not any(b.side in BANDS for b in solved.bounds))
-        terms.append(solved.residual if inside else parts.bias(solved.residual))
+    columns, residual = solved.columns, solved.residual
+    outside = residual is not TRUE and not _beside(residual, solved.bounds)
+    if outside and set(ir.axes_of(columns)) <= set(ir.axes_of(residual)):
+        columns, residual = TRUE, make("and", columns, residual)  # one bias hides what both do, and is no larger
+    if columns is not TRUE:
+        terms.append(parts.bias(columns))
+    if residual is not TRUE:
+        terms.append(parts.bias(residual) if outside else residual)
     result = TRUE
     for term in terms:
         result = make("and", result, term)
@@ -170,6 +172,16 @@ def _mask(mask: Expr, parts: Partition) -> Expr:
 
 
 BANDS = ("lower", "upper")
+
+
+def _beside(residual: Expr, bounds: Sequence[Bound]) -> bool:
+    """Whether the kernel computes the residual itself, beside the bounds.
+
+    Beside a band, by which tiles are skipped, a bias is the faster one, unless the parts are bounds themselves.
+    """
+    if _captures(residual) or not computes(residual):
+        return False
+    return _of_bounds(residual) or not any(b.side in BANDS for b in bounds)
 
 
 def _of_bounds(residual: Expr) -> bool:

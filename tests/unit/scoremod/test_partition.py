@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -110,6 +111,16 @@ def test_predicates_become_biases_that_sixteen_bits_hold(axes: str) -> None:
     form = split(program.mask)
     assert [(b.side, b.constant) for b in form.bounds] == [("lower", 0)]
     assert [(b.kind, b.dims) for b in form.biases] == [("operand", axes)]
+
+
+@pytest.mark.parametrize(("columns", "dims"), [((KV,), ["qk"]), ((ir.index("b"), KV), ["bk", "qk"])])
+def test_hidden_columns_join_a_bias_over_pairs_that_does_not_grow_by_them(columns: Any, dims: list[str]) -> None:
+    """As in PyTorch's paged attention: a page that is live, and no later than the query."""
+    live, page = gathered(*columns, dtype=BOOL), gathered(KV, dtype=I64, position=1)
+    later = make("and", make("ge", Q, page), make("ne", page * ir.const(3, I64), ir.cast(Q, I64)))
+    program, hoisted = partition(normalize(ir.program(mask=make("and", live, later))))
+    assert [part.dims for part in hoisted] == dims
+    assert split(program.mask).residual is ir.TRUE
 
 
 def test_what_the_kernel_computes_stays_inside_unless_tiles_are_skipped() -> None:
