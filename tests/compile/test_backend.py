@@ -300,10 +300,10 @@ def test_bad_input_gives_stocks_error_or_stocks_numbers(name):
 def test_a_node_that_cannot_be_read_keeps_the_calls_of_its_graph(monkeypatch, caplog):
     """Another torch may give flex_attention's node other arguments: the model runs as without us."""
 
-    def unreadable(*call):
+    def unreadable(graph_module):
         raise ValueError("not enough values to unpack (expected at least 7, got 6)")
 
-    monkeypatch.setattr("cudnn_flex_compile.passes.find.read_call", unreadable)
+    monkeypatch.setattr("cudnn_flex_compile.passes.lower_calls.find_calls", unreadable)
     check(lambda q, k, v: flex_attention(q, k, v, softcap(2.0)), *qkv(), codes=[Code.TORCH])
     assert "cannot be read" in caplog.text
     assert "not enough values" in caplog.text
