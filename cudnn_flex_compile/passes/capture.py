@@ -78,7 +78,7 @@ def read_captures(call: Call) -> Captures | Reason:
             only_item = _only_item(module, leading + position) and tensor.device.type == "cpu"
             if tensor.device != device and not only_item:
                 return Reason(Code.DEVICE, f"a captured tensor is on {tensor.device}, the query on {device}")
-            learned = tensor.requires_grad and call.grad_mode
+            learned = tensor.requires_grad and call.mode.grad
             if learned and only_item:
                 return Reason(Code.CAPTURED_GRADIENT, "a captured tensor that requires grad is read by item()")
             try:

@@ -4,12 +4,11 @@ Knows nothing of what becomes of them. The node's signature differs between torc
 is the last element of the block mask tuple, the block sizes are the two before it, outputs go by position.
 """
 
-import itertools
 import operator
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -40,8 +39,7 @@ class Call:
         scale: a number or a node.
         kernel_options: the user's, and flex_attention's defaults.
         score_captured, mask_captured: nodes or integers, the last arguments of the subgraphs.
-        grad_mode: whether autograd records what the call does.
-        inference: whether the graph enters inference mode above it.
+        mode: of autograd at the node.
     """
 
     graph_module: GraphModule
@@ -57,13 +55,12 @@ class Call:
     kernel_options: dict[str, Any]
     score_captured: tuple[Any, ...]
     mask_captured: tuple[Any, ...]
-    grad_mode: bool
-    inference: bool
+    mode: "Mode"
 
     @property
     def differentiated(self) -> bool:
         """Whether autograd asks score_mod for a gradient, as stock flex_attention has it."""
-        return self.grad_mode and any(
+        return self.mode.grad and any(
             requires_grad(n) for n in (self.query, self.key, self.value, *self.score_captured)
         )
 
@@ -171,55 +168,55 @@ def ancestors(nodes: Iterable[Node]) -> set[Node]:
     return seen
 
 
-def find_calls(
-    graph_module: GraphModule, grad_mode: bool | None = None, inference: bool = False
-) -> Iterator[Call]:  # fmt: skip
+class Mode(NamedTuple):
+    """Of autograd at a call: whether it records gradients, and whether the graph has entered inference mode."""
+
+    grad: bool
+    inference: bool = False
+
+
+def find_calls(graph_module: GraphModule, mode: Mode | None = None) -> Iterator[Call]:
     """All calls, also those in nested graphs such as checkpointed regions, in the order of execution.
 
     A call in a graph that is called several times comes as many times.
 
     Args:
-        grad_mode: in which the graph starts; if not given, the one of its compile, on which Dynamo has a guard.
-        inference: whether it is called in inference mode, which another graph has entered.
+        mode: in which the graph starts; if not given, the one of its compile, on which Dynamo has a guard.
     """
-    modes = _grad_modes(graph_module.graph, torch.is_grad_enabled() if grad_mode is None else grad_mode)
-    inside = {node: _nested(graph_module, node) for node in modes if node.target is not FLEX_ATTENTION}
-    recorded = {module for node, modules in inside.items() for module in modules if modes[node]}
-    for node, mode in modes.items():
+    calls: list[tuple[Node, GraphModule | None, Mode]] = []  # of flex_attention, or of a nested graph
+    for node, current in _modes(graph_module.graph, mode or Mode(torch.is_grad_enabled())):
         if node.target is FLEX_ATTENTION:
-            yield read_call(graph_module, node, mode, inference or _in_inference_mode(node))
+            calls.append((node, None, current))
             continue
-        for module in inside[node]:  # which may be called in several modes
-            yield from find_calls(module, module in recorded, inference or _in_inference_mode(node))
+        for argument in node.args:
+            if isinstance(argument, Node) and argument.op == "get_attr":
+                nested = submodule(graph_module, argument)
+                calls += [] if nested is None else [(node, nested, current)]
+    recorded = {nested for _, nested, current in calls if current.grad}
+    for node, nested, current in calls:
+        if nested is None:
+            yield read_call(graph_module, node, current)
+        else:  # which may be called in several modes
+            yield from find_calls(nested, current._replace(grad=nested in recorded))
 
 
-def _grad_modes(graph: Graph, current: bool) -> dict[Node, bool]:
-    """The grad mode at each call of a function, which is `current` at first."""
-    found: dict[Node, bool] = {}
+def _modes(graph: Graph, mode: Mode) -> Iterator[tuple[Node, Mode]]:
+    """The calls of functions, each with its mode; the first has that mode."""
+    before: dict[Any, Mode] = {}
     for node in graph.nodes:
         if node.op != "call_function":
             continue
-        found[node] = current
+        yield node, mode
         if node.target is torch_private.set_grad_mode:
-            current = bool(node.args[0])
+            mode = mode._replace(grad=bool(node.args[0]))
         elif node.target is torch_private.enter_inference_mode:
-            current = not node.args[0]
+            before[node], mode = mode, Mode(not node.args[0], bool(node.args[0]))
         elif node.target is torch_private.exit_inference_mode:
-            current = found[node.args[0]]  # pyright: ignore[reportArgumentType]
-    return found
+            mode = before[node.args[0]]
 
 
-def _in_inference_mode(node: Node) -> bool:
-    above = [n.target for n in itertools.takewhile(lambda other: other is not node, node.graph.nodes)]
-    return above.count(torch_private.enter_inference_mode) > above.count(torch_private.exit_inference_mode)
-
-
-def _nested(graph_module: GraphModule, node: Node) -> list[GraphModule]:
-    return [module for module in (submodule(graph_module, a) for a in node.args) if module is not None]
-
-
-def read_call(graph_module: GraphModule, node: Node, grad_mode: bool, inference: bool) -> Call:
-    """The call that a flex_attention node of the module's graph is, in that grad mode or in inference mode."""
+def read_call(graph_module: GraphModule, node: Node, mode: Mode) -> Call:
+    """The call that a flex_attention node of the module's graph is."""
     query, key, value, score_mod, block_mask, scale, kernel_options, *captured = node.args
     mask: Any = block_mask
     block_sizes = mask[-3], mask[-2]
@@ -242,8 +239,7 @@ def read_call(graph_module: GraphModule, node: Node, grad_mode: bool, inference:
         kernel_options=dict(kernel_options),  # pyright: ignore[reportArgumentType, reportCallIssue]
         score_captured=tuple(score_captured),  # pyright: ignore[reportArgumentType]
         mask_captured=tuple(mask_captured),  # pyright: ignore[reportArgumentType]
-        grad_mode=grad_mode,
-        inference=inference,
+        mode=mode,
     )
 
 

@@ -26,7 +26,7 @@ def unsuitable(call: Call) -> Reason | None:
     for name, unforced in UNFORCED.items():
         if call.kernel_options.get(name, unforced) != unforced:
             return Reason(Code.FORCED_BACKEND, f"kernel_options have {name}={call.kernel_options[name]!r}")
-    if call.inference:
+    if call.mode.inference:
         return Reason(Code.UNSUPPORTED_CALL, "inference mode is entered inside of what is compiled; no_grad may be")
     if call.uses(2):
         return Reason(Code.MAX_SCORES, "the largest scores are used")

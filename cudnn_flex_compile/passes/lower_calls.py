@@ -50,14 +50,14 @@ def lower_calls(graph_module: GraphModule, example_inputs: Sequence[Any], option
     live: dict[Graph, set[Node]] = {}
     known: dict[Node, CallReport] = {}
     grad_mode = None
-    for module, node, *mode in [(c.graph_module, c.node, c.grad_mode, c.inference) for c in found]:
-        if mode[0] is not grad_mode:  # what one mode computes has no gradient in the other
-            grad_mode = mode[0]
+    for module, node, mode in [(call.graph_module, call.node, call.mode) for call in found]:
+        if mode.grad is not grad_mode:  # what one mode computes has no gradient in the other
+            grad_mode = mode.grad
             writer.forget()
         if node not in known:  # of a region that is called several times, each call counts, and is lowered once
             if node.graph not in live:
                 live[node.graph] = live_nodes(node.graph)
-            known[node] = _lower(read_call(module, node, *mode), context)  # after those before it were rewritten
+            known[node] = _lower(read_call(module, node, mode), context)  # after those before it were rewritten
             changed += [module] if known[node].reason is None else []
         reports.append(known[node])
     for module in {id(m): m for m in [*changed, *([graph_module] if changed else [])]}.values():

@@ -45,7 +45,7 @@ def lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason 
     if large is not None and traced.pairwise is None:
         return large
     asked = any(map(requires_grad, (call.query, call.key, call.value))) or any(part.learned for part in hoisted)
-    training = call.grad_mode and asked
+    training = call.mode.grad and asked
     wrong = None if checked is None else disagreement(call, captures, checked, context)
     if wrong is not None:
         return wrong
