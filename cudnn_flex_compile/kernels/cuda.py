@@ -241,6 +241,9 @@ def _fallback_forward(
     query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor], ints: Sequence[int],
     floats: Sequence[Tensor], program: str, scale: float, stock: Stock | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    # Dynamo compiles anew where a tensor no longer requires a gradient, as in a CUDA graph that is being recorded.
+    query, key, value, *operands = (t.detach() for t in (query, key, value, *operands))
+    stock = stock and stock.detached()
     with torch_private.above_autograd(), torch.no_grad():
         out, lse = fallback.forward(query, key, value, operands, ints, floats, program, scale, stock)
     wanted = out_spec(TensorSpec.of(query), TensorSpec.of(value))

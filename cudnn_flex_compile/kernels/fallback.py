@@ -117,7 +117,8 @@ def backward(
 
     Computes the forward again. Needs autograd to be on.
     """
-    position, given = position_in(program), list(operands)
+    position, given = position_in(program), [t.detach() for t in operands]
+    stock = stock and stock.detached()
     learned = [] if position is None else [position]
     leaves = [t.detach().requires_grad_() for t in (query, key, value, *(given[i] for i in learned))]
     for i in learned:

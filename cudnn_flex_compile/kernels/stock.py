@@ -49,6 +49,10 @@ class Stock(NamedTuple):
         """Whether the guard is what the device chooses by, for the host can't read it."""
         return self.guard.dtype is torch.bool
 
+    def detached(self) -> "Stock":
+        """The same, with nothing that requires a gradient."""
+        return self._replace(captured=[t.detach() for t in self.captured])
+
     def own_order(self, keys: Tensor) -> Tensor:
         """Keys or values as the user gave them."""
         return keys if self.slots is None else torch.gather(keys, 2, _positions(self.slots, keys))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
-from cudnn_flex_compile.kernels import cpu, fallback
+from cudnn_flex_compile.kernels import cpu, cuda, fallback
 from cudnn_flex_compile.kernels.stock import Stock
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import F32, I64
@@ -63,3 +63,22 @@ def test_where_a_plan_is_right_no_block_is_left():
         for i, (found, given) in enumerate(zip(blocks, call.blocks, strict=True)):
             assert torch.equal(found, torch.zeros_like(given) if right and i % 2 == 0 else given)
             assert found.dtype == given.dtype
+
+
+def test_the_kernel_is_compiled_once_for_tensors_with_and_without_gradients(monkeypatch):
+    """A CUDA graph records a training step on tensors that require none; nothing can be compiled meanwhile."""
+    seen = []
+
+    def ran(query, key, value, operands, ints, floats, program, scale, stock):
+        tensors = (query, key, value, *operands, *stock.captured)
+        seen.append([t.requires_grad for t in tensors])
+        return torch.zeros_like(query), torch.zeros(query.shape[:3])
+
+    monkeypatch.setattr(fallback, "forward", ran)
+    for requires_grad in (True, False):
+        tensors = [torch.randn(2, 4, 160, 16, requires_grad=requires_grad) for _ in range(3)]
+        operand = torch.randn(1, 4, 1, 1, requires_grad=requires_grad)
+        captured = torch.randn(3, requires_grad=requires_grad)
+        call = stock(False, None)._replace(captured=[captured])
+        cuda._fallback_forward(*tensors, [operand], [], [], "", 0.25, call)
+    assert seen[0] == seen[1]
