@@ -211,8 +211,9 @@ class Fallback:
         return strided.tensors([view], tensor.dtype)[0].copy_(tensor)
 
     def forward(self, query, key, value, *rest):
+        *call, by_blocks = rest
         out, stats = query.new_empty(*query.shape[:3], value.shape[3]), query.new_empty(query.shape[:3]).float()
-        cpu.forward(query, key, value, *rest, out, stats)
+        cpu.forward(query, key, value, *call, out, stats, by_blocks)
         return self._strided(out), self._strided(stats)
 
     def backward(self, grad_out, grad_lse, query, key, value, *rest):
