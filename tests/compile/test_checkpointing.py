@@ -144,7 +144,11 @@ def test_the_partitioner_computes_attention_again_in_checkpointed_regions_alone(
     assert len(stats) == 3 - again
 
 
-@pytest.mark.parametrize(("saved", "again"), [((), 3), ((FLEX_ATTENTION,), 0), ((ops.attention_forward,), 0)], ids=str)
+@pytest.mark.parametrize(
+    ("saved", "again"),
+    [((), 3), ((FLEX_ATTENTION,), 0), ((ops.attention_forward,), 0)],
+    ids=["nothing", "the stock op", "ours"],
+)
 def test_a_policy_that_saves_flex_attention_saves_ours(saved, again, partitioned):
     """As stock's would be: by the op that the user's list names."""
 

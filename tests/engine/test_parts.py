@@ -14,13 +14,13 @@ from cudnn_flex_compile.engine.attention_graph import output_specs, stats_spec
 from cudnn_flex_compile.engine.parts import PartsPlan, assemble_parts, divided
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem, TensorSpec, dense, out_spec
 from cudnn_flex_compile.engine.rows import rows_of
-from cudnn_flex_compile.passes.hoist import VIEWS
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.interpret import environment, evaluate
 from cudnn_flex_compile.scoremod.ir import F32, I32
 from cudnn_flex_compile.scoremod.masks.boxes import Box, boxes, unshifted
 from cudnn_flex_compile.scoremod.masks.form import split
+from cudnn_flex_compile.scoremod.masks.intervals import VIEWS
 from cudnn_flex_compile.scoremod.masks.linear import KV, Q
 from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.partition import partition

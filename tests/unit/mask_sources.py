@@ -9,11 +9,12 @@ from types import MappingProxyType
 import torch
 from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
-from cudnn_flex_compile.passes.hoist import VIEWS, operand_value
+from cudnn_flex_compile.passes.hoist import operand_value
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.interpret import environment, evaluate
 from cudnn_flex_compile.scoremod.ir import I32, TRUE, Expr, Program
 from cudnn_flex_compile.scoremod.masks.form import as_predicate, split
+from cudnn_flex_compile.scoremod.masks.intervals import VIEWS
 from cudnn_flex_compile.scoremod.masks.linear import KV
 from cudnn_flex_compile.scoremod.masks.solve import Solved, solve
 from cudnn_flex_compile.scoremod.optable import make

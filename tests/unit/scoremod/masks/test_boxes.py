@@ -11,13 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cudnn_flex_compile.passes.hoist import VIEWS
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.interpret import environment, evaluate
 from cudnn_flex_compile.scoremod.ir import F32, I32, TRUE, Expr, Program
 from cudnn_flex_compile.scoremod.masks.bound import Bound
 from cudnn_flex_compile.scoremod.masks.boxes import MOST, Box, boxes, pruned, unshifted
 from cudnn_flex_compile.scoremod.masks.form import MaskForm, as_predicate, hides, split, tightest
+from cudnn_flex_compile.scoremod.masks.intervals import VIEWS
 from cudnn_flex_compile.scoremod.masks.linear import KV, Q
 from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.partition import partition
