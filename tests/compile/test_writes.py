@@ -53,7 +53,7 @@ def check(number, device, graphs):
     return report
 
 
-@pytest.mark.parametrize("number", range(0, COUNT, 4))  # all of them: tests/gpu/test_writes.py
+@pytest.mark.parametrize("number", range(COUNT))
 def test_generated(number, graphs):
     report, drawn = check(number, "cpu", graphs), program(number)
     assert all(c.reason is None for c in report.calls), [str(c.reason) for c in report.calls]
