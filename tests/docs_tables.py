@@ -6,7 +6,7 @@ It must not know what is in them.
 import re
 from pathlib import Path
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = next(folder for folder in Path(__file__).parents if (folder / "mkdocs.yml").exists()) / "docs"
 
 
 def shown(page: str, name: str) -> str:
