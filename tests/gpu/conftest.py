@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cudnn_flex_compile.passes import speed
-from tests.gpu.turns import compiling
+from tests.gpu.turns import compiling, measuring_within
 
 
 def pytest_collection_modifyitems(items):
@@ -36,5 +36,13 @@ def no_rules_by_size(monkeypatch):
 @pytest.fixture(autouse=True, scope="session")
 def nobody_measures():
     """Meanwhile, in another process."""
-    with compiling():
+    with compiling() as file:
+        yield file
+
+
+@pytest.fixture
+def alone(nobody_measures):
+    """For what is about the whole device: the other processes of these tests have ended. (pytest -n)"""
+    torch.cuda.synchronize()
+    with measuring_within(nobody_measures):
         yield

@@ -9,6 +9,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile import cache_clear
 from cudnn_flex_compile.bench.mods import alibi, causal, prefix_lm, sliding, softcap
+from cudnn_flex_compile.engine.ready import Ready
 from cudnn_flex_compile.engine.replay import FREE, OFTEN
 from cudnn_flex_compile.engine.state import engine
 from tests.gpu.launched import launched
@@ -31,6 +32,8 @@ CASES = {
     "a bias over pairs": lambda: (pairs, None),
     "several plans": lambda: (None, prefix_lm(100)),
 }
+LENGTHS = {"several plans": 1024}  # from which on several are faster than one; the others' is LENGTH
+PLANS = {"several plans": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -38,9 +41,23 @@ def from_nothing(fresh):  # noqa: F811
     shelf.reset()
 
 
-def call(score_mod, mask_mod):
-    mask = mask_mod and create_block_mask(mask_mod, None, None, LENGTH, LENGTH, device="cuda")
-    return compiled(lambda q, k, v: flex_attention(q, k, v, score_mod, mask), lower="always")
+def call(score_mod, mask_mod, length=LENGTH):
+    """Without interval kernels, whose launches are not replayed: these cases are about plans of cuDNN."""
+    mask = mask_mod and create_block_mask(mask_mod, None, None, length, length, device="cuda")
+    return compiled(lambda q, k, v: flex_attention(q, k, v, score_mod, mask), lower="always", intervals=False)
+
+
+def called(case, requires_grad):
+    """The case's functions, the call compiled, and inputs."""
+    mods, length = CASES[case](), LENGTHS.get(case, LENGTH)
+    return mods, call(*mods, length), [draw(length=length, requires_grad=requires_grad) for _ in range(3)]
+
+
+def replayed():
+    """The plans that have launches to replay, those of which others are made among them."""
+    ready = [found for found in engine.plans.values() if isinstance(found, Ready)]
+    found = [getattr(each.plan, "plans", (each.plan,)) for each in ready]
+    return [plan for plans in found for plan in plans if plan._replays.graphs]
 
 
 def draw_again(*tensors):
@@ -52,8 +69,7 @@ def draw_again(*tensors):
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("case", CASES)
 def test_each_step_is_right_on_its_own_data(case, training):
-    mods = CASES[case]()
-    function, qkv = call(*mods), [draw(requires_grad=training) for _ in range(3)]
+    mods, function, qkv = called(case, training)
     grad, counts = torch.randn_like(qkv[0]), []
     for _ in range(STEPS):
         poison()
@@ -64,17 +80,19 @@ def test_each_step_is_right_on_its_own_data(case, training):
         del out, gradients
         counts.append(shelf.replays)
     assert counts[-1] - counts[-2] >= 1 + training, counts
+    assert len(replayed()) >= PLANS.get(case, 1) * (1 + training)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_replay_gives_every_bit_of_a_launch(case):
-    function, qkv = call(*CASES[case]()), [draw(requires_grad=False) for _ in range(3)]
+    _, function, qkv = called(case, requires_grad=False)
     for _ in range(STEPS):
         draw_again(*qkv)
         found = function(*qkv).clone()
         with launched():
             assert torch.equal(found, function(*qkv))
     assert shelf.replays
+    assert len(replayed()) >= PLANS.get(case, 1)
 
 
 def test_a_gradient_of_the_log_sum_exp():
@@ -153,13 +171,14 @@ def test_a_capture_by_the_user_among_replays():
 
 
 def used():
-    """Bytes of the device that are in use, beyond what torch holds."""
+    """Bytes of the device that are in use, by any process, beyond what torch holds in this one."""
     torch.cuda.synchronize()
     free, total = torch.cuda.mem_get_info()
     return total - free - torch.cuda.memory_reserved()
 
 
-def test_graphs_take_little_memory_which_is_used_again():
+def test_graphs_take_little_memory_which_is_used_again(alone):
+    """The driver tells what is in use on the device, not by whom."""
     function = call(*CASES["soft cap + window"]())
     layers = [[draw() for _ in range(3)] for _ in range(FREE // 2)]
     grad = torch.randn_like(layers[0][0])

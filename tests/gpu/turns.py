@@ -21,14 +21,24 @@ def _locked(how):
     with open(os.environ.get(LOCK, FILE), "a") as file:
         fcntl.flock(file, how)
         try:
-            yield
+            yield file
         finally:
             fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def compiling():
-    """A context, or a decorator: nobody measures meanwhile."""
+    """A context, or a decorator: nobody measures meanwhile. Gives what `measuring_within` takes."""
     return _locked(fcntl.LOCK_SH)
+
+
+@contextmanager
+def measuring_within(file):
+    """As `measuring`, in a process that is `compiling`: it waits until all others have ended, or wait likewise."""
+    fcntl.flock(file, fcntl.LOCK_EX)  # which lets go of the shared lock first
+    try:
+        yield
+    finally:
+        fcntl.flock(file, fcntl.LOCK_SH)
 
 
 def measuring():

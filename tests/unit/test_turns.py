@@ -1,11 +1,12 @@
 """Who compiles and who measures takes turns, among processes; a part that fails is told of."""
 
 import itertools
+import threading
 import time
 
 import pytest
 
-from tests.gpu.turns import LOCK, in_turn
+from tests.gpu.turns import LOCK, compiling, in_turn, measuring_within
 
 COMPILES, MEASURES = 0.3, 0.1
 
@@ -40,3 +41,28 @@ def test_a_part_that_fails_is_told_of_and_the_others_go_on():
     told, (part, _) = sorted(in_turn(work, ["fails", "goes well"]), key=lambda found: isinstance(found, tuple))
     assert "no such part" in told
     assert part == "goes well"
+
+
+def test_of_those_that_compile_one_at_a_time_measures_once_the_others_wait_or_have_ended():
+    """Each opens the file anew, as processes do."""
+    begun, spans = threading.Barrier(3), []
+
+    def run(measures):
+        with compiling() as file:
+            begun.wait()
+            if not measures:
+                time.sleep(COMPILES)
+                spans.append((time.monotonic(), time.monotonic()))
+                return
+            with measuring_within(file):
+                start = time.monotonic()
+                time.sleep(MEASURES)
+                spans.append((start, time.monotonic()))
+
+    threads = [threading.Thread(target=run, args=(measures,)) for measures in (True, True, False)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert len(spans) == 3
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(sorted(spans)))

@@ -16,6 +16,8 @@ from cudnn_flex_compile.engine.regimes import REGIMES
 from cudnn_flex_compile.engine.select import cache_clear, cache_info, find_plan
 from cudnn_flex_compile.engine.state import engine
 from cudnn_flex_compile.reasons import Code
+from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod.optable import make
 from tests import stand_in
 from tests.stand_in import call
 
@@ -83,6 +85,35 @@ def test_a_backward_goes_with_the_forward_of_its_own_policy(policy):
     assert forward_of(backward_key(forward, given, True)) == forward
     assert Call(*forward)._replace(stats=False) == Call(*call(policy=policy))
     assert problem_of(key).replay == problem_of(forward).replay == policy_from(policy).replay
+
+
+PREFIX = make("or", make("ge", stand_in.Q, stand_in.KV), make("lt", stand_in.KV, ir.const(512, ir.I32)))
+MADE_OF_OTHERS = {  # how a plan is made of others, and a call of which it is
+    "parts": {"length": 4096, "mask": PREFIX},
+    "parts, backward": {"length": 4096, "mask": PREFIX, "backward": True},
+    "folded": {"backward": True, "lse_gradient": True},
+    "folded parts": {"length": 4096, "mask": PREFIX, "backward": True, "lse_gradient": True},
+}
+
+
+def launched(plan):
+    """Of a plan, itself or those that it is made of, which alone launch."""
+    inner = [plan.inner] if hasattr(plan, "inner") else getattr(plan, "plans", ())
+    return [found for each in inner for found in launched(each)] or [plan]
+
+
+@pytest.mark.parametrize("policies", [("", "replay=False"), ("replay=False", "")], ids=["on, off", "off, on"])
+@pytest.mark.parametrize("case", MADE_OF_OTHERS)
+def test_all_plans_that_one_is_made_of_are_replayed_as_its_policy_says(monkeypatch, tmp_path, case, policies):
+    """Those that are built, and those that are restored: a stored plan is the same for both policies."""
+    backend = stand_in.install(monkeypatch, tmp_path)
+    for policy in policies:
+        plan = find_plan(call(policy=policy, **MADE_OF_OTHERS[case])).plan
+        plans = launched(plan)
+        assert plan not in plans
+        assert len(plans) == (2 if "parts" in case else 1)
+        assert [found.problem.replay for found in plans] == [policy == ""] * len(plans)
+    assert backend.restored, "for the second policy"
 
 
 def test_a_text_that_is_no_policy_is_an_error(backend):
