@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from cudnn_flex_compile import cache_clear, cache_info, collect
+from cudnn_flex_compile import cache_info, collect
 from cudnn_flex_compile.bench.mods import MASKS, causal, softcap
+from cudnn_flex_compile.engine.state import engine
 from cudnn_flex_compile.passes import autotune
 from cudnn_flex_compile.reasons import Code
 from tests import dense
@@ -23,9 +24,9 @@ def folder(monkeypatch, tmp_path):
 
 
 def forget():
+    """All but what is in the folder."""
     torch._dynamo.reset()
-    cache_clear()
-    autotune._measured.clear()
+    engine.reset()
 
 
 def run(length, score_mod, mask_mod, **options):
@@ -50,7 +51,7 @@ def run(length, score_mod, mask_mod, **options):
 
 def test_what_is_faster_is_lowered_and_the_times_are_kept(monkeypatch):
     report = run(LENGTH, softcap(20.0), causal)
-    (times,) = autotune._measured.values()
+    (times,) = engine.times._entries.values()
     print(times, report.seconds)
     assert min(*times.ours, *times.stock) > 0
     assert bool(report.lowered) == (times.reason is None)
