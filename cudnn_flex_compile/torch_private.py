@@ -123,9 +123,19 @@ _included = _now("torch:_C._dispatch_tls_local_include_set", "autograd below an 
 _dispatching = _now("torch:_C._ForceDispatchKeyGuard", "autograd below an op", "`above_autograd` says it", None)
 
 
+# The dispatcher passes over the first line of these below autograd, and over all of them below a TorchDispatchMode,
+# under which AOTAutograd runs the first call of each graph. Dynamo traces no vmap then, and so no flex_attention.
+PASSED_OVER = (
+    "AutogradCUDA", "AutogradCPU", "AutogradFunctionality", "ADInplaceOrView",
+    "AutogradOther", "AutogradNestedTensor", "Functionalize", "Conjugate", "Negative", "ZeroTensor", "PreDispatch",
+    "FuncTorchDynamicLayerFrontMode", "FuncTorchDynamicLayerBackMode", "FuncTorchBatched", "FuncTorchVmapMode",
+    "FuncTorchGradWrapper", "PythonTLSSnapshot",
+)  # fmt: skip
+
+
 @contextlib.contextmanager
 def above_autograd() -> Generator[None]:
-    """Lets a kernel, which runs below autograd, use autograd itself, in its own thread.
+    """Lets a kernel, which runs below autograd, use autograd and torch.compile themselves, in its own thread.
 
     Raises RuntimeError where a name is missing: a shape that has no plan and came up at run time does not run then.
     """
@@ -136,8 +146,8 @@ def above_autograd() -> Generator[None]:
         )
     keys: Any = torch._C.DispatchKey  # pyright: ignore[reportAttributeAccessIssue]
     exclude = _excluded()
-    for key in (keys.AutogradCUDA, keys.AutogradCPU, keys.AutogradFunctionality, keys.ADInplaceOrView):
-        exclude = exclude.remove(key)
+    for name in PASSED_OVER:
+        exclude = exclude.remove(getattr(keys, name))
     with _dispatching(_included(), exclude), torch.inference_mode(False), torch.enable_grad():
         yield
 

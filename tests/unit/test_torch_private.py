@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import flex_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.torch_private import NAMES
@@ -82,3 +84,29 @@ def test_no_other_module_uses_one():
         found += [f"{path.relative_to(ROOT)}: {name}" for name in _names(ast.parse(text)) if _is_private(name)]
         found += [f"{path.relative_to(ROOT)}: example_value"] if '"example_value"' in text else []
     assert not found, "\n".join(found)
+
+
+class Through(TorchDispatchMode):
+    """Calls each op as it is."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_kernel_compiles_attention_under_a_dispatch_mode(training):
+    """As a shape without a plan needs it at the first call of a graph, which AOTAutograd runs under such a mode."""
+    torch._dynamo.reset()
+    x = torch.randn(1, 2, 32, 16)
+    expected = flex_attention(x, x, x)
+
+    def kernel(given):
+        with torch_private.above_autograd(), torch.set_grad_enabled(training):
+            return torch.compile(flex_attention, backend="aot_eager", fullgraph=True)(given, given, given)
+
+    with torch.library._scoped_library("cudnn_flex_test", "FRAGMENT") as library:
+        library.define("attention(Tensor x) -> Tensor")
+        library.impl("attention", kernel, "CPU")
+        with Through():
+            found = torch.ops.cudnn_flex_test.attention(x)
+    torch.testing.assert_close(found, expected)
