@@ -15,8 +15,17 @@ from cudnn_flex_compile.report import collect
 
 BATCH, HEADS, DIM = 2, 4, 64
 TENSORS = [f"{full}{of}_{what}" for full in ("", "full_") for of in ("kv", "q") for what in ("num_blocks", "indices")]
-LENGTHS = [(160, 160), (128, 128), (257, 200), (130, 300), (64, 320)]
-BLOCK_SIZES = [(128, 128), (64, 64), (128, 64), (64, 128), (256, 128)]
+# Lengths and block sizes of each device. Stock's kernels take multiples of their own tiles alone, 128 on an H200.
+SIZES = {
+    "cpu": (
+        [(160, 160), (128, 128), (257, 200), (130, 300), (64, 320)],
+        [(128, 128), (64, 64), (128, 64), (64, 128), (256, 128)],
+    ),
+    "cuda": (
+        [(320, 320), (256, 256), (513, 400), (260, 600), (64, 640)],
+        [(128, 128), (256, 256), (256, 128), (128, 256)],
+    ),
+}
 MASKS = {
     "none": lambda given: noop_mask,
     "causal": lambda given: lambda b, h, q, kv: q >= kv,
@@ -45,8 +54,8 @@ class Given:
     slopes: torch.Tensor
 
     @staticmethod
-    def drawn(generator, columns, device):
-        longest = max(*max(LENGTHS), columns)
+    def drawn(generator, lengths, device):
+        columns, longest = lengths[1], max(lengths)
         ends = torch.randint(1, columns + 1, (BATCH,), generator=generator)
         padding = torch.rand(BATCH, longest, generator=generator) > 0.3
         ids = torch.randint(0, 3, (longest,), generator=generator).sort().values
@@ -68,12 +77,12 @@ class Case:
         self.seed, self.device = seed, device
         choose = self.random = random.Random(seed)
         self.generator = torch.Generator().manual_seed(seed)
-        self.lengths, self.blocks = choose.choice(LENGTHS), choose.choice(BLOCK_SIZES)
+        self.lengths, self.blocks = map(choose.choice, SIZES[device])
         self.mask, self.score = list(MASKS)[self.seed % len(MASKS)], choose.choice(list(SCORES))
         self.shape = choose.choice((1, BATCH)), choose.choice((1, HEADS))
         self.kv_heads, self.full = choose.choice((HEADS, HEADS // 2)), choose.random() < 0.7
         self.first = choose.random() < agreeing  # whether the blocks of the first step are those of the mask_mod
-        self.given = Given.drawn(self.generator, self.lengths[1], self.device)
+        self.given = Given.drawn(self.generator, self.lengths, self.device)
         self.mask_mod, self.score_mod = MASKS[self.mask](self.given), SCORES[self.score](self.given)
 
     def __str__(self):
@@ -96,7 +105,7 @@ class Case:
         for _ in range(steps - 1):
             change = self.random.choice(CHANGES)
             if change == "captured":  # the blocks are those of what was captured before
-                self.given.change(Given.drawn(self.generator, self.lengths[1], self.device))
+                self.given.change(Given.drawn(self.generator, self.lengths, self.device))
             elif change != "unchanged":
                 new = self._block_mask(*self._patterns(change.startswith("agrees")))
                 mask = _copied(new, mask) if change.endswith("in place") else new

@@ -62,7 +62,8 @@ def test_swapped_for_one_that_agrees(name):
 
 
 def _zeroed(mask):
-    mask.kv_num_blocks.zero_()
+    for count in (mask.kv_num_blocks, mask.q_num_blocks):
+        count.zero_()
     return mask
 
 

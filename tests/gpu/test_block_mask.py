@@ -82,8 +82,8 @@ def test_the_host_waits_for_nothing_behind_the_comparison():
 
 
 def _zeroed(mask):
-    mask.kv_num_blocks.zero_()
-    mask.full_kv_num_blocks.zero_()
+    for count in (mask.kv_num_blocks, mask.full_kv_num_blocks, mask.q_num_blocks, mask.full_q_num_blocks):
+        count.zero_()
     return mask
 
 
