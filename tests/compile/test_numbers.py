@@ -109,8 +109,11 @@ def expected(qkv, mask, factor, added, given):
     return torch.where((plus == -math.inf).all(-1, keepdim=True), 0.0, scores.softmax(-1)) @ value
 
 
-def check(number, device="cpu", lowered=True):
-    """One generated program, compiled once, with four sets of numbers."""
+def check(number, device="cpu"):
+    """Compiles one generated program once, and calls it with four sets of numbers.
+
+    Returns why it is kept, or None: what is kept is as stock has it, whose sums of captured integers wrap.
+    """
     chance = random.Random(number)
     written = sources(chance)
     torch._dynamo.reset()
@@ -120,16 +123,17 @@ def check(number, device="cpu", lowered=True):
         given, args = numbers(chance), [t.to(device) for t in qkv(length=LENGTH)]
         with collect() as report:
             found = compiled(*args, *given.values())
+        if report.kept:
+            return report.kept[0].reason
         off = (found - expected(args, *written, given)).abs().max()
         assert off < 0.02, (number, written, given, float(off))
-        if lowered:
-            assert not report.kept, (number, written, str(report.kept[0].reason))
+    return None
 
 
 @pytest.mark.parametrize("first", range(0, 60, 10))
 def test_generated_programs_of_numbers_of_any_size(first):
     for number in range(first, first + 10):
-        check(number)
+        assert check(number) is None, (number, sources(random.Random(number)))
 
 
 @pytest.mark.parametrize("added", [False, True])

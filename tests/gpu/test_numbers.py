@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn.attention.flex_attention import flex_attention
 
 from cudnn_flex_compile import cache_clear, collect
@@ -15,6 +16,7 @@ __all__ = ["fresh"]
 
 HEAD_DIM = 64
 ALWAYS = {"lower": "always"}
+PROGRAMS = 12
 
 
 @pytest.fixture(autouse=True)
@@ -38,10 +40,11 @@ def test_a_window_of_any_size():
     test_numbers.by_windows(f, "cuda")
 
 
-@pytest.mark.parametrize("first", range(0, 12, 3))
-def test_generated_programs_of_numbers_of_any_size(first):
-    for number in range(first, first + 3):
-        test_numbers.check(number, "cuda", lowered=False)
+def test_generated_programs_of_numbers_of_any_size():
+    """Some have numbers that no plan takes, at the first call or later, and run on Inductor's kernel then."""
+    reasons = {number: test_numbers.check(number, "cuda") for number in range(PROGRAMS)}
+    kept = {number: str(reason) for number, reason in reasons.items() if reason is not None}
+    assert len(kept) <= PROGRAMS // 3, kept
 
 
 @pytest.mark.parametrize("blocks", [True, False])
@@ -49,6 +52,15 @@ def test_generated_programs_of_numbers_of_any_size(first):
 def test_paged_indices_that_hold_where_a_pair_is_visible(number, blocks):
     test_unvisited.compare(number, "cuda", blocks)
     torch.cuda.synchronize()
+
+
+def outcome(function, args, **how):
+    """What a compiled function gives, or the error that Inductor raises: its kernels have no finfo(float32).min."""
+    torch._dynamo.reset()
+    try:
+        return torch.compile(function, **how)(*args)
+    except BackendCompilerFailed as error:
+        return str(error.inner_exception).splitlines()[0]
 
 
 @pytest.mark.parametrize("added", [False, True])
@@ -61,10 +73,15 @@ def test_rows_hidden_whole_by_a_finite_number_are_stocks(fill, added):
         shown = (i >= j) & (i != 5)
         return s + torch.where(shown, 0.0, number) if added else torch.where(shown, s, number)
 
+    def f(*args):
+        return flex_attention(*args, hidden)
+
     args = [t.cuda() for t in test_numbers.qkv(length=test_numbers.LENGTH)]
     with collect() as report:
-        found = torch.compile(lambda *a: flex_attention(*a, hidden), backend="cudnn_flex", options=ALWAYS)(*args)
+        found = outcome(f, args, backend="cudnn_flex", options=ALWAYS)
     assert [call.reason.code for call in report.calls] == [Code.FINITE_FILL]
-    torch._dynamo.reset()
-    expected = torch.compile(lambda *a: flex_attention(*a, hidden))(*args)
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    expected = outcome(f, args)
+    if isinstance(expected, str):
+        assert found == expected
+    else:
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
