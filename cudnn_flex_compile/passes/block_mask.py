@@ -14,6 +14,7 @@ from torch.fx import Node
 from cudnn_flex_compile import ops, torch_private
 from cudnn_flex_compile.passes.find import Call, example, hint
 from cudnn_flex_compile.passes.hoist import Writer
+from cudnn_flex_compile.passes.nodes import size_of
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import TRUE, Expr, Program
@@ -152,31 +153,27 @@ class Guards:
         return Written(tensors, [len(blocks), len(captured), *call.block_sizes], text(program))
 
     def _guard(self, call: Call, mask: MaskProgram, program: str) -> Node:
-        shapes = _shapes(call)
-        sizes = tuple(n if isinstance(n, int) else torch_private.expression_of(n) for n in shapes)
+        sizes = tuple(n if isinstance(n, int) else torch_private.expression_of(n) for n in _shapes(call))
         write = self._compared_on_device if self._on_device else self._compared
         sources = [*present(call), *(mask.nodes[n] for n in mask.leaves)]
         kind = ("check", program, call.block_sizes, sizes)
-        return self._writer.once(kind, sources, call.node, lambda: write(call, mask, program, shapes))
+        return self._writer.once(kind, sources, call.node, lambda: write(call, mask, program))
 
-    def _compared(self, call: Call, mask: MaskProgram, program: str, shapes: list[Any]) -> Node:
+    def _compared(self, call: Call, mask: MaskProgram, program: str) -> Node:
         captured = [mask.nodes[n] for n in ir.walk(mask.own) if n.kind == "capture"]
         ints, floats = ([mask.nodes[n] for n in leaves] for leaves in (mask.ints, mask.floats))
         graph = call.node.graph
+        sizes = [size_of(node, dim, call.node) for node, dim in _size_sources(call)]
         with graph.inserting_before(call.node):
-            sizes = [
-                size if isinstance(size, int) else graph.call_method("size", (node, dim))
-                for size, (node, dim) in zip(shapes, _size_sources(call), strict=True)
-            ]
             arguments = (present(call), captured, ints, floats, program, sizes, list(call.block_sizes))
             node = graph.call_function(ops.check_block_mask, arguments)
         torch_private.set_example(node, example(call.query).new_empty((0,), dtype=torch.int32))
         return node
 
-    def _compared_on_device(self, call: Call, mask: MaskProgram, program: str, sizes: list[int]) -> Node:
+    def _compared_on_device(self, call: Call, mask: MaskProgram, program: str) -> Node:
         from cudnn_flex_compile.kernels.block_mask import agree
 
-        blocks = present(call)
+        blocks, sizes = present(call), _shapes(call)
         operands = [self._writer.write(h, mask.nodes, call.query, call.key, call.node) for h in mask.hoisted]
 
         def compare(*tensors: torch.Tensor) -> torch.Tensor:

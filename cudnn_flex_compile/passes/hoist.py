@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 import torch
 from torch.fx import GraphModule, Node, Proxy
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.proxy import GraphAppendingTracer
 
 from cudnn_flex_compile import ops, torch_private
 from cudnn_flex_compile.passes.compact import counts_of, order_of, slots_of
 from cudnn_flex_compile.passes.effects import Writers
 from cudnn_flex_compile.passes.find import example
+from cudnn_flex_compile.passes.nodes import Tracer, record
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.hoisting import LENGTH, computed
 from cudnn_flex_compile.scoremod.ir import F32, Expr
@@ -56,7 +56,10 @@ def _summed_in_float32(tensor: Any) -> Any:
 
 
 def _size_of(tensor: Any, dim: int) -> Any:
-    return _size(tensor, tensor.node, dim) if isinstance(tensor, Proxy) else tensor.shape[dim]
+    if not isinstance(tensor, Proxy):
+        return tensor.shape[dim]
+    tracer: Any = tensor.tracer
+    return tracer.size(tensor.node, dim)
 
 
 def _known_tensor(tensor: Any) -> torch.Tensor:
@@ -117,11 +120,8 @@ class Writer:
         """The node of an operand, above `before`."""
 
         def write() -> Node:
-            first = before.prev
-            with before.graph.inserting_before(before):
-                operand = self._trace(hoisted, captured, query, key, GraphAppendingTracer(before.graph))
-            _annotate(first.next, before, example(query).fake_mode)
-            return operand
+            with Tracer(before, example(query).fake_mode) as tracer:
+                return self._trace(hoisted, captured, query, key, tracer)
 
         leaves = [n for n in ir.walk(hoisted.expression) if n.kind in ("capture", "scalar") and n is not LENGTH]
         sizes = tuple(_known(example(n).shape[d]) for n, d in ((query, 0), (query, 1), (query, 2), (key, 2)))
@@ -132,16 +132,12 @@ class Writer:
         """How the keys that `columns` shows come to the front, above `before`."""
 
         def write() -> KeyOrder:
-            first = before.prev
-            with before.graph.inserting_before(before):
-                tracer = GraphAppendingTracer(before.graph)
-                with _ProxyFactories(tracer):
-                    bias, length = Proxy(columns, tracer), _size(Proxy(key, tracer), key, 2)
-                    span = torch.arange(length, dtype=torch.int64, device=example(key).device)
-                    counts = counts_of(bias)
-                    slots = slots_of(bias, counts, span)
-                    order = order_of(slots, span)
-            _annotate(first.next, before, example(key).fake_mode)
+            with Tracer(before, example(key).fake_mode) as tracer:
+                bias, length = Proxy(columns, tracer), tracer.size(key, 2)
+                span = torch.arange(length, dtype=torch.int64, device=example(key).device)
+                counts = counts_of(bias)
+                slots = slots_of(bias, counts, span)
+                order = order_of(slots, span)
             return KeyOrder(counts.node, order.node, slots.node)
 
         return self.once(("order",), [columns], before, write)
@@ -158,15 +154,11 @@ class Writer:
         sizes = (*example(query).shape[:3], example(key).shape[2])
 
         def write() -> tuple[Node, Node]:
-            first = before.prev
-            with before.graph.inserting_before(before):
-                tracer = GraphAppendingTracer(before.graph)
+            with Tracer(before, example(query).fake_mode) as tracer:
                 of_mask, numbers, scalars = (
                     [Proxy(n, tracer) if isinstance(n, Node) else n for n in bank] for bank in (operands, ints, floats)
                 )
-                with _ProxyFactories(tracer):
-                    found = endpoints_of(mask, of_mask, numbers, scalars, sizes, example(query).device)
-            _annotate(first.next, before, example(query).fake_mode)
+                found = endpoints_of(mask, of_mask, numbers, scalars, sizes, example(query).device)
             return found.table.node, found.most.node
 
         return self.once(("endpoints", mask, *sizes), [*operands, *ints, *floats], before, write)
@@ -190,57 +182,17 @@ class Writer:
         """Keys or values in that order; anew for each call, for they may change in place."""
         with before.graph.inserting_before(before):
             node = before.graph.call_function(ops.permute_keys, (tensor, order.order, order.slots))
-        _annotate(node, before, example(tensor).fake_mode)
-        return node
+        return record(node, example(tensor).fake_mode)
 
-    def _trace(
-        self, hoisted: Hoisted, captured: dict[Expr, Any], query: Node, key: Node, tracer: GraphAppendingTracer
-    ) -> Node:
+    def _trace(self, hoisted: Hoisted, captured: dict[Expr, Any], query: Node, key: Node, tracer: Tracer) -> Node:
         def proxy(node: Expr) -> Any:
             value = captured[node]
             return Proxy(value, tracer) if isinstance(value, Node) else value
 
-        sizes = tuple(_size(Proxy(n, tracer), n, d) for n, d in ((query, 0), (query, 1), (query, 2), (key, 2)))
-        device = example(query).device
-        graph = tracer.graph
-        with _ProxyFactories(tracer):
-            return operand_value(hoisted, proxy, sizes, device).node if graph else None  # pyright: ignore
+        sizes = tuple(tracer.size(n, d) for n, d in ((query, 0), (query, 1), (query, 2), (key, 2)))
+        return operand_value(hoisted, proxy, sizes, example(query).device).node
 
 
 def _known(size: Any) -> Any:
     """A size that can be compared without a guard."""
     return size if isinstance(size, int) else torch_private.expression_of(size)
-
-
-def _size(proxy: Proxy, node: Node, dim: int) -> Any:
-    size = example(node).shape[dim]
-    return size if isinstance(size, int) else proxy.size(dim)
-
-
-class _ProxyFactories(torch.overrides.TorchFunctionMode):
-    """Writes tensor factories (arange, full), which take no proxies, as nodes too."""
-
-    FACTORIES = (torch.arange, torch.full)
-
-    def __init__(self, tracer: GraphAppendingTracer) -> None:
-        super().__init__()
-        self.tracer = tracer
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in self.FACTORIES:
-            return self.tracer.create_proxy("call_function", func, args, kwargs or {})
-        return func(*args, **(kwargs or {}))
-
-
-def _annotate(first: Node, end: Node, mode: Any) -> None:
-    """Gives new nodes the example values that Dynamo's nodes have, in Dynamo's fake mode, for later passes."""
-    node = first
-    while node is not end:
-        if torch_private.example_of(node, None) is None:
-            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), example)  # pyright: ignore
-            target: Any = node.target
-            with mode:
-                function = getattr(args[0], target) if node.op == "call_method" else target
-                rest = args[1:] if node.op == "call_method" else args
-                torch_private.set_example(node, function(*rest, **kwargs))
-        node = node.next

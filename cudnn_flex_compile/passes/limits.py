@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch.fx import Node
 
 from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.passes.find import Call, example, hint, is_data, scale_of
@@ -16,6 +17,15 @@ from cudnn_flex_compile.scoremod.partition import HALF, Hoisted
 
 MIB = 2**20
 UNFORCED = {"BACKEND": "AUTO", "FORCE_USE_FLEX_ATTENTION": False}  # options that name a kernel, and what names none
+
+
+def unrecorded(call: Call) -> Reason | None:
+    """A reason if nothing is known of a tensor or a number that the call is given, as of what another pass wrote."""
+    given = [call.node, call.query, call.key, call.value, call.scale, *call.captured, *call.blocks, *call.block_sizes]
+    unknown = [n for n in given if isinstance(n, Node) and torch_private.example_of(n, None) is None]
+    if not unknown:
+        return None
+    return Reason(Code.TORCH, f"an example of the value of {unknown[0].name}, which nodes of Dynamo's graphs have")
 
 
 def unsuitable(call: Call) -> Reason | None:

@@ -22,6 +22,7 @@ from cudnn_flex_compile.passes.context import Context, mask_of
 from cudnn_flex_compile.passes.describe import describe_functions
 from cudnn_flex_compile.passes.find import Call, find_calls, read_call
 from cudnn_flex_compile.passes.hoist import Writer
+from cudnn_flex_compile.passes.limits import unrecorded
 from cudnn_flex_compile.passes.prune import live_nodes, prune
 from cudnn_flex_compile.passes.roads import lower_or_reason
 from cudnn_flex_compile.reasons import Code, Reason
@@ -71,6 +72,9 @@ def lower_calls(graph_module: GraphModule, example_inputs: Sequence[Any], option
 def _lower(call: Call, context: Context) -> CallReport:
     report = CallReport(source=call.source)
     describe_functions(report, call)
+    report.reason = unrecorded(call)
+    if report.reason is not None:
+        return report
     before = set(call.node.graph.nodes)
     try:
         cast = with_casts(call)

@@ -12,6 +12,7 @@ from torch.fx import Node
 from cudnn_flex_compile import ops, torch_private
 from cudnn_flex_compile.passes.block_mask import Written
 from cudnn_flex_compile.passes.find import Call, example, scale_of
+from cudnn_flex_compile.passes.nodes import size_of
 
 
 def replace(
@@ -68,8 +69,8 @@ def with_batch(node: Node, call: Call) -> Node:
     if tensor.shape[0] == wanted.shape[0]:
         return node
     batch = wanted.shape[0]
+    size = size_of(call.query, 0, call.node)
     with graph.inserting_before(call.node):
-        size = batch if isinstance(batch, int) else graph.call_method("size", (call.query, 0))
         expanded = graph.call_method("expand", (node, size, -1, -1, -1))
     torch_private.set_example(expanded, tensor.expand(batch, -1, -1, -1))
     return expanded
