@@ -211,8 +211,9 @@ def _functions(target: Target) -> dict[str, Any]:
     with fake_mode():
         of_score = _numbered(target, captures.of_score, stand_ins(True, captures.of_score, device, target.training))
         of_mask = _numbered(target, captures.of_mask, stand_ins(False, captures.of_mask, device, False))
+        start = len(of_score) - len(captures.of_score)
+        places = [start + i for i, c in enumerate(captures.of_score) if c.learned]
         learned = [c for c in captures.of_score if c.learned]
-        places = [len(of_score) - len(captures.of_score) + captures.of_score.index(c) for c in learned]
         return {
             "score_mod": value_graph(score_mod, of_score),
             "mask_mod": value_graph(mask_mod, of_mask),
