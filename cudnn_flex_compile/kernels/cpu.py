@@ -60,7 +60,7 @@ def per_head(tensor: Tensor, heads: int) -> Tensor:
 
 def _blocks(
     query: Tensor, key: Tensor, operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor],
-    program: Program, scale: float, stock: Stock | None,
+    program: Program, scale: float, stock: Stock | None = None,
 ) -> Iterator[Block]:  # fmt: skip
     captured = () if stock is None else stock.captured
     batch, heads, length, _ = query.shape

@@ -33,14 +33,14 @@ class FlashStandIn:
         (block,) = _blocks(query, key, *rest)
         seed = 1 if self.problem.direction == FORWARD else 2
         noise = torch.empty_like(size).uniform_(-CUT_OFF, CUT_OFF, generator=torch.Generator().manual_seed(seed))
-        block.scores.add_(noise * size)
+        block.gradient_of.scores.add_(noise * size)
         return block
 
     def _modified(self, block, rest):
         from cudnn_flex_compile.scoremod.interpret import environment, evaluate
 
         gradient = block.gradient_of
-        leaf = environment(block.scores, gradient.indices, gradient.operands, gradient.ints, gradient.floats)
+        leaf = environment(block.gradient_of.scores, gradient.indices, gradient.operands, gradient.ints, gradient.floats)
         return torch.where(block.visible, evaluate(rest[3].score, leaf), -math.inf)
 
     def _forward(self, query, key, value, out, stats=None, *, rest):
