@@ -76,7 +76,7 @@ def lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason 
 def _by_plans(target: Target, checked: MaskProgram | None, context: Context, report: CallReport) -> Reason | None:
     """Rewrites the call to run by plans that know its mask, or says why it does not."""
     measured = context.options.autotune and autotune.measurable(target)
-    why = None if checked is None else context.guards.unsuitable(target.call, checked)
+    why = None if checked is None else context.guards.unsuitable(target.call, checked, target.training)
     why = why or (slower(target, context) if context.only_faster and not measured else None)
     if why is not None:
         return why

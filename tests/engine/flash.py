@@ -40,7 +40,8 @@ class FlashStandIn:
         from cudnn_flex_compile.scoremod.interpret import environment, evaluate
 
         gradient = block.gradient_of
-        leaf = environment(block.gradient_of.scores, gradient.indices, gradient.operands, gradient.ints, gradient.floats)
+        numbers = gradient.ints, gradient.floats
+        leaf = environment(gradient.scores, gradient.indices, gradient.operands, *numbers)
         return torch.where(block.visible, evaluate(rest[3].score, leaf), -math.inf)
 
     def _forward(self, query, key, value, out, stats=None, *, rest):
