@@ -43,7 +43,8 @@ def _storages_of(tensor: torch.Tensor) -> Storages:
         tensor = torch_private.unwrapped(tensor)
     if torch_private.wraps_tensors(tensor):
         names, _ = tensor.__tensor_flatten__()  # pyright: ignore
-        return NOTHING.union(*(_storages_of(getattr(tensor, name)) for name in names))
+        parts = (getattr(tensor, name) for name in names)  # not all are tensors: a DTensor's mesh is one of them
+        return NOTHING.union(*(_storages_of(part) for part in parts if isinstance(part, torch.Tensor)))
     try:
         return frozenset({torch_private.storage_of(tensor)})
     except (NotImplementedError, RuntimeError):  # a sparse tensor, for one
