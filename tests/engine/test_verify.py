@@ -169,11 +169,11 @@ def test_the_users_functions_are_the_reference_not_the_program():
     captured = torch.linspace(0.5, 1.5, 4)
     leaf = ir.capture(0, F32)
     hoisted = Hoisted(make("gather", leaf, ir.index("h")), torch.float32)
-    right = ir.program(ir.SCORE + ir.operand(0, F32, "h") * 2.0)
+    right = ir.program(ir.SCORE * (ir.operand(0, F32, "h") * 2.0))
     reference = SubgraphReference(
-        score_mod=lambda s, b, h, q, kv, table: s + table[h] * 2,
+        score_mod=lambda s, b, h, q, kv, table: s * (table[h] * 2),
         mask_mod=lambda b, h, q, kv: b.new_ones((), dtype=torch.bool),
-        joint=joint(lambda s, b, h, q, kv, table: s + table[h] * 2, captured),
+        joint=joint(lambda s, b, h, q, kv, table: s * (table[h] * 2), captured),
         score_captured=(0,),
         mask_captured=(),
         captured=(CapturedValue(TensorSpec.of(captured)),),
@@ -182,7 +182,7 @@ def test_the_users_functions_are_the_reference_not_the_program():
     operands = (TensorSpec((1, 4, 1, 1), (4, 1, 1, 1), torch.float32),)
     for direction in (FORWARD, BACKWARD):
         assert verdict(direction, right, operands=operands, reference=reference) is None
-        lost = ir.program(ir.SCORE + ir.operand(0, F32, "h"))
+        lost = ir.program(ir.SCORE * ir.operand(0, F32, "h"))
         assert verdict(direction, right, runs=lost, operands=operands, reference=reference) is not None
 
 
