@@ -22,6 +22,10 @@ WRITING_OPERATORS = {
     operator.delitem,
     *(f for n, f in vars(operator).items() if n.startswith("__i") and f"__{n[3:]}" in vars(operator)),
 }
+# Functions of symbolic numbers in Python: these compute with numbers alone (torch.sym_max, torch._sym_sqrt).
+OF_NUMBERS = {
+    f for n, f in vars(torch).items() if n.startswith(("sym_", "_sym_")) and isinstance(f, types.FunctionType)
+}
 C_FUNCTIONS = types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType
 PREDISPATCH = "torch._functorch.predispatch"
 # Modules of functions each of which is an op of the same name.
@@ -65,7 +69,7 @@ class Marks(NamedTuple):
 @functools.lru_cache(maxsize=4096)
 def marks_of(target: Any) -> Marks | None:
     """None for what is not one op, and for one with an object of hidden state among its arguments."""
-    if target in OPERATORS:
+    if target in OPERATORS or target in OF_NUMBERS:
         return Marks(frozenset({0} if target in WRITING_OPERATORS else ()), frozenset(), False)
     if isinstance(target, HigherOrderOperator):
         return Marks(frozenset(), frozenset(), False) if target.name() in PURE_OPS else None

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import textwrap
 
 import pytest
@@ -219,7 +220,7 @@ def report():
 
 
 def test_identical_layers_are_shown_once(report):
-    rows = [line.split()[:2] for line in report.overview.splitlines() if "   x" in line]
+    rows = [line.split()[:2] for line in report.overview.splitlines() if re.match(r" *\d+ +x", line)]
     assert rows == [["1", "x12"], ["2", "x1"], ["3", "x1"]]
 
 

@@ -92,7 +92,7 @@ def test_fits_the_width():
     reason = Reason(Code.UNKNOWN_OP, "an_op_with_a_long_name " * 20)
     calls = [CallReport('File "a/b.py", line 3, in f: x', ir.program(long)), CallReport("?", reason=reason)]
     for width in (60, 100):
-        assert max(map(len, to_text(calls, Report(calls).summary, width).splitlines())) <= width
+        assert max(map(len, to_text(calls, Report(calls).summary, width=width).splitlines())) <= width
 
 
 def test_brackets_are_no_markup():
