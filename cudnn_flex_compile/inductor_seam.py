@@ -36,7 +36,7 @@ def config() -> Any:
 
 def installed() -> Pass | None:
     """The pass of ours that Inductor runs, if there is one."""
-    found = getattr(config(), PASS)
+    found = getattr(torch_private.inductor_options(), PASS, None)
     return found if getattr(found, "lowers_flex_attention", False) else None
 
 
@@ -79,5 +79,8 @@ def take_out() -> None:
 def stock() -> Generator[None]:
     """Has Inductor compile what is compiled within as if no pass of ours were in."""
     found = installed()
-    with config().patch({PASS: found.before} if found is not None else {}):
+    if found is None:
+        yield
+        return
+    with config().patch({PASS: found.before}):
         yield
