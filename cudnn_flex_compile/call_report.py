@@ -1,4 +1,4 @@
-"""What was done with one flex_attention call: data that the pass writes, and that reports hold and show.
+"""Holds what was done with one flex_attention call: the pass writes it, reports show it.
 
 Knows nothing of how it is shown (rendering.py).
 """
@@ -34,7 +34,7 @@ class Outside:
 
     @property
     def remedy(self) -> str:
-        """How to have it lowered."""
+        """Says how to have it lowered."""
         return REMEDIES[self.ran]
 
 

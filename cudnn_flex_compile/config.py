@@ -16,7 +16,7 @@ CERTIFY = ("once", "always", "off")
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What a compile asks of its plans, also of those that are found when its graph runs.
+    """Says what a compile asks of its plans, also of those that are found when its graph runs.
 
     Its text is an argument of the ops, so that a graph carries it wherever it goes, and part of each plan's key, so
     that no compile runs a plan that was made by another one's rules.
@@ -49,7 +49,7 @@ def policy_from(text: str) -> Policy:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a user can set for one compile. No other compile notices.
+    """Holds what a user can set for one compile. No other compile notices.
 
     Attributes:
         inner_backend: the backend for everything but attention: any name that torch._dynamo knows.
@@ -86,7 +86,7 @@ class Options:
 
     @property
     def policy(self) -> Policy:
-        """What of these options plans are found by."""
+        """Gives the part of the options by which plans are found."""
         return Policy(self.certify, self.autotune, self.replay)
 
     @property

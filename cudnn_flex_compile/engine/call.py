@@ -16,7 +16,7 @@ Key = tuple[Any, ...]
 
 
 class Call(NamedTuple):
-    """What a key holds, by name: `Call(*key)`. Keys themselves are plain tuples, which are made faster.
+    """Names the entries of a key: `Call(*key)`. Keys themselves are plain tuples, which are made faster.
 
     Attributes:
         operands: shape, stride and dtype of each.

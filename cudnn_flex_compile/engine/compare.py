@@ -180,7 +180,7 @@ def _judge_log_sums(regime: Regime, numbers: list[float]) -> str | None:
 
 
 def of_changes(found: torch.Tensor, exact: torch.Tensor, allowed: float) -> Finding:
-    """Of how scores [N, R, C] change with what was captured, which is a matter of the program alone: in the first
+    """Judges how scores [N, R, C] change with what was captured, which is a matter of the program alone: in the first
     regime. What is not finite, such as hidden pairs, is not compared; what is may be off by so much of the largest.
     """
     judged = exact.abs() < math.inf

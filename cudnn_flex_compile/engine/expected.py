@@ -69,7 +69,7 @@ class LogSums:
 
 @dataclass(slots=True)
 class Slopes:
-    """Of a score_mod, on usual data.
+    """Judges a score_mod, on usual data.
 
     Attributes:
         error: what its derivative by the raw score may be off by, 0-d.
@@ -82,7 +82,7 @@ class Slopes:
 
 
 def slopes(problem: Problem, sample: Sample, given: Given) -> Slopes:
-    """What is given is unit normal."""
+    """The data that is given is unit normal."""
     masked, slope, *changes = derivatives(sample, products(problem, given, EXACT), given.where)
     error = slope.abs().nan_to_num_(0.0, 0.0, 0.0).max().mul_(FUNCTION_ERROR)
     if sample.change is None or not changes:

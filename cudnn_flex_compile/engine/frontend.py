@@ -225,7 +225,7 @@ def _caches_of(module: Any, memory: type) -> list[tuple[Any, str, str]]:
 
 
 def compiled_kernel(compiler: Any) -> Any:
-    """What FlexAttentionFwd or FlexAttentionBwd compiled: their own call checks everything anew at each launch.
+    """Gives the kernel that FlexAttentionFwd or FlexAttentionBwd compiled: their own call checks all at each launch.
 
     Raises AttributeError where it is missing: then there is no plan by tiles.
     """
@@ -241,7 +241,7 @@ def tile_builder() -> Any:
 
 
 def backward_topology(config: Any) -> Any:
-    """How the backward's stage is told its tiles."""
+    """Tells the backward's stage its tiles."""
     return tile_builder()._ResolvedSm90BwdTopologyConfig(config)
 
 
