@@ -14,21 +14,21 @@ __all__ = [
 if TYPE_CHECKING:
     from cudnn_flex_compile.backend import cudnn_flex
     from cudnn_flex_compile.config import Options
-    from cudnn_flex_compile.engine.select import cache_clear, cache_info
+    from cudnn_flex_compile.engine.find_plan import cache_clear, cache_info
     from cudnn_flex_compile.explanation import explain
     from cudnn_flex_compile.installation import install, uninstall
     from cudnn_flex_compile.reasons import Reason
-    from cudnn_flex_compile.report import Report, collect
+    from cudnn_flex_compile.report.report import Report, collect
     from cudnn_flex_compile.settings import Settings, configure
 
 _HOMES = {
     "Options": "config",
     "Reason": "reasons",
-    "Report": "report",
+    "Report": "report.report",
     "Settings": "settings",
-    "cache_clear": "engine.select",
-    "cache_info": "engine.select",
-    "collect": "report",
+    "cache_clear": "engine.find_plan",
+    "cache_info": "engine.find_plan",
+    "collect": "report.report",
     "configure": "settings",
     "cudnn_flex": "backend",
     "explain": "explanation",

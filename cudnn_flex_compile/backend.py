@@ -9,11 +9,11 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from cudnn_flex_compile.call_report import CallReport
 from cudnn_flex_compile.config import Options, options_from
 from cudnn_flex_compile.inner import compile_inner
 from cudnn_flex_compile.phases import phase
-from cudnn_flex_compile.report import publish
+from cudnn_flex_compile.report.call import CallReport
+from cudnn_flex_compile.report.report import publish
 from cudnn_flex_compile.scoremod.text import infix
 from cudnn_flex_compile.settings import settings
 
@@ -50,7 +50,7 @@ def lower(graph_module: GraphModule, example_inputs: Sequence[Any], options: Opt
     Args:
         example_inputs: the inputs of the call that is being compiled; empty where they are not at hand.
     """
-    from cudnn_flex_compile.passes.lower_calls import lower_calls
+    from cudnn_flex_compile.passes.lower_graph import lower_calls
 
     settings()  # a wrong one is an error here, not in the midst of a compile
     with phase("lower"):

@@ -23,7 +23,7 @@ from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.script import run_script
 
 if TYPE_CHECKING:
-    from cudnn_flex_compile.report import Report
+    from cudnn_flex_compile.report.report import Report
 
 USAGE_ERROR = 2
 
@@ -85,7 +85,7 @@ def _doctor(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     elif reason is not None:
         print(f"\nNo plan can run here: {reason}.\nTo change that: {reason.advice}.")
     else:
-        from cudnn_flex_compile.rendering import self_test
+        from cudnn_flex_compile.report.render import self_test
 
         print(f"\n{self_test(tests)}")
     return 1 if reason is not None or failed else 0
@@ -129,7 +129,7 @@ def _facts() -> dict[str, Any]:
 
 def _cache_folder() -> str:
     """Where plans are kept, by the environment, and how much there is."""
-    from cudnn_flex_compile.engine.store import Store
+    from cudnn_flex_compile.engine.store.files import Store
     from cudnn_flex_compile.settings import settings
 
     given = settings()
@@ -180,8 +180,8 @@ def _explain(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         )
     if given.plot and importlib.util.find_spec("matplotlib") is None:
         parser.exit(USAGE_ERROR, f"{parser.prog} explain: --plot needs matplotlib: pip install matplotlib\n")
-    from cudnn_flex_compile.outside import listening
-    from cudnn_flex_compile.report import collect
+    from cudnn_flex_compile.report.outside import listening
+    from cudnn_flex_compile.report.report import collect
 
     output = contextlib.redirect_stdout(sys.stderr) if given.json else contextlib.nullcontext()
     with collect() as report, listening(report.outside), output:

@@ -59,11 +59,11 @@ class Options:
         certify: when plans are checked before they run user data. "once" trusts a verdict that is stored for this
             machine, driver and versions; "always" checks in each process anew; "off" is for debugging only.
         lower: "when_faster" keeps calls that measurements say are slower on cuDNN; "always" lowers all it can.
-        autotune: which calls are lowered, and how, is measured when they are compiled (passes/autotune.py), in place of
-            the rules.
+        autotune: which calls are lowered, and how, is measured when they are compiled (passes/decide/autotune.py), in
+            place of the rules.
         intervals: masks of few runs of keys for each row, such as packed documents, may run on kernels of
             cudnn.flex_attention.
-        replay: launches of plans on addresses that come back are replayed as CUDA graphs (engine/replay.py).
+        replay: launches of plans on addresses that come back are replayed as CUDA graphs (engine/launch/replay.py).
         bias_budget_mb: MiB that one bias over (q, kv) pairs, or one list of tiles, may take; a call that needs more is
             kept. The default holds a float32 bias of 16 heads at length 2048, or a mask for one head at length 11585;
             calls share biases and lists.

@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 
 from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.config import options_from
-from cudnn_flex_compile.report import Report, collect
+from cudnn_flex_compile.report.report import Report, collect
 
 _fresh_names = (f"explain_{i}" for i in itertools.count())
 
@@ -41,7 +41,7 @@ def explain(
     """
     options_from(options)
     from cudnn_flex_compile.backend import cudnn_flex
-    from cudnn_flex_compile.outside import listening
+    from cudnn_flex_compile.report.outside import listening
 
     def backend(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         return cudnn_flex(graph_module, example_inputs, options=options)

@@ -11,9 +11,9 @@ from torch.fx import Graph, GraphModule
 from cudnn_flex_compile import __version__, inductor_seam, torch_private
 from cudnn_flex_compile.backend import lower
 from cudnn_flex_compile.config import Options
-from cudnn_flex_compile.engine.identity import code_digest
+from cudnn_flex_compile.engine.store.identity import code_digest
 from cudnn_flex_compile.inner.inductor import prepare
-from cudnn_flex_compile.passes.find import find_calls
+from cudnn_flex_compile.passes.read.call import find_calls
 
 
 class LowerFlexAttention(torch_private.custom_graph_pass()):

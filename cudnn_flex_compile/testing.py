@@ -21,7 +21,7 @@ from collections.abc import Generator
 
 import pytest
 
-from cudnn_flex_compile.report import Report, collect
+from cudnn_flex_compile.report.report import Report, collect
 
 __all__ = ["Report", "collect", "flex_report"]
 

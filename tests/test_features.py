@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs_tables import shown
+from tests.support.docs_tables import shown
 
 ROOT = Path(__file__).parents[1]
 ROWS = shown("training.md", "features").strip().splitlines()[2:]

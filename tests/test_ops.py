@@ -13,7 +13,7 @@ from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import F32, I32
 from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.text import text
-from tests import dense
+from tests.support import dense
 
 Q, KV = ir.index("q"), ir.index("k")
 CAPPED = ir.program(make("tanh", ir.SCORE / 20.0) * 20.0, make("ge", Q, KV))

@@ -13,7 +13,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from cudnn_flex_compile import ops
-from cudnn_flex_compile.engine.tiles import Geometry
+from cudnn_flex_compile.engine.tiles.tile_list import Geometry
 from cudnn_flex_compile.ops import undispatched
 from cudnn_flex_compile.ops.schemas import SCHEMAS, namespace
 from cudnn_flex_compile.scoremod import ir

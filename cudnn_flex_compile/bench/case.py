@@ -13,8 +13,8 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 
 from cudnn_flex_compile.bench.mods import ALL, BY_BATCH
-from cudnn_flex_compile.call_report import CallReport
-from cudnn_flex_compile.report import collect
+from cudnn_flex_compile.report.call import CallReport
+from cudnn_flex_compile.report.report import collect
 
 STOCK, OURS, SDPA = "inductor", "cudnn_flex", "sdpa"
 # What torch's scaled_dot_product_attention knows by itself; other masks it takes as a tensor.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from cudnn_flex_compile.bench.case import OURS, STOCK, Case, Function, Layer, first_calls
-from cudnn_flex_compile.call_report import CallReport
+from cudnn_flex_compile.report.call import CallReport
 
 FORWARD, BACKWARD, BOTH = PARTS = ("fwd", "bwd", "both")
 CALLS, LONGEST, WARM_UP = 10, 30, 6  # at most; milliseconds of a sample; samples that do not count

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-from cudnn_flex_compile.engine.memory import Layout
+from cudnn_flex_compile.engine.launch.memory import Layout
 
 FORWARD, BACKWARD = "forward", "backward"
 
@@ -30,7 +30,7 @@ class TensorSpec:
 
     @property
     def layout(self) -> Layout:
-        """What engine/memory.py allocates by."""
+        """What engine/launch/memory.py allocates by."""
         return self.shape, self.stride, self.dtype
 
     def empty(self, device: torch.device) -> torch.Tensor:
@@ -55,8 +55,8 @@ class Problem:
         deterministic: whether torch.use_deterministic_algorithms was on.
         gradients: layouts of dq, dk and dv, if not dense_like those of query, key and value.
         lse_gradient: whether the backward takes a gradient of the log-sum-exp, too.
-        tiled: whether a list of tiles tells which pairs are visible, beside the program (engine/tiles.py).
-        replay: whether the plan's launches may be replayed as CUDA graphs (engine/replay.py).
+        tiled: whether a list of tiles tells which pairs are visible, beside the program (engine/tiles/tile_list.py).
+        replay: whether the plan's launches may be replayed as CUDA graphs (engine/launch/replay.py).
     """
 
     program: str

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cudnn_flex_compile.engine.certify.reference import ProgramReference, Reference
 from cudnn_flex_compile.engine.problem import BACKWARD, Problem
-from cudnn_flex_compile.engine.reference import ProgramReference, Reference
 from cudnn_flex_compile.reasons import Reason
 from cudnn_flex_compile.scoremod.text import parse
 
@@ -117,7 +117,7 @@ def _write(rejection: Rejection, problem: Problem, source: str) -> str:
 
 def rerun(problem: Problem, attempt: int) -> int:
     """What a script does: builds an attempt of a problem and certifies it. 1 if it is wrong, else 0."""
-    from cudnn_flex_compile.engine.clean import run_clean
+    from cudnn_flex_compile.engine.worker import run_clean
 
     wrong = run_clean(lambda: _wrong(problem, attempt), problem.device)
     print(wrong or "right")
@@ -125,8 +125,8 @@ def rerun(problem: Problem, attempt: int) -> int:
 
 
 def _wrong(problem: Problem, attempt: int) -> str | None:
-    from cudnn_flex_compile.engine.attempts import attempts
-    from cudnn_flex_compile.engine.verify import certify
+    from cudnn_flex_compile.engine.candidates import attempts
+    from cudnn_flex_compile.engine.certify.certify import certify
 
     reference = ProgramReference(parse(problem.program))
     plan = attempts(problem)[attempt]()

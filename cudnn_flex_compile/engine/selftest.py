@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from cudnn_flex_compile.config import Policy
-from cudnn_flex_compile.engine.call import Meta, backward_key, forward_key, problem_of
+from cudnn_flex_compile.engine.key import Meta, backward_key, forward_key, problem_of
 from cudnn_flex_compile.engine.problem import TensorSpec, dense
 from cudnn_flex_compile.reasons import Reason
 from cudnn_flex_compile.scoremod import ir
@@ -89,7 +89,7 @@ def run(device: int) -> Iterator[Outcome]:
 
 
 def _planned(program: Program, index: int) -> tuple[tuple[str, ...], Reason | None]:
-    from cudnn_flex_compile.engine.select import find_plan
+    from cudnn_flex_compile.engine.find_plan import find_plan
 
     call, device = call_of(program, index), torch.device("cuda", index)
     strategies: list[str] = []

@@ -9,11 +9,11 @@ import os
 from collections.abc import Hashable
 from typing import Any
 
-from cudnn_flex_compile.engine.cache import Cache, Recent
-from cudnn_flex_compile.engine.ready import Ready
-from cudnn_flex_compile.engine.reference import Reference
-from cudnn_flex_compile.engine.replay import Shelf
-from cudnn_flex_compile.engine.store import Store
+from cudnn_flex_compile.engine.certify.reference import Reference
+from cudnn_flex_compile.engine.launch.replay import Shelf
+from cudnn_flex_compile.engine.store.files import Store
+from cudnn_flex_compile.engine.store.lru import Cache, Recent
+from cudnn_flex_compile.engine.store.plan_cache import Ready
 from cudnn_flex_compile.locks import new_lock
 from cudnn_flex_compile.reasons import Reason
 from cudnn_flex_compile.settings import forget as forget_settings
@@ -28,11 +28,11 @@ class Engine:
     Attributes:
         lock: of the maps below, held for moments.
         building: held while a plan is found, which may take seconds.
-        plans: the certified plans, and why there is none, by the keys of calls (engine/call.py).
-        references: the users' functions that plans are compared with, by program and sizes (engine/select.py).
+        plans: the certified plans, and why there is none, by the keys of calls (engine/key.py).
+        references: the users' functions that plans are compared with, by program and sizes (engine/find_plan.py).
         coverage: the kinds of plans that were certified in full, so that a new shape of one takes less
-            (engine/kinds.py).
-        times: what autotuning measured of calls, by all that it depends on (passes/autotune.py).
+            (engine/certify/coverage.py).
+        times: what autotuning measured of calls, by all that it depends on (passes/decide/autotune.py).
         shelf: the launches that are replayed.
     """
 

@@ -155,20 +155,20 @@ class Rewrite:
 
 REWRITES: tuple[Rewrite, ...] = (
     Rewrite("composite", "sdpa with a score_mod, by AUTO -> by COMPOSITE", FATAL, (V928,),
-            "engine/attention_graph.py", "mul(x, x) on the unified engine reads illegal memory; no tiles are skipped"),
+            "engine/graph/build.py", "mul(x, x) on the unified engine reads illegal memory; no tiles are skipped"),
     Rewrite("columns expanded", "[., ., 1, Skv] operand -> [., ., Sq, Skv] with stride 0, in the backward", WRONG, BOTH,
-            "engine/lower.py", "dQ, dK and dV of score + bias[b, kv]"),
+            "engine/graph/emit.py", "dQ, dK and dV of score + bias[b, kv]"),
     Rewrite("heads expanded", "[B, H, 1, 1] operand -> [B, H, Sq, 1] with stride 0", WRONG, BOTH,
-            "engine/lower.py", "score * scale[b, h], both directions; [B, H, Sq, Skv] is refused by 9.28"),
+            "engine/graph/emit.py", "score * scale[b, h], both directions; [B, H, Sq, Skv] is refused by 9.28"),
     Rewrite("integers expanded", "int32 [B, 1, 1, 1] in a compare -> [B, 1, Sq, 1] with stride 0", WRONG, BOTH,
-            "engine/lower.py", "kv < length[b], both directions"),
+            "engine/graph/emit.py", "kv < length[b], both directions"),
     Rewrite("every head", "operands of different dims -> all [B, H, ., .], where the plain plan fails", WRONG, (V919,),
-            "engine/attempts.py", "a last resort: tried only where certification rejects the plain plan"),
+            "engine/candidates.py", "a last resort: tried only where certification rejects the plain plan"),
     Rewrite("ends guarded", "score_mod(x) -> score_mod(where(inside, x, 0)), -inf beyond the ends", WRONG, BOTH,
-            "engine/tail.py", "backward: dQ and dK are NaN for x * x at length 1000; on 9.19 also for a pair operand "
+            "engine/guards.py", "backward: dQ and dK are NaN for x * x at length 1000; on 9.19 also for a pair operand "
             "at Skv % 128 == 64 where the LSE is below -88.7"),
     Rewrite("results guarded", "a gradient that reads the score_mod's result -> with a select behind it", WRONG, BOTH,
-            "engine/tail.py", "backward: dV of sigmoid(x) is off by 200x"),
+            "engine/guards.py", "backward: dV of sigmoid(x) is off by 200x"),
     Rewrite("max by relu", "max(x, c) -> x + relu(c - x)", WRONG, BOTH,
             "scoremod/legalize.py", "backward: dV is off by 300x where relu_backward reads max's result"),
     Rewrite("scalar right", "c - x -> x * -1 + c; c / x -> reciprocal(x) * c", REFUSED, BOTH,
@@ -176,23 +176,23 @@ REWRITES: tuple[Rewrite, ...] = (
     Rewrite("operand right", "operand >= x -> x <= operand", REFUSED, BOTH,
             "scoremod/legalize.py", "an operand as the left side of a compare"),
     Rewrite("diagonal turned", "kv >= q -> kv + 0 >= q", WRONG, BOTH,
-            "engine/strategies/chained.py, scoremod/legalize.py", "computed as q >= kv, both directions"),
+            "engine/graph/strategies/chained.py, scoremod/legalize.py", "computed as q >= kv, both directions"),
     Rewrite("gradient as a product", "g of a score_mod's backward -> g * 1, beside dBias", REFUSED, (V928,),
-            "engine/strategies/scores.py", "where(q >= kv, x, x / 2) + bias: g must be read once, by a product",
+            "engine/graph/strategies/scores.py", "where(q >= kv, x, x / 2) + bias: g must be read once, by a product",
             switched=False, measured="without a GPU"),
     Rewrite("not strict", "q > kv -> q - 1 >= kv", WRONG, BOTH,
             "scoremod/masks, scoremod/legalize.py", "computed as q >= kv", switched=False),
     Rewrite("one predicate", "bounds, then an or, as selects -> one select by all of the mask", WRONG, (),
-            "engine/strategies/dense.py", "causal, then (q - kv <= w) | (kv < n): the or was dropped once; of it 64 "
+            "graph/strategies/dense.py", "causal, then (q - kv <= w) | (kv < n): the or was dropped once; of it 64 "
             "forms tried since are right on 9.19, and 16 on 9.28", switched=False),
     Rewrite("pairs outside", "documents[q] == documents[kv] in the graph -> a bias, computed outside", WRONG, BOTH,
             "scoremod/partition.py", "backward, with the operands broadcast in the graph", switched=False),
     Rewrite("infinite fill", "select(x, -1e9) -> select(x, -inf)", WRONG, BOTH,
-            "engine/strategies/chained.py", "forward: rows without a visible key give the mean of V", switched=False),
+            "graph/strategies/chained.py", "forward: rows without a visible key give the mean of V", switched=False),
     Rewrite("powers as products", "pow(x, 3) -> x * x * x", WRONG, BOTH,
             "scoremod/simplify.py", "NaN for a negative x", switched=False),
     Rewrite("fresh indices", "one gen_index for all bounds -> one for each, of the running tensor", SLOW, BOTH,
-            "engine/strategies/chained.py", "right, but every tile is computed", switched=False),
+            "graph/strategies/chained.py", "right, but every tile is computed", switched=False),
 )  # fmt: skip
 
 

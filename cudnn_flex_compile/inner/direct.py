@@ -18,7 +18,7 @@ from cudnn_flex_compile.ops import attention as attention_op
 from cudnn_flex_compile.ops import check_block_mask
 from cudnn_flex_compile.ops.autograd import attention
 from cudnn_flex_compile.ops.undispatched import PLAIN, check
-from cudnn_flex_compile.passes.light import is_view
+from cudnn_flex_compile.passes.read.views import is_view
 
 # Inductor's modes that ask for nothing but kernels: not those with CUDA graphs.
 MODES = (None, "default", "max-autotune-no-cudagraphs")

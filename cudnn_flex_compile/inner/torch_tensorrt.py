@@ -23,7 +23,7 @@ from torch.nn import Parameter
 from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.config import Options
 from cudnn_flex_compile.inner import inductor
-from cudnn_flex_compile.passes.find import example, find_calls
+from cudnn_flex_compile.passes.read.call import example, find_calls
 
 NAME = "torch_tensorrt"
 # Options of torch_tensorrt. RAISES: where a build fails; without, it runs the graph eagerly, and Inductor is faster.

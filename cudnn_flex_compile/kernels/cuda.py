@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from cudnn_flex_compile import torch_private
-from cudnn_flex_compile.engine.call import backward_key, forward_key
-from cudnn_flex_compile.engine.memory import empty
+from cudnn_flex_compile.engine.find_plan import find_plan
+from cudnn_flex_compile.engine.key import backward_key, forward_key
+from cudnn_flex_compile.engine.launch.memory import empty
+from cudnn_flex_compile.engine.plans.lse_rows import rows_of
 from cudnn_flex_compile.engine.problem import TensorSpec, dense, dense_like, out_spec
-from cudnn_flex_compile.engine.ready import Ready
 from cudnn_flex_compile.engine.repro import warned
-from cudnn_flex_compile.engine.rows import rows_of
-from cudnn_flex_compile.engine.select import find_plan
 from cudnn_flex_compile.engine.state import engine
-from cudnn_flex_compile.kernels import contract, fallback
+from cudnn_flex_compile.engine.store.plan_cache import Ready
+from cudnn_flex_compile.kernels import block_mask_contract, inductor
 from cudnn_flex_compile.kernels.stock import Given, Stock
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod.saturate import limit_of, saturated
@@ -45,7 +45,7 @@ def forward(
     if query.get_device() != torch_private.current_device():
         with torch.cuda.device(query.device):
             return forward(query, key, value, operands, ints, floats, program, scale, stats, tiles, policy, stock)
-    if stock is not None and not contract.agrees(stock, query, key, ints, floats):
+    if stock is not None and not block_mask_contract.agrees(stock, query, key, ints, floats):
         by_blocks = (operands, ints, floats, program, scale, stats, policy, Stock.of(*stock))
         return _forward_by_blocks(query, key, value, *by_blocks)
     call = forward_key(program, query, key, value, operands, scale, stats, tiles is not None, policy)
@@ -85,7 +85,7 @@ def backward(
         with torch.cuda.device(query.device):
             same = (out, stats, operands, ints, floats, program, scale, tiles, policy, stock)
             return backward(grad_out, grad_lse, query, key, value, *same)
-    if stock is not None and not contract.agrees(stock, query, key, ints, floats):
+    if stock is not None and not block_mask_contract.agrees(stock, query, key, ints, floats):
         by_blocks = (out, stats, operands, ints, floats, program, scale, policy, Stock.of(*stock))
         return _backward_by_blocks(grad_out, grad_lse, query, key, value, *by_blocks)
     before = forward_key(program, query, key, value, operands, scale, True, tiles is not None, policy)
@@ -245,7 +245,7 @@ def _fallback_forward(
     query, key, value, *operands = (t.detach() for t in (query, key, value, *operands))
     stock = stock and stock.detached()
     with torch_private.above_autograd(), torch.no_grad():
-        out, lse = fallback.forward(query, key, value, operands, ints, floats, program, scale, stock)
+        out, lse = inductor.forward(query, key, value, operands, ints, floats, program, scale, stock)
     wanted = out_spec(TensorSpec.of(query), TensorSpec.of(value))
     return _laid_out(out, wanted), _laid_out(lse, dense(TensorSpec.of(lse)))
 
@@ -256,7 +256,7 @@ def _fallback_backward(
 ) -> Gradients:  # fmt: skip
     call = (grad_out, grad_lse, query, key, value, operands, ints, floats, program, scale, stock)
     with torch_private.above_autograd():
-        gradients = fallback.backward(*call)
+        gradients = inductor.backward(*call)
     of_inputs = zip(gradients, (query, key, value), strict=False)
     dq, dk, dv = (_laid_out(g, dense_like(TensorSpec.of(t))) for g, t in of_inputs)
     if len(gradients) == 3:

@@ -52,11 +52,11 @@ def _disagreeing(
     by_blocks: str,
 ) -> Any:  # fmt: skip
     """The call as stock flex_attention runs it, if it has a BlockMask that says other than its mask."""
-    from cudnn_flex_compile.kernels import contract
+    from cudnn_flex_compile.kernels import block_mask_contract
     from cudnn_flex_compile.kernels.stock import Stock
 
     given = (stock, layout, by_blocks)
-    return Stock.of(*given) if stock and not contract.agrees(given, query, key, ints, floats) else None
+    return Stock.of(*given) if stock and not block_mask_contract.agrees(given, query, key, ints, floats) else None
 
 
 @torch.library.impl(library, "attention_forward", "CUDA")

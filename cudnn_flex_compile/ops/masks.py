@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cudnn_flex_compile.engine.tiles import Geometry
+from cudnn_flex_compile.engine.tiles.tile_list import Geometry
 from cudnn_flex_compile.ops.schemas import library
 
 
@@ -42,10 +42,10 @@ def check_block_mask(
     blocks: list[Tensor], captured: list[Tensor], ints: list[int], floats: list[Tensor], program: str,
     sizes: list[int], block_sizes: list[int],
 ) -> Tensor:  # fmt: skip
-    """The guard of the calls with a BlockMask (kernels/contract.py), an empty tensor."""
-    from cudnn_flex_compile.kernels import contract
+    """The guard of the calls with a BlockMask (kernels/block_mask_contract.py), an empty tensor."""
+    from cudnn_flex_compile.kernels import block_mask_contract
 
-    return contract.guard_of(blocks, captured, ints, floats, program, sizes, block_sizes)
+    return block_mask_contract.guard_of(blocks, captured, ints, floats, program, sizes, block_sizes)
 
 
 def _check_fake(
@@ -60,12 +60,12 @@ def _list_tiles_cuda(
     table: Tensor, found: Tensor, blocks: list[Tensor], block_sizes: list[int], operands: list[Tensor],
     ints: list[int], floats: list[Tensor], program: str, geometry: list[int], dtype: torch.dtype, size: int,
 ) -> Tensor:  # fmt: skip
-    """A list for attention to run on, int32 [size] (engine/tiles.py), and their guard."""
-    from cudnn_flex_compile.kernels import tiles
+    """A list for attention to run on, int32 [size] (engine/tiles/tile_list.py), and their guard."""
+    from cudnn_flex_compile.kernels import tile_lists
 
     with torch.cuda.device(table.device):
         mask = (blocks, block_sizes, operands, ints, floats, program)
-        return tiles.make(table, found, *mask, Geometry.of(geometry, dtype))
+        return tile_lists.make(table, found, *mask, Geometry.of(geometry, dtype))
 
 
 @torch.library.impl(library, "list_tiles", "CPU")
@@ -74,10 +74,10 @@ def _list_tiles_cpu(
     ints: list[int], floats: list[Tensor], program: str, geometry: list[int], dtype: torch.dtype, size: int,
 ) -> Tensor:  # fmt: skip
     """Nothing to run on: the CPU's kernel evaluates the mask."""
-    from cudnn_flex_compile.kernels import tiles
+    from cudnn_flex_compile.kernels import tile_lists
 
     mask = (blocks, block_sizes, operands, ints, floats, program)
-    return tiles.none(table, found, *mask, Geometry.of(geometry, dtype))
+    return tile_lists.none(table, found, *mask, Geometry.of(geometry, dtype))
 
 
 def _list_tiles_fake(

@@ -10,12 +10,12 @@ from typing import Any
 
 from torch.fx import Node
 
-from cudnn_flex_compile.call_report import CallReport
-from cudnn_flex_compile.passes.capture import Captures
-from cudnn_flex_compile.passes.find import Call
-from cudnn_flex_compile.passes.sketch import sketch
-from cudnn_flex_compile.passes.written import written
-from cudnn_flex_compile.report import collecting
+from cudnn_flex_compile.passes.read.call import Call
+from cudnn_flex_compile.passes.read.captures import Captures
+from cudnn_flex_compile.passes.read.mask_picture import sketch
+from cudnn_flex_compile.passes.read.source_text import written
+from cudnn_flex_compile.report.call import CallReport
+from cudnn_flex_compile.report.report import collecting
 from cudnn_flex_compile.scoremod.ir import TRUE
 from cudnn_flex_compile.scoremod.partition import Hoisted
 

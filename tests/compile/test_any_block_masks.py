@@ -3,7 +3,7 @@
 import pytest
 
 from cudnn_flex_compile.reasons import Code
-from tests.any_block_masks import MASKS, Case, check
+from tests.support.any_block_masks import MASKS, Case, check
 
 FUNCTIONS, STEPS = 3, 8  # of each mask; what runs in all is these times the number of masks, twice
 

@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from cudnn_flex_compile import ops
 from cudnn_flex_compile.bench.mods import softcap
-from cudnn_flex_compile.report import collect
+from cudnn_flex_compile.report.report import collect
 
 pytestmark = [pytest.mark.usefixtures("trainable"), pytest.mark.filterwarnings("ignore")]
 ROOT = Path(__file__).parents[2]

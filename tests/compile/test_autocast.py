@@ -6,9 +6,9 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from cudnn_flex_compile.bench.mods import softcap
 from cudnn_flex_compile.config import Options
-from cudnn_flex_compile.passes.lower_calls import lower_calls
+from cudnn_flex_compile.passes.lower_graph import lower_calls
 from cudnn_flex_compile.reasons import Code
-from cudnn_flex_compile.report import collect
+from cudnn_flex_compile.report.report import collect
 
 pytestmark = [pytest.mark.usefixtures("trainable"), pytest.mark.filterwarnings("ignore")]
 INNER = ({}, {"inner_backend": "aot_eager"})  # attention alone runs without an inner backend by default

@@ -9,7 +9,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_bloc
 
 from cudnn_flex_compile.bench.mods import MODS, alibi, causal, softcap
 from cudnn_flex_compile.reasons import Code
-from cudnn_flex_compile.report import collect
+from cudnn_flex_compile.report.report import collect
 
 AOT = {"inner_backend": "aot_eager"}
 
@@ -200,7 +200,7 @@ def test_biases_over_pairs():
 
 
 def test_an_exception_in_the_pass_keeps_that_call(monkeypatch):
-    from cudnn_flex_compile.passes import roads as module
+    from cudnn_flex_compile.passes import lower_call as module
 
     def fail(*_):
         raise ZeroDivisionError("for the test")
@@ -303,7 +303,7 @@ def test_a_node_that_cannot_be_read_keeps_the_calls_of_its_graph(monkeypatch, ca
     def unreadable(graph_module):
         raise ValueError("not enough values to unpack (expected at least 7, got 6)")
 
-    monkeypatch.setattr("cudnn_flex_compile.passes.lower_calls.find_calls", unreadable)
+    monkeypatch.setattr("cudnn_flex_compile.passes.lower_graph.find_calls", unreadable)
     check(lambda q, k, v: flex_attention(q, k, v, softcap(2.0)), *qkv(), codes=[Code.TORCH])
     assert "cannot be read" in caplog.text
     assert "not enough values" in caplog.text

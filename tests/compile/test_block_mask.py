@@ -9,8 +9,9 @@ from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block
 
 from cudnn_flex_compile.bench.mods import causal
 from cudnn_flex_compile.reasons import Code
-from cudnn_flex_compile.report import collect
-from tests.compile.block_masks import (
+from cudnn_flex_compile.report.report import collect
+from tests.compile.test_backend import AOT, close, draw, fresh  # noqa: F401
+from tests.support.block_masks import (
     attend,
     by_batch,
     by_both,
@@ -27,7 +28,6 @@ from tests.compile.block_masks import (
     visible_padding,
     window,
 )  # fmt: skip
-from tests.compile.test_backend import AOT, close, draw, fresh  # noqa: F401
 
 KEPT = Code.BLOCK_MASK
 

@@ -12,9 +12,10 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from cudnn_flex_compile.bench.mods import causal
-from cudnn_flex_compile.kernels import repeated
-from cudnn_flex_compile.report import collect
-from tests.compile.block_masks import (
+from cudnn_flex_compile.kernels import hot_function
+from cudnn_flex_compile.report.report import collect
+from tests.compile.test_backend import close, fresh
+from tests.support.block_masks import (
     attend,
     by_batch,
     code_of,
@@ -29,7 +30,6 @@ from tests.compile.block_masks import (
     lowered_steps,
     window,
 )  # fmt: skip
-from tests.compile.test_backend import close, fresh
 
 __all__ = ["comparisons", "fresh"]
 LOWER, ALL, EYE = [[1, 0], [1, 1]], [[1, 1], [1, 1]], [[1, 0], [0, 1]]
@@ -292,15 +292,15 @@ def test_blocks_made_in_the_graph_that_are_sparser():
 
 @pytest.mark.parametrize("captured", [False, True], ids=["causal", "lengths"])
 def test_new_block_masks_at_every_step_are_compared_by_a_compiled_function(captured, monkeypatch):
-    layouts, compile = [], repeated.Repeated._compile
-    monkeypatch.setattr(repeated, "_pays", lambda tensor: True)
-    monkeypatch.setattr(repeated.Repeated, "_compile", lambda *a: layouts.append(1) or compile(*a))
+    layouts, compile = [], hot_function.Repeated._compile
+    monkeypatch.setattr(hot_function, "_pays", lambda tensor: True)
+    monkeypatch.setattr(hot_function.Repeated, "_compile", lambda *a: layouts.append(1) or compile(*a))
 
     def mask_of(step):
         lengths = torch.tensor([150 - step, 30 + step])
         return padding_mask(lengths) if captured else created()
 
-    steps = [(*inputs(mask), mask) for mask in map(mask_of, range(repeated.EAGER + 4))]
+    steps = [(*inputs(mask), mask) for mask in map(mask_of, range(hot_function.EAGER + 4))]
     run = compiled(attend)
     for args in steps:
         close(run(*args), attend(*args))

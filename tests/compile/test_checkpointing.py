@@ -11,8 +11,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from cudnn_flex_compile import inner, ops
 from cudnn_flex_compile.bench.mods import alibi, causal, softcap
-from cudnn_flex_compile.passes.find import FLEX_ATTENTION
-from cudnn_flex_compile.report import collect
+from cudnn_flex_compile.passes.read.call import FLEX_ATTENTION
+from cudnn_flex_compile.report.report import collect
 
 pytestmark = [pytest.mark.usefixtures("trainable"), pytest.mark.filterwarnings("ignore")]
 OPTIONS = {"direct": {}, "inductor": {}, "aot_eager": {"inner_backend": "aot_eager"}}

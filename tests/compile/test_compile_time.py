@@ -1,6 +1,6 @@
 """What compiling takes grows with distinct programs, not with layers: by counted work, never by the clock.
 
-On the CPU; plans are stand-ins (tests/stand_in.py), which tests/gpu/test_compile_time.py replaces by real ones.
+On the CPU; plans are stand-ins (tests/support/stand_in.py), which tests/gpu/test_compile_time.py replaces by real ones.
 """
 
 import gc
@@ -11,14 +11,16 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
-from cudnn_flex_compile.engine.call import problem_of
+from cudnn_flex_compile.engine.key import problem_of
 from cudnn_flex_compile.engine.state import engine
-from cudnn_flex_compile.passes import lower_calls as module
-from cudnn_flex_compile.passes import roads, target, traced
-from cudnn_flex_compile.report import COUNTS, PHASES, collect
+from cudnn_flex_compile.passes import lower_call
+from cudnn_flex_compile.passes import lower_graph as module
+from cudnn_flex_compile.passes.decide import candidate
+from cudnn_flex_compile.passes.read import programs
+from cudnn_flex_compile.report.report import COUNTS, PHASES, collect
 from cudnn_flex_compile.testing import flex_report  # noqa: F401  (a fixture, as a user's test has it)
-from tests import stand_in
-from tests.layers import KINDS, inputs, model
+from tests.support import stand_in
+from tests.support.layers import KINDS, inputs, model
 
 pytestmark = pytest.mark.any_torch
 OPTIONS = {"inner_backend": "eager", "lower": "always"}
@@ -33,14 +35,14 @@ def fresh(monkeypatch):
     """Knows no program and no plan; calls of CPU tensors ask for plans as those of CUDA tensors do."""
     backend = stand_in.install(monkeypatch)
     torch._dynamo.reset()
-    traced.forget()
+    programs.forget()
     torch.manual_seed(0)
 
     def judge(given):
-        call = target.forward_call(given, given.running, stand_in.CUDA)
-        return target._certified(given, call, problem_of(call))
+        call = candidate.forward_call(given, given.running, stand_in.CUDA)
+        return candidate._certified(given, call, problem_of(call))
 
-    monkeypatch.setattr(roads, "judge", judge)
+    monkeypatch.setattr(lower_call, "judge", judge)
     with torch.no_grad():
         yield backend
 
@@ -67,7 +69,7 @@ def compile_model(kinds, monkeypatch):
             work["nodes"] = len(graph_module.graph.nodes) - before
 
     torch._dynamo.reset()
-    traced.forget()
+    programs.forget()
     stand_in.select.cache_clear()
     with monkeypatch.context() as patch, collect() as report:
         patch.setattr(module, "lower_calls", counted)
@@ -150,7 +152,7 @@ def test_functions_that_differ_never_share(pair):
     """Two in one model, in both orders: the numbers are those of eager flex_attention."""
     qkv = [torch.randn(2, 4, 96, 16, dtype=torch.bfloat16) for _ in range(3)]
     for first, second in (pair, pair[::-1]):
-        traced.forget()
+        programs.forget()
         torch._dynamo.reset()
 
         def both(q, k, v, mods=(first, second)):

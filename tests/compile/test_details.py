@@ -11,16 +11,17 @@ from torch.nn.attention.flex_attention import and_masks, create_block_mask, flex
 
 from cudnn_flex_compile import collect, explain
 from cudnn_flex_compile.config import Options
-from cudnn_flex_compile.engine.record import Error
-from cudnn_flex_compile.passes import describe, estimates
-from cudnn_flex_compile.passes.lower_calls import lower_calls
-from cudnn_flex_compile.passes.sketch import UNKNOWN
-from cudnn_flex_compile.picture import Picture
-from cudnn_flex_compile.report import CallReport, Report
+from cudnn_flex_compile.engine.store.codec import Error
+from cudnn_flex_compile.passes import describe
+from cudnn_flex_compile.passes.decide import cost_model
+from cudnn_flex_compile.passes.lower_graph import lower_calls
+from cudnn_flex_compile.passes.read.mask_picture import UNKNOWN
+from cudnn_flex_compile.report.picture import Picture
+from cudnn_flex_compile.report.report import CallReport, Report
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.optable import make
-from tests.compile import details_mods as mods
-from tests.compile.details_mods import causal, soft_cap, window
+from tests.support import details_mods as mods
+from tests.support.details_mods import causal, soft_cap, window
 
 EAGER = {"inner_backend": "eager", "lower": "always"}
 ROWS, COLUMNS = 64, 128  # of a picture's cells: at these lengths there is one for each pair
@@ -194,11 +195,11 @@ def test_what_is_expected():
             (lambda q: flex_attention(q, q, q, block_mask=create_block_mask(causal, 1, 1, 4096, 4096, "cpu")), query),
         )
     )
-    assert full == pytest.approx(1 / estimates.PAIR_COST)
+    assert full == pytest.approx(1 / cost_model.PAIR_COST)
     blocks = 4096 // 128
     listed = blocks * (blocks + 1) / 2 / blocks**2
     visible = 4097 / 2 / 4096
-    assert banded == pytest.approx(listed / visible / estimates.PAIR_COST, rel=1e-3)
+    assert banded == pytest.approx(listed / visible / cost_model.PAIR_COST, rel=1e-3)
     assert short is None
     assert made is None
 

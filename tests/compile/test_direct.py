@@ -13,8 +13,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile import inner
 from cudnn_flex_compile.bench.mods import alibi, causal, softcap
-from cudnn_flex_compile.report import collect
-from tests.dense import with_gradients
+from cudnn_flex_compile.report.report import collect
+from tests.support.dense import with_gradients
 
 LENGTH = 160
 

@@ -8,12 +8,14 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile import ops
 from cudnn_flex_compile.config import Options
-from cudnn_flex_compile.kernels import tiles
-from cudnn_flex_compile.passes import intervals, roads, speed
+from cudnn_flex_compile.kernels import tile_lists
+from cudnn_flex_compile.passes import lower_call
+from cudnn_flex_compile.passes.decide import keep_rules
+from cudnn_flex_compile.passes.write import tile_lists as write_lists
 from cudnn_flex_compile.reasons import Code, Reason
-from cudnn_flex_compile.report import collect
-from tests import dense
-from tests.any_block_masks import as_mask_mod
+from cudnn_flex_compile.report.report import collect
+from tests.support import dense
+from tests.support.any_block_masks import as_mask_mod
 
 BATCH, HEADS, LENGTH, DIM = 2, 4, 96, 16
 
@@ -21,14 +23,14 @@ BATCH, HEADS, LENGTH, DIM = 2, 4, 96, 16
 @pytest.fixture(autouse=True)
 def on_cpu(trainable, monkeypatch):
     """As if there were interval kernels for the CPU; setting up takes no time there."""
-    monkeypatch.setattr(intervals, "unusable", lambda device: None)
+    monkeypatch.setattr(write_lists, "unusable", lambda device: None)
 
 
 @pytest.fixture
 def lists(monkeypatch):
     """The endpoints that each list is made of."""
     made = []
-    monkeypatch.setattr(tiles, "none", lambda *args, none=tiles.none: made.append(args[:2]) or none(*args))
+    monkeypatch.setattr(tile_lists, "none", lambda *args, none=tile_lists.none: made.append(args[:2]) or none(*args))
     return made
 
 
@@ -207,11 +209,11 @@ def with_lse(q, k, v, ids):
 def test_a_loss_of_the_lse_runs_by_intervals_only_if_that_is_certified(monkeypatch, lists, right):
     asked = []
 
-    def judge(target, judge=roads.judge):
+    def judge(target, judge=lower_call.judge):
         asked.append((target.tiled, target.lse_gradient))
         return judge(target) if right or not target.tiled else Reason(Code.CERTIFICATION, "of the LSE's gradient")
 
-    monkeypatch.setattr(roads, "judge", judge)
+    monkeypatch.setattr(lower_call, "judge", judge)
     with collect() as report:
         compiled(with_lse)(*inputs(), packed(0))
     assert asked == [(True, True)] + [(False, True)] * (not right)
@@ -226,7 +228,7 @@ def test_what_plans_are_slower_for_is_tried_by_intervals(monkeypatch):
     given = (*inputs(False), torch.randint(1, LENGTH, (BATCH, LENGTH)))
     slower = Reason(Code.SLOWER, "blocks")
     for reasons, strategies in (((slower, None), ("intervals",)), ((None, None), ("chained",)), ((slower, slower), ())):
-        monkeypatch.setattr(speed, "slower", lambda facts, reasons=reasons: reasons[facts.tiled])
+        monkeypatch.setattr(keep_rules, "slower", lambda facts, reasons=reasons: reasons[facts.tiled])
         torch._dynamo.reset()
         with collect() as report:
             compiled(rows, lower="when_faster")(*given)
@@ -250,9 +252,9 @@ def test_a_small_call_by_itself_is_kept():
 
 
 def test_what_is_missing_is_named(monkeypatch):
-    monkeypatch.setattr(intervals, "unusable", lambda device: Reason(Code.INTERVALS, "no cutlass"))
+    monkeypatch.setattr(write_lists, "unusable", lambda device: Reason(Code.INTERVALS, "no cutlass"))
     slower = Reason(Code.SLOWER, "blocks")
-    monkeypatch.setattr(speed, "slower", lambda facts: None if facts.tiled else slower)
+    monkeypatch.setattr(keep_rules, "slower", lambda facts: None if facts.tiled else slower)
     with collect() as report:
         compiled(attend, lower="when_faster")(*inputs(False), packed(0))
     assert report.calls[0].reason == Reason(Code.INTERVALS, "no cutlass")

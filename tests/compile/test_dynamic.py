@@ -1,6 +1,6 @@
 """Shapes that change: one graph of ours for all of them, and one plan for each, on the CPU.
 
-Plans are stand-ins (tests/stand_in.py); tests/gpu/test_dynamic.py has real ones. Numbers are the CPU kernel's.
+Plans are stand-ins (tests/support/stand_in.py); tests/gpu/test_dynamic.py has real ones. Numbers are the CPU kernel's.
 """
 
 import pytest
@@ -10,17 +10,18 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from cudnn_flex_compile import cache_info
 from cudnn_flex_compile.bench.mods import causal
 from cudnn_flex_compile.config import Policy
-from cudnn_flex_compile.engine.call import Meta, forward_key
-from cudnn_flex_compile.engine.choice import OF_SHAPES
+from cudnn_flex_compile.engine.certify.regimes import REGIMES
+from cudnn_flex_compile.engine.choose import OF_SHAPES
+from cudnn_flex_compile.engine.find_plan import find_plan
+from cudnn_flex_compile.engine.key import Meta, forward_key
 from cudnn_flex_compile.engine.problem import TensorSpec
-from cudnn_flex_compile.engine.regimes import REGIMES
-from cudnn_flex_compile.engine.select import find_plan
 from cudnn_flex_compile.kernels import cpu
-from cudnn_flex_compile.passes import roads as module
-from cudnn_flex_compile.passes import target, traced
+from cudnn_flex_compile.passes import lower_call as module
+from cudnn_flex_compile.passes.decide import candidate
+from cudnn_flex_compile.passes.read import programs
 from cudnn_flex_compile.reasons import Reason
-from cudnn_flex_compile.report import collect
-from tests import dense, stand_in
+from cudnn_flex_compile.report.report import collect
+from tests.support import dense, stand_in
 
 OPTIONS = {"inner_backend": "aot_eager"}
 LENGTHS = (64, 100, 128, 192, 200, 256, 100)
@@ -32,12 +33,12 @@ def backend(monkeypatch):
     """Calls of CPU tensors ask for plans as those of CUDA tensors do, when they are compiled and when they run."""
     found, forward = stand_in.install(monkeypatch), cpu.forward
     torch._dynamo.reset()
-    traced.forget()
+    programs.forget()
     torch.manual_seed(0)
 
     def judge(given):
-        call = target.forward_call(given, given.running, stand_in.CUDA)
-        return target._certified(given, call, target.problem_of(call))
+        call = candidate.forward_call(given, given.running, stand_in.CUDA)
+        return candidate._certified(given, call, candidate.problem_of(call))
 
     def run(query, keys, value, operands, ints, floats, program, scale, *outputs):
         metas = [Meta(TensorSpec.of(t), stand_in.CUDA) for t in (query, keys, value, *operands)]

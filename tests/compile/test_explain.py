@@ -9,12 +9,12 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile import Reason, Report, collect, explain
 from cudnn_flex_compile.reasons import Code
-from cudnn_flex_compile.rendering import to_text
-from cudnn_flex_compile.report import CallReport
+from cudnn_flex_compile.report.render import to_text
+from cudnn_flex_compile.report.report import CallReport
+from cudnn_flex_compile.report.words import describe_mask
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import I32, TRUE
 from cudnn_flex_compile.scoremod.optable import make
-from cudnn_flex_compile.wording import describe_mask
 
 EAGER = {"inner_backend": "eager"}
 Q, KV = ir.index("q"), ir.index("k")

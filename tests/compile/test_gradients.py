@@ -5,8 +5,8 @@ import torch
 from torch.nn.attention.flex_attention import flex_attention
 
 from cudnn_flex_compile.reasons import Code
-from cudnn_flex_compile.report import collect
-from tests.gradients import Straight, differences, inputs
+from cudnn_flex_compile.report.report import collect
+from tests.support.gradients import Straight, differences, inputs
 
 OPTIONS = {"lower": "always", "inner_backend": "aot_eager"}
 

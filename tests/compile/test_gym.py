@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from cudnn_flex_compile.reasons import Code
-from tests import gym, gym_table
-from tests.docs_tables import shown
-from tests.gym import CASES
+from tests.support import gym, gym_table
+from tests.support.docs_tables import shown
+from tests.support.gym import CASES
 
-STALE = "the table in docs/models.md is out of date; regenerate it: python3 -m tests.gym_table --write"
+STALE = "the table in docs/models.md is out of date; regenerate it: python3 -m tests.support.gym_table --write"
 
 
 @pytest.fixture(autouse=True)

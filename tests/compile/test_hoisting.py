@@ -8,8 +8,8 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile import ops
-from cudnn_flex_compile.kernels import contract
-from cudnn_flex_compile.passes import roads
+from cudnn_flex_compile.kernels import block_mask_contract
+from cudnn_flex_compile.passes import lower_call
 from cudnn_flex_compile.reasons import Code
 from tests.compile.test_backend import close, draw, fresh, qkv, run
 
@@ -111,7 +111,7 @@ def test_padding_with_keys_of_batch_one():
 @pytest.mark.parametrize("step", ["replace", "with_batch"])
 def test_a_rewrite_that_fails_leaves_the_call_as_it_was(monkeypatch, step):
     mask = create_block_mask(lambda b, h, q, kv: (q >= kv) & PADDING[b, kv], 2, None, 160, 160, device="cpu")
-    real, calls_made = getattr(roads, step), []
+    real, calls_made = getattr(lower_call, step), []
 
     def fails_once(*args):
         calls_made.append(step)
@@ -119,9 +119,9 @@ def test_a_rewrite_that_fails_leaves_the_call_as_it_was(monkeypatch, step):
             raise ZeroDivisionError("for the test")
         return real(*args)
 
-    monkeypatch.setattr(roads, step, fails_once)
-    compared, guard_of = [], contract.guard_of
-    monkeypatch.setattr(contract, "guard_of", lambda *mask: compared.append(mask) or guard_of(*mask))
+    monkeypatch.setattr(lower_call, step, fails_once)
+    compared, guard_of = [], block_mask_contract.guard_of
+    monkeypatch.setattr(block_mask_contract, "guard_of", lambda *mask: compared.append(mask) or guard_of(*mask))
 
     def model(q, k, v):
         q = flex_attention(q, k, v, relative, mask) + 1

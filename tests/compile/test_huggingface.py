@@ -1,8 +1,8 @@
 """HuggingFace models, unmodified: what is lowered in training, loss and gradients as by stock flex_attention, and no
 recompiles.
 
-Knows nothing of Inductor nor of speed (tests/gpu/models.py). Dynamo breaks and traces a model before it asks a backend,
-so that one trace serves both sides: each graph runs as cudnn_flex compiled it, or as it was.
+Knows nothing of Inductor nor of speed (tests/measure/models.py). Dynamo breaks and traces a model before it asks a
+backend, so that one trace serves both sides: each graph runs as cudnn_flex compiled it, or as it was.
 """
 
 import collections

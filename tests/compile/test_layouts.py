@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
-from cudnn_flex_compile.report import collect
-from tests import dense, strided
+from cudnn_flex_compile.report.report import collect
+from tests.support import dense, strided
 
 BATCH, HEADS, LENGTH, DIM = 2, 4, 256, 64
 HEAD_MAJOR = {

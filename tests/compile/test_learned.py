@@ -5,9 +5,9 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile.reasons import Code
-from cudnn_flex_compile.report import collect
+from cudnn_flex_compile.report.report import collect
 from cudnn_flex_compile.scoremod.text import infix
-from tests import dense
+from tests.support import dense
 
 BATCH, HEADS, KV_HEADS, LENGTH, DIM = 2, 4, 2, 24, 16
 BUCKETS = 8

@@ -8,12 +8,12 @@ from torch.nn.attention import flex_attention as stock
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
 from cudnn_flex_compile.bench.mods import causal, sliding, softcap
-from cudnn_flex_compile.engine import select
 from cudnn_flex_compile.engine.problem import BACKWARD
-from cudnn_flex_compile.passes import roads, target
+from cudnn_flex_compile.passes import lower_call
+from cudnn_flex_compile.passes.decide import candidate
 from cudnn_flex_compile.reasons import Code, Reason
-from cudnn_flex_compile.report import collect
-from tests import dense
+from cudnn_flex_compile.report.report import collect
+from tests.support import dense
 
 HEADS, LENGTH, DIM = 4, 160, 16
 MODS = {
@@ -118,20 +118,20 @@ def test_plans_of_both_backwards_are_wanted(monkeypatch):
     asked, refused = [], []
 
     def find_plan(key, reference, fingerprint):
-        problem = select.problem_of(key)
+        problem = find_plan.problem_of(key)
         asked.append((problem.direction, problem.lse_gradient))
         if problem.lse_gradient and refused:
             return Reason(Code.SHAPE_REFUSED, "too many row vectors", lasting=False)
-        return select.Ready(type("P", (), {"strategy": "s", "problem": problem, "errors": ()})(), (False,) * 4)
+        return find_plan.Ready(type("P", (), {"strategy": "s", "problem": problem, "errors": ()})(), (False,) * 4)
 
     def judge(wanted):
         device = torch.device("cpu")
-        key = target.forward_call(wanted, wanted.running, device)
-        problem = target.problem_of(key)
-        return target._certified(wanted, key, problem)
+        key = candidate.forward_call(wanted, wanted.running, device)
+        problem = candidate.problem_of(key)
+        return candidate._certified(wanted, key, problem)
 
-    monkeypatch.setattr(select, "find_plan", find_plan)
-    monkeypatch.setattr(roads, "judge", judge)
+    monkeypatch.setattr(find_plan, "find_plan", find_plan)
+    monkeypatch.setattr(lower_call, "judge", judge)
     attend = attention("causal", {"return_lse": True})
 
     def reports(function, grad=True):

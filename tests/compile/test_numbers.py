@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile import collect
 from cudnn_flex_compile.engine import support
-from cudnn_flex_compile.engine.call import forward_key, problem_of
+from cudnn_flex_compile.engine.key import forward_key, problem_of
 from cudnn_flex_compile.reasons import Code
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import F32, SCORE

@@ -14,12 +14,14 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from cudnn_flex_compile import cache_info, configure, explain
 from cudnn_flex_compile.config import Options
-from cudnn_flex_compile.engine.call import Meta, forward_key, problem_of
+from cudnn_flex_compile.engine.find_plan import find_plan
+from cudnn_flex_compile.engine.key import Meta, forward_key, problem_of
 from cudnn_flex_compile.engine.problem import TensorSpec
-from cudnn_flex_compile.engine.select import find_plan
 from cudnn_flex_compile.ops import autograd
-from cudnn_flex_compile.passes import roads, target, traced
-from tests import stand_in
+from cudnn_flex_compile.passes import lower_call
+from cudnn_flex_compile.passes.decide import candidate
+from cudnn_flex_compile.passes.read import programs
+from tests.support import stand_in
 
 pytestmark = pytest.mark.any_torch
 CHECKED, UNCHECKED = {}, {"certify": "off", "replay": False}
@@ -60,11 +62,11 @@ def backend(monkeypatch):
     found, forward = stand_in.install(monkeypatch), autograd.forward
     found.asked = {}
     torch._dynamo.reset()
-    traced.forget()
+    programs.forget()
 
     def judge(given):
-        key = target.forward_call(given, given.running, stand_in.CUDA)
-        return target._certified(given, key, problem_of(key))
+        key = candidate.forward_call(given, given.running, stand_in.CUDA)
+        return candidate._certified(given, key, problem_of(key))
 
     def run(query, key, value, operands, ints, floats, program, scale, stats, *kept):
         policy = kept[-1]
@@ -73,7 +75,7 @@ def backend(monkeypatch):
         found.asked.setdefault(policy, {})[query.shape[2]] = plan
         return forward(query, key, value, operands, ints, floats, program, scale, stats, *kept)
 
-    monkeypatch.setattr(roads, "judge", judge)
+    monkeypatch.setattr(lower_call, "judge", judge)
     monkeypatch.setattr(autograd, "forward", run)
     with torch.no_grad():
         yield found

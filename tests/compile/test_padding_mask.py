@@ -8,10 +8,10 @@ import torch
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
 from cudnn_flex_compile.bench.mods import causal, causal_padding, padded, softcap
-from cudnn_flex_compile.passes import roads
+from cudnn_flex_compile.passes import lower_call
 from cudnn_flex_compile.scoremod.ir import TRUE
-from tests.compile.block_masks import code_of, compilations, lowered_steps
 from tests.compile.test_backend import close, draw, fresh  # noqa: F401
+from tests.support.block_masks import code_of, compilations, lowered_steps
 
 BATCH, LENGTH = 3, 160
 PADDINGS = {
@@ -42,14 +42,14 @@ def attend(q, k, v, mask, score_mod=None, return_lse=False):
 @pytest.fixture
 def permuted(monkeypatch):
     """Whether each lowered call permutes its keys."""
-    seen, compacted = [], roads.compacted
+    seen, compacted = [], lower_call.compacted
 
     def watched(*args):
         found = compacted(*args)
         seen.append(found is not None)
         return found
 
-    monkeypatch.setattr(roads, "compacted", watched)
+    monkeypatch.setattr(lower_call, "compacted", watched)
     return seen
 
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from cudnn_flex_compile.report import collect
-from tests import gym
-from tests.compile.paged import NAMES, cases
+from cudnn_flex_compile.report.report import collect
+from tests.support import gym
+from tests.support.paged import NAMES, cases
 
 OPTIONS = {"inner_backend": "aot_eager", "lower": "always"}
 

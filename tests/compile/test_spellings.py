@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 import cudnn_flex_compile
 from cudnn_flex_compile.reasons import Code
-from tests.compile.spellings import SPELLINGS, inputs
+from tests.support.spellings import SPELLINGS, inputs
 
 OPTIONS = {"inner_backend": "aot_eager", "lower": "always"}
 

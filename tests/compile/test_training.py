@@ -13,7 +13,7 @@ from cudnn_flex_compile.bench.mods import causal, softcap
 from cudnn_flex_compile.inner import direct
 from cudnn_flex_compile.ops import autograd
 from cudnn_flex_compile.ops.undispatched import PLAIN
-from cudnn_flex_compile.report import collect
+from cudnn_flex_compile.report.report import collect
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.text import text

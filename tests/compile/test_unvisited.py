@@ -14,8 +14,9 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile import collect
-from cudnn_flex_compile.engine.call import problem_of
-from cudnn_flex_compile.passes import roads, target
+from cudnn_flex_compile.engine.key import problem_of
+from cudnn_flex_compile.passes import lower_call
+from cudnn_flex_compile.passes.decide import candidate
 from tests.compile.test_backend import fresh, mask_of, qkv, run
 
 __all__ = ["fresh"]
@@ -113,8 +114,8 @@ def test_certification_reads_nothing_out_of_range(number, drawn, monkeypatch):
     sampled = []
 
     def judge(asked):
-        problem = problem_of(target.forward_call(asked, asked.running, torch.device("cpu")))
-        made = target._reference(asked)
+        problem = problem_of(candidate.forward_call(asked, asked.running, torch.device("cpu")))
+        made = candidate._reference(asked)
         if drawn:
             made = replace(made, captured=tuple(replace(c, real=None) for c in made.captured))
         for extremes in (False, True):
@@ -127,8 +128,8 @@ def test_certification_reads_nothing_out_of_range(number, drawn, monkeypatch):
             sampled.append(sample)
         return real(asked)
 
-    real = roads.judge
-    monkeypatch.setattr(roads, "judge", judge)
+    real = lower_call.judge
+    monkeypatch.setattr(lower_call, "judge", judge)
     run(lambda q, k, v: flex_attention(q, k, v, score_mod, mask), *qkv(length=LENGTH), lower="always")
     assert len(sampled) == 2
 

@@ -1,6 +1,6 @@
 """What writes between two calls is never overlooked, and what does not write never keeps them from sharing.
 
-Knows nothing of which spellings there are (tests/written_programs.py).
+Knows nothing of which spellings there are (tests/support/written_programs.py).
 """
 
 import itertools
@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
 from cudnn_flex_compile import ops
-from cudnn_flex_compile.passes.effects import Writers
-from cudnn_flex_compile.report import collect
+from cudnn_flex_compile.passes.read.effects import Writers
+from cudnn_flex_compile.report.report import collect
 from tests.compile.test_backend import close, fresh, qkv, run
-from tests.written_programs import ARGUMENTS, BOOLEANS, COUNT, FLOATS, INTEGERS, PURE, defined, inputs, program
+from tests.support.written_programs import ARGUMENTS, BOOLEANS, COUNT, FLOATS, INTEGERS, PURE, defined, inputs, program
 
 __all__ = ["fresh"]
 pytestmark = pytest.mark.any_torch

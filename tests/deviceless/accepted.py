@@ -7,10 +7,10 @@ import itertools
 
 import torch
 
-from cudnn_flex_compile.engine.attention_graph import assemble
-from cudnn_flex_compile.engine.lower import operand_view
+from cudnn_flex_compile.engine.graph.build import assemble
+from cudnn_flex_compile.engine.graph.emit import operand_view
+from cudnn_flex_compile.engine.graph.strategies import STRATEGIES
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem, TensorSpec, dense, out_spec
-from cudnn_flex_compile.engine.strategies import STRATEGIES
 from cudnn_flex_compile.reasons import Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.optable import TABLE

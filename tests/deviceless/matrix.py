@@ -17,19 +17,21 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile.bench.mods import ALL, BY_BATCH
 from cudnn_flex_compile.config import Options, Policy
-from cudnn_flex_compile.engine import choice, plan
-from cudnn_flex_compile.engine.attention_graph import output_specs
-from cudnn_flex_compile.engine.call import problem_of
+from cudnn_flex_compile.engine import choose
+from cudnn_flex_compile.engine.certify.reference import ProgramReference
+from cudnn_flex_compile.engine.graph.build import output_specs
+from cudnn_flex_compile.engine.key import problem_of
+from cudnn_flex_compile.engine.plans import graph_plan
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem
-from cudnn_flex_compile.engine.reference import ProgramReference
 from cudnn_flex_compile.engine.support import refused
 from cudnn_flex_compile.engine.versions import cudnn_version
-from cudnn_flex_compile.passes import lower_calls, roads, target
+from cudnn_flex_compile.passes import lower_call, lower_graph
+from cudnn_flex_compile.passes.decide import candidate
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod.text import parse
 from tests.deviceless.accepted import verdict
 from tests.deviceless.harness import SMS, load_libraries
-from tests.docs_tables import show
+from tests.support.docs_tables import show
 
 FOLDER = Path(__file__).with_name("matrices")
 PAGE = ("support.md", "matrix")
@@ -76,17 +78,17 @@ def problem(name: str) -> Problem:
     mask = create_block_mask(mask_mod, entries, None, LENGTH, LENGTH, device="cpu") if mask_mod else None
     found: list[Problem] = []
 
-    def judge(wanted: target.Target) -> Reason:
-        found.append(problem_of(target.forward_call(wanted, wanted.running, torch.device("cpu"))))
+    def judge(wanted: candidate.Target) -> Reason:
+        found.append(problem_of(candidate.forward_call(wanted, wanted.running, torch.device("cpu"))))
         return Reason(Code.UNSUPPORTED_CALL, "only asked for its program")
 
     def backend(graph_module: Any, inputs: list[Any]) -> Any:
-        lower_calls.lower_calls(graph_module, inputs, Options(lower="always", intervals=False))
+        lower_graph.lower_calls(graph_module, inputs, Options(lower="always", intervals=False))
         return lambda *_: (torch.zeros(()),)
 
     qkv = [torch.empty(BATCH, LENGTH, HEADS, DIM, dtype=torch.bfloat16).transpose(1, 2) for _ in range(3)]
     torch._dynamo.reset()
-    with torch.no_grad(), mock.patch.object(roads, "judge", judge):
+    with torch.no_grad(), mock.patch.object(lower_call, "judge", judge):
         torch.compile(lambda q, k, v: flex_attention(q, k, v, score_mod, mask), backend=backend)(*qkv)
     (only,) = found
     return replace(only, device=0, stats=True)
@@ -127,8 +129,8 @@ def judged(asked: Problem, sm: int) -> Cell:
             return Reason(Code.SHAPE_REFUSED, refusal)
         return Accepted(lowering.strategy, output_specs(given))
 
-    with mock.patch.object(plan, "build", build), mock.patch.object(choice, "certified", return_value=None):
-        found = choice.choose(asked, None, ProgramReference(parse(asked.program)), Policy())
+    with mock.patch.object(graph_plan, "build", build), mock.patch.object(choose, "certified", return_value=None):
+        found = choose.choose(asked, None, ProgramReference(parse(asked.program)), Policy())
     return Cell(_short(found), False) if isinstance(found, Reason) else Cell(found.strategy, True)
 
 

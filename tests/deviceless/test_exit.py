@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from cudnn_flex_compile.bench.mods import causal, softcap
-from cudnn_flex_compile.engine import attention_graph
+from cudnn_flex_compile.engine.graph import build
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD
 
 from . import accepted
@@ -66,17 +66,17 @@ def test_nothing_is_left_at_exit(alive):
 def test_a_graph_goes_with_its_last_reference(direction, monkeypatch):
     """The lowered graph owns the callbacks: they live as long as it does."""
 
-    class Callbacks(attention_graph.Callbacks):  # one that weak references take
+    class Callbacks(build.Callbacks):  # one that weak references take
         pass
 
     built, callbacks = [], []
 
     def recorded(*given, **more):
-        built.append(attention_graph.assemble(*given, **more))
+        built.append(build.assemble(*given, **more))
         callbacks.append(weakref.ref(built[-1].callbacks))
         return built[-1]
 
-    monkeypatch.setattr(attention_graph, "Callbacks", Callbacks)
+    monkeypatch.setattr(build, "Callbacks", Callbacks)
     monkeypatch.setattr(accepted, "assemble", recorded)
     program = program_of(softcap(20.0), causal)
     for lowering in lowerings(program):

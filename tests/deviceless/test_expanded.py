@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cudnn_flex_compile.engine.lower import operand_view
+from cudnn_flex_compile.engine.graph.emit import operand_view
+from cudnn_flex_compile.engine.graph.strategies import chained
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD
-from cudnn_flex_compile.engine.strategies import chained
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import F32, I32
 from cudnn_flex_compile.scoremod.masks.form import hides

@@ -18,7 +18,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cudnn_flex_compile.engine import tile_recording, tiles
+from cudnn_flex_compile.engine.tiles import recording as tile_recording
+from cudnn_flex_compile.engine.tiles import tile_list
 
 SCRIPT = """
 import torch
@@ -29,14 +30,14 @@ def compile_only(self, stage, compiler, config, tensors, numbers):
     getattr(self._builder, compiler)(config, *tensors)
     print("compiled", stage)
 
-tiles.Tiler._run = compile_only
+tile_list.Tiler._run = compile_only
 torch.Tensor.copy_ = lambda self, other: self  # wants a device
 with FakeTensorMode():
     for geometry in (
-        tiles.Geometry(2, 16, 16, 4096, 4096, 128, 128, 1, True, torch.bfloat16),
-        tiles.Geometry(1, 8, 2, 333, 200, 64, 64, 8, False, torch.float16),
+        tile_list.Geometry(2, 16, 16, 4096, 4096, 128, 128, 1, True, torch.bfloat16),
+        tile_list.Geometry(1, 8, 2, 333, 200, 64, 64, 8, False, torch.float16),
     ):
-        tiler = tiles.Tiler(geometry)
+        tiler = tile_list.Tiler(geometry)
         table = torch.empty(geometry.mask_heads, 3, geometry.batch * geometry.rows, dtype=torch.int32, device="cuda")
         assert tiler.list(table).shape == (tiler.size,)
 """
@@ -57,32 +58,32 @@ def test_stages_compile():
 @pytest.fixture
 def geometry(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    return tiles.Geometry(2, 16, 4, 256, 200, 128, 128, 1, True, torch.bfloat16)
+    return tile_list.Geometry(2, 16, 4, 256, 200, 128, 128, 1, True, torch.bfloat16)
 
 
 def test_a_list_in_training_begins_as_one_without(geometry):
     """The forward's plan reads either."""
-    training, forward = (tiles.Tiler(replace(geometry, training=flag)) for flag in (True, False))
+    training, forward = (tile_list.Tiler(replace(geometry, training=flag)) for flag in (True, False))
     assert forward.size < training.size
     assert forward._list.parts == {name: training._list.parts[name] for name in forward._list.parts}
     within = [kind + name for kind in ("", "full_", "k_", "k_full_") for name in ("counts", "offsets")]
     for layout in (training._list, training._scratch):
         parts = sorted((p for name, p in layout.parts.items() if name not in within), key=lambda part: part.start)
         assert all(one.end <= other.start for one, other in itertools.pairwise(parts))
-    assert tiles.Geometry.of(geometry.numbers, geometry.dtype) == geometry
+    assert tile_list.Geometry.of(geometry.numbers, geometry.dtype) == geometry
 
 
 def test_views_are_made_once_a_list_and_go_with_it(geometry):
-    tiler = tiles.Tiler(geometry)
+    tiler = tile_list.Tiler(geometry)
     listed = torch.arange(tiler.size, dtype=torch.int32)
     views = tiler.views(listed)
     assert tiler.views(listed) is views
     assert int(views["k_offsets"][0]) == tiler._list.parts["k_offsets"].start
     assert views["masks"].dtype == torch.uint32
-    known = len(tiles._known)
+    known = len(tile_list._known)
     del listed
     gc.collect()
-    assert len(tiles._known) == known - 1
+    assert len(tile_list._known) == known - 1
     assert int(views["k_offsets"][0]) == tiler._list.parts["k_offsets"].start  # the memory stays while a view is held
 
 
@@ -96,7 +97,7 @@ def counts(monkeypatch):
         for counts in {"classify": tensors[3:5], "k count": tensors[2:4]}.get(stage, ()):
             counts.copy_(torch.randint(0, 5, counts.shape, generator=generator))
 
-    monkeypatch.setattr(tiles.Tiler, "_run", run)
+    monkeypatch.setattr(tile_list.Tiler, "_run", run)
     return ran
 
 
@@ -109,7 +110,7 @@ GEOMETRIES = {  # batch, heads, kv heads, rows, columns, dim, value dim, heads o
 
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_offsets_add_up_and_work_is_ordered(name, counts):
-    tiler = tiles.Tiler(tiles.Geometry(*GEOMETRIES[name], True, torch.bfloat16))
+    tiler = tile_list.Tiler(tile_list.Geometry(*GEOMETRIES[name], True, torch.bfloat16))
     g, forward = tiler.geometry, tiler._forward
     table = torch.zeros(g.mask_heads, 3, g.batch * g.rows, dtype=torch.int32)
     draft = tiler.draft(table)
@@ -179,7 +180,7 @@ def without_cuda(monkeypatch):
 @pytest.mark.parametrize("inference", [False, True])
 def test_a_recorded_list_is_three_launches(geometry, counts, without_cuda, inference):
     with torch.inference_mode(inference):
-        recording = tile_recording.Recording(tiles.Tiler(geometry), torch.device("cpu"))
+        recording = tile_recording.Recording(tile_list.Tiler(geometry), torch.device("cpu"))
     assert len(counts) == 2 * 5
     table = torch.full((1, 3, geometry.batch * geometry.rows), 7, dtype=torch.int32)
     with Counted() as counted:
@@ -193,8 +194,8 @@ def test_a_recorded_list_is_three_launches(geometry, counts, without_cuda, infer
 
 def test_few_ops_between_the_stages(geometry, monkeypatch):
     """They are recorded, but each is a node of the graph, which the device takes microseconds for."""
-    monkeypatch.setattr(tiles.Tiler, "_run", lambda *args: None)
-    tiler = tiles.Tiler(geometry)
+    monkeypatch.setattr(tile_list.Tiler, "_run", lambda *args: None)
+    tiler = tile_list.Tiler(geometry)
     draft = tiler.draft(torch.zeros(1, 3, geometry.batch * geometry.rows, dtype=torch.int32))
     with Counted() as counted:
         tiler.fill(draft)

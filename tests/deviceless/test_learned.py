@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from cudnn_flex_compile.bench.mods import causal, softcap
+from cudnn_flex_compile.engine.guards import guarded
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD
-from cudnn_flex_compile.engine.tail import guarded
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import F32
 from cudnn_flex_compile.scoremod.learned import with_bias
@@ -111,11 +111,11 @@ def test_head_dims_and_dtypes(head_dim, dtype):
 
 def test_a_gradient_has_16_bits_whatever_the_bias_has(monkeypatch):
     """cuDNN reduces to nothing wider: if one does some day, gradients of float32 biases should be float32."""
-    from cudnn_flex_compile.engine import attention_graph
+    from cudnn_flex_compile.engine.graph import build
 
     program = learned("hqk", None, causal)
     asked = problem(program, BACKWARD, (operand("hqk", torch.float32),))
-    plain = attention_graph.output_specs
+    plain = build.output_specs
     wide = lambda p: (*plain(p)[:3], operand("hqk", torch.float32))  # noqa: E731
-    monkeypatch.setattr(attention_graph, "output_specs", wide)
+    monkeypatch.setattr(build, "output_specs", wide)
     assert "should be fp16/bf16" in verdict(asked, lowerings(program)[0], 90)

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from cudnn_flex_compile.bench.mods import MODS, causal, softcap
-from cudnn_flex_compile.engine.tail import guarded
+from cudnn_flex_compile.engine.guards import guarded
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import F32, I32
 from cudnn_flex_compile.scoremod.optable import make

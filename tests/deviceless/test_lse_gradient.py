@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from cudnn_flex_compile.bench.mods import causal
+from cudnn_flex_compile.engine.graph.strategies import STRATEGIES
+from cudnn_flex_compile.engine.guards import ends, guarded
+from cudnn_flex_compile.engine.plans.widened_values import MORE
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, dense
-from cudnn_flex_compile.engine.strategies import STRATEGIES
-from cudnn_flex_compile.engine.tail import ends, guarded
-from cudnn_flex_compile.engine.wide import MORE
 from cudnn_flex_compile.reasons import Reason
 from cudnn_flex_compile.scoremod import ir
 from tests.deviceless import matrix

@@ -12,7 +12,7 @@ from cudnn_flex_compile.engine.versions import cudnn_version
 from tests.deviceless import matrix
 from tests.deviceless.harness import SMS
 from tests.deviceless.matrix import recorded
-from tests.docs_tables import shown
+from tests.support.docs_tables import shown
 
 ONE_OF_EACH = (80, 90, 100, 120)  # kinds of engines
 DETERMINISTIC_ROW_VECTORS = 92800  # 9.19 takes none on SM100, 9.28 does; those between were not asked
@@ -70,7 +70,7 @@ def test_every_file_has_one_row_for_each_case(version):
 
 
 def test_every_strategy_is_in_the_matrix():
-    from cudnn_flex_compile.engine.strategies import STRATEGIES
+    from cudnn_flex_compile.engine.graph.strategies import STRATEGIES
 
     table = matrix.file(recorded()[-1]).read_text()
     assert [s.name for s in STRATEGIES if f"| {s.name} |" not in table] == []

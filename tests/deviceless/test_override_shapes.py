@@ -7,7 +7,7 @@ executed at other shapes (CONTRIBUTING.md, "Shapes that change"), each of which 
 import pytest
 
 from cudnn_flex_compile.bench.mods import causal, softcap
-from cudnn_flex_compile.engine.attention_graph import assemble
+from cudnn_flex_compile.engine.graph.build import assemble
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD
 from cudnn_flex_compile.engine.versions import cudnn_version
 

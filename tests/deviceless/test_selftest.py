@@ -2,7 +2,7 @@
 
 import pytest
 
-from cudnn_flex_compile.engine.call import problem_of
+from cudnn_flex_compile.engine.key import problem_of
 from cudnn_flex_compile.engine.selftest import PROGRAMS, call_of
 from cudnn_flex_compile.scoremod.text import parse
 from tests.deviceless.accepted import lowerings, verdict

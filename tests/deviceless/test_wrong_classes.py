@@ -1,4 +1,5 @@
-"""The raw graphs of tests/wrong_classes.py: cuDNN accepts them, whatever it then computes, but for those it refuses.
+"""The raw graphs of tests/support/wrong_classes.py: cuDNN accepts them, whatever it then computes, but for those it
+refuses.
 
 Knows nothing of their numbers (tests/gpu/test_wrong_classes.py). A class that cuDNN no longer accepts needs no rewrite.
 """
@@ -9,12 +10,12 @@ from pathlib import Path
 import pytest
 
 import cudnn_flex_compile
+from cudnn_flex_compile.engine.graph.strategies import STRATEGIES
 from cudnn_flex_compile.engine.problem import BACKWARD
-from cudnn_flex_compile.engine.strategies import STRATEGIES
 from cudnn_flex_compile.engine.support import REWRITES, rewrites_off
 from cudnn_flex_compile.reasons import Reason
 from tests.deviceless.accepted import operand, problem, verdict
-from tests.wrong_classes import CLASSES
+from tests.support.wrong_classes import CLASSES
 
 REFUSED = {"difference of a scalar and the score", "operand on the left of a compare"}
 

@@ -33,8 +33,8 @@ from torch.nn.parallel import DistributedDataParallel
 from cudnn_flex_compile.backend import cudnn_flex
 from cudnn_flex_compile.bench.mods import causal, softcap
 from cudnn_flex_compile.kernels import block_mask
-from cudnn_flex_compile.report import collect
-from tests import layers
+from cudnn_flex_compile.report.report import collect
+from tests.support import layers
 
 RANKS = 2
 SIZES = {"cpu": (64, 16), "cuda": (256, 64)}  # length, head dim

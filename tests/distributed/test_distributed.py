@@ -1,6 +1,6 @@
 """Two processes with gloo, on the CPU: DDP, FSDP2, tensor parallelism, DTensors, and the example.
 
-The cases run once, whatever number of processes pytest has. On GPUs: `python3 -m tests.gpu.distributed`.
+The cases run once, whatever number of processes pytest has. On GPUs: `python3 -m tests.measure.distributed`.
 """
 
 import json

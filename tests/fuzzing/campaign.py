@@ -15,8 +15,8 @@ from tests.fuzzing.pool import Done, Pool
 from tests.fuzzing.repro import write
 from tests.fuzzing.shrink import shrink
 from tests.fuzzing.verdict import KEPT, RIGHT, SKIPPED, WRONG, Verdict
-from tests.generated import Call
-from tests.generated import call as generated
+from tests.support.generated import Call
+from tests.support.generated import call as generated
 
 SHRINKING = 240.0  # seconds, for one failure
 MOST_SHRUNK = 12  # failures beyond that are written as they are
@@ -24,7 +24,7 @@ MOST_SHRUNK = 12  # failures beyond that are written as they are
 
 @dataclass(frozen=True)
 class Numbered:
-    """A call by number: of a seed, or without one of tests/generated.py."""
+    """A call by number: of a seed, or without one of tests/support/generated.py."""
 
     number: int
     seed: int | None = None

@@ -7,9 +7,9 @@ import random
 
 import torch
 
-from tests.generated import LEAST_LIMIT, NUMBERS, Call, sees
-from tests.layouts import GRADIENTS, LAYOUTS
-from tests.unit.generate_masks import BATCH, FORMS, Forms, Sources
+from tests.support.generate_masks import BATCH, FORMS, Forms, Sources
+from tests.support.generated import LEAST_LIMIT, NUMBERS, Call, sees
+from tests.support.layouts import GRADIENTS, LAYOUTS
 
 LENGTHS = (1, 2, 7, 17, 33, 63, 64, 65, 100, 127, 128, 129, 191, 200, 256, 257, 320, 333, 448, 512, 577, 960, 1000)
 MOST_PAIRS = 5_000_000  # times heads and batch: what a reference in float64 computes, several times over

@@ -14,9 +14,9 @@ import torch
 from cudnn_flex_compile import cache_clear, configure
 from cudnn_flex_compile.kernels import cuda
 from cudnn_flex_compile.reasons import Code
-from cudnn_flex_compile.report import Report, collect
+from cudnn_flex_compile.report.report import Report, collect
 from tests.fuzzing.verdict import DIED, ERROR, KEPT, RIGHT, SKIPPED, WRONG, Verdict
-from tests.generated import Call, too_far
+from tests.support.generated import Call, too_far
 
 OPTIONS = {"inner_backend": "aot_eager", "lower": "always"}
 AT_RUN_TIME = "kept at run time"  # a backward for a gradient of another layout than the output's has a plan of its own

@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
 from tests.fuzzing.verdict import DIED, ERROR, Verdict
-from tests.generated import Call
+from tests.support.generated import Call
 
 START = 120  # seconds that a worker may take to start, beyond those for its first call
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tests.fuzzing.verdict import Verdict
-from tests.generated import Call
+from tests.support.generated import Call
 
 SCRIPT = '''"""{summary}
 
@@ -51,7 +51,7 @@ def script(case: Call, verdict: Verdict, found: str, name: str) -> str:
 
 
 def user_code(case: Call) -> list[str]:
-    """The call as a user would have written it, less the captured tensors (tests/unit/generate_masks.py)."""
+    """The call as a user would have written it, less the captured tensors (tests/support/generate_masks.py)."""
     lines: list[str] = []
     functions = (("score_mod", "score, b, h, q, kv", case.score), ("mask_mod", "b, h, q, kv", case.mask))
     for name, given, source in functions:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tests.generated import Call
+from tests.support.generated import Call
 
 ATTEMPTS = 60
 

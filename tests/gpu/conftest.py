@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from cudnn_flex_compile.passes import speed
-from tests.gpu.turns import compiling, measuring_within
+from cudnn_flex_compile.passes.decide import keep_rules
+from tests.measure.measuring_lock import compiling, measuring_within
 
 
 def pytest_collection_modifyitems(items):
@@ -30,7 +30,7 @@ RULES = {"LEAST": {False: NONE, True: NONE}, "LEAST_WITH_LSE": NONE, "LEAST_OF_M
 def no_rules_by_size(monkeypatch):
     """Tests are small, and about what is lowered."""
     for name, value in RULES.items():
-        monkeypatch.setattr(speed, name, value)
+        monkeypatch.setattr(keep_rules, name, value)
 
 
 @pytest.fixture(autouse=True, scope="session")

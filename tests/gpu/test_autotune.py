@@ -7,9 +7,9 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from cudnn_flex_compile import cache_info, collect
 from cudnn_flex_compile.bench.mods import MASKS, causal, softcap
 from cudnn_flex_compile.engine.state import engine
-from cudnn_flex_compile.passes import autotune
+from cudnn_flex_compile.passes.decide import autotune
 from cudnn_flex_compile.reasons import Code
-from tests import dense
+from tests.support import dense
 
 LENGTH = 2048
 

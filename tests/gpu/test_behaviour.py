@@ -8,14 +8,14 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from cudnn_flex_compile import cache_clear, cache_info
 from cudnn_flex_compile.bench.mods import causal, softcap
-from cudnn_flex_compile.kernels import fallback
+from cudnn_flex_compile.kernels import inductor
 from cudnn_flex_compile.reasons import Code, Reason
-from cudnn_flex_compile.report import collect
+from cudnn_flex_compile.report.report import collect
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import F32
 from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.text import text
-from tests import dense
+from tests.support import dense
 
 AOT = {"inner_backend": "aot_eager"}
 
@@ -189,12 +189,12 @@ def test_the_fallback_takes_programs_that_differ_in_a_constant_and_floats_that_c
     for limit, factor in ((2.0, 0.5), (3.0, 0.5), (3.0, 0.25)):
         program = text(ir.program(make("tanh", ir.SCORE / limit) * limit * ir.scalar(0, F32)))
         given = (*qkv, [], [], [torch.tensor(factor, dtype=torch.float64)], program, 0.125)
-        out, _ = fallback.forward(*given)
+        out, _ = inductor.forward(*given)
 
         def score_mod(score, b, h, q, kv, limit=limit, factor=factor):
             return torch.tanh(score / limit) * limit * factor
 
-        assert_right(out, qkv, score_mod, None, grad, fallback.backward(grad, None, *given))
+        assert_right(out, qkv, score_mod, None, grad, inductor.backward(grad, None, *given))
 
 
 def test_a_new_shape_is_planned_when_it_comes():

@@ -10,10 +10,10 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile.bench.mods import causal, causal_padding, sliding, softcap
-from cudnn_flex_compile.kernels.repeated import EAGER
-from cudnn_flex_compile.report import collect
-from tests.any_block_masks import MASKS, Case, as_mask_mod, check
+from cudnn_flex_compile.kernels.hot_function import EAGER
+from cudnn_flex_compile.report.report import collect
 from tests.gpu.test_behaviour import assert_right, compiled, draw, fresh  # noqa: F401
+from tests.support.any_block_masks import MASKS, Case, as_mask_mod, check
 
 LENGTH = 256
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from cudnn_flex_compile import cache_clear
-from cudnn_flex_compile.passes import traced
-from cudnn_flex_compile.report import collect
-from tests.layers import KINDS, inputs, model
+from cudnn_flex_compile.passes.read import programs
+from cudnn_flex_compile.report.report import collect
+from tests.support.layers import KINDS, inputs, model
 
 OPTIONS = {"inner_backend": "aot_eager", "lower": "always"}
 
@@ -17,7 +17,7 @@ def test_plans_grow_with_distinct_programs(kinds, distinct):
     builds = []
     for layers in (distinct, 12, 48):
         torch._dynamo.reset()
-        traced.forget()
+        programs.forget()
         cache_clear()
         net = model([kinds[i % distinct] for i in range(layers)], 256, 64, "cuda")
         with collect() as report:

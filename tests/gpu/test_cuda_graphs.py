@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile import cache_clear, cache_info
 from cudnn_flex_compile.bench.mods import alibi, causal, causal_padding, sliding, softcap
-from cudnn_flex_compile.report import collect
+from cudnn_flex_compile.report.report import collect
 from tests.gpu.test_behaviour import assert_right, draw, fresh  # noqa: F401
 from tests.gpu.test_block_mask import far, padding
 from tests.gpu.test_numerics import poison

@@ -11,7 +11,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile import cache_clear
 from cudnn_flex_compile.bench.mods import ALL, BY_BATCH
-from cudnn_flex_compile.report import collect
+from cudnn_flex_compile.report.report import collect
 from tests.fuzzing.judge import poison
 
 BATCH, HEADS, KV_HEADS, DIM, REPEATS = 2, 8, 2, 128, 100

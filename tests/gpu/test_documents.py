@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from cudnn_flex_compile.engine.interval_kernels import intervals_missing
-from cudnn_flex_compile.engine.select import cache_info
-from cudnn_flex_compile.engine.tile_recording import recording_of
-from cudnn_flex_compile.engine.tiles import Geometry, tiler_of
-from cudnn_flex_compile.report import collect
+from cudnn_flex_compile.engine.find_plan import cache_info
+from cudnn_flex_compile.engine.tiles.frontend import intervals_missing
+from cudnn_flex_compile.engine.tiles.recording import recording_of
+from cudnn_flex_compile.engine.tiles.tile_list import Geometry, tiler_of
+from cudnn_flex_compile.report.report import collect
 from cudnn_flex_compile.scoremod.masks.intervals import NARROW, every_endpoint
-from tests import dense
-from tests.any_block_masks import as_mask_mod
-from tests.documents import SPELLINGS, causal_documents, layout
+from tests.support import dense
+from tests.support.any_block_masks import as_mask_mod
+from tests.support.documents import SPELLINGS, causal_documents, layout
 
 NINETY = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = pytest.mark.skipif(not NINETY or intervals_missing() is not None, reason="no interval kernels here")
@@ -151,10 +151,10 @@ def test_a_recorded_list_is_the_one_that_is_not():
 
 @pytest.mark.parametrize("with_mask", [False, True])
 def test_layers_share_a_list_and_steps_build_nothing(with_mask, monkeypatch):
-    from cudnn_flex_compile.kernels import tiles
+    from cudnn_flex_compile.kernels import tile_lists
 
     made = []
-    monkeypatch.setattr(tiles, "make", lambda *args, make=tiles.make: made.append(0) or make(*args))
+    monkeypatch.setattr(tile_lists, "make", lambda *args, make=tile_lists.make: made.append(0) or make(*args))
 
     def layers(q, k, v, ids, mask):
         for _ in range(12):

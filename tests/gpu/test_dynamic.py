@@ -16,7 +16,7 @@ from cudnn_flex_compile import cache_clear, cache_info, collect
 from cudnn_flex_compile.bench.mods import causal
 from cudnn_flex_compile.kernels import cuda
 from cudnn_flex_compile.reasons import Code, Reason
-from tests import dense
+from tests.support import dense
 
 HEADS, DIM, BOUND = 2, 64, 64
 MIB = 2**20

@@ -18,10 +18,10 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from cudnn_flex_compile import cache_clear, cache_info
 from cudnn_flex_compile.bench.mods import causal, softcap
 from cudnn_flex_compile.reasons import Code
-from cudnn_flex_compile.report import collect
+from cudnn_flex_compile.report.report import collect
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.text import text
-from tests import dense
+from tests.support import dense
 
 ROOT = Path(__file__).parents[2]
 MIB = 2**20
@@ -59,7 +59,7 @@ def assert_right(out, qkv, grad, gradients):
 
 
 def test_without_memory_for_a_workspace_the_call_runs_on_inductor(monkeypatch, caplog):
-    from cudnn_flex_compile.engine import plan
+    from cudnn_flex_compile.engine.plans import graph_plan
     from cudnn_flex_compile.kernels import cuda
 
     qkv, mask, asked = [draw() for _ in range(3)], block_mask(256), []
@@ -71,7 +71,7 @@ def test_without_memory_for_a_workspace_the_call_runs_on_inductor(monkeypatch, c
         raise torch.OutOfMemoryError("for the test")
 
     monkeypatch.setattr(cuda, "_warned", set())
-    monkeypatch.setattr(plan, "empty", no_memory)
+    monkeypatch.setattr(graph_plan, "empty", no_memory)
     out = model(*qkv, mask)
     gradients = torch.autograd.grad(out, qkv, grad)
     assert asked, "no plan of this call has a workspace"

@@ -1,17 +1,17 @@
 """Generated calls through torch.compile, forward and backward: no further off than twice stock precision.
 
-Knows nothing of how calls are generated (tests/generated.py) or judged (tests/fuzzing). Calls that are kept are
-skipped. `python3 -m tests.gpu.fuzz --generated 500 --workers 16` judges the same calls faster.
+Knows nothing of how calls are generated (tests/support/generated.py) or judged (tests/fuzzing). Calls that are kept are
+skipped. `python3 -m tests.measure.fuzz --generated 500 --workers 16` judges the same calls faster.
 """
 
 import pytest
 import torch
 
 from cudnn_flex_compile import cache_clear
-from cudnn_flex_compile.report import collect
+from cudnn_flex_compile.report.report import collect
 from tests.fuzzing.judge import OPTIONS, judge
 from tests.fuzzing.verdict import KEPT, RIGHT
-from tests.generated import COUNT, call
+from tests.support.generated import COUNT, call
 
 SAMPLE, LEAST = 60, 0.6
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cudnn_flex_compile import cache_clear
-from tests.gradients import differences
+from tests.support.gradients import differences
 
 
 @pytest.mark.parametrize("number", range(75))

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from cudnn_flex_compile.reasons import Code
-from cudnn_flex_compile.report import collect
-from tests import gym
+from cudnn_flex_compile.report.report import collect
 from tests.gpu.test_numerics import NAMES, poison
-from tests.gym import CASES
+from tests.support import gym
+from tests.support.gym import CASES
 
 
 def refused_by_stock(call, leaves):

@@ -14,7 +14,9 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile import cache_clear
 from cudnn_flex_compile.bench.mods import causal, softcap
-from cudnn_flex_compile.engine import frontend, handles, plan
+from cudnn_flex_compile.engine import frontend
+from cudnn_flex_compile.engine.launch import handles
+from cudnn_flex_compile.engine.plans import graph_plan
 from tests.gpu.test_behaviour import assert_right, compiled, draw, fresh  # noqa: F401
 from tests.gpu.test_numerics import poison
 
@@ -41,7 +43,7 @@ def test_all_ways_write_the_same_bits(fresh, monkeypatch, training):  # noqa: F8
     results = {}
     for name, way in WAYS.items():
         with monkeypatch.context() as patch:
-            patch.setattr(plan, "launcher", way)
+            patch.setattr(graph_plan, "launcher", way)
             if name == "prepared" and not hasattr(frontend.Graph, "_prepare_backend_execution"):
                 continue
             torch.compiler.reset()
@@ -87,14 +89,14 @@ def test_threads_that_follow_each_other_use_one_handle(fresh):  # noqa: F811
 
 def test_graphs_go_with_their_plans(fresh, monkeypatch):  # noqa: F811
     """Nothing of the frontend leads back to a graph whose score_mod it called."""
-    found, assemble = [], plan.assemble
+    found, assemble = [], graph_plan.assemble
 
     def recorded(*given, **more):
         built = assemble(*given, **more)
         found.append(weakref.ref(built.graph))
         return built
 
-    monkeypatch.setattr(plan, "assemble", recorded)
+    monkeypatch.setattr(graph_plan, "assemble", recorded)
     qkv = [draw(requires_grad=True) for _ in range(3)]
     out = compiled(lambda q, k, v: flex_attention(q, k, v, softcap(3.0)), lower="always")(*qkv)
     torch.autograd.grad(out.float().square().sum(), qkv)

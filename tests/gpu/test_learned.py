@@ -1,7 +1,8 @@
 """Biases that require grad, on a GPU, against float64: no further off than twice stock precision, all gradients.
 
 The yardstick of the biases' own gradients is flash attention's: from a rounded output, with scores' gradients that are
-rounded as they are for dQ and dK (tests/dense.py). Stock's kernel keeps these in float32 on their way to a bias.
+rounded as they are for dQ and dK (tests/support/dense.py). Stock's kernel keeps these in float32 on their way to a
+bias.
 """
 
 import math
@@ -10,16 +11,16 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from cudnn_flex_compile.kernels import fallback
+from cudnn_flex_compile.kernels import inductor
 from cudnn_flex_compile.reasons import Code
-from cudnn_flex_compile.report import collect
+from cudnn_flex_compile.report.report import collect
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import F32
 from cudnn_flex_compile.scoremod.learned import with_bias
 from cudnn_flex_compile.scoremod.text import text
-from tests import dense
-from tests.gpu.learned import FORMS
 from tests.gpu.test_numerics import inputs, poison
+from tests.measure.learned import FORMS
+from tests.support import dense
 
 # head dim, length, dtype, query heads for each kv head
 SHAPES = (64, 512, 1), (64, 1000, 2), (128, 1024, 2), (128, 1000, 1)  # head dim, length, query heads of a key head
@@ -155,7 +156,7 @@ def test_where_no_plan_is_found_inductors_kernel_gives_the_gradient(dims):
     sizes = (2, 4, 256, 256)
     bias = torch.randn([n if a in dims else 1 for a, n in zip("bhqk", sizes, strict=True)], device="cuda")
     program = text(ir.program(with_bias(ir.SCORE, ir.operand(0, F32, dims))))
-    *_, found = fallback.backward(grad, None, query, key, value, [bias], [], [], program, 0.125)
+    *_, found = inductor.backward(grad, None, query, key, value, [bias], [], [], program, 0.125)
     own = dense.leaf(bias, True)
 
     def score_mod(s, b, h, q, kv):

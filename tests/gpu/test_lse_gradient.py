@@ -8,10 +8,10 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile.bench.mods import MODS, causal, padded, sliding, softcap
 from cudnn_flex_compile.reasons import Code
-from cudnn_flex_compile.report import collect
-from tests import dense
-from tests.gpu.learned import FORMS
+from cudnn_flex_compile.report.report import collect
 from tests.gpu.test_numerics import inputs, poison, spelled
+from tests.measure.learned import FORMS
+from tests.support import dense
 
 # Head counts, window and head dim of gpt-oss; its sliding and full layers alternate.
 QUERY_HEADS, GROUP, WINDOW, HEAD_DIM = 16, 8, 128, 64

@@ -8,8 +8,8 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile.bench.mods import BY_BATCH, MASKS, MODS
-from cudnn_flex_compile.report import collect
-from tests import dense
+from cudnn_flex_compile.report.report import collect
+from tests.support import dense
 
 SHAPES = list(itertools.product((64, 128, 256), (512, 1000, 4096), (torch.float16, torch.bfloat16), (1, 4)))
 NAMES = ("out", "lse", "dQ", "dK", "dV")

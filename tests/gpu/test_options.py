@@ -9,10 +9,10 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile import cache_clear, cache_info, collect, explain
 from cudnn_flex_compile.bench.mods import causal, softcap
+from cudnn_flex_compile.engine.launch.replay import OFTEN
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, TensorSpec, dense
-from cudnn_flex_compile.engine.ready import Ready
-from cudnn_flex_compile.engine.replay import OFTEN
 from cudnn_flex_compile.engine.state import engine
+from cudnn_flex_compile.engine.store.plan_cache import Ready
 from tests.gpu.test_behaviour import assert_right, draw
 
 CHECKED, UNCHECKED = {}, {"certify": "off", "replay": False}

@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.compile.paged import NAMES
 from tests.compile.test_paged import check
+from tests.support.paged import NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)

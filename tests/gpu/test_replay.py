@@ -9,12 +9,12 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile import cache_clear
 from cudnn_flex_compile.bench.mods import alibi, causal, prefix_lm, sliding, softcap
-from cudnn_flex_compile.engine.ready import Ready
-from cudnn_flex_compile.engine.replay import FREE, OFTEN
+from cudnn_flex_compile.engine.launch.replay import FREE, OFTEN
 from cudnn_flex_compile.engine.state import engine
-from tests.gpu.launched import launched
+from cudnn_flex_compile.engine.store.plan_cache import Ready
 from tests.gpu.test_behaviour import assert_right, compiled, draw, fresh  # noqa: F401
 from tests.gpu.test_numerics import poison
+from tests.support.launched import launched
 
 LENGTH, HEADS, STEPS = 256, 4, 3 * OFTEN
 MIB = 2**20

@@ -14,14 +14,14 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from cudnn_flex_compile import cache_clear, cache_info
 from cudnn_flex_compile.bench.mods import softcap
-from cudnn_flex_compile.engine.ready import Ready
 from cudnn_flex_compile.engine.state import engine
+from cudnn_flex_compile.engine.store.plan_cache import Ready
 
 
 def start(folder, *arguments):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("CUDNN_FLEX_")}
     environment["CUDNN_FLEX_CACHE_DIR"] = str(folder)
-    command = [sys.executable, "-m", "tests.gpu.stored_calls", *map(str, arguments)]
+    command = [sys.executable, "-m", "tests.measure.stored_calls", *map(str, arguments)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 

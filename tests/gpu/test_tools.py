@@ -13,7 +13,7 @@ from cudnn_flex_compile import ops
 from cudnn_flex_compile.backend import cudnn_flex
 from cudnn_flex_compile.bench.mods import softcap
 from cudnn_flex_compile.kernels import cuda
-from cudnn_flex_compile.report import collect
+from cudnn_flex_compile.report.report import collect
 
 LENGTH, DIM, HEADS = 256, 64, 4
 FLOPS = 2 * 2 * HEADS * LENGTH * LENGTH * DIM  # of one product over all pairs, batch 2

@@ -6,7 +6,7 @@ from torch.nn.attention import flex_attention
 
 from tests.compile.test_backend import fresh
 from tests.compile.test_writes import check, graphs, shared
-from tests.written_programs import COUNT, program
+from tests.support.written_programs import COUNT, program
 
 __all__ = ["fresh", "graphs"]
 

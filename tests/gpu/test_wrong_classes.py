@@ -1,4 +1,4 @@
-"""Each class of graphs that cuDNN computes wrongly (tests/wrong_classes.py), on this machine's GPU and cuDNN.
+"""Each class of graphs that cuDNN computes wrongly (tests/support/wrong_classes.py), on this machine's GPU and cuDNN.
 
 The raw graph must be rejected by certification, or refused by cuDNN, on the versions where it is wrong, and pass on
 others; what the package runs instead must have right numbers. `python -m tests.gpu.test_wrong_classes` shows all.
@@ -13,18 +13,18 @@ import sys
 import pytest
 import torch
 
-from cudnn_flex_compile.engine.attempts import attempts
-from cudnn_flex_compile.engine.call import backward_key, forward_key
+from cudnn_flex_compile.engine.candidates import attempts
+from cudnn_flex_compile.engine.find_plan import cache_clear, find_plan
+from cudnn_flex_compile.engine.key import backward_key, forward_key
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD
-from cudnn_flex_compile.engine.ready import Ready
-from cudnn_flex_compile.engine.select import cache_clear, find_plan
+from cudnn_flex_compile.engine.store.plan_cache import Ready
 from cudnn_flex_compile.engine.support import BOTH, V928, rewrites_off
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod.interpret import environment, evaluate
 from cudnn_flex_compile.scoremod.text import text
-from tests import dense
 from tests.deviceless.accepted import BATCH, DIM, HEADS, KV_HEADS, operand, problem
-from tests.wrong_classes import CLASSES
+from tests.support import dense
+from tests.support.wrong_classes import CLASSES
 
 SCALE = 0.125
 CASES = [(name, direction) for name, case in CLASSES.items() for direction in (FORWARD, BACKWARD)]
@@ -46,7 +46,7 @@ def problem_of(case, direction):
 
 def candidates(case, direction):
     """What builds the raw plan: the graph by hand, else whatever is tried while the rewrites are off."""
-    from cudnn_flex_compile.engine.plan import build
+    from cudnn_flex_compile.engine.plans.graph_plan import build
 
     found = problem_of(case, direction)
     if case.raw is not None:
@@ -67,14 +67,14 @@ def first(plans, accepts):
 
 def outcome(name, direction):
     """What becomes of the raw graph: rejected, refused or right; and why."""
-    from cudnn_flex_compile.engine.clean import run_clean
+    from cudnn_flex_compile.engine.worker import run_clean
 
     return run_clean(lambda: _outcome(CLASSES[name], direction), 0)
 
 
 def _outcome(case, direction):
-    from cudnn_flex_compile.engine.reference import ProgramReference
-    from cudnn_flex_compile.engine.verify import certify
+    from cudnn_flex_compile.engine.certify.certify import certify
+    from cudnn_flex_compile.engine.certify.reference import ProgramReference
 
     reference = ProgramReference(case.program)
     with rewrites_off(*case.off):
@@ -168,7 +168,7 @@ def functions_of(case, operands):
 @pytest.mark.parametrize("name", CLASSES)
 def test_right_numbers_with_the_rewrites(name):
     """No further off than twice stock precision, emulated or of Inductor's kernel, on certified plans."""
-    from cudnn_flex_compile.kernels import cuda, fallback
+    from cudnn_flex_compile.kernels import cuda, inductor
 
     case = CLASSES[name]
     cache_clear()
@@ -188,8 +188,8 @@ def test_right_numbers_with_the_rewrites(name):
     out, lse = cuda.forward(query, key, value, operands, [], [], text(program), SCALE, True)
     rest = (operands, [], [], text(program), SCALE)
     *gradients, _ = cuda.backward(grad, None, query, key, value, out, lse, *rest)
-    kernels = fallback.forward(query, key, value, *rest)
-    kernels += fallback.backward(grad, None, query, key, value, *rest)
+    kernels = inductor.forward(query, key, value, *rest)
+    kernels += inductor.backward(grad, None, query, key, value, *rest)
     for label, f, e, *others in zip(NAMES, (out, lse, *gradients), exact, stock, kernels, strict=True):
         if case.shift and label in ("dQ", "dK"):  # component 0 is a sum that cancels, times the shift: noise
             f, e, *others = (t[..., 1:] for t in (f, e, *others))

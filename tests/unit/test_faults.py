@@ -22,15 +22,17 @@ import torch
 from torch.nn.attention.flex_attention import flex_attention
 
 from cudnn_flex_compile import torch_private
-from cudnn_flex_compile.engine import plan, select, verify
-from cudnn_flex_compile.engine.call import backward_key, forward_key, problem_of
-from cudnn_flex_compile.engine.clean import any_algorithm
-from cudnn_flex_compile.engine.lowering import Lowering
+from cudnn_flex_compile.engine import find_plan
+from cudnn_flex_compile.engine.certify import certify
+from cudnn_flex_compile.engine.graph.lowering import Lowering
+from cudnn_flex_compile.engine.key import backward_key, forward_key, problem_of
+from cudnn_flex_compile.engine.plans import graph_plan
 from cudnn_flex_compile.engine.problem import BACKWARD, TensorSpec
 from cudnn_flex_compile.engine.state import engine
+from cudnn_flex_compile.engine.worker import any_algorithm
 from cudnn_flex_compile.kernels import cuda
 from cudnn_flex_compile.reasons import Code, Reason
-from cudnn_flex_compile.report import collect
+from cudnn_flex_compile.report.report import collect
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.text import text
 
@@ -68,10 +70,10 @@ def on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_private, "current_device", lambda: -1)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(cuda, "empty", lambda shape, stride, dtype: torch.empty_strided(shape, stride, dtype=dtype))
-    monkeypatch.setattr(select, "run_clean", lambda function, device: function())
-    monkeypatch.setattr(select, "unusable_device", lambda index: None)
-    monkeypatch.setattr(select, "recall", lambda *arguments: None)  # nothing is stored
-    monkeypatch.setattr(select, "keep", lambda *arguments: None)
+    monkeypatch.setattr(find_plan, "run_clean", lambda function, device: function())
+    monkeypatch.setattr(find_plan, "unusable_device", lambda index: None)
+    monkeypatch.setattr(find_plan, "recall", lambda *arguments: None)  # nothing is stored
+    monkeypatch.setattr(find_plan, "keep", lambda *arguments: None)
     monkeypatch.setattr(cuda, "_warned", set())
     engine.reset()
     yield
@@ -92,9 +94,9 @@ def test_whatever_a_build_raises_refuses_it(error: Exception, monkeypatch: pytes
     def broken(*arguments: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(plan, "_build", broken)
+    monkeypatch.setattr(graph_plan, "_build", broken)
     problem = problem_of(forward_key(PROGRAM, *qkv(), [], 0.125, True))
-    found = plan.build(problem, Lowering("chained"))
+    found = graph_plan.build(problem, Lowering("chained"))
     assert isinstance(found, Reason)
     assert found.code is Code.SHAPE_REFUSED
     assert str(error).strip("'") in found.detail
@@ -106,10 +108,10 @@ def test_after_a_build_that_raises_the_next_strategy_is_tried(on_the_host, monke
             raise TypeError("incompatible function arguments")
         return StandIn(problem, RuntimeError(), lowering.strategy)
 
-    monkeypatch.setattr(plan, "_build", broken_at_first)
-    monkeypatch.setattr(verify, "certify", lambda *arguments: None)
-    found = select.find_plan(forward_key(PROGRAM, *qkv(), [], 0.125, True))
-    assert isinstance(found, select.Ready)
+    monkeypatch.setattr(graph_plan, "_build", broken_at_first)
+    monkeypatch.setattr(certify, "certify", lambda *arguments: None)
+    found = find_plan.find_plan(forward_key(PROGRAM, *qkv(), [], 0.125, True))
+    assert isinstance(found, find_plan.Ready)
     assert found.plan.strategy == "chained"
 
 
@@ -118,9 +120,10 @@ def test_no_memory_for_a_plan_is_a_reason(where: str, on_the_host, monkeypatch: 
     def no_memory(*arguments: Any) -> Any:
         raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")
 
-    monkeypatch.setattr(plan, "_build", no_memory if where == "build" else lambda p, lowering: StandIn(p, KeyError()))
-    monkeypatch.setattr(verify, "certify", no_memory)
-    found = select.find_plan(forward_key(PROGRAM, *qkv(), [], 0.125, True))
+    built = no_memory if where == "build" else lambda p, lowering: StandIn(p, KeyError())
+    monkeypatch.setattr(graph_plan, "_build", built)
+    monkeypatch.setattr(certify, "certify", no_memory)
+    found = find_plan.find_plan(forward_key(PROGRAM, *qkv(), [], 0.125, True))
     assert isinstance(found, Reason)
     assert found.code is Code.MEMORY
     assert "20.00 GiB" in found.detail
@@ -131,10 +134,10 @@ def test_a_certification_that_raises_is_a_reason(on_the_host, monkeypatch: pytes
     def broken(*arguments: Any) -> Any:
         raise ZeroDivisionError("for the test")
 
-    monkeypatch.setattr(plan, "_build", lambda p, lowering: StandIn(p, KeyError()))
-    monkeypatch.setattr(verify, "certify", broken)
+    monkeypatch.setattr(graph_plan, "_build", lambda p, lowering: StandIn(p, KeyError()))
+    monkeypatch.setattr(certify, "certify", broken)
     with caplog.at_level(logging.WARNING, "cudnn_flex_compile"):
-        found = select.find_plan(forward_key(PROGRAM, *qkv(), [], 0.125, True))
+        found = find_plan.find_plan(forward_key(PROGRAM, *qkv(), [], 0.125, True))
     assert found == Reason(Code.INTERNAL, "ZeroDivisionError: for the test", lasting=False)
     assert "ZeroDivisionError" in caplog.text
 
@@ -144,7 +147,7 @@ def test_a_certification_that_raises_is_a_reason(on_the_host, monkeypatch: pytes
 
 def ready(call: Any) -> StandIn:
     stand_in = StandIn(problem_of(call), torch.OutOfMemoryError("no 3.00 GiB"))
-    engine.plans.put(call, select.Ready(stand_in, (False,) * 4))  # pyright: ignore
+    engine.plans.put(call, find_plan.Ready(stand_in, (False,) * 4))  # pyright: ignore
     return stand_in
 
 
@@ -214,7 +217,7 @@ def test_a_captured_plan_outlives_the_cache(on_the_host, monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     cuda.forward(query, key, value, [], [], [], PROGRAM, 0.125, True)
     cuda.backward(query, None, query, key, value, query, torch.zeros(SHAPE[:3]), [], [], [], PROGRAM, 0.125)
-    select.cache_clear()
+    find_plan.cache_clear()
     gc.collect()
     assert [ref() is not None for ref in refs] == [capturing] * 2
     engine.plans.release()
@@ -250,12 +253,12 @@ def test_threads_that_want_the_same_plan_share_one(on_the_host, monkeypatch: pyt
         time.sleep(0.05)
         return StandIn(problem, KeyError(), lowering.strategy)
 
-    monkeypatch.setattr(plan, "_build", slow)
-    monkeypatch.setattr(verify, "certify", lambda *arguments: None)
+    monkeypatch.setattr(graph_plan, "_build", slow)
+    monkeypatch.setattr(certify, "certify", lambda *arguments: None)
     calls = [forward_key(PROGRAM, *qkv(), [], scale, True) for scale in (0.125, 0.25)]
-    found = in_threads(8, lambda: [select.find_plan(call) for call in calls])
+    found = in_threads(8, lambda: [find_plan.find_plan(call) for call in calls])
     assert {id(ready) for pair in found for ready in pair} == {id(engine.plans.peek(call)) for call in calls}
-    assert select.cache_info().builds == 2
+    assert find_plan.cache_info().builds == 2
 
 
 def test_threads_compile_and_run_the_same_model() -> None:

@@ -29,10 +29,10 @@ from tests.fuzzing.pool import Pool
 from tests.fuzzing.repro import script, user_code
 from tests.fuzzing.shrink import shrink, simpler
 from tests.fuzzing.verdict import DIED, ERROR, KEPT, RIGHT, SKIPPED, WRONG, Verdict
-from tests.generated import Call, sees, too_far
-from tests.gpu import fuzz
-from tests.layouts import GRADIENTS, LAYOUTS
-from tests.unit.fuzz_judges import INVOLVED, Involved, by_mask, by_number
+from tests.measure import fuzz
+from tests.support.fuzz_judges import INVOLVED, Involved, by_mask, by_number
+from tests.support.generated import Call, sees, too_far
+from tests.support.layouts import GRADIENTS, LAYOUTS
 
 pytestmark = pytest.mark.any_torch
 ROOT = Path(__file__).parents[2]
@@ -165,12 +165,12 @@ def test_what_runs_elsewhere_after_all_is_kept(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_bug_of_the_pass_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cudnn_flex_compile.passes import roads
+    from cudnn_flex_compile.passes import lower_call
 
     def broken(*arguments):
         raise ZeroDivisionError("for the test")
 
-    monkeypatch.setattr(roads, "traced_of", broken)
+    monkeypatch.setattr(lower_call, "traced_of", broken)
     verdict = judge(PLAIN, "cpu")
     assert (verdict.kind, verdict.reason) == (ERROR, "INTERNAL")
     assert "ZeroDivisionError" in verdict.detail

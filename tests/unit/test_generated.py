@@ -6,7 +6,7 @@ Knows nothing of the package under test.
 import pytest
 import torch
 
-from tests.generated import COUNT, call, too_far
+from tests.support.generated import COUNT, call, too_far
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

@@ -21,7 +21,7 @@ LAYERS = (
     ("engine",),
     ("kernels",),
     ("ops",),
-    ("wording", "picture", "call_report", "rendering", "plotting", "report"),
+    ("report",),
     ("passes",),
     ("inner",),
     ("backend",),
@@ -92,7 +92,7 @@ import json, sys
 {statement}
 print(json.dumps([name for name in {watched} if name in sys.modules]))
 """
-PASS = "import cudnn_flex_compile.passes.lower_calls, cudnn_flex_compile.kernels.cuda, cudnn_flex_compile.backend"
+PASS = "import cudnn_flex_compile.passes.lower_graph, cudnn_flex_compile.kernels.cuda, cudnn_flex_compile.backend"
 LITTLE = {
     "import cudnn_flex_compile": [],
     "import cudnn_flex_compile.cli": [],

@@ -40,7 +40,7 @@ def hidden():
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
         "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",  # `import torch` then loads no module of ours
     }  # fmt: skip
-    command = [sys.executable, "-m", "tests.unit.hidden_names", *(name.where for name in NAMES)]
+    command = [sys.executable, "-m", "tests.support.hidden_names", *(name.where for name in NAMES)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-2000:]
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"')]

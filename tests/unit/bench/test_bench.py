@@ -20,7 +20,7 @@ from cudnn_flex_compile.bench.mods import ALL, EIGHT, FIVE
 from cudnn_flex_compile.bench.show import plot, table, write_csv
 from cudnn_flex_compile.cli import main
 from cudnn_flex_compile.reasons import Code, Reason
-from cudnn_flex_compile.report import CallReport
+from cudnn_flex_compile.report.report import CallReport
 
 SHAPE = Shape(1, 2, 1, 16, 8)
 
@@ -179,7 +179,7 @@ def test_sdpa_computes_the_same(mod):
     case = Case(mod, shape, torch.float32, device="cpu")
     layer = case.layer()
     score_mod, mask_mod = ALL[mod](2, 16, "cpu")
-    from tests.dense import attention
+    from tests.support.dense import attention
 
     q, k, v = (t.transpose(1, 2) for t in layer.qkv)
     expected, _ = attention(q, k, v, score_mod, mask_mod, 8**-0.5, True)

@@ -10,16 +10,17 @@ import threading
 import pytest
 
 from cudnn_flex_compile.config import CERTIFY, Policy, policy_from
-from cudnn_flex_compile.engine import choice, timing
-from cudnn_flex_compile.engine.call import Call, backward_key, forward_of, policy_of, problem_of
-from cudnn_flex_compile.engine.regimes import REGIMES
-from cudnn_flex_compile.engine.select import cache_clear, cache_info, find_plan
+from cudnn_flex_compile.engine import choose
+from cudnn_flex_compile.engine.certify.regimes import REGIMES
+from cudnn_flex_compile.engine.find_plan import cache_clear, cache_info, find_plan
+from cudnn_flex_compile.engine.key import Call, backward_key, forward_of, policy_of, problem_of
+from cudnn_flex_compile.engine.launch import timing
 from cudnn_flex_compile.engine.state import engine
 from cudnn_flex_compile.reasons import Code
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.optable import make
-from tests import stand_in
-from tests.stand_in import call
+from tests.support import stand_in
+from tests.support.stand_in import call
 
 pytestmark = pytest.mark.any_torch
 POLICIES = [Policy(*fields).text for fields in itertools.product(CERTIFY, (False, True), (False, True))]
@@ -29,7 +30,7 @@ LENGTHS = (128, 192, 256, 320)
 @pytest.fixture
 def backend(monkeypatch):
     """Timing has the second plan win."""
-    monkeypatch.setattr(choice, "run_of", lambda plan, forward, reference: None)
+    monkeypatch.setattr(choose, "run_of", lambda plan, forward, reference: None)
     monkeypatch.setattr(timing, "milliseconds", lambda plans: [1.0 / (1 + number) for number, _ in enumerate(plans)])
     return stand_in.install(monkeypatch)
 

@@ -12,8 +12,19 @@ from cudnn_flex_compile.kernels import block_mask
 from cudnn_flex_compile.kernels.block_mask import agree, agree_with_endpoints
 from cudnn_flex_compile.scoremod import interpret
 from cudnn_flex_compile.scoremod.masks.intervals import every_endpoint
-
-from .blocks import BLOCKS, CAUSAL, MASKS, SIZES, STRICT, brute_force, compiled, dense, from_pattern, stock, tensors_of
+from tests.support.blocks import (
+    BLOCKS,
+    CAUSAL,
+    MASKS,
+    SIZES,
+    STRICT,
+    brute_force,
+    compiled,
+    dense,
+    from_pattern,
+    stock,
+    tensors_of,
+)
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)

@@ -7,22 +7,21 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
-from cudnn_flex_compile.kernels import contract
-from cudnn_flex_compile.kernels.contract import ANSWER, agrees, answer_of, guard_of
+from cudnn_flex_compile.kernels import block_mask_contract
+from cudnn_flex_compile.kernels.block_mask_contract import ANSWER, agrees, answer_of, guard_of
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.text import text
-
-from .blocks import CAUSAL, MASKS, from_pattern, over_captures, stock, tensors_of
+from tests.support.blocks import CAUSAL, MASKS, from_pattern, over_captures, stock, tensors_of
 
 SIZES, BLOCK = (1, 1, 256, 256), (128, 128)
 
 
 @pytest.fixture(autouse=True)
 def comparisons(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    contract._known.clear()
+    block_mask_contract._known.clear()
     calls: list[int] = []
-    real = contract._agree
-    monkeypatch.setattr(contract, "_agree", lambda *a: calls.append(1) or real(*a))
+    real = block_mask_contract._agree
+    monkeypatch.setattr(block_mask_contract, "_agree", lambda *a: calls.append(1) or real(*a))
     return calls
 
 
@@ -88,10 +87,10 @@ def test_other_block_sizes_are_another_question() -> None:
 def test_freed_block_masks_are_forgotten() -> None:
     mask = stock("causal", SIZES, BLOCK)
     assert answer(mask, "causal")
-    assert len(contract._known) == 1
+    assert len(block_mask_contract._known) == 1
     del mask
     gc.collect()
-    assert len(contract._known) == 0
+    assert len(block_mask_contract._known) == 0
 
 
 def test_inference_tensors_are_compared_each_time(comparisons: list[int]) -> None:

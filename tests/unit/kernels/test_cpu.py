@@ -17,8 +17,8 @@ from cudnn_flex_compile.scoremod.partition import partition
 from cudnn_flex_compile.scoremod.simplify import normalize
 from cudnn_flex_compile.scoremod.text import text
 from cudnn_flex_compile.scoremod.trace import trace
-from tests.unit.evaluate import CPU, SIZES, direct, operands_of, program_of
-from tests.unit.generate import B, H, K, Mod, Q, mask_mods, score_mods
+from tests.support.evaluate import CPU, SIZES, direct, operands_of, program_of
+from tests.support.generate import B, H, K, Mod, Q, mask_mods, score_mods
 
 Masked = Callable[[torch.Tensor], torch.Tensor]  # [B, H, Sq, Skv] scores -> modified, -inf where masked
 
@@ -158,7 +158,7 @@ def test_everyday_functions(score_name: str, mask_name: str, shape: str) -> None
 
 
 def _operand(hoisted, tensors) -> torch.Tensor:
-    from cudnn_flex_compile.passes.hoist import operand_value
+    from cudnn_flex_compile.passes.write.operands import operand_value
 
     return operand_value(hoisted, {}.__getitem__, (*tensors[0].shape[:3], tensors[1].shape[2]), CPU)
 

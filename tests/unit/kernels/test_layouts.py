@@ -14,8 +14,10 @@ from torch._subclasses import FakeTensorMode
 from torch.testing._internal.optests import opcheck
 
 from cudnn_flex_compile import ops, torch_private
-from cudnn_flex_compile.engine import attempts, parts, plan, select, verify
-from cudnn_flex_compile.engine.attention_graph import output_specs, stats_spec
+from cudnn_flex_compile.engine import candidates, find_plan
+from cudnn_flex_compile.engine.certify import certify
+from cudnn_flex_compile.engine.graph.build import output_specs, stats_spec
+from cudnn_flex_compile.engine.plans import box_plan, graph_plan
 from cudnn_flex_compile.engine.problem import FORWARD
 from cudnn_flex_compile.kernels import cpu, cuda
 from cudnn_flex_compile.reasons import Code, Reason
@@ -24,7 +26,7 @@ from cudnn_flex_compile.scoremod.ir import F32, I32
 from cudnn_flex_compile.scoremod.learned import with_bias
 from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.text import text
-from tests import strided
+from tests.support import strided
 
 Q, KV = ir.index("q"), ir.index("k")
 CAPPED, CAUSAL = make("tanh", ir.SCORE / 20.0) * 20.0, make("ge", Q, KV)
@@ -166,17 +168,17 @@ def on_the_host(monkeypatch):
     monkeypatch.setattr(torch_private, "current_device", lambda: -1)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(cuda, "empty", lambda shape, stride, dtype: torch.empty_strided(shape, stride, dtype=dtype))
-    monkeypatch.setattr(parts, "ROW_COST", 0)
-    monkeypatch.setattr(plan, "_build", build)
-    monkeypatch.setattr(verify, "certify", lambda *_: None)
+    monkeypatch.setattr(box_plan, "ROW_COST", 0)
+    monkeypatch.setattr(graph_plan, "_build", build)
+    monkeypatch.setattr(certify, "certify", lambda *_: None)
     replaced = {"run_clean": lambda function, device: function(), "recall": lambda *_: None, "keep": lambda *_: None}
     replaced |= {"unusable_device": lambda device: None, "refused": lambda *_: None}
     for name, function in replaced.items():
-        monkeypatch.setattr(select, name, function)
-    monkeypatch.setattr(attempts, "refused", replaced["refused"])
-    select.cache_clear()
+        monkeypatch.setattr(find_plan, name, function)
+    monkeypatch.setattr(candidates, "refused", replaced["refused"])
+    find_plan.cache_clear()
     yield
-    select.cache_clear()
+    find_plan.cache_clear()
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -186,12 +188,12 @@ def test_kernels_return_what_the_fakes_say(name, on_the_host, monkeypatch):
     for seed in range(NUMBER):
         given = case(name, seed)
         said, expected = layouts(of_fakes(given)), by_ops(given)
-        monkeypatch.setattr(cuda, "find_plan", select.find_plan)
+        monkeypatch.setattr(cuda, "find_plan", find_plan.find_plan)
         monkeypatch.setattr(cuda, "fallback", None)
         ran = by_cuda(given)
         monkeypatch.setattr(cuda, "find_plan", lambda call: Reason(Code.UNSUPPORTED_CALL, "for the test"))
         monkeypatch.setattr(cuda, "fallback", Fallback(random.Random(seed)))
-        select.cache_clear()
+        find_plan.cache_clear()
         fell_back = by_cuda(given)
         found = {"CPU": expected, "plan": ran, "fallback": fell_back}
         wrong += [(where, given) for where, outputs in found.items() if layouts(outputs) != said]

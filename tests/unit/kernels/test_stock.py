@@ -4,14 +4,13 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
-from cudnn_flex_compile.kernels import cpu, cuda, fallback
+from cudnn_flex_compile.kernels import cpu, cuda, inductor
 from cudnn_flex_compile.kernels.stock import Stock
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import F32, I64
 from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.text import text
-
-from .blocks import from_pattern, tensors_of
+from tests.support.blocks import from_pattern, tensors_of
 
 B, Q, KV = (ir.index(axis) for axis in "bqk")
 LENGTHS = (160, 200)
@@ -37,7 +36,7 @@ def without_lse(*tensors, return_lse, **how):
 @pytest.mark.parametrize("permuted", [False, True], ids=["in order", "permuted"])
 @torch.no_grad()
 def test_inductor_and_the_interpreter_agree(full, permuted, monkeypatch):
-    monkeypatch.setattr(fallback, "flex_attention", without_lse)
+    monkeypatch.setattr(inductor, "flex_attention", without_lse)
     torch.manual_seed(0)
     slots = torch.stack([torch.randperm(LENGTHS[1]) for _ in range(2)]) if permuted else None
     given = stock(full, slots)
@@ -45,7 +44,7 @@ def test_inductor_and_the_interpreter_agree(full, permuted, monkeypatch):
     call = (query, key, value, [torch.randn(1, 4, 1, 1)], [], [], "", 0.25)
     expected = torch.empty_like(query)
     cpu.forward(*call, expected, torch.empty(query.shape[:3]), given)
-    torch.testing.assert_close(fallback.forward(*call, given)[0], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(inductor.forward(*call, given)[0], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_keys_that_were_permuted_come_back():
@@ -74,7 +73,7 @@ def test_the_kernel_is_compiled_once_for_tensors_with_and_without_gradients(monk
         seen.append([t.requires_grad for t in tensors])
         return torch.zeros_like(query), torch.zeros(query.shape[:3])
 
-    monkeypatch.setattr(fallback, "forward", ran)
+    monkeypatch.setattr(inductor, "forward", ran)
     for requires_grad in (True, False):
         tensors = [torch.randn(2, 4, 160, 16, requires_grad=requires_grad) for _ in range(3)]
         operand = torch.randn(1, 4, 1, 1, requires_grad=requires_grad)

@@ -10,8 +10,8 @@ from cudnn_flex_compile.scoremod.ir import F32, GRAD, I32, SCORE
 from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.simplify import normalize, powers, simplify
 from cudnn_flex_compile.scoremod.trace import trace
-from tests.unit.evaluate import CPU, PAIRS, differing, direct, interpreted, scores, traced
-from tests.unit.generate import Mod, score_mods
+from tests.support.evaluate import CPU, PAIRS, differing, direct, interpreted, scores, traced
+from tests.support.generate import Mod, score_mods
 
 pytestmark = pytest.mark.any_torch
 WEIGHTS = torch.linspace(-2, 3, PAIRS, dtype=torch.float64)

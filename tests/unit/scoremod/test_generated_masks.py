@@ -1,6 +1,7 @@
 """Every step of the compiler keeps the meaning of generated masks: partition, each strategy's graph, the text.
 
-Knows nothing of the package's interfaces (tests/unit/cases.py) nor of cuDNN's arithmetic (tests/emulator.py).
+Knows nothing of the package's interfaces (tests/support/cases.py) nor of cuDNN's arithmetic
+(tests/support/emulator.py).
 """
 
 import contextlib
@@ -13,11 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cudnn_flex_compile.engine.rows import rows_of
+from cudnn_flex_compile.engine.plans.lse_rows import rows_of
 from cudnn_flex_compile.scoremod.ir import ROWS
-from tests.emulator import Refused
-from tests.unit.cases import REFUSED, Case, round_trips, scores
-from tests.unit.generate_masks import SIZES, masked_scores, masks
+from tests.support.cases import REFUSED, Case, round_trips, scores
+from tests.support.emulator import Refused
+from tests.support.generate_masks import SIZES, masked_scores, masks
 
 pytestmark = pytest.mark.any_torch
 MASK_CASES, SCORE_CASES = 1500, 700

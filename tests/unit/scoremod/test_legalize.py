@@ -22,8 +22,8 @@ from cudnn_flex_compile.scoremod.partition import partition
 from cudnn_flex_compile.scoremod.ranges import VALUE_LIMIT
 from cudnn_flex_compile.scoremod.simplify import normalize, simplify
 from cudnn_flex_compile.scoremod.text import infix
-from tests.unit.evaluate import PAIRS, differing, direct, interpreted, leaf_values, operands_of, program_of, scores
-from tests.unit.generate import Grammar, Mod, mask_mods, score_mods
+from tests.support.evaluate import PAIRS, differing, direct, interpreted, leaf_values, operands_of, program_of, scores
+from tests.support.generate import Grammar, Mod, mask_mods, score_mods
 
 pytestmark = pytest.mark.any_torch
 Q, KV = ir.index("q"), ir.index("k")

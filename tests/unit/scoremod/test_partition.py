@@ -16,8 +16,8 @@ from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.partition import HALF, Hoisted, ScoreGather, partition
 from cudnn_flex_compile.scoremod.simplify import normalize
 from cudnn_flex_compile.scoremod.text import infix
-from tests.unit.evaluate import SIZES, direct, masked, operands_of, program_of, scores
-from tests.unit.generate import Mod, mask_mods, score_mods
+from tests.support.evaluate import SIZES, direct, masked, operands_of, program_of, scores
+from tests.support.generate import Mod, mask_mods, score_mods
 
 pytestmark = pytest.mark.any_torch
 B, H, Q, KV = (ir.index(axis) for axis in ir.AXES)
@@ -171,7 +171,7 @@ def test_sentinels_mean_no_bound(compare: str, dtype: str, form: str) -> None:
 
 
 def evaluated(mask: ir.Expr, captured: tuple[torch.Tensor, ...], n: int) -> torch.Tensor:
-    from cudnn_flex_compile.passes.hoist import operand_value
+    from cudnn_flex_compile.passes.write.operands import operand_value
     from cudnn_flex_compile.scoremod.interpret import environment, evaluate
     from cudnn_flex_compile.scoremod.legalize import Illegal, legalize
     from cudnn_flex_compile.scoremod.masks.form import as_predicate

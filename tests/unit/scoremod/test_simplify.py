@@ -11,8 +11,8 @@ from cudnn_flex_compile.scoremod.ir import BOOL, F32, FALSE, I32, I64, SCORE, TR
 from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.simplify import normalize, powers, simplify
 from cudnn_flex_compile.scoremod.text import infix
-from tests.unit.evaluate import differing, direct, interpreted, masked, program_of, scores
-from tests.unit.generate import Grammar, Mod, mask_mods, score_mods
+from tests.support.evaluate import differing, direct, interpreted, masked, program_of, scores
+from tests.support.generate import Grammar, Mod, mask_mods, score_mods
 
 pytestmark = pytest.mark.any_torch
 WILD = Grammar(smooth=False, pairs=True)

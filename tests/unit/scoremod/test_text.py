@@ -12,8 +12,8 @@ from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.partition import partition
 from cudnn_flex_compile.scoremod.simplify import normalize
 from cudnn_flex_compile.scoremod.text import infix, parse, text
-from tests.unit.evaluate import program_of
-from tests.unit.generate import Grammar, Mod, mask_mods, score_mods
+from tests.support.evaluate import program_of
+from tests.support.generate import Grammar, Mod, mask_mods, score_mods
 
 WILD = Grammar(smooth=False)
 GOOD = (

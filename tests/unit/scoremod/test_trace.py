@@ -14,8 +14,8 @@ from cudnn_flex_compile.scoremod.ranges import narrow
 from cudnn_flex_compile.scoremod.simplify import simplify
 from cudnn_flex_compile.scoremod.text import infix
 from cudnn_flex_compile.scoremod.trace import Captured, Untraceable, dtype_of, trace
-from tests.unit.evaluate import CPU, differing, direct, interpreted, scores, traced
-from tests.unit.generate import Grammar, Mod, mask_mods, score_mods
+from tests.support.evaluate import CPU, differing, direct, interpreted, scores, traced
+from tests.support.generate import Grammar, Mod, mask_mods, score_mods
 
 WILD = Grammar(smooth=False, pairs=True)
 

@@ -22,7 +22,7 @@ from cudnn_flex_compile.scoremod.masks.linear import KV, Q
 from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.partition import partition
 from cudnn_flex_compile.scoremod.simplify import simplify
-from tests.unit.mask_sources import normal
+from tests.support.mask_sources import normal
 
 pytestmark = pytest.mark.any_torch
 Lengths = tuple[int, int]

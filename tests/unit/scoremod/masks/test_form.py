@@ -19,9 +19,9 @@ from cudnn_flex_compile.scoremod.partition import partition
 from cudnn_flex_compile.scoremod.ranges import AXIS_LIMIT, VALUE_LIMIT
 from cudnn_flex_compile.scoremod.simplify import normalize, simplify
 from cudnn_flex_compile.scoremod.text import infix
-from tests.unit.evaluate import differing, direct, interpreted, operands_of, program_of, scores
-from tests.unit.generate import Mod, mask_mods
-from tests.unit.mask_sources import assert_every_step_keeps, conjunction, normal
+from tests.support.evaluate import differing, direct, interpreted, operands_of, program_of, scores
+from tests.support.generate import Mod, mask_mods
+from tests.support.mask_sources import assert_every_step_keeps, conjunction, normal
 
 pytestmark = pytest.mark.any_torch
 Q, KV = ir.index("q"), ir.index("k")

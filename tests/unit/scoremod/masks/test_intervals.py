@@ -5,12 +5,12 @@ import functools
 import pytest
 import torch
 
-from cudnn_flex_compile.passes.hoist import operand_value
+from cudnn_flex_compile.passes.write.operands import operand_value
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.interpret import visible_rows
 from cudnn_flex_compile.scoremod.masks.intervals import NARROW, endpoints_of, every_endpoint
 from cudnn_flex_compile.scoremod.partition import pairwise
-from tests.unit.mask_sources import CPU, brute_force, leaves, normal, used
+from tests.support.mask_sources import CPU, brute_force, leaves, normal, used
 
 SOURCES = {
     "causal documents": "(ids[b, q] == ids[b, kv]) & (q >= kv)",

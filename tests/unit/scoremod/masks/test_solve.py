@@ -16,7 +16,7 @@ from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.partition import partition
 from cudnn_flex_compile.scoremod.simplify import simplify
 from cudnn_flex_compile.scoremod.text import infix
-from tests.unit.mask_sources import assert_every_step_keeps, conjunction, described, leaves, normal, used, visible
+from tests.support.mask_sources import assert_every_step_keeps, conjunction, described, leaves, normal, used, visible
 
 pytestmark = pytest.mark.any_torch
 SIZES = (2, 2, 18, 21)

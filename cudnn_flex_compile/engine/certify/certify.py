@@ -1,0 +1,159 @@
+"""Certification: runs a plan on made-up data at its own shape and compares sampled rows and columns.
+
+Knows nothing of strategies. The data (regimes.py) is of several kinds, each of which has shown what others hide; the
+places (places.py) are those where plans go wrong. The reference (expected.py) is float64, and the yardstick what the
+same computation gives in the precision of stock attention (compare.py). The plan runs on one regime after the other;
+what it wrote there is compared for several regimes at once, as far as they are small (gathered.py). All of it is
+enqueued before anything is read back. Memory is that of the problem's own tensors plus O(samples x length).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+
+from cudnn_flex_compile.engine.certify.checks import Asked, asked_of_backward, asked_of_forward
+from cudnn_flex_compile.engine.certify.compare import Counts, Finding, errors_of, first_wrong, of_memory, read
+from cudnn_flex_compile.engine.certify.reference import Reference, Sample
+from cudnn_flex_compile.engine.certify.regimes import (
+    REGIMES,
+    Poisoned,
+    Regime,
+    Tensors,
+    applied,
+    drawn,
+    poisoned,
+    surrounded,
+)
+from cudnn_flex_compile.engine.certify.samples import SEED, Places, places
+from cudnn_flex_compile.engine.plans.lse_rows import rows_of
+from cudnn_flex_compile.engine.problem import BACKWARD, Problem, TensorSpec
+from cudnn_flex_compile.engine.store.codec import Error
+from cudnn_flex_compile.reasons import Code, Reason
+
+
+class Runnable(Protocol):
+    """What is certified: a plan, or whatever stands in for one."""
+
+    problem: Problem
+    strategy: str
+    outputs: tuple[TensorSpec, ...]
+    device: torch.device
+    errors: tuple[Error, ...]
+
+    def run(
+        self, tensors: Sequence[torch.Tensor], operands: Sequence[torch.Tensor], ints: Sequence[int],
+        floats: Sequence[torch.Tensor],
+    ) -> None: ...  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """Values of a program's operands, and what is asked of a plan there.
+
+    Attributes:
+        where: what is compared; the mask may depend on the operands.
+    """
+
+    sample: Sample
+    where: Places
+    asked: Sequence[Asked]
+
+
+@dataclass(slots=True)
+class Written:
+    """What a plan writes to, by the names that messages have, and what became of its memory in each regime."""
+
+    tensors: dict[str, Poisoned]
+    regimes: list[Regime] = field(default_factory=list[Regime])
+    counts: dict[str, list[Counts]] = field(default_factory=dict[str, list[Counts]])
+
+    def note(self, regime: Regime) -> None:
+        self.regimes.append(regime)
+        for name, tensor in self.tensors.items():
+            self.counts.setdefault(name, []).append(tensor.counts())
+
+    def findings(self) -> Iterator[Finding]:
+        return (of_memory(self.regimes, name, counts) for name, counts in self.counts.items())
+
+
+def certify(
+    plan: Runnable, forward: Runnable, reference: Reference, regimes: Sequence[Regime] = REGIMES
+) -> Reason | None:  # fmt: skip
+    """None if the plan is right on every sample, which then has its `errors`; else what is wrong.
+
+    Args:
+        plan: the plan under test.
+        forward: the plan itself, or for a backward a certified forward of the same call.
+        reference: where the expected values come from.
+        regimes: kinds of data.
+    """
+    problem = plan.problem
+    generator = torch.Generator(plan.device).manual_seed(SEED)
+    tensors = drawn(problem, generator)
+    written = _written(plan, tensors)
+    data = [_data(problem, tensors, written, reference.sample(problem, generator))]
+    for regime in regimes:
+        if regime.extremes and not _varies(data[0].sample):
+            continue
+        if regime.extremes:
+            data.append(_data(problem, tensors, written, reference.sample(problem, generator, extremes=True)))
+        given = data[-1] if regime.extremes else data[0]
+        with applied(regime, tensors, problem.scale):
+            _run(plan, forward, tensors, written, given.sample)
+            written.note(regime)
+            for asked in given.asked:
+                asked.add(regime, tensors)
+        for asked in given.asked:
+            asked.compare()
+    findings = [*written.findings()]
+    for asked in (asked for given in data for asked in given.asked):
+        asked.compare(last=True)
+        findings += asked.findings
+    numbers = read(findings)
+    wrong = first_wrong(findings, numbers, regimes, data[0].where.names)
+    if wrong is not None:
+        return Reason(Code.CERTIFICATION, f"{plan.strategy}, {problem.direction}, {wrong}")
+    plan.errors = errors_of(findings, numbers)
+    return None
+
+
+def _varies(sample: Sample) -> bool:
+    return bool(sample.operands or sample.ints or sample.floats)
+
+
+def _written(plan: Runnable, tensors: Tensors) -> Written:
+    if plan.problem.direction == BACKWARD:
+        gradients = (poisoned(spec, plan.device) for spec in plan.outputs)
+        return Written(dict(zip(("dQ", "dK", "dV", "dBias"), gradients, strict=False)))
+    of_lse = {"the LSE": tensors.stats_memory} if plan.problem.stats else {}
+    return Written({"out": tensors.out_memory, **of_lse})
+
+
+def _data(problem: Problem, tensors: Tensors, written: Written, sample: Sample) -> Data:
+    """The tensors are unit normal."""
+    sample = replace(sample, operands=[surrounded(operand) for operand in sample.operands])
+    where = places(problem, sample, tensors.query.device)
+    outputs = [w.tensor for w in written.tensors.values()]
+    if problem.direction == BACKWARD:
+        return Data(sample, where, asked_of_backward(problem, sample, where, tensors, outputs))
+    return Data(sample, where, asked_of_forward(problem, sample, where, outputs))
+
+
+def _run(plan: Runnable, forward: Runnable, t: Tensors, written: Written, sample: Sample) -> None:
+    """Runs a plan on the tensors, and what a backward needs before it."""
+    t.out_memory.renew()
+    t.stats_memory.renew()
+    values = (sample.operands, sample.ints, sample.floats)
+    outputs = (t.out, t.stats)
+    if plan.problem.direction != BACKWARD and not plan.problem.stats:
+        outputs = (t.out,)
+    forward.run((t.query, t.key, t.value, *outputs), *values)
+    if plan.problem.direction != BACKWARD:
+        return
+    for gradient in written.tensors.values():
+        gradient.renew()
+    rows = [surrounded(r) for r in rows_of(t.stats, t.grad_lse if plan.problem.lse_gradient else None)]
+    gradients = (gradient.tensor for gradient in written.tensors.values())
+    plan.run((t.query, t.key, t.value, t.out, t.stats, t.grad, *rows, *gradients), *values)

@@ -1,0 +1,198 @@
+"""Attention on some pairs of query rows and key columns, in float64 and as stock precision computes it.
+
+Knows nothing of which pairs they are, nor of what is allowed. Tensors of pairs are [N, S, C], where S is R rows of each
+of P / N heads (gathered.py).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from cudnn_flex_compile.engine.certify.reference import Sample
+from cudnn_flex_compile.engine.certify.samples import SEED
+from cudnn_flex_compile.engine.certify.slices import Given
+from cudnn_flex_compile.engine.problem import Problem
+
+EXACT, STOCK = torch.float64, torch.float32
+
+# A score_mod's derivative is a float32 function: it is asked to be this exact, relative to its largest value on
+# unit normal scores. (cuDNN's 1 - tanh(x)**2 is off by about 1e-6: 1% of what is left of it at x = 5.)
+FUNCTION_ERROR = 2.0**-18
+# Tensor cores sum products in float32 and cut off what is beyond: relative to the sum of magnitudes.
+SUM_ERROR = 2.0**-22
+# Scores and log-sum-exps are float32 numbers, whose difference is exponentiated: of two, each rounded once.
+ROUNDING = 2.0**-23
+EPSILON = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+SMALLEST_STEP = {torch.bfloat16: 0.0, torch.float16: 2.0**-24}
+# Weights that are off by more than exp of it, relatively, are off by that.
+LARGEST = 50.0
+
+
+@dataclass(slots=True)
+class Exact:
+    """Scores in float64.
+
+    Attributes:
+        masked: modified, masked scores.
+        slope: their derivative by the raw scores, 0 where masked.
+        wobble: what float32 scores may move a score by, so a weight relatively.
+    """
+
+    masked: torch.Tensor
+    slope: torch.Tensor
+    wobble: torch.Tensor
+
+
+def exact_scores(problem: Problem, sample: Sample, given: Given, sizes: torch.Tensor) -> Exact:
+    """`sizes` are sizes_of scores."""
+    masked, slope = masked_scores(sample, products(problem, given, EXACT), given.where)
+    size = masked.abs().masked_fill_(masked == -math.inf, 0.0)
+    wobble = _finite(slope.abs()).mul_(sizes * SUM_ERROR).add_(size, alpha=2 * ROUNDING)
+    return Exact(masked, slope, wobble)
+
+
+def stock_scores(problem: Problem, given: Given, sizes: torch.Tensor) -> torch.Tensor:
+    """Raw scores, summed in another order: of all regimes in the same. `sizes` are sizes_of scores."""
+    generator = torch.Generator(sizes.device).manual_seed(SEED)
+    one = sizes.new_empty((len(sizes) // given.regimes, *sizes.shape[1:]))
+    noise = one.uniform_(-SUM_ERROR, SUM_ERROR, generator=generator).repeat(given.regimes, 1, 1)
+    return products(problem, given, STOCK).addcmul_(noise, sizes)
+
+
+def products(problem: Problem, given: Given, dtype: torch.dtype) -> torch.Tensor:
+    """Raw scores."""
+    return torch.bmm(given.query.to(dtype), given.key.to(dtype).mT).mul_(problem.scale)
+
+
+def sizes_of(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """The magnitudes that left @ right.mT is a sum of, in float32, for they are no more than bounds."""
+    return torch.bmm(left.to(torch.float32).abs_(), right.to(torch.float32).abs_().mT)
+
+
+def sizes_of_scores(problem: Problem, given: Given) -> torch.Tensor:
+    return sizes_of(given.query, given.key).mul_(abs(problem.scale))
+
+
+def modified(sample: Sample, scores: torch.Tensor, where: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Modified, masked scores."""
+    return sample.masked(scores.view(len(where[0]), -1, scores.shape[2]), *where).reshape(scores.shape)
+
+
+def masked_scores(
+    sample: Sample, scores: torch.Tensor, where: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Modified, masked scores and their derivative by the raw score, zero where masked."""
+    masked, slope, *_ = derivatives(sample, scores, where)
+    return masked, slope
+
+
+def derivatives(
+    sample: Sample, scores: torch.Tensor, where: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """The same, and where a sample has it the derivative by what was captured, in its direction.
+
+    Where a score_mod itself gives -inf the derivatives are zero, too, if they are finite; else the gradient is not
+    defined (0 * inf in stock kernels), and stays infinite or NaN.
+    """
+    masked, *slopes = sample.derivatives(scores.view(len(where[0]), -1, scores.shape[2]), *where)
+    hidden = masked == -math.inf
+    slopes = (slope.masked_fill(hidden & (slope.abs() < math.inf), 0.0) for slope in slopes)
+    return tuple(x.reshape(scores.shape) for x in (masked, *slopes))
+
+
+def weights_of(masked: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    """From log-sum-exps [N, S, 1]."""
+    return torch.exp(masked - lse).masked_fill_(lse == -math.inf, 0.0)
+
+
+def relative(wobble: torch.Tensor) -> torch.Tensor:
+    """What a weight may be off by, relatively, if its exponent is off by so much."""
+    return wobble.clamp(max=LARGEST).expm1_()
+
+
+def rounded(problem: Problem, tensor: torch.Tensor) -> torch.Tensor:
+    """As stock precision keeps it."""
+    return tensor.to(problem.query.dtype).to(tensor.dtype)
+
+
+@dataclass(slots=True)
+class ModifiedGradient:
+    """Of the modified scores, which is that of a bias added to them, in float64.
+
+    Attributes:
+        weights, wobble: of the scores; the wobble with that of the log-sum-exps, relatively.
+        value: never rounded.
+        before: the magnitudes that it is a sum of.
+        size: those of its two terms, that of the output and that of the log-sum-exp, which may be off each for itself.
+        noise: what else float32 arithmetic inside of the kernel may add.
+    """
+
+    weights: torch.Tensor
+    wobble: torch.Tensor
+    value: torch.Tensor
+    before: torch.Tensor
+    size: torch.Tensor
+    noise: torch.Tensor
+
+
+def modified_gradient_of(pairs: Exact, given: Given) -> ModifiedGradient:
+    grad, out, lse, *grad_lse = given.of_rows
+    terms, lse = grad.to(EXACT).mul_(out), lse.to(EXACT)
+    # O has been rounded, so sum(dO * O), which every score's gradient of a row subtracts, is off by rounding steps of
+    # its terms, however much they cancel: where a row sees two keys, that may be all of dQ.
+    delta, magnitude = terms.sum(-1, keepdim=True), terms.norm(dim=-1, keepdim=True)
+    magnitude += delta.abs()
+    summed = terms.abs_().sum(-1, keepdim=True) + sizes_of(grad, given.value)
+    del terms
+    weights, change = weights_of(pairs.masked, lse), torch.bmm(grad.to(EXACT), given.value.to(EXACT).mT)
+    found, before = change - delta, change.abs_().add_(magnitude)
+    size = found.abs()
+    for of_lse in grad_lse:
+        found, before, size = found.add_(of_lse), before.add_(of_lse.abs()), size.add_(of_lse.abs())
+    wobble, size = relative(_finite(lse.abs()).mul_(2 * ROUNDING) + pairs.wobble), size.mul_(weights)
+    noise = summed.mul_(SUM_ERROR).mul_(weights).addcmul_(size, wobble)
+    return ModifiedGradient(weights, wobble, found.mul_(weights), before.mul_(weights), size, noise)
+
+
+def stock_modified_gradient(masked: torch.Tensor, given: Given) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weights, and the gradient of the modified scores, neither rounded."""
+    grad, out, lse, *grad_lse = given.of_rows
+    grad, weights = grad.to(STOCK), weights_of(masked, lse)
+    found = torch.bmm(grad, given.value.to(STOCK).mT).sub_(grad.mul_(out).sum(-1, keepdim=True))
+    for of_lse in grad_lse:
+        found = found.add_(of_lse)
+    return weights, found.mul_(weights)
+
+
+@dataclass(slots=True)
+class Gradient:
+    """Of the raw scores: their gradient times the scale; the magnitudes that it is a sum of; its noise. In float64."""
+
+    weights: torch.Tensor
+    wobble: torch.Tensor
+    scores: torch.Tensor
+    before: torch.Tensor
+    noise: torch.Tensor
+
+
+def gradient_of(problem: Problem, pairs: Exact, given: Given, off: torch.Tensor) -> Gradient:
+    """`off` is what the slope may be off by."""
+    found, slope = modified_gradient_of(pairs, given), pairs.slope * problem.scale
+    noise = found.noise.mul_(slope.abs()).addcmul_(found.size, off * abs(problem.scale))
+    return Gradient(found.weights, found.wobble, found.value.mul_(slope), found.before.mul_(slope), noise)
+
+
+def stock_gradient(
+    problem: Problem, sample: Sample, given: Given, sizes: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The weights, and the gradient of the raw scores times the scale, which is rounded."""
+    masked, slope = masked_scores(sample, stock_scores(problem, given, sizes), given.where)
+    weights, found = stock_modified_gradient(masked, given)
+    # Scaled first: rounded to fp16, it underflows later.
+    return weights, rounded(problem, found.mul_(slope).mul_(problem.scale))
+
+
+def _finite(tensor: torch.Tensor) -> torch.Tensor:
+    """With 0 in place of what is not."""
+    return tensor.nan_to_num_(0.0, 0.0, 0.0)

@@ -1,0 +1,145 @@
+"""What expected values are computed from: copies of some rows and columns of some heads, of one or more regimes.
+
+Knows nothing of plans, nor of what is computed. A regime's data is gone when the next one's is there, and for small
+problems the host takes longer to enqueue an evaluation than the device takes to do it: so what several regimes need is
+kept, and evaluated as one, as long as that is small (TOGETHER).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from cudnn_flex_compile.engine.certify.regimes import Tensors
+from cudnn_flex_compile.engine.certify.samples import Places
+from cudnn_flex_compile.engine.problem import BACKWARD, Problem, TensorSpec
+
+# Elements of one float64 tensor of queries (128 MiB), which say how many heads of a regime are computed at a time.
+AT_ONCE = 2**24
+# Bytes that regimes which are computed together may take: less than one regime of a large problem may.
+TOGETHER = 3 * 2**27
+# Float64 tensors that there are of pairs, and of rows and columns, when most memory is taken.
+OF_PAIRS, OF_SIDES = 12, 3
+
+
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """Some rows and columns of some heads: those that are computed at a time.
+
+    Attributes:
+        where: batches [P], heads [P], rows [R], columns [C]. All heads of one kv head that are there follow each other.
+        of_rows, of_columns: indices into what has query heads or kv heads: of [P, R] or [N, C] entries, where P is a
+            multiple of N.
+        bytes: that one regime takes.
+    """
+
+    where: tuple[torch.Tensor, ...]
+    of_rows: tuple[torch.Tensor, ...]
+    of_columns: tuple[torch.Tensor, ...]
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """Copies of data at a spot, of some regimes: one regime after the other, so N and P are so many times the spot's.
+
+    Attributes:
+        regimes: how many.
+        where: as the spot has it.
+        query: [N, S, D], where S = P / N * R: the rows of one head after those of another.
+        key, value: [N, C, D], [N, C, Dv].
+        of_rows: of a backward: grad and out [N, S, Dv], lse [N, S, 1], and where it has a gradient that, too.
+    """
+
+    regimes: int
+    where: tuple[torch.Tensor, ...]
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    of_rows: tuple[torch.Tensor, ...]
+
+
+def gathered(problem: Problem, t: Tensors, spot: Spot) -> Given:
+    """One regime's data, in its own dtypes."""
+    of_rows = [t.query]
+    if problem.direction == BACKWARD:
+        of_rows += [t.grad, t.out, t.stats] + [t.grad_lse] * problem.lse_gradient
+    key, value = t.key[spot.of_columns], t.value[spot.of_columns]
+    query, *rest = (x[spot.of_rows].reshape(len(key), -1, x.shape[3]) for x in of_rows)
+    return Given(1, spot.where, query, key, value, tuple(rest))
+
+
+def together(given: Sequence[Given]) -> Given:
+    """Of several regimes, at one spot."""
+    count, (batches, heads, *sides) = len(given), given[0].where
+    if count == 1:
+        return given[0]
+    of_all = zip(*((g.query, g.key, g.value, *g.of_rows) for g in given), strict=True)
+    query, key, value, *rest = map(torch.cat, of_all)
+    return Given(count, (batches.repeat(count), heads.repeat(count), *sides), query, key, value, tuple(rest))
+
+
+def regimes_at_once(spots: Sequence[Spot]) -> int:
+    return 1 if len(spots) > 1 else max(1, TOGETHER // spots[0].bytes)
+
+
+def spot_of_rows(problem: Problem, where: Places) -> Spot:
+    """The sampled query rows, and all key columns."""
+    return _spot(problem, where.batches, where.heads, where.rows, None)
+
+
+def spots_of_columns(problem: Problem, where: Places) -> list[Spot]:
+    """The sampled key columns, and all rows of all heads of the kv heads of the sampled heads, so many at a time."""
+    group, size = group_of(problem), problem.query.shape[2] * max(problem.query.shape[3], problem.value.shape[3])
+    first, spots = where.heads // group * group, list[Spot]()
+    for members in torch.arange(group, device=first.device).split(max(1, AT_ONCE // (size * len(first)))):
+        batches = where.batches[:, None].expand(-1, len(members)).flatten()
+        heads = (first[:, None] + members).flatten()
+        spots.append(_spot(problem, batches, heads, None, where.columns, len(members)))
+    return spots
+
+
+def spots_of_bias(problem: Problem, where: Places, spec: TensorSpec, transposed: bool) -> list[Spot]:
+    """The sampled rows, or if transposed columns, of all heads [M * N] that share entries of an operand with the N
+    sampled ones, so many at a time.
+    """
+    heads, sampled = problem.lse_shape[1], where.columns if transposed else where.rows
+    size = len(where.heads) * len(sampled) * problem.lengths[not transposed]
+    first, spots = where.batches * (spec.shape[0] > 1) * heads + where.heads * (spec.shape[1] > 1), list[Spot]()
+    for some in sharers_of(problem, spec).to(first.device).split(max(1, AT_ONCE // (4 * size))):
+        members = (first + some[:, None]).flatten()
+        sides = (None, sampled) if transposed else (sampled, None)
+        spots.append(_spot(problem, members // heads, members % heads, *sides))
+    return spots
+
+
+def sharers_of(problem: Problem, spec: TensorSpec) -> torch.Tensor:
+    """Which batch entries and heads share an entry of an operand, as differences to the first that does: [M]."""
+    batch, heads, _ = problem.lse_shape
+    shared = (batch if spec.shape[0] == 1 else 1, heads if spec.shape[1] == 1 else 1)
+    of_batch, of_head = (torch.arange(n) for n in shared)
+    return (of_batch[:, None] * heads + of_head).flatten()
+
+
+def group_of(problem: Problem) -> int:
+    """Query heads for each kv head."""
+    return problem.query.shape[1] // problem.key.shape[1]
+
+
+def _spot(
+    problem: Problem, batches: torch.Tensor, heads: torch.Tensor, rows: torch.Tensor | None,
+    columns: torch.Tensor | None, together: int = 1,
+) -> Spot:  # fmt: skip
+    """Of these rows and columns, or all of them; so many heads after each other share a kv head."""
+    kv = batches[::together], heads[::together] // group_of(problem)
+    of_rows, of_columns = (
+        (b, h) if near is None else (b[:, None], h[:, None], near)
+        for b, h, near in ((batches, heads, rows), (*kv, columns))
+    )
+    every = [
+        torch.arange(n, device=batches.device) if near is None else near
+        for n, near in zip(problem.lengths, (rows, columns), strict=True)
+    ]
+    dim, (r, c) = max(problem.query.shape[3], problem.value.shape[3]), map(len, every)
+    count = OF_PAIRS * len(batches) * r * c + OF_SIDES * (len(batches) * r + len(kv[0]) * c) * dim
+    return Spot((batches, heads, *every), of_rows, of_columns, 8 * count)

@@ -1,0 +1,107 @@
+"""Chooses the plan of a problem among its attempts: the first that is certified, or of all that are the fastest.
+
+Knows nothing of how plans are built or kept.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+
+from cudnn_flex_compile.config import Policy
+from cudnn_flex_compile.engine.candidates import attempts, most_telling
+from cudnn_flex_compile.engine.certify.coverage import kind_of
+from cudnn_flex_compile.engine.certify.reference import Reference
+from cudnn_flex_compile.engine.certify.regimes import REGIMES, drawn
+from cudnn_flex_compile.engine.certify.samples import SEED
+from cudnn_flex_compile.engine.launch import timing
+from cudnn_flex_compile.engine.plans.lse_rows import rows_of
+from cudnn_flex_compile.engine.problem import BACKWARD, Problem
+from cudnn_flex_compile.engine.repro import Rejection, warn_of
+from cudnn_flex_compile.engine.state import engine
+from cudnn_flex_compile.engine.store.plan_cache import Runs
+from cudnn_flex_compile.phases import phase
+from cudnn_flex_compile.reasons import Reason
+
+OF_SHAPES = tuple(regime for regime in REGIMES if regime.shapes)
+
+
+def choose(problem: Problem, forward: Runs | None, reference: Reference, policy: Policy) -> Runs | Reason:
+    """The plan that is kept, or the most telling reason why there is none.
+
+    Args:
+        forward: a certified forward of the call, for a backward.
+        policy: whether plans are checked, and whether all attempts are timed and the fastest is kept.
+    """
+    reasons: list[Reason] = []
+    rejected: list[Rejection] = []
+    right: list[Runs] = []
+    for number, attempt in enumerate(attempts(problem)):
+        if right and attempt.last_resort:
+            continue
+        plan = attempt()
+        if isinstance(plan, Reason):
+            reasons.append(plan)
+            continue
+        verdict = certified(plan, forward or plan, reference, policy, attempt.variant)
+        if verdict is None:
+            right.append(plan)
+        elif not right:
+            reasons.append(verdict)
+            rejected.append(Rejection(number, plan.strategy, verdict))
+        if right and not policy.autotune:
+            break
+    chosen = _fastest(right, forward, reference) if right else None
+    warn_of(rejected, problem, reference, chosen and chosen.strategy)
+    return chosen or most_telling(reasons)
+
+
+def certified(
+    plan: Runs, forward: Runs, reference: Reference, policy: Policy, variant: tuple[Hashable, ...] | None = None
+) -> Reason | None:
+    """What is wrong with a plan, or None.
+
+    Args:
+        variant: of its attempt. Where there is one, and the kind is known (kinds.py), the plan is checked on less.
+    """
+    from cudnn_flex_compile.engine.certify.certify import certify
+
+    if policy.certify == "off":
+        return None
+    kind = variant and kind_of(plan.problem, variant, reference.fingerprint)
+    known = policy.certify == "once" and kind is not None and bool(engine.coverage.get(kind))
+    engine.plans.count("certifications")
+    start = time.perf_counter()
+    with phase("certify"):
+        verdict = certify(plan, forward, reference, OF_SHAPES if known else REGIMES)
+    engine.plans.count("certify_seconds", time.perf_counter() - start)
+    if verdict is not None:
+        engine.plans.count("rejections")
+    elif kind is not None and not known:
+        engine.coverage.put(kind, True)
+    return verdict
+
+
+def _fastest(right: Sequence[Runs], forward: Runs | None, reference: Reference) -> Runs:
+    if len(right) == 1:
+        return right[0]
+    with phase("autotune"):
+        times = timing.milliseconds([run_of(plan, forward or plan, reference) for plan in right])
+    return right[times.index(min(times))]
+
+
+def run_of(plan: Runs, forward: Runs, reference: Reference) -> Callable[[], None]:
+    """Runs a plan on made-up data of its problem."""
+    problem = plan.problem
+    generator = torch.Generator(plan.device).manual_seed(SEED)
+    t, sample = drawn(problem, generator), reference.sample(problem, generator)
+    rest = (sample.operands, sample.ints, sample.floats)
+    inputs = (t.query, t.key, t.value)
+    wanted = (t.out, t.stats) if forward.problem.stats else (t.out,)
+    if problem.direction != BACKWARD:
+        return functools.partial(plan.run, (*inputs, *wanted), *rest)
+    forward.run((*inputs, *wanted), *rest)
+    gradients = [spec.empty(plan.device) for spec in plan.outputs]
+    rows = rows_of(t.stats, t.grad_lse if problem.lse_gradient else None)
+    return functools.partial(plan.run, (*inputs, t.out, t.stats, t.grad, *rows, *gradients), *rest)

@@ -1,0 +1,192 @@
+"""Builds the cuDNN graph of one problem under one lowering: an SDPA node, its callbacks, inputs and outputs.
+
+Knows nothing of caches, of execution or of which lowering is best.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import cudnn
+import torch
+
+from cudnn_flex_compile.engine import frontend
+from cudnn_flex_compile.engine.frontend import Link
+from cudnn_flex_compile.engine.graph.emit import FLOAT, TENSOR_TYPES, Emitter, Inputs
+from cudnn_flex_compile.engine.graph.lowering import Lowering
+from cudnn_flex_compile.engine.problem import FORWARD, Problem, TensorSpec, dense, dense_like
+from cudnn_flex_compile.scoremod.ir import ROWS
+from cudnn_flex_compile.scoremod.learned import position_in
+from cudnn_flex_compile.scoremod.switches import on
+
+
+@dataclass(slots=True)
+class AttentionGraph:
+    """A graph before it is built, with its tensors by role.
+
+    Attributes:
+        graph: the pygraph.
+        roles: the graph tensor of each device tensor: query, key, value, out, stats, grad_out, minus_lse, grad_lse, dq,
+            dk, dv, dbias.
+        inputs: operands, scalars and constants.
+        callbacks: what the graph's callbacks need while it is built.
+    """
+
+    graph: Any
+    roles: dict[str, Any]
+    inputs: Inputs
+    callbacks: "Callbacks"
+
+
+@dataclass(slots=True)
+class Callbacks:
+    """What the score_mod callbacks read. Cleared once the graph is built, or refused: the graph owns the callbacks, and
+    a callback that led back to the graph would keep both alive for ever (the cycle runs through C++).
+
+    Attributes:
+        building: what is built, empty afterwards.
+        links: of the graph (frontend.py).
+        emitters: of each score_mod.
+    """
+
+    building: list[tuple[Inputs, Lowering]]
+    links: list[Link]
+    emitters: list[Emitter] = field(default_factory=list[Emitter])
+
+    def clear(self) -> None:
+        for link in self.links:
+            link.cut()
+        self.links.clear()
+        self.building.clear()
+        self.emitters.clear()
+
+    def score_mod(self, graph: Any, score: Any) -> Any:
+        inputs, lowering = self.building[0]
+        self.emitters.append(Emitter(graph, inputs, score))
+        return score if lowering.score_mod is None else lowering.score_mod(self.emitters[-1])
+
+    def score_mod_bprop(self, graph: Any, grad: Any) -> Any:
+        inputs, lowering = self.building[0]
+        if lowering.score_mod_bprop is None:
+            return grad
+        emitter = self.emitters[-1]  # the forward's nodes are in the same graph: what it computed is reused
+        emitter.grad = _shaped(grad, inputs.problem)
+        return lowering.score_mod_bprop(emitter)
+
+
+def stats_spec(problem: Problem) -> TensorSpec:
+    """The log-sum-exp as cuDNN has it: [B, Hq, Sq, 1], float32, contiguous."""
+    batch, heads, length = problem.lse_shape
+    return TensorSpec((batch, heads, length, 1), (heads * length, length, 1, 1), torch.float32)
+
+
+def assemble(problem: Problem, lowering: Lowering, **graph_arguments: Any) -> AttentionGraph:
+    """The graph, with all its nodes; `graph_arguments` name the handle, or the device of a deviceless graph."""
+    graph = frontend.Graph(
+        io_data_type=TENSOR_TYPES[problem.query.dtype],
+        intermediate_data_type=FLOAT,
+        compute_data_type=FLOAT,
+        **graph_arguments,
+    )
+    inputs = Inputs(graph, problem, expanded=lowering.expanded)
+    roles = {name: _declare(graph, getattr(problem, name)) for name in ("query", "key", "value")}
+    if lowering.bias is not None:
+        inputs.operands[lowering.bias] = _declare(graph, problem.operands[lowering.bias])
+    if lowering.lengths is None:
+        inputs.declare(*lowering.leaves)
+    callbacks = Callbacks([(inputs, lowering)], graph.links)
+    add = _forward if problem.direction == FORWARD else _backward
+    add(graph, problem, callbacks, roles)
+    return AttentionGraph(graph, roles, inputs, callbacks)
+
+
+def _declare(graph: Any, spec: TensorSpec) -> Any:
+    return graph.tensor(dim=spec.shape, stride=spec.stride, data_type=TENSOR_TYPES[spec.dtype])
+
+
+def _output(tensor: Any, spec: TensorSpec) -> Any:
+    tensor.set_output(True).set_dim(list(spec.shape)).set_stride(list(spec.stride))
+    tensor.set_data_type(TENSOR_TYPES[spec.dtype])
+    return tensor
+
+
+def _arguments(callbacks: Callbacks) -> tuple[dict[str, Any], bool]:
+    """Native arguments, and whether there is a score_mod."""
+    inputs, lowering = callbacks.building[0]
+    arguments = dict(lowering.native)
+    if lowering.bias is not None:
+        arguments["bias"] = inputs.operands[lowering.bias]
+    if lowering.lengths is not None:
+        arguments["use_padding_mask"] = True
+        arguments["seq_len_q"] = inputs.length(inputs.problem.lengths[0])
+        arguments["seq_len_kv"] = inputs.length(operand=lowering.lengths)
+    return arguments, lowering.score_mod is not None
+
+
+def _forward(graph: Any, problem: Problem, callbacks: Callbacks, roles: dict[str, Any]) -> None:
+    extra, modified = _arguments(callbacks)
+    if modified:
+        extra["score_mod"] = callbacks.score_mod
+        if on("composite"):  # AUTO may pick the unified engine, which loses tile skipping and has read illegal memory
+            extra["implementation"] = cudnn.attention_implementation.COMPOSITE
+    out, stats = graph.sdpa(
+        name="attention",
+        q=roles["query"],
+        k=roles["key"],
+        v=roles["value"],
+        attn_scale=problem.scale,
+        generate_stats=problem.stats,
+        **extra,
+    )
+    roles["out"] = _output(out, problem.out)
+    if problem.stats:
+        roles["stats"] = _output(stats, stats_spec(problem))
+
+
+def _backward(graph: Any, problem: Problem, callbacks: Callbacks, roles: dict[str, Any]) -> None:
+    roles["out"] = _declare(graph, problem.out)
+    roles["grad_out"] = _declare(graph, problem.grad or problem.out)
+    roles["stats"] = _declare(graph, stats_spec(problem))
+    for leaf in ROWS if problem.lse_gradient else ():
+        roles[leaf.kind] = callbacks.building[0][0].rows[leaf] = _declare(graph, stats_spec(problem))
+    extra, modified = _arguments(callbacks)
+    if modified:
+        extra |= {"score_mod": callbacks.score_mod, "score_mod_bprop": callbacks.score_mod_bprop}
+    if problem.deterministic:
+        extra["use_deterministic_algorithm"] = True
+    specs = dict(zip(GRADIENTS, output_specs(problem), strict=False))
+    if "dbias" in specs:
+        extra["dBias"] = roles["dbias"] = _output(_declare(graph, specs["dbias"]), specs["dbias"])
+    gradients = graph.sdpa_backward(
+        name="attention_backward",
+        q=roles["query"],
+        k=roles["key"],
+        v=roles["value"],
+        o=roles["out"],
+        dO=roles["grad_out"],
+        stats=roles["stats"],
+        attn_scale=problem.scale,
+        **extra,
+    )
+    for name, tensor in zip(GRADIENTS, gradients, strict=False):
+        roles[name] = _output(tensor, specs[name])
+
+
+GRADIENTS = ("dq", "dk", "dv", "dbias")  # the last only where an operand is learned
+
+
+def _shaped(grad: Any, problem: Problem) -> Any:
+    """The gradient arrives without a shape, and a node would take that of its other input, a scalar maybe."""
+    batch, heads, rows = problem.lse_shape
+    columns = problem.key.shape[2]
+    return grad.set_dim([batch, heads, rows, columns]).set_stride([heads * rows * columns, rows * columns, columns, 1])
+
+
+def output_specs(problem: Problem) -> tuple[TensorSpec, ...]:
+    """The layouts of what a plan writes: out and stats, or dq, dk, dv, and the gradient of a learned operand."""
+    if problem.direction == FORWARD:
+        return problem.out, stats_spec(problem)
+    found = problem.gradients or tuple(dense_like(s) for s in (problem.query, problem.key, problem.value))
+    bias = position_in(problem.program)
+    if bias is None:
+        return found
+    return *found, dense(TensorSpec(problem.operands[bias].shape, (), problem.query.dtype))

@@ -1,0 +1,118 @@
+"""Launches of plans on addresses that come back, as CUDA graphs of one launch each.
+
+Knows nothing of attention. What a launch enqueues depends on the plan and the addresses alone, and in a model torch's
+allocator gives the same ones at each step. Where code is cold, as it is there, cuDNN's own launch takes the host much
+longer than that of a graph. (python3 -m tests.measure.host_share)
+"""
+
+import functools
+import logging
+import weakref
+from collections.abc import Callable, Sequence
+
+import torch
+
+from cudnn_flex_compile import torch_private
+from cudnn_flex_compile.engine.launch.cuda_graph import Graph
+from cudnn_flex_compile.locks import new_lock
+
+Enqueue = Callable[[Sequence[int], int, int], None]  # addresses; workspace; stream
+Key = tuple[int, ...]
+
+OFTEN = 8  # launches on the same addresses, before they are recorded
+KEYS = 512  # of a plan, whose launches are counted
+# Graphs of the process: each takes 0.12 MiB of the device. (python3 -m pytest -s tests/gpu/test_replay.py)
+MOST = 512
+LONG = 4 * MOST  # replays, after which a graph that was none of them may go for another
+# Recording takes the host one or two milliseconds, which some 30 replays save. So the first are free, and each further
+# one has to be earned: however addresses change, that takes less than what replays save.
+FREE, EARNED_BY = 64, 32
+log = logging.getLogger("cudnn_flex_compile")
+
+
+class Shelf:
+    """The graphs of all plans.
+
+    Attributes:
+        replays, recordings: how many launches were.
+        lock: of `plans`, and of all that is recorded.
+    """
+
+    def __init__(self) -> None:
+        self.replays = self.recordings = self._full_until = 0
+        self.plans: weakref.WeakSet[Replays] = weakref.WeakSet()
+        self.lock = new_lock()
+
+    def reset(self) -> None:
+        """Counts anew; graphs go with their plans."""
+        self.replays = self.recordings = self._full_until = 0
+
+    def has_room(self) -> bool:
+        """Whether another graph may be recorded; one that has not been launched for long goes for it."""
+        if self.recordings >= FREE + self.replays // EARNED_BY or self.replays < self._full_until:
+            return False
+        used = [(last, key, plan) for plan in self.plans for key, (_, last) in list(plan.graphs.items())]
+        if len(used) < MOST:
+            return True
+        last, key, plan = min(used, key=lambda entry: entry[0])
+        if self.replays - last < LONG:
+            self._full_until = last + LONG  # before which none goes
+            return False
+        return plan.graphs.pop(key, None) is not None
+
+
+class Replays:
+    """The launches of one plan. Any thread may run them, for no two write to the same memory at once.
+
+    Attributes:
+        graphs: by workspace and addresses, with the number of the replay that was the last of it.
+    """
+
+    __slots__ = ("__weakref__", "_device", "_enqueue", "_seen", "_shelf", "graphs")
+
+    def __init__(self, enqueue: Enqueue, device: int, shelf: Shelf) -> None:
+        self._enqueue, self._device, self._shelf = enqueue, device, shelf
+        self._seen: dict[int, int] = {}
+        self.graphs: dict[Key, tuple[Graph, int]] = {}
+        with shelf.lock:
+            shelf.plans.add(self)
+
+    def run(self, addresses: Sequence[int], workspace: int) -> None:
+        """Launches, on the current stream of the device, which must be the current one."""
+        key, stream = (workspace, *addresses), torch_private.current_stream(self._device)
+        found = self.graphs.get(key)
+        if found is None or torch.cuda.is_current_stream_capturing():
+            self._enqueue(addresses, workspace, stream)
+            if found is None:
+                self._notice(key, addresses, workspace)
+            return
+        graph = found[0]
+        if not graph.launch(stream):
+            self._enqueue(addresses, workspace, stream)
+        shelf = self._shelf
+        shelf.replays += 1
+        self.graphs[key] = graph, shelf.replays
+
+    def _notice(self, key: Key, addresses: Sequence[int], workspace: int) -> None:
+        name = hash(key)
+        seen = self._seen.get(name, 0) + 1
+        if len(self._seen) >= KEYS:
+            self._seen.clear()
+        self._seen[name] = seen
+        shelf = self._shelf
+        if seen < OFTEN or torch.cuda.is_current_stream_capturing() or not shelf.lock.acquire(blocking=False):
+            return
+        try:
+            if shelf.has_room():
+                self._record(key, addresses, workspace)
+        finally:
+            shelf.lock.release()
+
+    def _record(self, key: Key, addresses: Sequence[int], workspace: int) -> None:
+        self._shelf.recordings += 1
+        try:
+            graph = Graph(functools.partial(self._enqueue, addresses, workspace), self._device)
+        except Exception as error:  # the launch itself has been made
+            log.debug("cudnn_flex: a launch was not recorded: %s", error)
+            return
+        self.graphs[key] = graph, self._shelf.replays

@@ -1,0 +1,224 @@
+"""Runs one problem as several plans over disjoint boxes of its pairs.
+
+Knows nothing of how boxes are found (scoremod/masks/boxes.py). The forward merges the parts by their log-sum-exps.
+In the backward every part gets the whole output and log-sum-exp, with which its weights and gradients are those of
+the whole row: the sums over parts are exact.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from cudnn_flex_compile.engine.plans.merge import merge
+from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem, TensorSpec, dense
+from cudnn_flex_compile.engine.store.codec import Error
+from cudnn_flex_compile.reasons import Reason
+from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod.ir import TRUE, Program
+from cudnn_flex_compile.scoremod.masks.boxes import Box, boxes, unshifted
+from cudnn_flex_compile.scoremod.masks.form import MaskForm, split
+from cudnn_flex_compile.scoremod.text import text
+
+# What a further plan costs, a query row, in pairs: launches, merging, and reading and writing of the row. Measured
+# with 10 keys (cudnn-flex bench --mods "sink tokens + small window" --mode reduce-overhead --lower always).
+ROW_COST = 700
+WORTH = 0.85
+
+Interval = tuple[int, int]
+
+
+def divided(program: Program, lengths: tuple[int, int], direction: str) -> list[Box] | None:
+    """The boxes as which a program runs faster than as one plan, or None.
+
+    Not for programs with operands along q or kv, of which every part would need a copy of its own.
+    """
+    form = split(program.mask)
+    operands = [n for n in ir.walk(program.score, program.mask) if n.kind == "operand"]
+    found = None if any(set(n.dims) & set("qk") for n in operands) else boxes(form, lengths)
+    if found is None:
+        return None
+    found = unshifted(found) if direction == BACKWARD else found
+    return found if _cost(found) < WORTH * _whole_cost(form, lengths, direction) else None
+
+
+def cost(program: Program, lengths: tuple[int, int], direction: str) -> int:
+    """About how many pairs the plans of a program compute, with the tiles that they skip."""
+    found = divided(program, lengths, direction)
+    return _cost(found) if found else _whole_cost(split(program.mask), lengths, direction)
+
+
+def _cost(found: Sequence[Box]) -> int:
+    return sum(box.pairs() for box in found) + ROW_COST * sum(box.bottom - box.top for box in found[1:])
+
+
+def _whole_cost(form: MaskForm, lengths: tuple[int, int], direction: str) -> int:
+    """Of one plan: the backward skips no tiles for a shifted diagonal."""
+    whole = Box(0, lengths[0], 0, lengths[1])
+    for bound in form.bounds if form.residual is TRUE else ():
+        shifted = bound.side == "lower" and bound.constant != 0 and direction == BACKWARD
+        if not bound.terms and bound.side in ("lower", "upper") and not shifted:
+            whole = whole.with_bound(bound)
+    return whole.tight().pairs()
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One plan. rows_own, columns_own: whether no earlier part writes them, so that this one writes in place."""
+
+    box: Box
+    plan: Any
+    rows_own: bool
+    columns_own: bool
+
+
+class PartsPlan:
+    """Several plans that behave as one (engine/plans/graph_plan.py)."""
+
+    __slots__ = ("_bare_columns", "_bare_rows", "_parts", "device", "errors", "outputs", "problem", "strategy")
+
+    def __init__(self, problem: Problem, parts: Sequence[Part], outputs: tuple[TensorSpec, ...]) -> None:
+        self.problem, self.outputs, self._parts = problem, outputs, tuple(parts)
+        self.strategy = f"parts ({', '.join(part.plan.strategy for part in parts)})"
+        self.device = torch.device("cuda", problem.device)
+        self.errors: tuple[Error, ...] = ()
+        own = [[(p.box.top, p.box.bottom) for p in parts if p.rows_own]]
+        own.append([(p.box.left, p.box.right) for p in parts if p.columns_own])
+        self._bare_rows, self._bare_columns = map(_gaps, own, problem.lengths)
+
+    @property
+    def plans(self) -> tuple[Any, ...]:
+        """That of each part, in order."""
+        return tuple(part.plan for part in self._parts)
+
+    def run(
+        self, tensors: Sequence[torch.Tensor], operands: Sequence[torch.Tensor], ints: Sequence[int],
+        floats: Sequence[torch.Tensor],
+    ) -> None:  # fmt: skip
+        """As Plan.run."""
+        if self.problem.direction == FORWARD:
+            self._forward(*tensors, rest=(operands, ints, floats))
+        else:
+            self._backward(*tensors, rest=(operands, ints, floats))
+
+    def _forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor,
+        stats: torch.Tensor | None = None, *, rest: tuple[Any, ...],
+    ) -> None:  # fmt: skip
+        lse = _stats_like(query) if stats is None else stats.view(*query.shape[:3], 1)
+        for top, bottom in self._bare_rows:
+            out[:, :, top:bottom].zero_()
+            lse[:, :, top:bottom].fill_(float("-inf"))
+        for part in self._parts:
+            box = part.box
+            count = box.bottom - box.top
+            inputs = [_at(query, box.top), _at(key, box.left), _at(value, box.left)]
+            if part.rows_own and count == query.shape[2]:
+                part.plan.run_at([*inputs, _at(out, 0), _at(lse, 0)], *rest)
+                continue
+            here, here_lse = out.narrow(2, box.top, count), lse.narrow(2, box.top, count)
+            extra_lse = torch.empty((*query.shape[:2], count, 1), dtype=torch.float32, device=query.device)
+            if part.rows_own:
+                part.plan.run_at([*inputs, _at(here, 0), _at(extra_lse, 0)], *rest)
+                here_lse.copy_(extra_lse)
+                continue
+            extra = part.plan.outputs[0].empty(out.device)
+            part.plan.run_at([*inputs, _at(extra, 0), _at(extra_lse, 0)], *rest)
+            merge(here, here_lse, extra, extra_lse)
+
+    def _backward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, stats: torch.Tensor,
+        grad: torch.Tensor, *tensors: torch.Tensor, rest: tuple[Any, ...],
+    ) -> None:  # fmt: skip
+        of_rows = [t.view(*query.shape[:3], 1) for t in (stats, *tensors[:-3])]
+        gradients = tensors[-3:]
+        bare = (self._bare_rows, self._bare_columns, self._bare_columns)
+        for gradient, gaps in zip(gradients, bare, strict=True):
+            for start, end in gaps:
+                gradient[:, :, start:end].zero_()
+        for part in self._parts:
+            box = part.box
+            rows, columns = (box.top, box.bottom - box.top), (box.left, box.right - box.left)
+            near = [t if rows[1] == t.shape[2] else t.narrow(2, *rows).contiguous() for t in of_rows]
+            addresses = [_at(query, box.top), _at(key, box.left), _at(value, box.left), _at(out, box.top)]
+            addresses += [_at(near[0], 0), _at(grad, box.top), *(_at(t, 0) for t in near[1:])]
+            added: list[tuple[torch.Tensor, torch.Tensor]] = []
+            for gradient, place, spec in zip(gradients, (rows, columns, columns), part.plan.outputs, strict=True):
+                if part.rows_own if place is rows else part.columns_own:
+                    addresses.append(_at(gradient, place[0]))
+                    continue
+                extra = spec.empty(gradient.device)
+                addresses.append(_at(extra, 0))
+                added.append((gradient.narrow(2, *place), extra))
+            part.plan.run_at(addresses, *rest)
+            for gradient, extra in added:
+                gradient.add_(extra)
+
+
+def _at(tensor: torch.Tensor, row: int) -> int:
+    """The address of tensor[:, :, row:], without the cost of a view."""
+    return tensor.data_ptr() + row * tensor.stride(2) * tensor.element_size()
+
+
+def _stats_like(query: torch.Tensor) -> torch.Tensor:
+    return torch.empty((*query.shape[:3], 1), dtype=torch.float32, device=query.device)
+
+
+def _gaps(covered: list[Interval], length: int) -> list[Interval]:
+    """What is left of [0, length)."""
+    gaps: list[Interval] = []
+    start = 0
+    for low, high in sorted(covered):
+        if low > start:
+            gaps.append((start, low))
+        start = max(start, high)
+    return [*gaps, (start, length)] if start < length else gaps
+
+
+def assemble_parts(
+    problem: Problem,
+    program: Program,
+    found: Sequence[Box],
+    outputs: tuple[TensorSpec, ...],
+    build: Callable[[Program, Problem], "Any | Reason"],
+) -> "PartsPlan | Reason":
+    """Builds a plan for each box.
+
+    Args:
+        outputs: the layouts of what the whole problem writes.
+        build: a plan for a program and a problem.
+    """
+    parts: list[Part] = []
+    for box in found:
+        rows_own = all(p.box.bottom <= box.top or box.bottom <= p.box.top for p in parts)
+        columns_own = all(p.box.right <= box.left or box.right <= p.box.left for p in parts)
+        local = box.program(program.score)
+        plan = build(local, _cut(problem, local, box, outputs, rows_own, columns_own))
+        if isinstance(plan, Reason):
+            return plan
+        parts.append(Part(box, plan, rows_own, columns_own))
+    return PartsPlan(problem, parts, outputs)
+
+
+def _cut(
+    problem: Problem, local: Program, box: Box, outputs: tuple[TensorSpec, ...], rows_own: bool, columns_own: bool
+) -> Problem:
+    """The problem of one box, on views of the whole problem's tensors."""
+    rows, columns = box.bottom - box.top, box.right - box.left
+    near = {name: _resized(getattr(problem, name), rows) for name in ("query", "out")}
+    far = {name: _resized(getattr(problem, name), columns) for name in ("key", "value")}
+    common: dict[str, Any] = {**near, **far, "program": text(local), "stats": True}
+    if problem.direction == FORWARD:
+        out = near["out"] if rows_own else dense(near["out"])
+        return replace(problem, **{**common, "out": out})
+    own = (rows_own, columns_own, columns_own)
+    sizes = (rows, columns, columns)
+    cut = [_resized(s, n) for s, n in zip(outputs, sizes, strict=True)]
+    layouts = [s if mine else dense(s) for s, mine in zip(cut, own, strict=True)]
+    grad = None if problem.grad is None else _resized(problem.grad, rows)
+    return replace(problem, **common, grad=grad, gradients=tuple(layouts))
+
+
+def _resized(spec: TensorSpec, length: int) -> TensorSpec:
+    return TensorSpec((*spec.shape[:2], length, spec.shape[3]), spec.stride, spec.dtype)

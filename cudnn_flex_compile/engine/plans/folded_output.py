@@ -1,0 +1,96 @@
+"""A backward with a gradient of the log-sum-exp by way of one without: of an output that holds it.
+
+Knows nothing of how plans are built. cuDNN computes delta = dO . O for each row, and with it P * (dP - delta), the
+gradient of the modified score; with a gradient of the log-sum-exp that is P * (dP - delta + dLSE). With
+O' = O - dO * dLSE / |dO|^2, delta is delta - dLSE, and dP and dV, which do not read O, are what they were. So this
+takes any plan, at the cost of one pass over O and dO. Where a row of dO is zero, dO' has two tiny entries instead, in
+columns 0 and 1, which leave dP what it was to 2**-100; what those columns of dV may have of such entries is taken for
+zero, so that of a loss of the log-sum-exp alone dV is zero. O' may be large, which bfloat16 holds and float16 does not.
+
+Rounding O' to bfloat16 would put delta off, for all pairs of a row alike, which the gradient of a learned bias adds up.
+So one entry of O', of those that count least, is changed to make up for the rounding of all.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from cudnn_flex_compile.engine.plans.wrapped import Around
+from cudnn_flex_compile.engine.problem import Problem
+
+TINY = 2.0**-100
+SECOND = 2.0**-8  # the second tiny entry, in those of the first
+LEAST = 2.0**-12  # an entry of dO' that O' can be divided by, in those of the row's largest
+ROWS = 16  # of one block of threads
+
+
+class FoldedPlan(Around):
+    NAME = "folded"
+    FIRST = True
+
+    @staticmethod
+    def takes(problem: Problem) -> bool:
+        return problem.query.dtype == torch.bfloat16
+
+    @staticmethod
+    def inner_problem(problem: Problem) -> Problem:
+        return replace(problem, grad=problem.out, lse_gradient=False)
+
+    def run(
+        self, tensors: Sequence[Tensor], operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor]
+    ) -> None:
+        query, key, value, out, stats, grad, _, grad_lse, *gradients = tensors
+        given = [self.problem.out.empty(out.device) for _ in range(2)]
+        fold(out, grad, grad_lse.view(out.shape[:3]), *given)
+        self.inner.run((query, key, value, given[0], stats, given[1], *gradients), operands, ints, floats)
+        clear(gradients[2], out.shape[1] // value.shape[1] * out.shape[2])
+
+
+def fold(out: Tensor, grad: Tensor, grad_lse: Tensor, folded: Tensor, folded_grad: Tensor) -> None:
+    """Writes O' and dO' of `out`, `grad` and `grad_lse`.
+
+    Args:
+        out, grad, folded, folded_grad: [B, H, S, D], any strides with a last one of 1.
+        grad_lse: of the natural log-sum-exp, [B, H, S], float32, any strides.
+    """
+    if not out.is_cuda:
+        _fold_on_host(out, grad, grad_lse, folded, folded_grad)
+        return
+    from cudnn_flex_compile.engine.plans.fold_kernel import fold_rows
+
+    batch, heads, rows, dim = out.shape
+    grid = (math.ceil(rows / ROWS), batch * heads)
+    strides = [s for t in (out, grad, grad_lse, folded, folded_grad) for s in t.stride()[:3]]
+    fold_rows[grid](  # pyright: ignore
+        out, grad, grad_lse, folded, folded_grad, heads, rows, dim, *strides, ROWS=ROWS,
+        DIM=1 << (dim - 1).bit_length(), TINY=TINY, SECOND=SECOND, LEAST=LEAST,
+    )  # fmt: skip
+
+
+def clear(grad_value: Tensor, rows: int) -> None:
+    """Zeroes what tiny entries in so many rows may have left of a dV that is zero without them: [B, Hkv, Skv, Dv].
+
+    Their weights, rounded, are less than 2 each. A NaN stays one.
+    """
+    touched = grad_value[..., :2]
+    torch.hardshrink(touched, 2 * rows * TINY, out=touched)
+
+
+def _fold_on_host(out: Tensor, grad: Tensor, grad_lse: Tensor, folded: Tensor, folded_grad: Tensor) -> None:
+    o, do, dlse = out.float(), grad.float(), grad_lse[..., None]
+    size = do.abs().amax(-1, keepdim=True)
+    small, size = size < TINY, size.clamp(min=TINY)
+    place = torch.arange(grad.shape[3], device=grad.device)
+    tiny = torch.where(place == 0, 1.0, torch.where(place == 1, SECOND, 0.0))
+    unit = torch.where(small, tiny, do / size)
+    share = dlse / (size * unit.square().sum(-1, keepdim=True))
+    given = torch.where(small & (dlse != 0), unit * TINY, do)
+    rounded = (o - unit * share).to(folded.dtype).float()
+    left = (given * rounded - do * o).sum(-1, keepdim=True) + dlse
+    weight = torch.where(given.abs() >= size * LEAST, (given * rounded).abs(), math.inf)
+    chosen = (place == weight.argmin(-1, keepdim=True)) & (given != 0)
+    folded.copy_(torch.where(chosen, rounded - left / given, rounded))
+    folded_grad.copy_(given)

@@ -1,0 +1,91 @@
+"""What a verdict depends on, as text: the problem, the user's functions, our code, the libraries and the device.
+
+Knows nothing of what verdicts are, nor of where they are kept. Equal texts mean that a verdict on one is a verdict on
+the other.
+"""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+from dataclasses import fields
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from cudnn_flex_compile import __version__
+from cudnn_flex_compile.engine.problem import Problem, TensorSpec
+from cudnn_flex_compile.engine.versions import versions
+
+PACKAGE = Path(__file__).parents[2]
+CODE = ("engine", "passes", "scoremod")  # what makes programs of functions and plans of programs, and judges them
+DRIVER = Path("/proc/driver/nvidia/version")
+
+
+def key_of(problem: Problem, fingerprint: str, tuned: bool = False) -> str:
+    """The key of a verdict on plans of this problem.
+
+    Args:
+        fingerprint: of what the plans were compared with.
+        tuned: whether they were the fastest, by measurement, not the first that were right.
+    """
+    rule = ["the fastest"] if tuned else []
+    return "\n".join([*environment(problem.device), *rule, f"reference {fingerprint}", problem_text(problem)])
+
+
+def problem_text(problem: Problem) -> str:
+    """All of a problem but the index of its device, and how it is launched: one field a line, the program last."""
+    names = [f.name for f in fields(problem) if f.name not in ("device", "program", "replay")]
+    return "\n".join([*(f"{name} {_text(getattr(problem, name))}" for name in names), f"program {problem.program}"])
+
+
+def _text(value: object) -> str:
+    if isinstance(value, float):
+        return value.hex()
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_text, value))})"  # pyright: ignore[reportUnknownArgumentType]
+    if isinstance(value, TensorSpec):
+        return f"{list(value.shape)} by {list(value.stride)} of {value.dtype}"
+    return repr(value)
+
+
+@functools.cache
+def environment(device: int) -> tuple[str, ...]:
+    """Our code, the versions of libraries and driver, and the device, a line each."""
+    torch_version, frontend, cudnn = versions()
+    properties = torch.cuda.get_device_properties(device)
+    return (
+        f"cudnn_flex_compile {__version__} {code_digest()}",
+        f"torch {torch_version} CUDA {torch.version.cuda}",
+        f"cudnn {cudnn} frontend {frontend} and its compiler {compiler()}",
+        f"driver {driver()}",
+        f"device {properties.name} {properties.major}.{properties.minor} {properties.multi_processor_count} "
+        f"multiprocessors {properties.total_memory} bytes",
+    )
+
+
+def compiler() -> str:
+    """The version of what compiles the interval kernels, if it is there."""
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version("nvidia-cutlass-dsl")
+    return "none"
+
+
+def driver() -> str:
+    """The CUDA version of the driver, and its own where the system tells it."""
+    number = ctypes.c_int(0)
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
+    lines = DRIVER.read_text(errors="replace").splitlines() if DRIVER.exists() else []
+    return f"{number.value} {lines[:1]}"
+
+
+@functools.cache
+def code_digest() -> str:
+    """Of the source files that make plans and judge them, whatever version they claim to be."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(p for folder in CODE for p in (PACKAGE / folder).rglob("*.py")):
+        data = path.read_bytes()
+        digest.update(f"{path.relative_to(PACKAGE).as_posix()} {len(data)}\n".encode() + data)
+    return digest.hexdigest()

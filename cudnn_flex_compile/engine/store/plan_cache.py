@@ -1,0 +1,53 @@
+"""A certified plan, with what a call of it needs.
+
+Knows nothing of how plans are found or kept.
+"""
+
+import functools
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias, Union
+
+import torch
+
+from cudnn_flex_compile.engine.launch.memory import Layout
+from cudnn_flex_compile.engine.problem import BACKWARD, TensorSpec, dense
+
+if TYPE_CHECKING:
+    from cudnn_flex_compile.engine.plans.box_plan import PartsPlan
+    from cudnn_flex_compile.engine.plans.graph_plan import Plan
+    from cudnn_flex_compile.engine.plans.wrapped import Around
+    from cudnn_flex_compile.engine.tiles.plan import TilePlan
+
+Runs: TypeAlias = Union["Plan", "PartsPlan", "Around", "TilePlan"]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A certified plan.
+
+    Attributes:
+        copies: which of query, key, value and the output's gradient must be copied for it.
+        references: fingerprints of what it was compared with.
+    """
+
+    plan: Runs
+    copies: tuple[bool, bool, bool, bool]
+    references: set[str | None] = field(default_factory=set[str | None], compare=False)
+
+    @functools.cached_property
+    def copied(self) -> bool:
+        return any(self.copies)
+
+    @functools.cached_property
+    def out_stride(self) -> tuple[int, ...]:
+        """The strides of the output, by which a backward plan reads it."""
+        return self.plan.problem.out.stride
+
+    @functools.cached_property
+    def layouts(self) -> tuple[Layout, ...]:
+        """Of what a call allocates: out and stats [B, H, Sq] (empty if the plan writes none), or of all gradients."""
+        problem = self.plan.problem
+        if problem.direction == BACKWARD:
+            return tuple(spec.layout for spec in self.plan.outputs)
+        stats = dense(TensorSpec(problem.lse_shape if problem.stats else (0,), (), torch.float32))
+        return self.plan.outputs[0].layout, stats.layout

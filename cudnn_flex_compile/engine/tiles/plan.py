@@ -1,0 +1,213 @@
+"""Runs a problem by the interval kernels of cudnn.flex_attention (CuTe DSL), on a list of its mask's tiles.
+
+Knows nothing of how masks are recognised, nor of caches. The frontend compiles the kernels (its public
+FlexAttentionFwd and FlexAttentionBwd). Those check and look up everything anew at each launch, which takes the host
+longer than most of these kernels take the device: what they compiled is called as it is, with the list's tensors. That
+is private: where it is missing, or takes other arguments, there is no plan.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cudnn_flex_compile.engine.frontend import compiled_kernel, quiet
+from cudnn_flex_compile.engine.graph.build import output_specs
+from cudnn_flex_compile.engine.launch.memory import empty
+from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem, TensorSpec, dense
+from cudnn_flex_compile.engine.store.codec import Binding, Error
+from cudnn_flex_compile.engine.tiles.frontend import intervals_missing
+from cudnn_flex_compile.engine.tiles.tile_list import (
+    ARCHITECTURE,
+    BACKWARD_PARTS,
+    FORWARD_PARTS,
+    NAME,
+    Arguments,
+    Geometry,
+    arguments,
+    tiler_of,
+)
+from cudnn_flex_compile.reasons import Code, Reason
+from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod.interpret import visible_rows
+from cudnn_flex_compile.scoremod.masks.intervals import NARROW, every_endpoint, most_endpoints
+from cudnn_flex_compile.scoremod.text import parse
+
+
+def unusable(device: int) -> Reason | None:
+    """Why the kernels cannot run on a CUDA device, or None."""
+    major, minor = torch.cuda.get_device_capability(device)
+    if 10 * major + minor != ARCHITECTURE:
+        return Reason(Code.SHAPE_REFUSED, f"{NAME}: compute capability {major}.{minor}, not 9.0")
+    missing = intervals_missing()
+    return None if missing is None else Reason(Code.INTERVALS, missing)
+
+
+def build(problem: Problem) -> "TilePlan | Reason":
+    """The plan, on the current device, which must be the problem's; or why there is none.
+
+    Raises torch.OutOfMemoryError; whatever else the frontend raises is a refusal.
+    """
+    refused = unusable(problem.device)
+    if refused is not None:
+        return refused
+    if problem.deterministic:
+        return Reason(Code.SHAPE_REFUSED, f"{NAME}: torch.use_deterministic_algorithms is on")
+    try:
+        with quiet():
+            return TilePlan(problem)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return Reason(Code.SHAPE_REFUSED, f"{NAME}, {problem.direction}: {type(error).__name__}: {str(error)[:200]}")
+
+
+def geometry_of(problem: Problem, training: bool) -> Geometry:
+    batch, heads, rows, dim = problem.query.shape
+    by_head = "h" in ir.axes_of(parse(problem.program).mask)
+    return Geometry(
+        batch=batch, heads=heads, kv_heads=problem.key.shape[1], rows=rows, columns=problem.key.shape[2], dim=dim,
+        value_dim=problem.value.shape[3], mask_heads=heads if by_head else 1, training=training,
+        dtype=problem.query.dtype,
+    )  # fmt: skip
+
+
+class TilePlan:
+    """Runs one problem. Immutable once built; any thread may run it.
+
+    Attributes:
+        problem, strategy, device, outputs, workspace, binding, errors: as of a Plan (engine/plans/graph_plan.py).
+    """
+
+    __slots__ = ("_kernels", "_mask", "_parts", "_tiler", "binding", "device", "errors", "outputs", "problem")
+
+    strategy, workspace = NAME, 0
+
+    def __init__(self, problem: Problem) -> None:
+        """On the current device, which must be the problem's. Raises what the frontend raises."""
+        self.problem, self.outputs, self.binding = problem, output_specs(problem), Binding(NAME, ())
+        self.device = torch.device("cuda", problem.device)
+        forward = problem.direction == FORWARD
+        self._mask = parse(problem.program).mask
+        self._tiler = tiler_of(geometry_of(problem, training=not forward), problem.device)
+        self._kernels = _Forward(problem) if forward else _Backward(problem)
+        self._parts = FORWARD_PARTS if forward else BACKWARD_PARTS
+        self.errors: tuple[Error, ...] = ()
+
+    def serialized(self) -> bytes:
+        """Nothing: the frontend keeps what it compiled (engine/tiles/frontend.py)."""
+        return b""
+
+    def run(
+        self, tensors: Sequence[Tensor], operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor]
+    ) -> None:
+        """As a Plan does, with a list made for this one run, which is what certification does."""
+        self.launch(tensors, self._list(operands, ints, floats))
+
+    def launch(self, tensors: Sequence[Tensor], tiles: Tensor) -> None:
+        """Enqueues the kernels on the current stream.
+
+        Args:
+            tensors: as a Plan takes them.
+            tiles: a list for the problem's geometry, in training where this is a backward.
+        """
+        self._kernels(tensors, arguments(self._tiler.views(tiles), self._parts))
+
+    def _list(self, operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor]) -> Tensor:
+        sizes, heads = self._tiler.geometry.sizes, self._tiler.geometry.mask_heads
+
+        def rows() -> Any:
+            return visible_rows(self._mask, operands, ints, floats, sizes, 1, self.device)
+
+        return self._tiler.list(every_endpoint(rows(), sizes, heads, most_endpoints(rows())))
+
+
+def _turned(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """[B, H, S, D] as [B, S, H, D]."""
+    return [t.transpose(1, 2) for t in tensors]
+
+
+def _samples(problem: Problem) -> tuple[list[Tensor], Tensor, Any]:
+    """q, k, v and out as the frontend takes them, the log-sum-exp, and a plan of a mask that shows everything."""
+    from cudnn.flex_attention import create_mask_plan
+
+    device = torch.device("cuda", problem.device)
+    specs = (problem.query, problem.key, problem.value, problem.out)
+    query, key, value, out = _turned([spec.empty(device) for spec in specs])
+    lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=device)
+    g = geometry_of(problem, problem.direction == BACKWARD)
+    table = torch.full((g.mask_heads, NARROW, g.batch * g.rows), g.columns, dtype=torch.int32, device=device)
+    plan = create_mask_plan(table, query, key, value, build_backward=g.training)
+    return [query, key, value, out], lse, plan
+
+
+class _Forward:
+    """Its kernel, on (query, key, value, out[, stats])."""
+
+    __slots__ = ("_kernel", "_lse_shape", "_processors", "_scale")
+
+    def __init__(self, problem: Problem) -> None:
+        from cudnn.flex_attention import FlexAttentionFwd
+
+        tensors, lse, plan = _samples(problem)
+        query, key, value, out = tensors
+        compiler: Any = FlexAttentionFwd(query, key, value, out, plan, lse if problem.stats else None)
+        compiler.check_support()
+        compiler.compile()
+        self._kernel, self._scale = compiled_kernel(compiler), problem.scale
+        self._lse_shape = problem.lse_shape if problem.stats else None
+        self._processors = torch.cuda.get_device_properties(problem.device).multi_processor_count
+
+    def __call__(self, tensors: Sequence[Tensor], tiles: Arguments) -> None:
+        query, key, value, out = _turned(tensors[:4])
+        lse = None if self._lse_shape is None else tensors[4].view(self._lse_shape)
+        counter = empty((1,), (1,), torch.int32).zero_()
+        self._kernel(
+            query, key, value, out, lse, None, self._scale, None, None, tiles, counter, self._processors
+        )  # fmt: skip
+
+
+class _Backward:
+    """Its kernels, on (query, key, value, out, stats, grad_out[, minus_lse, grad_lse], dq, dk, dv)."""
+
+    __slots__ = ("_kernels", "_lengths", "_lse_gradient", "_lse_shape", "_scale", "_workspace")
+
+    def __init__(self, problem: Problem) -> None:
+        from cudnn.flex_attention import FlexAttentionBwd
+
+        (query, key, value, out), lse, plan = _samples(problem)
+        device = out.device
+        (grad,) = _turned([(problem.grad or problem.out).empty(device)])
+        dq, dk, dv = _turned([spec.empty(device) for spec in output_specs(problem)])
+        grad_lse = torch.empty_like(lse) if problem.lse_gradient else None
+        compiler: Any = FlexAttentionBwd(query, key, value, out, grad, lse, dq, dk, dv, plan, grad_lse)
+        compiler.check_support()
+        compiler.compile()
+        self._kernels: Any = compiled_kernel(compiler)
+        self._workspace = [
+            (name, dense(TensorSpec(tuple(shape), (), dtype)).layout if shape is not None else None)
+            for name, shape, dtype in self._kernels.workspace_specs
+        ]
+        self._scale, self._lengths = problem.scale, problem.lengths
+        self._lse_shape, self._lse_gradient = problem.lse_shape, problem.lse_gradient
+
+    def __call__(self, tensors: Sequence[Tensor], tiles: Arguments) -> None:
+        query, key, value, out, grad, dq, dk, dv = _turned((*tensors[:4], tensors[5], *tensors[-3:]))
+        lse = tensors[4].view(self._lse_shape)
+        grad_lse = tensors[7].view(self._lse_shape) if self._lse_gradient else None
+        (rows, columns), kernels, scale = self._lengths, self._kernels, self._scale
+        work: dict[str, Any] = {name: None if layout is None else empty(*layout) for name, layout in self._workspace}
+        sums, deltas, lse_log2 = work["dq_accum"], work["dpsum"], work["lse_log2"]
+        kernels.preprocess(out, grad, deltas, lse, lse_log2, sums, None, grad_lse, rows)
+        shared = kernels.post_dk is not None  # heads that share keys and values add up in float32
+        dk_sums, dv_sums = (work["dk_accum"].zero_(), work["dv_accum"].zero_()) if shared else (dk, dv)
+        semaphores = (None, None, None)
+        kernels.main(
+            query, key, value, grad, lse_log2, deltas, sums, dk_sums, dv_sums, scale, None, None, *semaphores, tiles,
+            rows, columns,
+        )  # fmt: skip
+        kernels.post_dq(sums, dq, scale, None, rows)
+        if shared:
+            kernels.post_dk(dk_sums, dk, scale, None, columns)
+            kernels.post_dv(dv_sums, dv, 1.0, None, columns)

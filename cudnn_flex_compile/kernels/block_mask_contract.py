@@ -1,0 +1,181 @@
+"""Knows of each BlockMask whether its blocks agree with its mask_mod: plans, which compute the mask, are right then.
+
+Knows nothing of the comparison itself (block_mask.py), nor of what runs where they do not (stock.py). A BlockMask is
+compared once while it stays the same, for all layers and graphs, and the host waits for the answer when the first call
+with it is about to be launched. The answer is on the guard, a tensor that the comparison gives the calls.
+"""
+
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
+
+from cudnn_flex_compile import torch_private
+from cudnn_flex_compile.kernels.async_read import Reading
+from cudnn_flex_compile.kernels.block_mask import agree
+from cudnn_flex_compile.kernels.hot_function import Repeated
+from cudnn_flex_compile.kernels.stock import Given, Stock
+from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod.hoisting import computed
+from cudnn_flex_compile.scoremod.ir import F32, I32, Expr
+from cudnn_flex_compile.scoremod.partition import partition
+from cudnn_flex_compile.scoremod.simplify import normalize
+from cudnn_flex_compile.scoremod.text import parse, text
+from cudnn_flex_compile.torch_private import version_of
+
+ANSWER = "_cudnn_flex_answer"  # the attribute of a guard
+KEPT = 64  # masks whose comparisons are kept, and answers to be kept of one BlockMask
+# What is known of each kv_indices tensor, by question; one that is freed takes it along.
+_known = WeakIdKeyDictionary()
+
+
+class Answer:
+    """Whether blocks and mask agree. The host waits for it when it first asks."""
+
+    __slots__ = ("_read", "known")
+
+    def __init__(self, read: Callable[[], Any]) -> None:
+        self._read = read
+        self.known: bool | None = None
+
+    def __call__(self) -> bool:
+        if self.known is None:
+            self.known = bool(self._read())
+        return self.known
+
+
+AGREED = Answer(lambda: True)
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """A BlockMask that was compared: its tensors and what the mask captured, in their versions; the guard, the answer.
+
+    A freed tensor's address may be another's: none is known by it.
+    """
+
+    tensors: tuple[tuple[TensorWeakRef, int], ...]
+    guard: Tensor
+    answer: Answer
+
+    def is_of(self, tensors: Sequence[Tensor]) -> bool:
+        pairs = zip(self.tensors, tensors, strict=True)
+        return all(ref() is t and version == version_of(t) for (ref, version), t in pairs)
+
+
+def agrees(given: Given, query: Tensor, key: Tensor, ints: Sequence[int], floats: Sequence[Tensor]) -> bool:
+    """Whether plans are right for a call; False if the device has to find out by the guard."""
+    guard = given[0][0]
+    answer = getattr(guard, ANSWER, None)
+    if answer is not None:
+        return answer()
+    if guard.dtype is torch.bool:
+        return not guard.is_cuda and bool(guard)
+    stock = Stock.of(*given)  # a guard that was copied, as by hooks of saved tensors, has lost its answer
+    sizes = (*query.shape[:3], key.shape[2])
+    return answer_of(stock.blocks, stock.captured, ints, floats, only_mask(stock.program), sizes, stock.block_sizes)()
+
+
+def guard_of(*mask: Any) -> Tensor:
+    """An empty tensor with the answer. Arguments as those of `answer_of`."""
+    return _compared(*mask).guard
+
+
+def answer_of(*mask: Any) -> Answer:
+    """Whether the blocks agree with a program.
+
+    Args:
+        blocks, captured, ints, floats, program, block_sizes: as in stock.Stock; only the mask of the program counts.
+        sizes: of b, h, q, k.
+    """
+    return _compared(*mask).answer
+
+
+def with_answer(guard: Tensor, answer: Answer) -> Tensor:
+    setattr(guard, ANSWER, answer)
+    return guard
+
+
+def _compared(
+    blocks: Sequence[Tensor], captured: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor],
+    program: str, sizes: Sequence[int], block_sizes: Sequence[int],
+) -> Compared:  # fmt: skip
+    mask = _mask(program)
+    captured = captured[: mask.captured]
+    tensors = (*blocks, *captured)
+    numbers = (*(ints if mask.reads_ints else ()), *(map(float, floats) if mask.reads_floats else ()))
+    question = (program, *sizes, *block_sizes, len(blocks), numbers)
+    known: dict[Hashable, Compared] = _known.setdefault(blocks[1], {})  # pyright: ignore[reportAssignmentType]
+    found = known.get(question)
+    found = found if found is not None and found.is_of(tensors) else None
+    capturing = blocks[0].is_cuda and torch.cuda.is_current_stream_capturing()
+    if found is not None and not (capturing and found.answer.known is not False):
+        return found
+
+    def compare() -> Tensor:
+        if numbers:
+            return _agree(tensors, len(blocks), ints, floats, program, sizes, block_sizes)
+        return _comparison(program, len(blocks), tuple(sizes), tuple(block_sizes))(*tensors)
+
+    if capturing:  # the host can't read: what is replayed compares the BlockMask that is there then
+        torch_private.assert_on_device(compare())
+        return Compared((), with_answer(blocks[0].new_empty(0, dtype=torch.int32), AGREED), AGREED)
+    answer = Answer(Reading(compare()))
+    refs = tuple((TensorWeakRef(t), 0 if t.is_inference() else version_of(t)) for t in tensors)
+    compared = Compared(refs, with_answer(blocks[0].new_empty(0, dtype=torch.int32), answer), answer)
+    if not any(t.is_inference() for t in tensors):  # whose versions are not counted
+        if len(known) >= KEPT:
+            known.clear()
+        known[question] = compared
+    return compared
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """The mask of a program: with operands in place of what it captures, what these are, and what it reads."""
+
+    program: ir.Program
+    hoisted: Sequence[Any]
+    captured: int
+    reads_ints: bool
+    reads_floats: bool
+
+
+@functools.lru_cache(KEPT)
+def _mask(program: str) -> Mask:
+    mask = parse(program).mask
+    leaves = list(ir.walk(mask))
+    alone, hoisted = partition(normalize(ir.program(mask=mask)))
+    kinds = {n.dtype for n in leaves if n.kind == "scalar"}
+    captured = max((int(n.value or 0) + 1 for n in leaves if n.kind == "capture"), default=0)
+    return Mask(alone, hoisted, captured, I32 in kinds, F32 in kinds)
+
+
+@functools.lru_cache(KEPT)
+def only_mask(program: str) -> str:
+    """The program with the score as it is."""
+    return text(ir.program(mask=parse(program).mask))
+
+
+@functools.lru_cache(KEPT)
+def _comparison(program: str, blocks: int, sizes: tuple[int, ...], block_sizes: tuple[int, ...]) -> Repeated:
+    return Repeated(lambda *tensors: _agree(tensors, blocks, (), (), program, sizes, block_sizes))
+
+
+def _agree(
+    tensors: Sequence[Tensor], blocks: int, ints: Sequence[int], floats: Sequence[Tensor], program: str,
+    sizes: Sequence[int], block_sizes: Sequence[int],
+) -> Tensor:  # fmt: skip
+    mask, captured = _mask(program), tensors[blocks:]
+
+    def value(leaf: Expr) -> Any:
+        source: Sequence[Any] = captured if leaf.kind == "capture" else ints if leaf.dtype == I32 else floats
+        return source[int(leaf.value or 0)]
+
+    device = tensors[0].device
+    operands = [computed(part, value, tuple(sizes), device) for part in mask.hoisted]
+    return agree(tensors[:blocks], operands, ints, floats, mask.program, sizes, block_sizes)

@@ -1,0 +1,130 @@
+"""Measures whether a call is faster on cuDNN than on Inductor's kernel, on made-up data at its shape.
+
+Knows nothing of how plans are chosen (engine/choose.py times those). Both sides are device time, of the forward, and of
+the backward in training; ours is at least what the host takes for a call, Inductor's is not, so that a call that the
+host decides is kept. What was measured is kept beyond the process, under all that it depends on.
+"""
+
+import functools
+import hashlib
+import json
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from cudnn_flex_compile.engine.certify.reference import ProgramReference
+from cudnn_flex_compile.engine.choose import run_of
+from cudnn_flex_compile.engine.key import problem_of
+from cudnn_flex_compile.engine.launch import timing
+from cudnn_flex_compile.engine.state import engine
+from cudnn_flex_compile.engine.store.identity import environment, problem_text
+from cudnn_flex_compile.engine.store.plan_cache import Ready
+from cudnn_flex_compile.engine.store.verdicts import keep_text, recall_text
+from cudnn_flex_compile.engine.worker import run_clean
+from cudnn_flex_compile.kernels.inductor_timer import Contest, milliseconds
+from cudnn_flex_compile.passes.decide.candidate import Target, backward_call, forward_call
+from cudnn_flex_compile.passes.read.call import example, hint
+from cudnn_flex_compile.phases import phase
+from cudnn_flex_compile.reasons import Code, Reason
+from cudnn_flex_compile.scoremod.text import parse
+
+# Milliseconds that the host takes for a forward and a backward. (python3 -m tests.measure.host_time)
+HOST = (0.032, 0.043)
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Milliseconds of the forward, and of the backward in training."""
+
+    ours: tuple[float, ...]
+    stock: tuple[float, ...]
+
+    @property
+    def reason(self) -> Reason | None:
+        """To keep the call, or None: one side takes both directions, for each saves what its own backward reads."""
+        ours = sum(max(pair) for pair in zip(self.ours, HOST, strict=False))
+        if ours <= sum(self.stock):
+            return None
+        detail = f"measured here: {ours:.3f} ms on cuDNN, {sum(self.stock):.3f} ms on Inductor's kernel (autotune)"
+        return Reason(Code.SLOWER, detail)
+
+
+def measurable(target: Target) -> bool:
+    """Whether the call can be measured: on a GPU, with its BlockMask at hand, where keys are not permuted in the graph,
+    and without a loss of the log-sum-exp.
+    """
+    blocks = [target.real.get(block) for block in target.call.blocks[:4] if block is not None]
+    there = all(isinstance(block, torch.Tensor) for block in blocks)
+    on_gpu = example(target.call.query).device.type == "cuda"
+    return there and on_gpu and target.compact is None and not target.lse_gradient
+
+
+def times_of(target: Target) -> Times | None:
+    """Of a call whose plans were found, measured now or before; None if that fails."""
+    device = example(target.call.query).device
+    call = forward_call(target, target.running, device)
+    ready = [engine.plans.peek(key) for key in (call, *([backward_call(call)] if target.training else []))]
+    found = [r for r in ready if isinstance(r, Ready)]
+    if len(found) < len(ready):
+        return None
+    contest = Contest(
+        problem_of(forward_call(target, (target.program, target.hoisted), device)), target.training, _blocks(target),
+        (hint(target.call.block_sizes[0]), hint(target.call.block_sizes[1])),
+    )  # fmt: skip
+    key = _key(found, contest, target.fingerprint)
+    with phase("autotune"):
+        return _recalled(key) or _compared(key, found, contest)
+
+
+def _blocks(target: Target) -> tuple[Any, ...]:
+    return tuple(None if block is None else target.real[block].cpu() for block in target.call.blocks[:4])
+
+
+def _compared(key: str, found: list[Ready], contest: Contest) -> Times | None:
+    stock = milliseconds(contest)
+    if stock is None:
+        return None
+    try:
+        ours = run_clean(lambda: _ours(found), contest.problem.device)
+    except torch.OutOfMemoryError:
+        return None
+    keep_text(key, json.dumps([ours, stock]))
+    return engine.times.put(key, Times(ours, stock))
+
+
+def _ours(found: list[Ready]) -> tuple[float, ...]:
+    reference = ProgramReference(parse(found[0].plan.problem.program))
+    return tuple(timing.milliseconds([run_of(ready.plan, found[0].plan, reference) for ready in found]))
+
+
+def _key(found: list[Ready], contest: Contest, fingerprint: str | None) -> str:
+    """All that the times depend on."""
+    blocks = hashlib.blake2b(digest_size=16)
+    for block in contest.blocks:
+        blocks.update(b"none" if block is None else str(tuple(block.shape)).encode() + block.numpy().tobytes())
+    lines = [
+        "times of cuDNN and of Inductor", *environment(contest.problem.device), f"triton {_triton()}",
+        f"reference {fingerprint}", f"blocks of {contest.block_sizes} {blocks.hexdigest()}",
+        *(f"{ready.plan.strategy} of {problem_text(ready.plan.problem)}" for ready in found),
+        problem_text(contest.problem),
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+@functools.cache
+def _triton() -> str:
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def _recalled(key: str) -> Times | None:
+    known = engine.times.get(key)
+    stored = recall_text(key) if known is None else None
+    if stored is None:
+        return known
+    ours, stock = json.loads(stored)
+    return engine.times.put(key, Times(tuple(ours), tuple(stock)))

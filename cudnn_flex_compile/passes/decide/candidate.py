@@ -1,0 +1,244 @@
+"""Asks whether a program can run on the device of a call: certified plans on CUDA, legal forms elsewhere.
+
+Knows nothing of rewriting.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch.fx import Node
+
+from cudnn_flex_compile.engine.certify.reference import CapturedValue, SubgraphReference
+from cudnn_flex_compile.engine.graph.strategies import STRATEGIES
+from cudnn_flex_compile.engine.guards import ends
+from cudnn_flex_compile.engine.key import Key, Meta, backward_key, forward_key, problem_of
+from cudnn_flex_compile.engine.plans.folded_output import FoldedPlan
+from cudnn_flex_compile.engine.problem import Problem, TensorSpec, dense
+from cudnn_flex_compile.engine.store.codec import Error
+from cudnn_flex_compile.engine.support import refused
+from cudnn_flex_compile.engine.tiles.tile_list import NAME as INTERVALS
+from cudnn_flex_compile.passes.decide.key_compaction import COUNTS, Compact, counts_of, order_of, slots_of
+from cudnn_flex_compile.passes.read.call import Call, example, hint, scale_of
+from cudnn_flex_compile.passes.read.captures import Captures, indexing
+from cudnn_flex_compile.passes.write.operands import operand_value
+from cudnn_flex_compile.reasons import Code, Reason
+from cudnn_flex_compile.scoremod.aten import fake_mode, joint_graph, plain, value_graph
+from cudnn_flex_compile.scoremod.ir import AXES, Expr, Program
+from cudnn_flex_compile.scoremod.partition import Hoisted
+from cudnn_flex_compile.scoremod.ranges import VALUE_LIMIT
+from cudnn_flex_compile.scoremod.text import text
+from cudnn_flex_compile.scoremod.trace import Captured, stand_ins
+
+if TYPE_CHECKING:
+    from cudnn_flex_compile.engine.store.plan_cache import Ready
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A call with its program.
+
+    Attributes:
+        hoisted: what its operands are.
+        captures: its captured inputs.
+        training: whether a gradient may be asked for.
+        real: the graph's inputs, by placeholder.
+        policy: text (config.Policy).
+        compact: the program over permuted keys that runs in place of `program`, if there is one.
+        fingerprint: of the call's functions (passes/read/programs.py).
+        tiled: whether it runs by a list of the mask's tiles (passes/write/tile_lists.py).
+    """
+
+    call: Call
+    program: Program
+    hoisted: tuple[Hoisted, ...]
+    captures: Captures
+    training: bool
+    real: dict[Node, Any]
+    policy: str
+    compact: Compact | None = None
+    fingerprint: str | None = None
+    tiled: bool = False
+
+    @property
+    def lse_gradient(self) -> bool:
+        """Whether a gradient of the log-sum-exp may be asked for, too."""
+        return self.training and self.call.uses(1) and self.call.differentiates(1)
+
+    @property
+    def running(self) -> tuple[Program, tuple[Hoisted, ...]]:
+        """The program of the plans, and its operands."""
+        return (self.program, self.hoisted) if self.compact is None else (self.compact.program, self.compact.hoisted)
+
+
+class Accepted(NamedTuple):
+    """strategies: of forward and backward, or of the forward. errors: what certification measured of these plans."""
+
+    strategies: tuple[str, ...]
+    errors: tuple[Error, ...] = ()
+
+
+def judge(target: Target) -> Accepted | Reason:
+    """How a call runs, or why it is kept."""
+    device = example(target.call.query).device
+    call = forward_call(target, target.running, device)
+    problem = problem_of(call)
+    if device.type == "cuda":
+        return _certified(target, call, problem)
+    program, _ = target.running
+    asked = problem.backward(target.lse_gradient) if target.training else problem
+    reason = refused(asked, program, on_cpu=True)
+    if reason is not None:
+        return reason
+    if target.tiled:
+        return Accepted((INTERVALS,))
+    inside = ends(problem.lengths) if target.lse_gradient and not FoldedPlan.takes(problem) else None
+    reasons: list[Reason] = []
+    for strategy in STRATEGIES:
+        lowering = strategy.lower(program, target.training, inside)
+        if not isinstance(lowering, Reason):
+            return Accepted((strategy.name,))
+        reasons.append(lowering)
+    return next((r for r in reasons if r.code is not Code.UNSUPPORTED_CALL), reasons[-1])
+
+
+def _certified(target: Target, call: Key, problem: Problem) -> Accepted | Reason:
+    from cudnn_flex_compile.engine.find_plan import find_plan
+    from cudnn_flex_compile.engine.store.plan_cache import Ready
+
+    asked = functools.cache(lambda: _reference(target)), target.fingerprint
+    found = find_plan(call, *asked)
+    if isinstance(found, Reason):
+        return found
+    if not target.training:
+        return _accepted(found)
+    backward = find_plan(backward_call(call), *asked)
+    if isinstance(backward, Ready) and target.lse_gradient:  # what of both is run, the loss says, maybe at each step
+        backward = find_plan(backward_call(call, lse_gradient=True), *asked)
+        if isinstance(backward, Reason):
+            return Reason(Code.LSE_GRADIENT, f"with a gradient of the LSE: {backward}", backward.lasting)
+    return backward if isinstance(backward, Reason) else _accepted(found, backward)
+
+
+def _accepted(*found: "Ready") -> Accepted:
+    errors = tuple(error for ready in found for error in ready.plan.errors)
+    return Accepted(tuple(ready.plan.strategy for ready in found), errors)
+
+
+def backward_call(forward: Key, lse_gradient: bool = False) -> Key:
+    """Of a forward call, for a gradient that is laid out like the output."""
+    problem = problem_of(forward)
+    return backward_key(forward, Meta(problem.out, torch.device("cuda", problem.device)), lse_gradient)
+
+
+def forward_call(target: Target, running: tuple[Program, tuple[Hoisted, ...]], device: torch.device) -> Key:
+    """The key of the call with this program and these operands: those of the plans, or the user's own."""
+    call = target.call
+    query, key, value = (Meta(_spec(example(n)), device) for n in (call.query, call.key, call.value))
+    if key.shape[0] != query.shape[0]:
+        for tensor in (key, value):
+            spec = TensorSpec((query.shape[0], *tensor.shape[1:]), (0, *tensor.stride()[1:]), tensor.dtype)
+            tensor.__init__(spec, device)
+    sizes = (*query.shape[:3], key.shape[2])
+    program, hoisted = running
+    if target.compact is not None and running == target.running:  # the op gets permuted copies
+        key, value = (Meta(dense(TensorSpec(t.shape, t.stride(), t.dtype)), device) for t in (key, value))
+    operands = [Meta(_operand_spec(h, sizes), device) for h in hoisted]
+    stats = target.training or call.uses(1)
+    rest = (operands, scale_of(call) or 0.0, stats, target.tiled, target.policy)
+    return forward_key(text(program), query, key, value, *rest)
+
+
+def _spec(tensor: torch.Tensor) -> TensorSpec:
+    return TensorSpec(_hints(tensor.shape), _hints(tensor.stride()), tensor.dtype)
+
+
+def _hints(sizes: Sequence[Any]) -> tuple[int, ...]:
+    return tuple(hint(n) for n in sizes)
+
+
+def _operand_spec(hoisted: Hoisted, sizes: tuple[int, ...]) -> TensorSpec:
+    shape = tuple(n if axis in hoisted.dims else 1 for axis, n in zip(AXES, sizes, strict=True))
+    stride = tuple(torch.empty(shape, device="meta").stride())
+    return TensorSpec(shape, stride, hoisted.stored)
+
+
+def _reference(target: Target) -> SubgraphReference:
+    leaves = list(target.captures.nodes)
+    # Integers that are indices stay within every captured tensor; others, such as lengths, may be up to the length.
+    inside = max(min((n for t in leaves for n in _shape(target, t)), default=2) - 1, 0)
+    indexed, length = indexing(target.call), hint(example(target.call.key).shape[2])
+    captured = tuple(
+        _captured(target, leaf, *((inside, True) if target.captures.nodes[leaf] in indexed else (length, False)))
+        for leaf in leaves
+    )
+
+    def operands(
+        values: Sequence[Any], sizes: tuple[int, int, int, int], device: torch.device
+    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        by_leaf = dict(zip(leaves, values, strict=True))
+        order = None
+        if target.compact is not None:
+            bias = operand_value(target.compact.columns, by_leaf.__getitem__, sizes, device)
+            span = torch.arange(sizes[3], device=device)
+            by_leaf[COUNTS] = counts_of(bias)
+            order = order_of(slots_of(bias, by_leaf[COUNTS], span), span)
+        return [operand_value(h, by_leaf.__getitem__, sizes, device) for h in target.running[1]], order
+
+    return SubgraphReference(
+        **_functions(target),
+        score_captured=tuple(leaves.index(c.leaf) for c in target.captures.of_score),
+        mask_captured=tuple(leaves.index(c.leaf) for c in target.captures.of_mask),
+        captured=captured,
+        operands=operands,
+        ints=tuple(leaves.index(leaf) for leaf in target.captures.ints),
+        floats=tuple(leaves.index(leaf) for leaf in target.captures.floats),
+        fingerprint=target.fingerprint,
+        source=target.call.source,
+    )
+
+
+def _functions(target: Target) -> dict[str, Any]:
+    """The user's functions as ATen graphs: vmap takes these, but no autograd.Function, say.
+
+    They are traced here, in the thread that compiles: a certification, in ours, may not wait for autograd's.
+    """
+    call, captures = target.call, target.captures
+    device, leaves = example(call.query).device, list(captures.nodes)
+    score_mod, mask_mod = plain(call.score_mod), plain(call.mask_mod)
+    with fake_mode():
+        of_score = _numbered(target, captures.of_score, stand_ins(True, captures.of_score, device, target.training))
+        of_mask = _numbered(target, captures.of_mask, stand_ins(False, captures.of_mask, device, False))
+        start = len(of_score) - len(captures.of_score)
+        places = [start + i for i, c in enumerate(captures.of_score) if c.learned]
+        learned = [c for c in captures.of_score if c.learned]
+        return {
+            "score_mod": value_graph(score_mod, of_score),
+            "mask_mod": value_graph(mask_mod, of_mask),
+            "joint": joint_graph(score_mod, of_score, places) if target.training else None,
+            "learned": tuple(leaves.index(c.leaf) for c in learned),
+        }
+
+
+def _numbered(target: Target, captured: Sequence[Captured], inputs: list[Any]) -> list[Any]:
+    """The inputs with the numbers of the call that is being compiled in place of symbolic integers."""
+    nodes = target.captures.nodes
+    numbers = [_hints([example(nodes[c.leaf])])[0] if c.tensor is None else None for c in captured]
+    start = len(inputs) - len(captured)
+    return inputs[:start] + [t if n is None else n for t, n in zip(inputs[start:], numbers, strict=True)]
+
+
+def _shape(target: Target, leaf: Expr) -> tuple[int, ...]:
+    tensor = example(target.captures.nodes[leaf])
+    return _hints(tensor.shape) if isinstance(tensor, torch.Tensor) else ()
+
+
+def _captured(target: Target, leaf: Expr, limit: int, index: bool) -> CapturedValue:
+    node = target.captures.nodes[leaf]
+    value = example(node)
+    if not isinstance(value, torch.Tensor):
+        return CapturedValue(None, number=max(-VALUE_LIMIT, min(_hints([value])[0], VALUE_LIMIT)))  # as plans take it
+    real = target.real.get(node)
+    return CapturedValue(_spec(value), scalar=leaf.kind == "scalar", real=real, limit=limit, index=index)

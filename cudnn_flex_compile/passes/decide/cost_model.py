@@ -1,0 +1,216 @@
+"""What a call takes on cuDNN and on Inductor's kernel, by estimate: from the pairs that either computes, and from lines
+that were measured.
+
+Knows nothing of what follows from it (speed.py). Each constant names the command that reproduces it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from cudnn_flex_compile.engine.plans.box_plan import cost, divided
+from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD
+from cudnn_flex_compile.kernels.block_mask import listed
+from cudnn_flex_compile.passes.read.call import Call, example, hint
+from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod.ir import Program
+from cudnn_flex_compile.scoremod.learned import without_bias
+from cudnn_flex_compile.scoremod.masks.boxes import pruned
+from cudnn_flex_compile.scoremod.masks.form import split
+from cudnn_flex_compile.scoremod.partition import Hoisted
+
+# A (q, kv) pair costs cuDNN this share of what it costs Inductor's kernel. cuDNN skips only what bands rule out,
+# Inductor all blocks that the BlockMask omits.
+# (cudnn-flex bench --mods causal prefix-LM documents --mode reduce-overhead --lower always)
+PAIR_COST = 0.75
+# What a pair under a soft cap costs Inductor, in pairs of a plain score. (python3 -m tests.measure.lse_time)
+CAPPED_COST = 1.7
+# At lengths below this, the host and whole tiles decide, not the pairs. (cudnn-flex bench --forty)
+BY_PAIRS = 2048
+# What hiding pairs by a bias costs. (cudnn-flex bench --mods "dilated window" documents --lower always)
+BIAS_COST = 1.8
+# Several plans in the forward keep the host busy: as called, sinks + window take 1.11 times as long as Inductor's
+# kernel, prefix-LM 0.95 times, where by their pairs it were 0.94 and 0.76 times.
+# (cudnn-flex bench --mods "sink tokens + window" prefix-LM --lower always)
+PARTS_COST = 1.15
+BACKWARD_WEIGHT = 2.7  # of a pair in the backward, where it is 1 in the forward
+GUESSED_SHARE = 0.1  # of the blocks that a BlockMask lists which is not at hand
+DOCUMENTS = "python3 -m tests.measure.documents_time"
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Milliseconds: at nothing, and for each unit more."""
+
+    base: float
+    slope: float
+
+    def at(self, units: float) -> float:
+        return self.base + self.slope * units
+
+
+# What a call takes, without and with its backward, on Inductor's kernel and on interval kernels, by the TFLOP of one
+# forward on the blocks that its BlockMask lists; and what a list of tiles adds to a step, by 10^9 pairs of the mask.
+# DOCUMENTS prints these lines as it measures them: on an H200, where the host bounds the interval kernels of all but
+# large calls. Of the forward it measures the device alone; the host's time of forward and backward stands in its place.
+CALLS = {
+    False: (Line(0.061, 2.89), Line(0.450, 1.42)),
+    True: (Line(0.330, 8.84), Line(0.450, 3.60)),
+}
+LIST = Line(1.254, 0.56)
+# What all that a graph has besides attention takes, without and with the backward, milliseconds: of the GPU for each
+# TFLOP of matrix products, and of the host for each product and each call. (python3 -m tests.measure.host_share)
+PRODUCTS = {False: 2.3, True: 3 * 2.3}
+LAUNCHES = {False: 0.1, True: 0.28}
+# So many times what the host takes, without and with the backward, the GPU has to take before it surely is what a step
+# waits for: models make a BlockMask and more besides. A step of BERT (1.5 times) is between 0.90 and 1.04 times as long
+# on Inductor's kernels, with how busy the machine is otherwise; one of examples/train.py (1.9 times) 1.11 times. Of
+# forwards, those of Mistral (2.8 times) and Llama (3.0) were 0.97 and 0.99 times, GPT-NeoX's (4.2) 1.03 times.
+# (python3 -m tests.measure.models --cases bert:full mistral:full llama:none gpt_neox:full)
+SURELY_GPU = {False: 3.5, True: 1.7}
+
+
+@dataclass(frozen=True, slots=True)
+class Around:
+    """What a call has around it, whose kernels the host launches one by one: its graph.
+
+    Attributes:
+        products: matrix products, in the forward. tflop: theirs.
+        calls: attention calls.
+    """
+
+    products: int
+    tflop: float
+    calls: int
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known of a call.
+
+    Attributes:
+        program, hoisted: what would run.
+        training: whether a gradient may be asked for.
+        lse_gradient: whether one of the log-sum-exp may be, too.
+        share: of the blocks, that its BlockMask lists; None without one, or if that is not known.
+        around: None where the host's time for the call does not count: attention alone, or under CUDA graphs.
+        tiled: whether it would run by a list of its mask's tiles (passes/write/tile_lists.py).
+        sharing: how many calls of the graph have its mask.
+    """
+
+    call: Call
+    program: Program
+    hoisted: Sequence[Hoisted]
+    training: bool
+    lse_gradient: bool
+    share: float | None
+    around: Around | None
+    tiled: bool = False
+    sharing: int = 1
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        return hint(example(self.call.query).shape[2]), hint(example(self.call.key).shape[2])
+
+    @property
+    def tflop(self) -> float:
+        """Of a forward on all pairs."""
+        batch, heads, queries, dim = map(hint, example(self.call.query).shape)
+        _, _, keys, value_dim = map(hint, example(self.call.value).shape)
+        return 2 * (dim + value_dim) * batch * heads * queries * keys / 1e12
+
+
+def pair_operands(facts: Facts) -> list[torch.dtype]:
+    """The dtypes of the operands over (q, kv) pairs that the score_mod reads; a learned bias is none of its."""
+    operands = [n for n in ir.walk(without_bias(facts.program.score)[0]) if n.kind == "operand"]
+    return [facts.hoisted[int(n.value or 0)].stored for n in operands if {"q", "k"} <= set(n.dims)]
+
+
+def pairs_of(program: Program, lengths: tuple[int, int], training: bool) -> float:
+    """How many pairs the plans of forward and backward compute, on average, and what costs like pairs."""
+    program = pruned(program, lengths)
+    total = float(cost(program, lengths, FORWARD))
+    if training:
+        total = (total + BACKWARD_WEIGHT * cost(program, lengths, BACKWARD)) / (1 + BACKWARD_WEIGHT)
+    total *= PARTS_COST if len(divided(program, lengths, FORWARD) or ()) > 1 else 1.0
+    return total * (BIAS_COST if split(program.mask).biases else 1.0)
+
+
+def pairs_by_either(facts: Facts) -> tuple[float, float]:
+    """The pairs of a head that Inductor's kernel computes, and our plans, in what a plain one costs Inductor's kernel.
+
+    Both compute the same if it is not known which blocks the BlockMask lists.
+    """
+    queries, keys = facts.lengths
+    computed = pairs_of(facts.program, facts.lengths, facts.training)
+    share = facts.share if facts.call.blocks else 1.0
+    stock = computed if share is None else share * queries * keys
+    capped = any(node.kind == "tanh" for node in ir.walk(facts.program.score))
+    return stock * (CAPPED_COST if capped else 1.0), computed * PAIR_COST
+
+
+def times_by_either(facts: Facts) -> tuple[float, float]:
+    """Milliseconds of the GPU for a call on Inductor's kernel, and by plans, by the pairs of either."""
+    queries, keys = facts.lengths
+    slope = CALLS[facts.training][0].slope * facts.tflop / (queries * keys)
+    stock, ours = pairs_by_either(facts)
+    return slope * stock, slope * ours
+
+
+def spared(facts: Facts) -> float:
+    """Milliseconds of the GPU that a call takes less by plans than on Inductor's kernel."""
+    stock, ours = times_by_either(facts)
+    return stock - ours
+
+
+def host_counts(facts: Facts) -> bool:
+    """Whether the GPU may wait for the host, so that what a call takes of the host's time counts."""
+    around = facts.around
+    if around is None:
+        return False
+    gpu = PRODUCTS[facts.training] * around.tflop + around.calls * times_by_either(facts)[0]
+    return gpu < SURELY_GPU[facts.training] * LAUNCHES[facts.training] * (around.products + around.calls)
+
+
+def interval_times(facts: Facts) -> tuple[float, float, float]:
+    """Milliseconds that all calls with one mask take a step, on Inductor's kernel and by intervals, and their list."""
+    call, share = facts.call, facts.share if facts.call.blocks else 1.0
+    visible = GUESSED_SHARE if share is None else share
+    stock, ours = (line.at(visible * facts.tflop) for line in CALLS[facts.training])
+    batch, heads, queries, _ = map(hint, example(call.query).shape)
+    of_mask = batch * queries * facts.lengths[1] * (heads if "h" in ir.axes_of(facts.program.mask) else 1)
+    return facts.sharing * stock, facts.sharing * ours, LIST.at(of_mask / 1e9)
+
+
+def expected(facts: Facts) -> float | None:
+    """How many times as fast as Inductor's kernel the plans are, by the pairs that either computes; None if that is not
+    known. What a score's arithmetic adds to this is not in it: with a soft cap, for one, it is more.
+    """
+    if facts.tiled:
+        stock, ours, listing = interval_times(facts)
+        return stock / (ours + listing)
+    lengths = facts.lengths
+    share = facts.share if facts.call.blocks else 1.0
+    if share is None or min(lengths) < BY_PAIRS or pair_operands(facts):
+        return None
+    ours = pairs_of(facts.program, lengths, facts.training) * PAIR_COST
+    return share * lengths[0] * lengths[1] / ours if ours else None
+
+
+def share_of(call: Call, real: Callable[[Node], torch.Tensor | None]) -> float | None:
+    """The share of blocks that the BlockMask lists, if its tensors are at hand.
+
+    Args:
+        real: gives the tensor of an input of the graph.
+    """
+    if not call.blocks:
+        return None
+    pairs = [pair for pair in (call.blocks[:2], call.blocks[2:4]) if None not in pair]
+    tensors = [[real(block) for block in pair] for pair in pairs]  # pyright: ignore[reportArgumentType]
+    if any(t is None for pair in tensors for t in pair):
+        return None
+    with torch.no_grad():
+        masks = [listed(count, indices, indices.shape[-1]) for count, indices in tensors]  # pyright: ignore
+        return sum(float(m.float().mean()) for m in masks)

@@ -1,0 +1,113 @@
+"""What is found out about the calls of a graph before any is rewritten, each thing once.
+
+Knows nothing of how calls are rewritten.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch.fx import Node
+
+from cudnn_flex_compile.config import Options
+from cudnn_flex_compile.passes.decide import autotune, cost_model, eligibility, keep_rules
+from cudnn_flex_compile.passes.decide.candidate import Target
+from cudnn_flex_compile.passes.read.call import Call, example, hint
+from cudnn_flex_compile.passes.read.captures import Captures
+from cudnn_flex_compile.passes.write import block_mask_guards, tile_lists
+from cudnn_flex_compile.passes.write.block_mask_guards import MaskProgram
+from cudnn_flex_compile.passes.write.operands import Writer, operand_value
+from cudnn_flex_compile.reasons import Reason
+from cudnn_flex_compile.scoremod.fingerprint import graph_text
+from cudnn_flex_compile.scoremod.partition import Hoisted
+
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What the calls of one graph share: writers that write each node once (of tiles, none under CUDA graphs), the
+    graph's real inputs, how many calls share a mask, and what was found out about all that, which takes a look at data.
+
+    Attributes:
+        options: of this compile.
+        around: what the graph has besides; None where that is nothing but views, and under CUDA graphs, which launch
+            all kernels of a step at once.
+    """
+
+    operands: Writer
+    tiles: tile_lists.Tiles | None
+    guards: block_mask_guards.Guards
+    real: dict[Node, Any]
+    options: Options
+    sharing: Counter[Hashable]
+    around: cost_model.Around | None
+    known: dict[tuple[Any, ...], Any] = field(default_factory=dict[tuple[Any, ...], Any])
+
+    @property
+    def only_faster(self) -> bool:
+        """Whether calls that are slower on cuDNN are kept."""
+        return self.options.lower == "when_faster"
+
+    def once(self, key: tuple[Any, ...], find: Callable[[], Found]) -> Found:
+        if key not in self.known:
+            self.known[key] = find()
+        return self.known[key]
+
+
+def mask_of(call: Call) -> Hashable:
+    """Equal for calls with one mask; what has no text is equal to nothing else."""
+    return graph_text(call.mask_mod) or call.node, call.mask_captured, call.blocks
+
+
+def disagreement(call: Call, captures: Captures, checked: MaskProgram, context: Context) -> Reason | None:
+    def find() -> Reason | None:
+        values = real_values(call, captures, checked.hoisted, context)
+        return block_mask_guards.disagreement(call, checked, context.real.get, values)  # pyright: ignore
+
+    captured = tuple(checked.nodes[leaf] for leaf in checked.leaves)
+    given = ("disagreement", *given_to(call), checked.program, checked.hoisted, checked.noop, captured)
+    return context.once(given, find)
+
+
+def slower(target: Target, context: Context) -> Reason | None:
+    facts, query = facts_of(target, context), example(target.call.query)
+    tensors = *given_to(target.call), query.dtype, hint(query.shape[3])
+    known = facts.program, facts.hoisted, facts.training, facts.lse_gradient, facts.tiled, facts.sharing
+    return context.once(("slower", *tensors, *known), lambda: keep_rules.slower(facts))
+
+
+def measured_slower(target: Target, context: Context) -> Reason | None:
+    """By the rules, where measuring fails."""
+    times = autotune.times_of(target)
+    return slower(target, context) if times is None else times.reason
+
+
+def facts_of(target: Target, context: Context) -> cost_model.Facts:
+    call, real = target.call, context.real.get
+    share = context.once(("share", *given_to(call)), lambda: cost_model.share_of(call, real))  # pyright: ignore
+    sharing = context.sharing[mask_of(call)]
+    asked = target.training, target.lse_gradient, share, context.around, target.tiled, sharing
+    return cost_model.Facts(call, *target.running, *asked)
+
+
+def given_to(call: Call) -> tuple[Any, ...]:
+    return call.node.graph, call.blocks, call.block_sizes, eligibility.sizes_of(call)
+
+
+def real_values(
+    call: Call, captures: Captures, hoisted: Sequence[Hoisted], context: Context
+) -> tuple[list[torch.Tensor], list[int], list[Any]] | None:
+    """Operands, integers and floats of the call that is being compiled, if its captured inputs are at hand."""
+    values = {leaf: context.real.get(node) if isinstance(node, Node) else node for leaf, node in captures.nodes.items()}
+    if any(v is None for v in values.values()):
+        return None
+    numbers = [hint(values[leaf]) for leaf in captures.ints]
+    for leaf, number in zip(captures.ints, numbers, strict=True):
+        values[leaf] = number
+    sizes, device = eligibility.sizes_of(call), example(call.query).device
+    with torch.no_grad():
+        operands = [operand_value(h, values.__getitem__, sizes, device) for h in hoisted]
+    return operands, numbers, [values[leaf] for leaf in captures.floats]

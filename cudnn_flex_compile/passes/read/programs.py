@@ -1,0 +1,147 @@
+"""Makes a program of the functions of a call, once for all calls whose functions compute the same.
+
+Knows nothing of devices or of rewriting. Calls share what the canonical text of their functions, the layouts and the
+identity structure of what they captured, and torch's defaults determine; functions without such a text share nothing.
+"""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import torch
+
+from cudnn_flex_compile.locks import new_lock
+from cudnn_flex_compile.passes.read.call import Call, example, hint
+from cudnn_flex_compile.passes.read.captures import Captures
+from cudnn_flex_compile.passes.write.block_mask_guards import MaskProgram
+from cudnn_flex_compile.phases import count, phase
+from cudnn_flex_compile.reasons import Code, Reason
+from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod.aten import OwnGradient
+from cudnn_flex_compile.scoremod.fingerprint import graph_text
+from cudnn_flex_compile.scoremod.ir import SCORE, Expr, Program
+from cudnn_flex_compile.scoremod.learned import NotAdded
+from cudnn_flex_compile.scoremod.partition import Hoisted, ScoreGather, pairwise, partition
+from cudnn_flex_compile.scoremod.ranges import narrow
+from cudnn_flex_compile.scoremod.simplify import normalize
+from cudnn_flex_compile.scoremod.trace import Captured, Untraceable, trace
+
+KEPT = 256
+LONGEST, MOST = 200, 2**15  # ops of a function that follow one another, and all of them: what recursion goes through
+_known: "OrderedDict[Hashable, Traced | Reason]" = OrderedDict()
+_lock = new_lock()
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """What the functions of a call compute.
+
+    Attributes:
+        program: of both functions.
+        hoisted: its operands.
+        mask: of the mask_mod alone, with which a BlockMask is compared, and its operands, and what it and the score_mod
+            leave visible, over captures; None without a BlockMask.
+        noop: whether the mask_mod is a constant, as BlockMask.from_kv_blocks has it unless told otherwise.
+        pairwise: the same program with the mask as one predicate of rows and columns, and its operands
+            (scoremod/partition.py); None where the score is modified, or the mask reads a captured tensor at pairs.
+        fingerprint: of the functions, for verdicts on plans that were compared with them; None if they have none.
+    """
+
+    program: Program
+    hoisted: tuple[Hoisted, ...]
+    mask: tuple[Program, tuple[Hoisted, ...], Expr, Expr] | None
+    pairwise: tuple[Program, tuple[Hoisted, ...]] | None
+    noop: bool = False
+    fingerprint: str | None = None
+
+    def checked(self, captures: Captures) -> MaskProgram | None:
+        """The mask, with what one call captured."""
+        if self.mask is None:
+            return None
+        return MaskProgram(*self.mask, captures.nodes, captures.ints, captures.floats, self.noop)
+
+
+def traced_of(call: Call, captures: Captures) -> Traced | Reason:
+    """The program of a call, or why there is none."""
+    key = _key(call, captures)
+    with _lock:
+        found = None if key is None else _known.get(key)
+        if found is not None:
+            _known.move_to_end(key)
+    if found is not None:
+        count("programs shared")
+        return found
+    made = _trace(call, captures, None if key is None else _digest(key))
+    if key is not None:
+        with _lock:
+            _known[key] = made
+            while len(_known) > KEPT:
+                _known.popitem(last=False)
+    return made
+
+
+def forget() -> None:
+    """Traces anew from now on."""
+    with _lock:
+        _known.clear()
+
+
+def _key(call: Call, captures: Captures) -> tuple[Hashable, ...] | None:
+    score, mask = graph_text(call.score_mod), graph_text(call.mask_mod)
+    if score is None or mask is None:
+        return None
+    device = example(call.query).device
+    defaults = torch.get_default_dtype(), torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+    captured = tuple(tuple(_layout(c, captures) for c in given) for given in (captures.of_score, captures.of_mask))
+    return score, mask, captured, defaults, bool(call.blocks), call.differentiated, device
+
+
+def _layout(captured: Captured, captures: Captures) -> Hashable:
+    """What tracing reads of a captured value, whose leaf says which other one it is the same as."""
+    leaf, tensor = captured.leaf, captured.tensor
+    layout = None if tensor is None else (tuple(map(hint, tensor.shape)), tensor.dtype, tensor.device)
+    return leaf.kind, leaf.dtype, leaf.value, layout, leaf in captures.learned
+
+
+def _digest(key: tuple[Hashable, ...]) -> str:
+    """The same in every process, and on all devices of a kind."""
+    return hashlib.blake2b(repr((*key[:-1], key[-1].type)).encode(), digest_size=20).hexdigest()  # pyright: ignore
+
+
+def _too_large(name: str, root: Expr) -> Reason | None:
+    longest, count = ir.extent(root)
+    if longest > LONGEST:
+        return Reason(Code.TOO_LARGE, f"the {name} has {longest} ops one after another, more than {LONGEST}")
+    if count > MOST:
+        return Reason(Code.TOO_LARGE, f"the {name} has more than {MOST} ops, shared ones counted for each use")
+    return None
+
+
+def _trace(call: Call, captures: Captures, fingerprint: str | None) -> Traced | Reason:
+    device = example(call.query).device
+    try:
+        with phase("trace"):
+            score = trace(call.score_mod, True, captures.of_score, device, call.differentiated)
+            mask = trace(call.mask_mod, False, captures.of_mask, device)
+        large = _too_large("score_mod", score) or _too_large("mask_mod", mask)
+        if large is not None:
+            return large
+        with phase("solve"):
+            whole = normalize(ir.program(narrow(score), narrow(mask)))
+            program, hoisted = partition(whole, captures.stored, captures.learned)
+            pairs = pairwise(whole) if whole.score is SCORE else None
+            own, of_score = (normalize(ir.program(*p)).mask for p in ((SCORE, narrow(mask)), (narrow(score),)))
+            alone = partition(ir.program(mask=own)) if call.blocks else None
+        count("programs traced")
+    except OwnGradient as error:
+        return Reason(Code.NO_BACKWARD, f"score_mod has {error}")
+    except Untraceable as error:
+        return Reason(Code.UNKNOWN_OP, str(error))
+    except NotAdded as error:
+        return Reason(Code.CAPTURED_GRADIENT, f"a captured tensor that requires grad takes part in {error}")
+    except ScoreGather:
+        return Reason(Code.UNKNOWN_OP, "a captured tensor read at an index that depends on the score")
+    by_pairs = None if pairs is None else (pairs[0], tuple(pairs[1]))
+    only_mask = None if alone is None else (alone[0], tuple(alone[1]), own, of_score)
+    return Traced(program, tuple(hoisted), only_mask, by_pairs, mask is ir.TRUE, fingerprint)

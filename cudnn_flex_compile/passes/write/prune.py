@@ -1,0 +1,54 @@
+"""Erases what nothing reads once calls are replaced, the making of an absent BlockMask above all.
+
+Knows nothing of attention. FX erases no node with an effect: here, writes into a tensor that is dead, too, and vmap's
+bookkeeping, go as well. flex_attention makes a BlockMask by both wherever it is given none: some thirty nodes a call,
+which the inner backend would trace.
+"""
+
+import operator
+
+from torch.fx import Graph, Node
+
+from cudnn_flex_compile.passes.read.call import ancestors
+from cudnn_flex_compile.passes.read.effects import has_effect
+
+# Calls whose results share memory with nothing else.
+FACTORIES = {"arange", "empty", "full", "ones", "zeros", *(f"new_{n}" for n in ("empty", "full", "ones", "zeros"))}
+# Pairs of these open and close a level of vmap: they go together, or stay together.
+VMAP = {"lazy_load_decompositions", "_vmap_increment_nesting", "_vmap_decrement_nesting"}
+BATCHED = {"_add_batch_dim", "_remove_batch_dim"}
+
+
+def prune(graph: Graph, before: set[Node]) -> None:
+    """Erases, in place, what is dead now and was live before; what was dead before is the inner backend's to judge."""
+    dead = before - live_nodes(graph)
+    if any(_name(node) in BATCHED for node in graph.nodes if node not in dead):  # the user's own, dead before
+        dead = {node for node in dead if _name(node) not in VMAP}
+    for node in reversed(list(graph.nodes)):
+        if node in dead and not node.users:
+            graph.erase_node(node)
+
+
+def live_nodes(graph: Graph) -> set[Node]:
+    """Inputs, what the output is computed from, and every node with an effect on these, with all that it reads."""
+    live = ancestors(node for node in graph.nodes if node.op in ("placeholder", "output"))
+    grown = True
+    while grown:
+        effects = [node for node in graph.nodes if node not in live and has_effect(node) and not _may_go(node, live)]
+        grown = bool(effects)
+        live |= ancestors(effects)
+    return live
+
+
+def _may_go(node: Node, live: set[Node]) -> bool:
+    """Whether an effect is on nothing live: vmap's bookkeeping without a batched tensor, or a write into memory that is
+    made here. Whatever is a view of that memory is computed from its maker: if it were live, so would be the maker.
+    """
+    if _name(node) in VMAP:
+        return not any(_name(other) in BATCHED for other in live)
+    into = node.args[0] if node.target is operator.setitem else None
+    return isinstance(into, Node) and into not in live and _name(into) in FACTORIES
+
+
+def _name(node: Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")

@@ -1,0 +1,143 @@
+"""Runs a call by the intervals of its mask's rows: documents, prefixes, and whatever else shows few runs of keys a row.
+
+Knows nothing of kernels. The mask may be spelled in any way: what a row sees is found by evaluating the mask at all
+pairs, in the surrounding graph, once for all calls that share it, and from that the op `list_tiles` makes the list of
+tiles that the kernels go through. It is exact for any mask, and meant for those that bounds do not describe.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from cudnn_flex_compile import ops, torch_private
+from cudnn_flex_compile.engine.tiles.tile_list import Geometry, tiler_of
+from cudnn_flex_compile.kernels.block_mask import agree_with_endpoints
+from cudnn_flex_compile.passes.decide.candidate import Target
+from cudnn_flex_compile.passes.read.call import Call, example, hint
+from cudnn_flex_compile.passes.read.programs import Traced
+from cudnn_flex_compile.passes.write.block_mask_guards import present
+from cudnn_flex_compile.passes.write.operands import Writer
+from cudnn_flex_compile.reasons import Code, Reason
+from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod.interpret import visible_rows
+from cudnn_flex_compile.scoremod.ir import TRUE, Expr
+from cudnn_flex_compile.scoremod.masks.form import split
+from cudnn_flex_compile.scoremod.masks.intervals import NARROW, most_endpoints
+from cudnn_flex_compile.scoremod.text import text
+
+ITEMSIZE, MIB = 4, 2**20
+
+
+def tiled(target: Target, traced: Traced) -> Target | None:
+    """The call by intervals; None where nothing is hidden, or `traced.pairwise` is None."""
+    if traced.pairwise is None or traced.program.mask is TRUE:
+        return None
+    program, hoisted = traced.pairwise
+    return replace(target, program=program, hoisted=hoisted, compact=None, tiled=True)
+
+
+def over_pairs(mask: Expr) -> bool:
+    """Whether the plans of a program with this mask would read a bias or compute a predicate at pairs."""
+    form = split(mask)
+    return form.residual is not TRUE or any({"q", "k"} <= set(bias.dims) for bias in form.biases)
+
+
+def unsuitable(target: Target, values: tuple[Any, Any, Any] | None, budget: int) -> Reason | None:
+    """A reason against intervals that needs no plan.
+
+    Args:
+        values: operands, integers and floats of the call that is being compiled, if they are at hand.
+        budget: MiB that a list may take.
+    """
+    device = example(target.call.query).device
+    refused = unusable(device)
+    if refused is not None:
+        return refused
+    sizes = [*_sizes(target.call), *target.call.block_sizes]
+    sizes += [n for block in present(target.call) for n in example(block).shape]
+    if not all(isinstance(n, int) for n in sizes):
+        return Reason(Code.UNSUPPORTED_CALL, "intervals of a mask whose sizes change between calls")
+    try:
+        mebibytes = size_of(target) * ITEMSIZE / MIB
+    except (NotImplementedError, ValueError, TypeError) as error:  # what the frontend says of head dims, for one
+        return Reason(Code.SHAPE_REFUSED, f"intervals: {error}")
+    if mebibytes > budget:
+        return Reason(Code.BIAS_BUDGET, f"a list of tiles takes {mebibytes:.0f} MiB, more than bias_budget_mb={budget}")
+    if values is not None:
+        operands, ints, floats = values
+        sizes = _sizes(target.call)
+        most = most_endpoints(visible_rows(target.program.mask, operands, ints, floats, sizes, 1, device))
+        if most > NARROW:
+            return Reason(Code.SLOWER, f"rows of the mask change up to {most} times between visible and hidden")
+    return None
+
+
+def unusable(device: torch.device) -> Reason | None:
+    """A device, or an installation, without the kernels."""
+    if device.type != "cuda":
+        return Reason(Code.DEVICE, f"no interval kernels on {device}")
+    from cudnn_flex_compile.engine.tiles.plan import unusable as without_kernels
+
+    return without_kernels(device.index or 0)
+
+
+def size_of(target: Target) -> int:
+    """Of a list, in numbers of 4 bytes; 0 on the CPU. Raises what the frontend says of a geometry that it refuses."""
+    device = example(target.call.query).device
+    return tiler_of(_geometry(target), device.index or 0).size if device.type == "cuda" else 0
+
+
+def _sizes(call: Call) -> tuple[Any, Any, Any, Any]:
+    return (*example(call.query).shape[:3], example(call.key).shape[2])
+
+
+def _geometry(target: Target) -> Geometry:
+    call = target.call
+    query, key, value = (tuple(hint(n) for n in example(n).shape) for n in (call.query, call.key, call.value))
+    by_head = "h" in ir.axes_of(target.program.mask)
+    return Geometry(
+        batch=query[0], heads=query[1], kv_heads=key[1], rows=query[2], columns=key[2], dim=query[3],
+        value_dim=value[3], mask_heads=query[1] if by_head else 1, training=target.training,
+        dtype=example(call.query).dtype,
+    )  # fmt: skip
+
+
+class Tiles:
+    """Writes the lists of a graph's masks, each once for all calls that share it."""
+
+    def __init__(self, writer: Writer) -> None:
+        self._writer = writer
+
+    def write(self, target: Target, operands: Sequence[Node], ints: Sequence[Any], floats: Sequence[Node]) -> Node:
+        """The node of the list, above the call."""
+        call, mask, blocks = target.call, target.program.mask, present(target.call)
+        geometry = _geometry(target)
+
+        def write() -> Node:
+            place = (call.query, call.key, call.node)
+            table, most = self._writer.write_endpoints(mask, operands, ints, floats, place)
+            arguments = (
+                *(table, self._found(call, table, most), blocks, list(call.block_sizes) if blocks else []),
+                *(list(operands), list(ints), list(floats), text(target.program)),
+                *(geometry.numbers, geometry.dtype, size_of(target)),
+            )
+            with call.node.graph.inserting_before(call.node):
+                node = call.node.graph.call_function(ops.list_tiles, arguments)
+            torch_private.set_example(node, example(table).new_empty(size_of(target)))
+            return node
+
+        kind = ("tiles", mask, call.block_sizes, geometry)
+        return self._writer.once(kind, [*operands, *ints, *floats, *blocks], call.node, write)
+
+    def _found(self, call: Call, table: Node, most: Node) -> Node:
+        """How many endpoints there are, and whether the BlockMask's blocks, if there are any, agree with them."""
+        sizes, block_sizes = _sizes(call), [hint(example(n)) for n in call.block_sizes]
+
+        def found(table: torch.Tensor, most: torch.Tensor, *blocks: torch.Tensor) -> torch.Tensor:
+            agreed = [agree_with_endpoints(blocks, table, sizes, block_sizes).to(torch.int32)] if blocks else []
+            return torch.stack((most, *agreed))
+
+        return self._writer.write_function(found, [table, most, *present(call)], call.node)

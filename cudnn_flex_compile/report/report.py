@@ -1,0 +1,168 @@
+"""What was done with all flex_attention calls: data that logs, `explain` and tests read.
+
+Knows nothing of how it is shown (rendering.py).
+"""
+
+from collections import Counter
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cudnn_flex_compile import torch_private
+from cudnn_flex_compile.locks import new_lock
+from cudnn_flex_compile.phases import Tally, count, listen
+from cudnn_flex_compile.report.call import CallReport, Outside
+
+# graphs: compiled by this backend; recompiles: those of code that torch had compiled before, for other inputs.
+# programs traced, programs shared: calls whose functions were traced, or taken from a call with the same.
+# plans found: look-ups of a plan, while compiling, that this process had. restored: verdicts from the cache folder.
+# builds, certifications, rejections: plans built, checked, and found wrong.
+COUNTS = (
+    "graphs", "recompiles", "programs traced", "programs shared", "plans found", "restored", "builds",
+    "certifications", "rejections",
+)  # fmt: skip
+# lower: all of our pass, with all that follows but inner, as far as it happens while compiling. trace: of functions to
+# expressions; solve: of masks, and what goes outside the kernel; restore, keep: of verdicts in the cache folder;
+# build, certify: of plans; autotune: timing of plans and of Inductor's kernel; inner: the inner backend (the backward
+# of Inductor comes later, and is not in it).
+PHASES = ("lower", "trace", "solve", "restore", "build", "certify", "autotune", "keep", "inner")
+
+
+@dataclass(slots=True, repr=False)
+class Report:
+    """All calls of the graphs that were compiled, in order. `print(report)` shows them.
+
+    Attributes:
+        calls: every flex_attention call.
+        outside: calls that no graph of ours has, and how often each was compiled or ran; `explain` looks for them.
+        tally: what was counted and timed meanwhile, in the whole process.
+    """
+
+    calls: list[CallReport] = field(default_factory=list[CallReport])
+    outside: Counter[Outside] = field(default_factory=Counter[Outside])
+    tally: Tally = field(default_factory=Tally)
+
+    @property
+    def lowered(self) -> list[CallReport]:
+        """The calls that run on cuDNN."""
+        return [c for c in self.calls if c.reason is None]
+
+    @property
+    def kept(self) -> list[CallReport]:
+        """The calls that the inner backend runs."""
+        return [c for c in self.calls if c.reason is not None]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How often: see COUNTS. What never happened is 0."""
+        return {name: int(self.tally.counts.get(name, 0)) for name in COUNTS}
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Wall time of each phase: see PHASES."""
+        return {name: self.tally.seconds.get(name, 0.0) for name in PHASES}
+
+    @property
+    def summary(self) -> str:
+        """One line: `4 flex_attention calls: 3 lowered to cuDNN, 1 kept`."""
+        calls = f"{len(self.calls)} flex_attention call{'' if len(self.calls) == 1 else 's'}"
+        return f"{calls}: {len(self.lowered)} lowered to cuDNN, {len(self.kept)} kept"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON takes it."""
+        calls = [c.to_dict() for c in self.calls]
+        counted = {"lowered": len(self.lowered), "kept": len(self.kept), "counts": self.counts}
+        outside = [
+            {"source": call.source, "ran": call.ran, "times": times, "remedy": call.remedy}
+            for call, times in self.outside.items()
+        ]
+        return {**counted, "seconds": self.seconds, "calls": calls, "outside": outside}
+
+    def assert_all_lowered(self) -> None:
+        """For tests of models. Raises AssertionError, with the table, if a call was kept or there was none."""
+        if self.kept or not self.calls:
+            raise AssertionError(f"expected every flex_attention call to be lowered to cuDNN\n{self.overview}")
+
+    def assert_plans_built(self, at_most: int, at_least: int = 0) -> None:
+        """For tests of models. Raises AssertionError if cuDNN was asked to build more plans, or fewer.
+
+        Plans that the process had already, or the cache folder, are not built.
+        """
+        self._assert_between("plans", "builds", at_least, at_most)
+
+    def assert_certified(self, at_most: int, at_least: int = 0) -> None:
+        """The same of plans that were checked."""
+        self._assert_between("certified plans", "certifications", at_least, at_most)
+
+    def assert_no_recompiles(self) -> None:
+        """For tests of models. Raises AssertionError if torch compiled a piece of code again for other inputs."""
+        self._assert_between("recompiles", "recompiles", 0, 0)
+
+    def _assert_between(self, what: str, name: str, least: int, most: int) -> None:
+        found = self.counts[name]
+        if not least <= found <= most:
+            wanted = f"at most {most}" if found > most else f"at least {least}"
+            raise AssertionError(f"expected {wanted} {what}, got {found}; counts: {self.counts}\n{self.overview}")
+
+    @property
+    def overview(self) -> str:
+        """The tables of `print(report)`, without the details of each call."""
+        from cudnn_flex_compile.report.render import to_text
+
+        return to_text(self.calls, self.summary, self.outside, details=False)
+
+    def plot(self, path: str | Path) -> int:
+        """Draws the masks into a file (PNG, or what its name ends with); returns how many there are.
+
+        Writes no file where that is 0. Raises ImportError without matplotlib, ValueError for a format that is none.
+        """
+        from cudnn_flex_compile.report.plot import plot
+
+        return plot(self.calls, Path(path))
+
+    def __repr__(self) -> str:
+        return f"<Report of {self.summary}>"
+
+    def __str__(self) -> str:
+        from cudnn_flex_compile.report.render import to_text
+
+        return to_text(self.calls, self.summary, self.outside)
+
+    def __rich__(self) -> Any:
+        from cudnn_flex_compile.report.render import render
+
+        return render(self.calls, self.summary, self.outside)
+
+
+_collecting: list[Report] = []
+_lock = new_lock()
+
+
+@contextmanager
+def collect() -> Generator[Report]:
+    """Collects the reports of all graphs compiled within, in any thread."""
+    report = Report()
+    with _lock:
+        _collecting.append(report)
+    try:
+        with listen(report.tally):
+            yield report
+    finally:
+        with _lock:
+            _collecting[:] = [r for r in _collecting if r is not report]
+
+
+def collecting() -> bool:
+    """Whether anybody collects reports."""
+    return bool(_collecting)
+
+
+def publish(calls: list[CallReport]) -> None:
+    """Tells all who collect of one compiled graph."""
+    count("graphs")
+    count("recompiles", int(torch_private.recompiles()))
+    with _lock:
+        for report in _collecting:
+            report.calls.extend(calls)
