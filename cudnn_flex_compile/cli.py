@@ -180,7 +180,7 @@ def _explain(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         )
     if given.plot and importlib.util.find_spec("matplotlib") is None:
         parser.exit(USAGE_ERROR, f"{parser.prog} explain: --plot needs matplotlib: pip install matplotlib\n")
-    from cudnn_flex_compile.report.outside import listening
+    from cudnn_flex_compile.outside import listening
     from cudnn_flex_compile.report.report import collect
 
     output = contextlib.redirect_stdout(sys.stderr) if given.json else contextlib.nullcontext()

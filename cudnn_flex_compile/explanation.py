@@ -41,7 +41,7 @@ def explain(
     """
     options_from(options)
     from cudnn_flex_compile.backend import cudnn_flex
-    from cudnn_flex_compile.report.outside import listening
+    from cudnn_flex_compile.outside import listening
 
     def backend(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         return cudnn_flex(graph_module, example_inputs, options=options)

@@ -30,7 +30,7 @@ def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if not given.module and not Path(given.script).is_file():
         parser.exit(USAGE_ERROR, f"{parser.prog}: {given.script!r} is no file; give the path of a Python script\n")
     from cudnn_flex_compile import install
-    from cudnn_flex_compile.report.outside import listening
+    from cudnn_flex_compile.outside import listening
     from cudnn_flex_compile.report.report import collect
 
     with install(), collect() as report, listening(report.outside):

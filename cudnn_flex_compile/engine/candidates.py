@@ -14,10 +14,10 @@ from cudnn_flex_compile.engine.graph.strategies import STRATEGIES, Strategy
 from cudnn_flex_compile.engine.graph.strategies.dense import NAME as DENSE
 from cudnn_flex_compile.engine.graph.strategies.scores import biased, legal_backward
 from cudnn_flex_compile.engine.guards import ends, guarded, needs_guard
-from cudnn_flex_compile.engine.plans.box_plan import assemble_parts, divided
+from cudnn_flex_compile.engine.plans.box_plan import assemble_boxes, divided
 from cudnn_flex_compile.engine.problem import BACKWARD, Problem
 from cudnn_flex_compile.engine.state import engine
-from cudnn_flex_compile.engine.store.plan_cache import Runs
+from cudnn_flex_compile.engine.store.plan_cache import Plan
 from cudnn_flex_compile.engine.support import refused
 from cudnn_flex_compile.phases import phase
 from cudnn_flex_compile.reasons import Code, Reason
@@ -38,11 +38,11 @@ class Attempt:
         variant: how its graph is written, the same at every shape; None where that depends on the lengths.
     """
 
-    make: Callable[[], Runs | Reason]
+    make: Callable[[], Plan | Reason]
     last_resort: bool = False
     variant: tuple[Hashable, ...] | None = None
 
-    def __call__(self) -> Runs | Reason:
+    def __call__(self) -> Plan | Reason:
         return self.make()
 
 
@@ -58,7 +58,7 @@ def attempts(problem: Problem) -> list[Attempt]:
     return _with_others(problem, found) if problem.lse_gradient else found
 
 
-def _of_tiles(problem: Problem) -> Runs | Reason:
+def _of_tiles(problem: Problem) -> Plan | Reason:
     from cudnn_flex_compile.engine.tiles.plan import build
 
     engine.plans.count("builds")
@@ -68,14 +68,14 @@ def _of_tiles(problem: Problem) -> Runs | Reason:
 
 def _with_others(problem: Problem, found: list[Attempt]) -> list[Attempt]:
     """With all attempts for the problem without a gradient of the log-sum-exp whose plans give one with it."""
-    from cudnn_flex_compile.engine.plans.wrappers import WAYS
+    from cudnn_flex_compile.engine.plans.wrappers import WRAPPERS
 
-    way = next(way for way in WAYS.values() if way.takes(problem))
+    way = next(way for way in WRAPPERS.values() if way.takes(problem))
     plain = way.inner_problem(problem)
     if refused(plain, parse(plain.program)) is not None:
         return found
 
-    def make(inner: Attempt) -> Runs | Reason:
+    def make(inner: Attempt) -> Plan | Reason:
         plan = inner()
         return plan if isinstance(plan, Reason) else way(problem, plan)
 
@@ -86,16 +86,16 @@ def _with_others(problem: Problem, found: list[Attempt]) -> list[Attempt]:
     return [*others, *found] if way.FIRST else [*found, *others]
 
 
-def _in_parts(program: Program, problem: Problem) -> Runs | Reason:
+def _in_parts(program: Program, problem: Problem) -> Plan | Reason:
     from cudnn_flex_compile.engine.graph.build import output_specs
 
     found = divided(program, problem.lengths, problem.direction)
     if found is None:
         return Reason(Code.UNSUPPORTED_CALL, "one plan is as fast as several")
-    return assemble_parts(problem, program, found, output_specs(problem), _first_built)
+    return assemble_boxes(problem, program, found, output_specs(problem), _first_built)
 
 
-def _first_built(program: Program, problem: Problem) -> Runs | Reason:
+def _first_built(program: Program, problem: Problem) -> Plan | Reason:
     """The first plan that cuDNN builds; what it is part of is certified as a whole."""
     reasons: list[Reason] = []
     for variant in _variants(program, problem):
@@ -126,7 +126,7 @@ def _variants(program: Program, problem: Problem) -> Iterator[Variant]:
         yield Variant(strategy, guard, expand, last_resort=expand or guard != guards[0])
 
 
-def _build_with(variant: Variant, program: Program, problem: Problem) -> Runs | Reason:
+def _build_with(variant: Variant, program: Program, problem: Problem) -> Plan | Reason:
     from cudnn_flex_compile.engine.plans.graph_plan import build
 
     program = guarded(program, problem.lengths) if variant.guard else program

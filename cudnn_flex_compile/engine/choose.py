@@ -11,7 +11,7 @@ import torch
 
 from cudnn_flex_compile.config import Policy
 from cudnn_flex_compile.engine.candidates import attempts, most_telling
-from cudnn_flex_compile.engine.certify.coverage import kind_of
+from cudnn_flex_compile.engine.certify.coverage import class_of
 from cudnn_flex_compile.engine.certify.reference import Reference
 from cudnn_flex_compile.engine.certify.regimes import REGIMES, drawn
 from cudnn_flex_compile.engine.certify.samples import SEED
@@ -20,14 +20,14 @@ from cudnn_flex_compile.engine.plans.lse_rows import rows_of
 from cudnn_flex_compile.engine.problem import BACKWARD, Problem
 from cudnn_flex_compile.engine.repro import Rejection, warn_of
 from cudnn_flex_compile.engine.state import engine
-from cudnn_flex_compile.engine.store.plan_cache import Runs
+from cudnn_flex_compile.engine.store.plan_cache import Plan
 from cudnn_flex_compile.phases import phase
 from cudnn_flex_compile.reasons import Reason
 
 OF_SHAPES = tuple(regime for regime in REGIMES if regime.shapes)
 
 
-def choose(problem: Problem, forward: Runs | None, reference: Reference, policy: Policy) -> Runs | Reason:
+def choose(problem: Problem, forward: Plan | None, reference: Reference, policy: Policy) -> Plan | Reason:
     """The plan that is kept, or the most telling reason why there is none.
 
     Args:
@@ -36,7 +36,7 @@ def choose(problem: Problem, forward: Runs | None, reference: Reference, policy:
     """
     reasons: list[Reason] = []
     rejected: list[Rejection] = []
-    right: list[Runs] = []
+    right: list[Plan] = []
     for number, attempt in enumerate(attempts(problem)):
         if right and attempt.last_resort:
             continue
@@ -58,7 +58,7 @@ def choose(problem: Problem, forward: Runs | None, reference: Reference, policy:
 
 
 def certified(
-    plan: Runs, forward: Runs, reference: Reference, policy: Policy, variant: tuple[Hashable, ...] | None = None
+    plan: Plan, forward: Plan, reference: Reference, policy: Policy, variant: tuple[Hashable, ...] | None = None
 ) -> Reason | None:
     """What is wrong with a plan, or None.
 
@@ -69,7 +69,7 @@ def certified(
 
     if policy.certify == "off":
         return None
-    kind = variant and kind_of(plan.problem, variant, reference.fingerprint)
+    kind = variant and class_of(plan.problem, variant, reference.fingerprint)
     known = policy.certify == "once" and kind is not None and bool(engine.coverage.get(kind))
     engine.plans.count("certifications")
     start = time.perf_counter()
@@ -83,7 +83,7 @@ def certified(
     return verdict
 
 
-def _fastest(right: Sequence[Runs], forward: Runs | None, reference: Reference) -> Runs:
+def _fastest(right: Sequence[Plan], forward: Plan | None, reference: Reference) -> Plan:
     if len(right) == 1:
         return right[0]
     with phase("autotune"):
@@ -91,7 +91,7 @@ def _fastest(right: Sequence[Runs], forward: Runs | None, reference: Reference) 
     return right[times.index(min(times))]
 
 
-def run_of(plan: Runs, forward: Runs, reference: Reference) -> Callable[[], None]:
+def run_of(plan: Plan, forward: Plan, reference: Reference) -> Callable[[], None]:
     """Runs a plan on made-up data of its problem."""
     problem = plan.problem
     generator = torch.Generator(plan.device).manual_seed(SEED)

@@ -16,7 +16,7 @@ from cudnn_flex_compile.engine.key import Call, Key, forward_of, given_layouts, 
 from cudnn_flex_compile.engine.problem import BACKWARD, Problem
 from cudnn_flex_compile.engine.state import engine
 from cudnn_flex_compile.engine.store.lru import CacheInfo
-from cudnn_flex_compile.engine.store.plan_cache import Ready, Runs
+from cudnn_flex_compile.engine.store.plan_cache import CachedPlan, Plan
 from cudnn_flex_compile.engine.store.verdicts import keep, recall
 from cudnn_flex_compile.engine.support import refused
 from cudnn_flex_compile.engine.versions import unusable_device
@@ -54,7 +54,7 @@ def _reference(problem: Problem) -> Reference:
 
 def find_plan(
     call: Key, reference: Callable[[], Reference] | None = None, fingerprint: str | None = None
-) -> Ready | Reason:
+) -> CachedPlan | Reason:
     """The certified plan of a call, from the cache or built now; or why there is none.
 
     Args:
@@ -80,7 +80,7 @@ def find_plan(
     return run_clean(lambda: _or_why_not(lambda: _compared(call, found, functions)), Call(*call).device)
 
 
-def _compared(call: Key, found: Ready, reference: Reference) -> Ready | Reason:
+def _compared(call: Key, found: CachedPlan, reference: Reference) -> CachedPlan | Reason:
     """The plan, if it is right for these functions as well."""
     before = _forward(call) if Call(*call).direction == BACKWARD else found
     if isinstance(before, Reason):
@@ -92,13 +92,13 @@ def _compared(call: Key, found: Ready, reference: Reference) -> Ready | Reason:
     return found
 
 
-def _forward(call: Key) -> Ready | Reason:
+def _forward(call: Key) -> CachedPlan | Reason:
     """Of a backward call, also where the cache has dropped it."""
     key = forward_of(call)
     return engine.plans.peek(key) or engine.plans.put(key, _make(key))
 
 
-def _build(call: Key) -> Ready | Reason:
+def _build(call: Key) -> CachedPlan | Reason:
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "cudnn_flex_compile: this attention call has no plan yet, and none can be built while a CUDA graph is "
@@ -111,7 +111,7 @@ def _build(call: Key) -> Ready | Reason:
         return found
 
 
-def _make(call: Key) -> Ready | Reason:
+def _make(call: Key) -> CachedPlan | Reason:
     problem = problem_of(call)
     program = parse(problem.program)
     reason = unusable_device(problem.device) or refused(problem, program)
@@ -125,7 +125,7 @@ def _make(call: Key) -> Ready | Reason:
         forward = ready.plan
     reference, policy = _reference(problem), policy_of(call)
     plan = _or_why_not(lambda: _stored_or_chosen(problem, forward, reference, policy))
-    return plan if isinstance(plan, Reason) else Ready(plan, _copies(call, problem), {reference.fingerprint})
+    return plan if isinstance(plan, Reason) else CachedPlan(plan, _copies(call, problem), {reference.fingerprint})
 
 
 Found = TypeVar("Found")
@@ -145,8 +145,8 @@ def _or_why_not(find: Callable[[], Found]) -> Found | Reason:
 
 
 def _stored_or_chosen(
-    problem: Problem, forward: Runs | None, reference: Reference, policy: Policy
-) -> Runs | Reason:  # fmt: skip
+    problem: Problem, forward: Plan | None, reference: Reference, policy: Policy
+) -> Plan | Reason:  # fmt: skip
     found = recall(problem, reference, policy)
     if found is not None:
         engine.plans.count("restored")

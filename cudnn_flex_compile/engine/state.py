@@ -10,10 +10,10 @@ from collections.abc import Hashable
 from typing import Any
 
 from cudnn_flex_compile.engine.certify.reference import Reference
-from cudnn_flex_compile.engine.launch.replay import Shelf
+from cudnn_flex_compile.engine.launch.replay import GraphPool
 from cudnn_flex_compile.engine.store.files import Store
 from cudnn_flex_compile.engine.store.lru import Cache, Recent
-from cudnn_flex_compile.engine.store.plan_cache import Ready
+from cudnn_flex_compile.engine.store.plan_cache import CachedPlan
 from cudnn_flex_compile.locks import new_lock
 from cudnn_flex_compile.reasons import Reason
 from cudnn_flex_compile.settings import forget as forget_settings
@@ -33,16 +33,16 @@ class Engine:
         coverage: the kinds of plans that were certified in full, so that a new shape of one takes less
             (engine/certify/coverage.py).
         times: what autotuning measured of calls, by all that it depends on (passes/decide/autotune.py).
-        shelf: the launches that are replayed.
+        graph_pool: the launches that are replayed.
     """
 
     def __init__(self) -> None:
         self.lock, self.building = new_lock(), new_lock()
-        self.plans: Cache[Ready | Reason] = Cache(lambda: settings().plan_cache_size, self.lock)
+        self.plans: Cache[CachedPlan | Reason] = Cache(lambda: settings().plan_cache_size, self.lock)
         self.references: Recent[Reference] = Recent(REFERENCES, self.lock)
         self.coverage: Recent[bool] = Recent(COVERAGE, self.lock)
         self.times: Recent[Any] = Recent(TIMES, self.lock)
-        self.shelf = Shelf()
+        self.graph_pool = GraphPool()
         self._store: tuple[Hashable, Store | None] = (), None
 
     @property
@@ -65,7 +65,7 @@ class Engine:
         self.clear()
         self.references.clear()
         self.times.clear()
-        self.shelf.reset()
+        self.graph_pool.reset()
         forget_settings()
         with self.lock:
             self._store = (), None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-class Reading:
+class AsyncRead:
     """Numbers that are on their way to the host."""
 
     def __init__(self, numbers: Tensor) -> None:

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
 from cudnn_flex_compile import torch_private
-from cudnn_flex_compile.kernels.async_read import Reading
+from cudnn_flex_compile.kernels.async_read import AsyncRead
 from cudnn_flex_compile.kernels.block_mask import agree
-from cudnn_flex_compile.kernels.hot_function import Repeated
+from cudnn_flex_compile.kernels.hot_function import HotFunction
 from cudnn_flex_compile.kernels.stock import Given, Stock
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.hoisting import computed
@@ -124,7 +124,7 @@ def _compared(
     if capturing:  # the host can't read: what is replayed compares the BlockMask that is there then
         torch_private.assert_on_device(compare())
         return Compared((), with_answer(blocks[0].new_empty(0, dtype=torch.int32), AGREED), AGREED)
-    answer = Answer(Reading(compare()))
+    answer = Answer(AsyncRead(compare()))
     refs = tuple((TensorWeakRef(t), 0 if t.is_inference() else version_of(t)) for t in tensors)
     compared = Compared(refs, with_answer(blocks[0].new_empty(0, dtype=torch.int32), answer), answer)
     if not any(t.is_inference() for t in tensors):  # whose versions are not counted
@@ -162,8 +162,8 @@ def only_mask(program: str) -> str:
 
 
 @functools.lru_cache(KEPT)
-def _comparison(program: str, blocks: int, sizes: tuple[int, ...], block_sizes: tuple[int, ...]) -> Repeated:
-    return Repeated(lambda *tensors: _agree(tensors, blocks, (), (), program, sizes, block_sizes))
+def _comparison(program: str, blocks: int, sizes: tuple[int, ...], block_sizes: tuple[int, ...]) -> HotFunction:
+    return HotFunction(lambda *tensors: _agree(tensors, blocks, (), (), program, sizes, block_sizes))
 
 
 def _agree(

@@ -18,7 +18,7 @@ from cudnn_flex_compile.engine.plans.lse_rows import rows_of
 from cudnn_flex_compile.engine.problem import TensorSpec, dense, dense_like, out_spec
 from cudnn_flex_compile.engine.repro import warned
 from cudnn_flex_compile.engine.state import engine
-from cudnn_flex_compile.engine.store.plan_cache import Ready
+from cudnn_flex_compile.engine.store.plan_cache import CachedPlan
 from cudnn_flex_compile.kernels import block_mask_contract, inductor
 from cudnn_flex_compile.kernels.stock import Given, Stock
 from cudnn_flex_compile.reasons import Code, Reason
@@ -116,15 +116,15 @@ def backward(
     return dq, dk, dv, dbias
 
 
-def _hold_if_captured(found: Ready) -> None:
+def _hold_if_captured(found: CachedPlan) -> None:
     """A CUDA graph that is replayed reads the plan's kernels and constants, whether the plan is still cached or not."""
     if torch.cuda.is_current_stream_capturing():
         _plans.hold(found)
 
 
 def _run(
-    found: Ready, tensors: Sequence[Tensor], operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor],
-    tiles: Tensor | None,
+    found: CachedPlan, tensors: Sequence[Tensor], operands: Sequence[Tensor], ints: Sequence[int],
+    floats: Sequence[Tensor], tiles: Tensor | None,
 ) -> None:  # fmt: skip
     if tiles is None:
         found.plan.run(tensors, _aligned(operands) if operands else operands, ints, floats)
@@ -132,14 +132,14 @@ def _run(
         found.plan.launch(tensors, tiles)  # pyright: ignore  # by its key, the plan is one of tiles
 
 
-def _no_workspace(found: Ready, error: torch.OutOfMemoryError) -> Reason:
+def _no_workspace(found: CachedPlan, error: torch.OutOfMemoryError) -> Reason:
     """Raises the error while a CUDA graph is being captured: nothing else can be compiled then."""
     if torch.cuda.is_current_stream_capturing():
         raise error
     return Reason(Code.MEMORY, f"{found.plan.strategy} has no memory to work in: {str(error)[:120]}")
 
 
-def _copied(found: Ready, *tensors: Tensor) -> tuple[Tensor, ...]:
+def _copied(found: CachedPlan, *tensors: Tensor) -> tuple[Tensor, ...]:
     problem = found.plan.problem
     read = (problem.query, problem.key, problem.value, problem.grad)
     return tuple(
@@ -193,7 +193,7 @@ def _limit(program: str, longest: int) -> int:
     return limit_of((parsed.score, parsed.mask), longest)
 
 
-def _explain(program: str, found: Ready | Reason) -> None:
+def _explain(program: str, found: CachedPlan | Reason) -> None:
     """Says once per program that, and why, cuDNN is not used; not again what certification has said."""
     if program not in _warned:
         _warned.add(program)

@@ -21,7 +21,7 @@ def _pays(tensor: Tensor) -> bool:
     return tensor.is_cuda and not torch.cuda.is_current_stream_capturing()
 
 
-class Repeated:
+class HotFunction:
     """A function of tensors, without gradients, on a GPU by Inductor from its third call on.
 
     Compiling takes about a second, and saves the host some microseconds of every torch op. It is compiled for each

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from cudnn_flex_compile.kernels.recompiling import Compiled
+from cudnn_flex_compile.kernels.recompiling import Recompiling
 from cudnn_flex_compile.kernels.stock import Stock
 from cudnn_flex_compile.scoremod.interpret import environment, evaluate
 from cudnn_flex_compile.scoremod.ir import Program
@@ -82,12 +82,12 @@ def _attention_by_blocks(
 
 @functools.lru_cache(PROGRAMS)
 def _compiled(program: str) -> Callable[..., Any]:
-    return Compiled(_attention, program)
+    return Recompiling(_attention, program)
 
 
 @functools.lru_cache(PROGRAMS)
 def _compiled_by_blocks(program: str, block_sizes: tuple[int, int]) -> Callable[..., Any]:
-    return Compiled(_attention_by_blocks, f"{program} {block_sizes}")
+    return Recompiling(_attention_by_blocks, f"{program} {block_sizes}")
 
 
 def forward(

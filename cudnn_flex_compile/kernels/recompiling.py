@@ -13,7 +13,7 @@ import torch
 from cudnn_flex_compile import inductor_seam, torch_private
 
 
-class Compiled:
+class Recompiling:
     """The function in one graph. Sizes that change become symbolic.
 
     Dynamo compiles one piece of code eight times (torch._dynamo.config.recompile_limit), and then raises an error where

@@ -17,7 +17,7 @@ from torch import Tensor
 from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.engine.tiles.recording import recording_of
 from cudnn_flex_compile.engine.tiles.tile_list import Geometry, Tiler, tiler_of
-from cudnn_flex_compile.kernels.async_read import Reading
+from cudnn_flex_compile.kernels.async_read import AsyncRead
 from cudnn_flex_compile.kernels.block_mask import agree_with_endpoints
 from cudnn_flex_compile.kernels.block_mask_contract import AGREED, Answer, with_answer
 from cudnn_flex_compile.scoremod.interpret import visible_rows
@@ -48,7 +48,7 @@ def make(
     if torch.cuda.is_current_stream_capturing():
         log.warning("cudnn_flex: a mask's tiles are listed under CUDA graph capture, for any mask, which is slow")
         return _captured(tiler, all_endpoints(geometry.columns), blocks, block_sizes)
-    numbers = Reading(found)
+    numbers = AsyncRead(found)
     recording = recording_of(geometry, table.device.index, torch.cuda.current_stream().cuda_stream)
     tiles = (recording or tiler).list(table)
     count, *right = numbers()

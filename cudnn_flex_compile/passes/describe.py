@@ -13,7 +13,7 @@ from torch.fx import Node
 from cudnn_flex_compile.passes.read.call import Call
 from cudnn_flex_compile.passes.read.captures import Captures
 from cudnn_flex_compile.passes.read.mask_picture import sketch
-from cudnn_flex_compile.passes.read.source_text import written
+from cudnn_flex_compile.passes.read.source_text import source_of
 from cudnn_flex_compile.report.call import CallReport
 from cudnn_flex_compile.report.report import collecting
 from cudnn_flex_compile.scoremod.ir import TRUE
@@ -27,7 +27,7 @@ def describe_functions(report: CallReport, call: Call) -> None:
     if not collecting():
         return
     try:
-        report.score_source, report.mask_source = written(call.score_mod), written(call.mask_mod)
+        report.score_source, report.mask_source = source_of(call.score_mod), source_of(call.mask_mod)
     except Exception:
         log.info("cudnn_flex: the source of a call's functions cannot be shown", exc_info=True)
 

@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from cudnn_flex_compile.config import Options
 from cudnn_flex_compile.passes.decide import autotune, cost_model, eligibility, keep_rules
-from cudnn_flex_compile.passes.decide.candidate import Target
+from cudnn_flex_compile.passes.decide.candidate import Candidate
 from cudnn_flex_compile.passes.read.call import Call, example, hint
 from cudnn_flex_compile.passes.read.captures import Captures
 from cudnn_flex_compile.passes.write import block_mask_guards, tile_lists
@@ -43,7 +43,7 @@ class Context:
     real: dict[Node, Any]
     options: Options
     sharing: Counter[Hashable]
-    around: cost_model.Around | None
+    around: cost_model.Workload | None
     known: dict[tuple[Any, ...], Any] = field(default_factory=dict[tuple[Any, ...], Any])
 
     @property
@@ -72,25 +72,25 @@ def disagreement(call: Call, captures: Captures, checked: MaskProgram, context: 
     return context.once(given, find)
 
 
-def slower(target: Target, context: Context) -> Reason | None:
-    facts, query = facts_of(target, context), example(target.call.query)
-    tensors = *given_to(target.call), query.dtype, hint(query.shape[3])
+def slower(candidate: Candidate, context: Context) -> Reason | None:
+    facts, query = cost_inputs_of(candidate, context), example(candidate.call.query)
+    tensors = *given_to(candidate.call), query.dtype, hint(query.shape[3])
     known = facts.program, facts.hoisted, facts.training, facts.lse_gradient, facts.tiled, facts.sharing
     return context.once(("slower", *tensors, *known), lambda: keep_rules.slower(facts))
 
 
-def measured_slower(target: Target, context: Context) -> Reason | None:
+def measured_slower(candidate: Candidate, context: Context) -> Reason | None:
     """By the rules, where measuring fails."""
-    times = autotune.times_of(target)
-    return slower(target, context) if times is None else times.reason
+    times = autotune.times_of(candidate)
+    return slower(candidate, context) if times is None else times.reason
 
 
-def facts_of(target: Target, context: Context) -> cost_model.Facts:
-    call, real = target.call, context.real.get
+def cost_inputs_of(candidate: Candidate, context: Context) -> cost_model.CostInputs:
+    call, real = candidate.call, context.real.get
     share = context.once(("share", *given_to(call)), lambda: cost_model.share_of(call, real))  # pyright: ignore
     sharing = context.sharing[mask_of(call)]
-    asked = target.training, target.lse_gradient, share, context.around, target.tiled, sharing
-    return cost_model.Facts(call, *target.running, *asked)
+    asked = candidate.training, candidate.lse_gradient, share, context.around, candidate.tiled, sharing
+    return cost_model.CostInputs(call, *candidate.running, *asked)
 
 
 def given_to(call: Call) -> tuple[Any, ...]:

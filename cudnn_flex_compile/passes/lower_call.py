@@ -4,13 +4,13 @@ Knows nothing of the other calls of a graph but what they share (context.py).
 """
 
 from cudnn_flex_compile.passes.decide import autotune, cost_model, eligibility
-from cudnn_flex_compile.passes.decide.candidate import Accepted, Target, judge
+from cudnn_flex_compile.passes.decide.candidate import Candidate, Lowered, plan_or_reason
 from cudnn_flex_compile.passes.decide.key_compaction import COUNTS, compacted
 from cudnn_flex_compile.passes.describe import describe_mask
 from cudnn_flex_compile.passes.graph_context import (
     Context,
+    cost_inputs_of,
     disagreement,
-    facts_of,
     given_to,
     measured_slower,
     real_values,
@@ -26,7 +26,7 @@ from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.report.call import CallReport
 from cudnn_flex_compile.scoremod.text import text
 
-BY_INTERVALS = (Code.SLOWER, Code.BIAS_BUDGET)  # why a call is not run by plans, but may be by intervals
+TRY_TILES = (Code.SLOWER, Code.BIAS_BUDGET)  # why a call is not run by plans, but may be by intervals
 
 
 def lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason | None:
@@ -50,89 +50,92 @@ def lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason 
     wrong = None if checked is None else disagreement(call, captures, checked, context)
     if wrong is not None:
         return wrong
-    target = Target(
+    candidate = Candidate(
         call, program, hoisted, captures, training, context.real, context.options.policy.text,
         compacted(program, hoisted), traced.fingerprint,
     )  # fmt: skip
 
     def by_plans() -> Reason | None:
-        return large or _by_plans(target, checked, context, report)
+        return large or _lower_by_plans(candidate, checked, context, report)
 
-    tiled = tile_lists.tiled(target, traced)
+    tiled = tile_lists.tiled(candidate, traced)
     if tiled is None:
         return by_plans()
     other = None
     if not tile_lists.over_pairs(program.mask):
         other = by_plans()
-        if other is None or other.code not in BY_INTERVALS:
+        if other is None or other.code not in TRY_TILES:
             return other
-    missing = _by_intervals(tiled, checked, context, report)
+    missing = _lower_by_tiles(tiled, checked, context, report)
     if missing is None:
         return None
     other = other or by_plans()
-    needed = other is not None and other.code in BY_INTERVALS and missing.code is Code.INTERVALS
+    needed = other is not None and other.code in TRY_TILES and missing.code is Code.INTERVALS
     return missing if needed else other
 
 
-def _by_plans(target: Target, checked: MaskProgram | None, context: Context, report: CallReport) -> Reason | None:
+def _lower_by_plans(
+    candidate: Candidate, checked: MaskProgram | None, context: Context, report: CallReport
+) -> Reason | None:
     """Rewrites the call to run by plans that know its mask, or says why it does not."""
-    measured = context.options.autotune and autotune.measurable(target)
-    why = None if checked is None else context.guards.unsuitable(target.call, checked, target.training)
-    why = why or (slower(target, context) if context.only_faster and not measured else None)
+    measured = context.options.autotune and autotune.measurable(candidate)
+    why = None if checked is None else context.guards.unsuitable(candidate.call, checked, candidate.training)
+    why = why or (slower(candidate, context) if context.only_faster and not measured else None)
     if why is not None:
         return why
-    verdict = judge(target)
+    verdict = plan_or_reason(candidate)
     if isinstance(verdict, Reason):
         return verdict
-    why = measured_slower(target, context) if context.only_faster and measured else None
+    why = measured_slower(candidate, context) if context.only_faster and measured else None
     if why is not None:
         return why
-    _accept(target, verdict, context, report)
-    _rewrite(target, checked, context)
+    _accept(candidate, verdict, context, report)
+    _rewrite(candidate, checked, context)
     return None
 
 
-def _by_intervals(
-    target: Target, checked: MaskProgram | None, context: Context, report: CallReport
+def _lower_by_tiles(
+    candidate: Candidate, checked: MaskProgram | None, context: Context, report: CallReport
 ) -> Reason | None:
     """Rewrites the call to run by the intervals of its mask's rows, or says why it does not."""
-    call = target.call
+    call = candidate.call
     if context.tiles is None:
         return Reason(Code.UNSUPPORTED_CALL, "intervals are not asked for, or CUDA graphs are captured")
-    why = slower(target, context) if context.only_faster else None
+    why = slower(candidate, context) if context.only_faster else None
     if why is not None:
         return why
 
     def unsuitable() -> Reason | None:
-        values = real_values(call, target.captures, target.hoisted, context)
-        return tile_lists.unsuitable(target, values, context.options.bias_budget_mb)
+        values = real_values(call, candidate.captures, candidate.hoisted, context)
+        return tile_lists.unsuitable(candidate, values, context.options.bias_budget_mb)
 
-    known = ("unsuitable", *given_to(call), target.program, target.hoisted, *target.captures.nodes.values())
-    verdict = context.once(known, unsuitable) or judge(target)
+    known = ("unsuitable", *given_to(call), candidate.program, candidate.hoisted, *candidate.captures.nodes.values())
+    verdict = context.once(known, unsuitable) or plan_or_reason(candidate)
     if isinstance(verdict, Reason):
         return verdict
-    _accept(target, verdict, context, report)
-    _rewrite(target, checked, context)
+    _accept(candidate, verdict, context, report)
+    _rewrite(candidate, checked, context)
     return None
 
 
-def _accept(target: Target, verdict: Accepted, context: Context, report: CallReport) -> None:
+def _accept(candidate: Candidate, verdict: Lowered, context: Context, report: CallReport) -> None:
     report.strategies, report.errors = verdict
-    report.expected = cost_model.expected(facts_of(target, context))
+    report.expected = cost_model.expected(cost_inputs_of(candidate, context))
 
 
-def _rewrite(target: Target, checked: MaskProgram | None, context: Context) -> None:
-    call, nodes, writer = target.call, dict(target.captures.nodes), context.operands
-    ints = [nodes[leaf] for leaf in target.captures.ints]
-    floats = [nodes[leaf] for leaf in target.captures.floats]
+def _rewrite(candidate: Candidate, checked: MaskProgram | None, context: Context) -> None:
+    call, nodes, writer = candidate.call, dict(candidate.captures.nodes), context.operands
+    ints = [nodes[leaf] for leaf in candidate.captures.ints]
+    floats = [nodes[leaf] for leaf in candidate.captures.floats]
     key, value, slots = call.key, call.value, None
-    if target.compact is not None:
-        columns = writer.write(target.compact.columns, nodes, call.query, key, call.node)
+    if candidate.compact is not None:
+        columns = writer.write(candidate.compact.columns, nodes, call.query, key, call.node)
         order = writer.write_order(columns, key, call.node)
         nodes[COUNTS], slots = order.counts, order.slots
         key, value = (writer.permute(with_batch(n, call), order, call.node) for n in (key, value))
-    program, hoisted = target.running
+    program, hoisted = candidate.running
     operands = [writer.write(h, nodes, call.query, call.key, call.node) for h in hoisted]
-    tiles = context.tiles.write(target, operands, ints, floats) if target.tiled and context.tiles else None
+    tiles = context.tiles.write(candidate, operands, ints, floats) if candidate.tiled and context.tiles else None
     blocks = context.guards.write(call, checked, program.score, slots, tiles)
-    replace(call, key, value, operands, ints, floats, text(program), target.training, blocks, tiles, target.policy)
+    made = (operands, ints, floats, text(program), candidate.training, blocks, tiles, candidate.policy)
+    replace(call, key, value, *made)

@@ -14,7 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.config import Options
 from cudnn_flex_compile.passes.decide.eligibility import unrecorded
-from cudnn_flex_compile.passes.decide.workload import around_of, is_alone
+from cudnn_flex_compile.passes.decide.workload import is_alone, workload_of
 from cudnn_flex_compile.passes.describe import describe_functions
 from cudnn_flex_compile.passes.graph_context import Context, mask_of
 from cudnn_flex_compile.passes.lower_call import lower_or_reason
@@ -44,7 +44,7 @@ def lower_calls(graph_module: GraphModule, example_inputs: Sequence[Any], option
     captures = options.captures_graphs
     tiled = options.intervals and not captures  # for which the host looks at two numbers a step
     tiles, guards = tile_lists.Tiles(writer) if tiled else None, block_mask_guards.Guards(writer, captures)
-    around = None if captures or is_alone(graph_module, found) else around_of(graph_module, len(found))
+    around = None if captures or is_alone(graph_module, found) else workload_of(graph_module, len(found))
     context = Context(writer, tiles, guards, real, options, Counter(map(mask_of, found)), around)
     reports: list[CallReport] = []
     changed: list[GraphModule] = []
@@ -84,11 +84,11 @@ def _lower(call: Call, context: Context) -> CallReport:
     except Exception as error:  # a bug of ours must not stop the model
         log.warning("cudnn_flex: the pass failed on %s; the call is kept", call.source, exc_info=True)
         report.reason, report.strategies = Reason(Code.INTERNAL, f"{type(error).__name__}: {error}"), ()
-        _take_back(call, before, context)
+        _undo(call, before, context)
     return report
 
 
-def _take_back(call: Call, before: set[Node], context: Context) -> None:
+def _undo(call: Call, before: set[Node], context: Context) -> None:
     """Erases what was written for a call that is kept."""
     graph = call.node.graph
     for node in reversed(list(graph.nodes)):

@@ -19,11 +19,11 @@ ZERO = ir.const(0.0, F32)
 PAIRS = "qk"
 
 
-class NotAdded(Exception):
+class NotAdditive(Exception):
     """A captured tensor that requires grad is more than added to the score."""
 
 
-def separate(score: Expr, learned: Set[Expr]) -> tuple[Expr, Expr | None]:
+def split_bias(score: Expr, learned: Set[Expr]) -> tuple[Expr, Expr | None]:
     """(rest, bias), of which the score is the sum, and the bias reads no score; (score, None) where nothing is learned.
 
     Args:
@@ -31,7 +31,7 @@ def separate(score: Expr, learned: Set[Expr]) -> tuple[Expr, Expr | None]:
         learned: the captures that require grad.
 
     Raises:
-        NotAdded: where there is no such sum.
+        NotAdditive: where there is no such sum.
     """
     if not reads(score, learned):
         return score, None
@@ -68,7 +68,7 @@ def _separate(node: Expr, learned: Set[Expr]) -> Parts:
     if not ir.depends_on(node, SCORE):
         return ZERO, node
     if node.kind not in RULES:
-        raise NotAdded(infix(node))
+        raise NotAdditive(infix(node))
     return RULES[node.kind](node, learned)
 
 
@@ -85,7 +85,7 @@ def _scaled(node: Expr, learned: Set[Expr]) -> Parts:
     turned = node.kind == "mul" and reads(second, learned)
     sum_, factor = (second, first) if turned else (first, second)
     if reads(factor, learned) or ir.depends_on(factor, SCORE):
-        raise NotAdded(infix(node))
+        raise NotAdditive(infix(node))
     rest, bias = _separate(sum_, learned)
     return make(node.kind, rest, factor), make(node.kind, bias, factor)
 
@@ -94,7 +94,7 @@ def _chosen(node: Expr, learned: Set[Expr]) -> Parts:
     """where(p, x + a, y + b) -> where(p, x, y) + where(p, a, b)"""
     condition, *choices = node.args
     if reads(condition, learned) or ir.depends_on(condition, SCORE):
-        raise NotAdded(infix(node))
+        raise NotAdditive(infix(node))
     parts = [_separate(choice, learned) for choice in choices]
     rest, bias = (make("where", condition, *side) for side in zip(*parts, strict=True))
     return rest, bias

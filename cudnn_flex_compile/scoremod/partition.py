@@ -19,7 +19,7 @@ import torch
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.interpret import TORCH_DTYPE
 from cudnn_flex_compile.scoremod.ir import BOOL, F32, I32, I64, SCORE, TRUE, Expr, Program
-from cudnn_flex_compile.scoremod.learned import PAIRS, NotAdded, reads, separate, with_bias
+from cudnn_flex_compile.scoremod.learned import PAIRS, NotAdditive, reads, split_bias, with_bias
 from cudnn_flex_compile.scoremod.legalize import computes
 from cudnn_flex_compile.scoremod.masks.bound import Bound
 from cudnn_flex_compile.scoremod.masks.form import hides, split
@@ -120,12 +120,12 @@ def partition(
 
     Raises:
         ScoreGather: for a gather at an index that depends on the score.
-        NotAdded: where a capture that requires grad is more than added to the score.
+        NotAdditive: where a capture that requires grad is more than added to the score.
     """
     if reads(program.mask, learned):
-        raise NotAdded("the mask")
+        raise NotAdditive("the mask")
     parts = Partition(stored or {})
-    rest, bias = separate(program.score, learned)
+    rest, bias = split_bias(program.score, learned)
     score = with_bias(_inside(rest, parts), parts.learned(bias))
     return ir.program(score, _mask(program.mask, parts)), parts.operands
 

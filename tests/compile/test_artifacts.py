@@ -22,7 +22,7 @@ STEP = """
 import hashlib, json, sys, torch
 from torch._dynamo.utils import counters
 from torch.nn.attention import flex_attention as module
-from cudnn_flex_compile.report import collect
+from cudnn_flex_compile.report.report import collect
 from cudnn_flex_compile.bench.mods import softcap
 
 module._validate_device = lambda *_: None

@@ -292,9 +292,9 @@ def test_blocks_made_in_the_graph_that_are_sparser():
 
 @pytest.mark.parametrize("captured", [False, True], ids=["causal", "lengths"])
 def test_new_block_masks_at_every_step_are_compared_by_a_compiled_function(captured, monkeypatch):
-    layouts, compile = [], hot_function.Repeated._compile
+    layouts, compile = [], hot_function.HotFunction._compile
     monkeypatch.setattr(hot_function, "_pays", lambda tensor: True)
-    monkeypatch.setattr(hot_function.Repeated, "_compile", lambda *a: layouts.append(1) or compile(*a))
+    monkeypatch.setattr(hot_function.HotFunction, "_compile", lambda *a: layouts.append(1) or compile(*a))
 
     def mask_of(step):
         lengths = torch.tensor([150 - step, 30 + step])

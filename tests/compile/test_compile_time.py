@@ -35,14 +35,14 @@ def fresh(monkeypatch):
     """Knows no program and no plan; calls of CPU tensors ask for plans as those of CUDA tensors do."""
     backend = stand_in.install(monkeypatch)
     torch._dynamo.reset()
-    programs.forget()
+    programs.clear()
     torch.manual_seed(0)
 
     def judge(given):
         call = candidate.forward_call(given, given.running, stand_in.CUDA)
         return candidate._certified(given, call, problem_of(call))
 
-    monkeypatch.setattr(lower_call, "judge", judge)
+    monkeypatch.setattr(lower_call, "plan_or_reason", judge)
     with torch.no_grad():
         yield backend
 
@@ -69,7 +69,7 @@ def compile_model(kinds, monkeypatch):
             work["nodes"] = len(graph_module.graph.nodes) - before
 
     torch._dynamo.reset()
-    programs.forget()
+    programs.clear()
     stand_in.select.cache_clear()
     with monkeypatch.context() as patch, collect() as report:
         patch.setattr(module, "lower_calls", counted)
@@ -152,7 +152,7 @@ def test_functions_that_differ_never_share(pair):
     """Two in one model, in both orders: the numbers are those of eager flex_attention."""
     qkv = [torch.randn(2, 4, 96, 16, dtype=torch.bfloat16) for _ in range(3)]
     for first, second in (pair, pair[::-1]):
-        programs.forget()
+        programs.clear()
         torch._dynamo.reset()
 
         def both(q, k, v, mods=(first, second)):

@@ -209,11 +209,11 @@ def with_lse(q, k, v, ids):
 def test_a_loss_of_the_lse_runs_by_intervals_only_if_that_is_certified(monkeypatch, lists, right):
     asked = []
 
-    def judge(target, judge=lower_call.judge):
+    def judge(target, judge=lower_call.plan_or_reason):
         asked.append((target.tiled, target.lse_gradient))
         return judge(target) if right or not target.tiled else Reason(Code.CERTIFICATION, "of the LSE's gradient")
 
-    monkeypatch.setattr(lower_call, "judge", judge)
+    monkeypatch.setattr(lower_call, "plan_or_reason", judge)
     with collect() as report:
         compiled(with_lse)(*inputs(), packed(0))
     assert asked == [(True, True)] + [(False, True)] * (not right)

@@ -33,7 +33,7 @@ def backend(monkeypatch):
     """Calls of CPU tensors ask for plans as those of CUDA tensors do, when they are compiled and when they run."""
     found, forward = stand_in.install(monkeypatch), cpu.forward
     torch._dynamo.reset()
-    programs.forget()
+    programs.clear()
     torch.manual_seed(0)
 
     def judge(given):
@@ -46,7 +46,7 @@ def backend(monkeypatch):
         found.asked.append(find_plan(key))
         forward(query, keys, value, operands, ints, floats, program, scale, *outputs)
 
-    monkeypatch.setattr(module, "judge", judge)
+    monkeypatch.setattr(module, "plan_or_reason", judge)
     monkeypatch.setattr(cpu, "forward", run)
     with torch.no_grad():
         yield found

@@ -122,7 +122,7 @@ def test_plans_of_both_backwards_are_wanted(monkeypatch):
         asked.append((problem.direction, problem.lse_gradient))
         if problem.lse_gradient and refused:
             return Reason(Code.SHAPE_REFUSED, "too many row vectors", lasting=False)
-        return find_plan.Ready(type("P", (), {"strategy": "s", "problem": problem, "errors": ()})(), (False,) * 4)
+        return find_plan.CachedPlan(type("P", (), {"strategy": "s", "problem": problem, "errors": ()})(), (False,) * 4)
 
     def judge(wanted):
         device = torch.device("cpu")
@@ -131,7 +131,7 @@ def test_plans_of_both_backwards_are_wanted(monkeypatch):
         return candidate._certified(wanted, key, problem)
 
     monkeypatch.setattr(find_plan, "find_plan", find_plan)
-    monkeypatch.setattr(lower_call, "judge", judge)
+    monkeypatch.setattr(lower_call, "plan_or_reason", judge)
     attend = attention("causal", {"return_lse": True})
 
     def reports(function, grad=True):

@@ -62,7 +62,7 @@ def backend(monkeypatch):
     found, forward = stand_in.install(monkeypatch), autograd.forward
     found.asked = {}
     torch._dynamo.reset()
-    programs.forget()
+    programs.clear()
 
     def judge(given):
         key = candidate.forward_call(given, given.running, stand_in.CUDA)
@@ -75,7 +75,7 @@ def backend(monkeypatch):
         found.asked.setdefault(policy, {})[query.shape[2]] = plan
         return forward(query, key, value, operands, ints, floats, program, scale, stats, *kept)
 
-    monkeypatch.setattr(lower_call, "judge", judge)
+    monkeypatch.setattr(lower_call, "plan_or_reason", judge)
     monkeypatch.setattr(autograd, "forward", run)
     with torch.no_grad():
         yield found

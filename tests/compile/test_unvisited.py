@@ -128,8 +128,8 @@ def test_certification_reads_nothing_out_of_range(number, drawn, monkeypatch):
             sampled.append(sample)
         return real(asked)
 
-    real = lower_call.judge
-    monkeypatch.setattr(lower_call, "judge", judge)
+    real = lower_call.plan_or_reason
+    monkeypatch.setattr(lower_call, "plan_or_reason", judge)
     run(lambda q, k, v: flex_attention(q, k, v, score_mod, mask), *qkv(length=LENGTH), lower="always")
     assert len(sampled) == 2
 

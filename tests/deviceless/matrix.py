@@ -78,7 +78,7 @@ def problem(name: str) -> Problem:
     mask = create_block_mask(mask_mod, entries, None, LENGTH, LENGTH, device="cpu") if mask_mod else None
     found: list[Problem] = []
 
-    def judge(wanted: candidate.Target) -> Reason:
+    def judge(wanted: candidate.Candidate) -> Reason:
         found.append(problem_of(candidate.forward_call(wanted, wanted.running, torch.device("cpu"))))
         return Reason(Code.UNSUPPORTED_CALL, "only asked for its program")
 
@@ -88,7 +88,7 @@ def problem(name: str) -> Problem:
 
     qkv = [torch.empty(BATCH, LENGTH, HEADS, DIM, dtype=torch.bfloat16).transpose(1, 2) for _ in range(3)]
     torch._dynamo.reset()
-    with torch.no_grad(), mock.patch.object(lower_call, "judge", judge):
+    with torch.no_grad(), mock.patch.object(lower_call, "plan_or_reason", judge):
         torch.compile(lambda q, k, v: flex_attention(q, k, v, score_mod, mask), backend=backend)(*qkv)
     (only,) = found
     return replace(only, device=0, stats=True)

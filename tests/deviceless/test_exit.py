@@ -42,12 +42,12 @@ assert "no engine" in accepted.verdict(wide, accepted.lowerings(program)[0], 80)
 """
 ALIVE = """
 from types import SimpleNamespace
-from cudnn_flex_compile.engine.ready import Ready
+from cudnn_flex_compile.engine.store.plan_cache import CachedPlan
 from cudnn_flex_compile.engine.state import engine
 import cudnn_flex_compile.kernels.cuda
 for i, built in enumerate(kept):
     plan = SimpleNamespace(graph=built.graph, inputs=built.inputs, roles=built.roles)
-    engine.plans.put(i, Ready(plan, (False,) * 4))
+    engine.plans.put(i, CachedPlan(plan, (False,) * 4))
     cudnn_flex_compile.kernels.cuda.keep_alive = plan  # as torch keeps the functions of ops, and what they refer to
 """
 

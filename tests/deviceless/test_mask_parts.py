@@ -9,7 +9,7 @@ import torch
 from cudnn_flex_compile.bench.mods import softcap
 from cudnn_flex_compile.engine.graph.build import output_specs
 from cudnn_flex_compile.engine.graph.strategies.native import NAME as NATIVE
-from cudnn_flex_compile.engine.plans.box_plan import PartsPlan, assemble_parts
+from cudnn_flex_compile.engine.plans.box_plan import BoxPlan, assemble_boxes
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import F32, I32, SCORE
@@ -134,8 +134,8 @@ def test_every_box_has_a_plan(name, direction, sm):
         whole = problem(program, direction, lengths=(4096, 4096))
         found = boxes(split(program.mask), whole.lengths)
         found = unshifted(found) if direction == BACKWARD else found
-        plan = assemble_parts(whole, program, found, output_specs(whole), lambda p, part: Accepted(p, part, sm))
-        assert isinstance(plan, PartsPlan)
+        plan = assemble_boxes(whole, program, found, output_specs(whole), lambda p, part: Accepted(p, part, sm))
+        assert isinstance(plan, BoxPlan)
         assert len(plan.strategy.split(",")) == len(found)
 
 

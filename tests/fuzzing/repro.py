@@ -22,7 +22,7 @@ import sys
 import torch
 
 from tests.fuzzing.judge import judge
-from tests.generated import Call
+from tests.support.generated import Call
 
 # {user_code}
 CASE = Call(

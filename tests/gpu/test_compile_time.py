@@ -17,7 +17,7 @@ def test_plans_grow_with_distinct_programs(kinds, distinct):
     builds = []
     for layers in (distinct, 12, 48):
         torch._dynamo.reset()
-        programs.forget()
+        programs.clear()
         cache_clear()
         net = model([kinds[i % distinct] for i in range(layers)], 256, 64, "cuda")
         with collect() as report:

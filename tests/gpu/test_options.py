@@ -9,10 +9,10 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile import cache_clear, cache_info, collect, explain
 from cudnn_flex_compile.bench.mods import causal, softcap
-from cudnn_flex_compile.engine.launch.replay import OFTEN
+from cudnn_flex_compile.engine.launch.replay import RECORD_AFTER
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, TensorSpec, dense
 from cudnn_flex_compile.engine.state import engine
-from cudnn_flex_compile.engine.store.plan_cache import Ready
+from cudnn_flex_compile.engine.store.plan_cache import CachedPlan
 from tests.gpu.test_behaviour import assert_right, draw
 
 CHECKED, UNCHECKED = {}, {"certify": "off", "replay": False}
@@ -54,7 +54,7 @@ def inputs(length):
 
 def plans_of(replay):
     """Those of either model."""
-    ready = [found for found in engine.plans.values() if isinstance(found, Ready)]
+    ready = [found for found in engine.plans.values() if isinstance(found, CachedPlan)]
     return [found.plan for found in ready if found.plan.problem.replay is replay]
 
 
@@ -118,7 +118,7 @@ def test_launches_are_replayed_for_the_model_that_did_not_refuse_it():
     replays = {}
     for name in ("on", "off", "on"):
         before = engine.shelf.replays
-        for _ in range(3 * OFTEN):
+        for _ in range(3 * RECORD_AFTER):
             models[name](qkv)
         replays[name] = engine.shelf.replays - before
     assert replays["on"] > 0

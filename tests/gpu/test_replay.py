@@ -9,16 +9,16 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile import cache_clear
 from cudnn_flex_compile.bench.mods import alibi, causal, prefix_lm, sliding, softcap
-from cudnn_flex_compile.engine.launch.replay import FREE, OFTEN
+from cudnn_flex_compile.engine.launch.replay import FREE_RECORDINGS, RECORD_AFTER
 from cudnn_flex_compile.engine.state import engine
-from cudnn_flex_compile.engine.store.plan_cache import Ready
+from cudnn_flex_compile.engine.store.plan_cache import CachedPlan
 from tests.gpu.test_behaviour import assert_right, compiled, draw, fresh  # noqa: F401
 from tests.gpu.test_numerics import poison
 from tests.support.launched import launched
 
-LENGTH, HEADS, STEPS = 256, 4, 3 * OFTEN
+LENGTH, HEADS, STEPS = 256, 4, 3 * RECORD_AFTER
 MIB = 2**20
-shelf = engine.shelf
+pool = engine.graph_pool
 
 
 def pairs(score, b, h, q, kv):
@@ -38,7 +38,7 @@ PLANS = {"several plans": 2}
 
 @pytest.fixture(autouse=True)
 def from_nothing(fresh):  # noqa: F811
-    shelf.reset()
+    pool.reset()
 
 
 def call(score_mod, mask_mod, length=LENGTH):
@@ -55,7 +55,7 @@ def called(case, requires_grad):
 
 def replayed():
     """The plans that have launches to replay, those of which others are made among them."""
-    ready = [found for found in engine.plans.values() if isinstance(found, Ready)]
+    ready = [found for found in engine.plans.values() if isinstance(found, CachedPlan)]
     found = [getattr(each.plan, "plans", (each.plan,)) for each in ready]
     return [plan for plans in found for plan in plans if plan._replays.graphs]
 
@@ -78,7 +78,7 @@ def test_each_step_is_right_on_its_own_data(case, training):
         gradients = torch.autograd.grad(out, qkv, grad) if training else None
         assert_right(out, qkv, *mods, grad, gradients)
         del out, gradients
-        counts.append(shelf.replays)
+        counts.append(pool.replays)
     assert counts[-1] - counts[-2] >= 1 + training, counts
     assert len(replayed()) >= PLANS.get(case, 1) * (1 + training)
 
@@ -91,7 +91,7 @@ def test_a_replay_gives_every_bit_of_a_launch(case):
         found = function(*qkv).clone()
         with launched():
             assert torch.equal(found, function(*qkv))
-    assert shelf.replays
+    assert pool.replays
     assert len(replayed()) >= PLANS.get(case, 1)
 
 
@@ -110,7 +110,7 @@ def test_a_gradient_of_the_log_sum_exp():
         for f, e in zip(found, expected, strict=True):
             assert (f - e).norm() <= 1e-3 * e.norm()  # cuDNN adds up dQ in any order
         del found, expected
-    assert shelf.replays
+    assert pool.replays
 
 
 def test_captured_numbers_that_change_are_read_at_each_call():
@@ -120,7 +120,7 @@ def test_captured_numbers_that_change_are_read_at_each_call():
         return flex_attention(q, k, v, lambda s, b, h, qi, ki: torch.tanh(s / cap) * cap)
 
     function, qkv = compiled(attention, lower="always"), [draw(requires_grad=False) for _ in range(3)]
-    for cap in [1.0, 2.0, *(5.0, 1.5) * 2 * OFTEN]:
+    for cap in [1.0, 2.0, *(5.0, 1.5) * 2 * RECORD_AFTER]:
         assert_right(function(*qkv, cap), qkv, softcap(cap))
 
 
@@ -150,7 +150,7 @@ def test_threads_with_streams_of_their_own():
         thread.join()
     if wrong:
         raise wrong[0]
-    assert shelf.replays
+    assert pool.replays
 
 
 def test_a_capture_by_the_user_among_replays():
@@ -158,11 +158,11 @@ def test_a_capture_by_the_user_among_replays():
     function, qkv = call(*mods), [draw(requires_grad=False) for _ in range(3)]
     for _ in range(STEPS):
         function(*qkv)
-    before = shelf.replays
+    before = pool.replays
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = function(*qkv)
-    assert shelf.replays == before > 0
+    assert pool.replays == before > 0
     for _ in range(3):
         draw_again(*qkv)
         assert_right(function(*qkv), qkv, *mods)
@@ -180,7 +180,7 @@ def used():
 def test_graphs_take_little_memory_which_is_used_again(alone):
     """The driver tells what is in use on the device, not by whom."""
     function = call(*CASES["soft cap + window"]())
-    layers = [[draw() for _ in range(3)] for _ in range(FREE // 2)]
+    layers = [[draw() for _ in range(3)] for _ in range(FREE_RECORDINGS // 2)]
     grad = torch.randn_like(layers[0][0])
 
     def step():
@@ -190,14 +190,14 @@ def test_graphs_take_little_memory_which_is_used_again(alone):
     step()
     before, held = used(), []
     for _ in range(4):
-        for _ in range(2 * OFTEN):
+        for _ in range(2 * RECORD_AFTER):
             step()
-        graphs = sum(len(replays.graphs) for replays in shelf.plans)
-        assert graphs >= FREE
+        graphs = sum(len(replays.graphs) for replays in pool.plans)
+        assert graphs >= FREE_RECORDINGS
         held.append(used() - before)
         cache_clear()
         gc.collect()
-        shelf.recordings = 0
+        pool.recordings = 0
         step()
     print(f"{graphs} graphs take {held[0] / graphs / MIB:.3f} MiB each, in the end {held[-1] / graphs / MIB:.3f} MiB")
     assert held[0] <= graphs * MIB / 4
@@ -207,13 +207,13 @@ def test_graphs_take_little_memory_which_is_used_again(alone):
 def test_graphs_go_with_their_plans():
     function, qkv = call(*CASES["causal"]()), [draw(requires_grad=False) for _ in range(3)]
     gc.collect()
-    kept = len(shelf.plans)  # those of plans that a CUDA graph captured
+    kept = len(pool.plans)  # those of plans that a CUDA graph captured
     for _ in range(STEPS):
         function(*qkv)
-    assert len(shelf.plans) == kept + 1
+    assert len(pool.plans) == kept + 1
     cache_clear()
     gc.collect()
-    assert len(shelf.plans) == kept
+    assert len(pool.plans) == kept
 
 
 def test_addresses_that_never_come_back():
@@ -223,6 +223,6 @@ def test_addresses_that_never_come_back():
     for _ in range(STEPS):
         qkv = [draw(requires_grad=False) for _ in range(3)]
         kept.append((qkv, function(*qkv)))
-    assert shelf.recordings == 0
+    assert pool.recordings == 0
     for qkv, out in kept:
         assert_right(out, qkv, *CASES["causal"]())

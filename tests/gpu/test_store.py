@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from cudnn_flex_compile import cache_clear, cache_info
 from cudnn_flex_compile.bench.mods import softcap
 from cudnn_flex_compile.engine.state import engine
-from cudnn_flex_compile.engine.store.plan_cache import Ready
+from cudnn_flex_compile.engine.store.plan_cache import CachedPlan
 
 
 def start(folder, *arguments):
@@ -96,7 +96,7 @@ def restored(monkeypatch, tmp_path):
 
 
 def test_restored_plans_take_the_quick_way(restored):
-    found = [ready.plan for ready in engine.plans.values() if isinstance(ready, Ready)]
+    found = [ready.plan for ready in engine.plans.values() if isinstance(ready, CachedPlan)]
     assert [plan._launch.__name__ for plan in found] == ["launch"] * 2
 
 

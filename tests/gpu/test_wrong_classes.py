@@ -17,7 +17,7 @@ from cudnn_flex_compile.engine.candidates import attempts
 from cudnn_flex_compile.engine.find_plan import cache_clear, find_plan
 from cudnn_flex_compile.engine.key import backward_key, forward_key
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD
-from cudnn_flex_compile.engine.store.plan_cache import Ready
+from cudnn_flex_compile.engine.store.plan_cache import CachedPlan
 from cudnn_flex_compile.engine.support import BOTH, V928, rewrites_off
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod.interpret import environment, evaluate
@@ -184,7 +184,7 @@ def test_right_numbers_with_the_rewrites(name):
         operands = convert(operands)
     call = forward_key(text(program), query, key, value, operands, SCALE, True)
     plans = [find_plan(call), find_plan(backward_key(call, grad))]
-    assert [str(plan) for plan in plans if not isinstance(plan, Ready)] == []
+    assert [str(plan) for plan in plans if not isinstance(plan, CachedPlan)] == []
     out, lse = cuda.forward(query, key, value, operands, [], [], text(program), SCALE, True)
     rest = (operands, [], [], text(program), SCALE)
     *gradients, _ = cuda.backward(grad, None, query, key, value, out, lse, *rest)

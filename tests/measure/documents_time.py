@@ -183,7 +183,7 @@ def rule(shape, share, layers):
     batch, length, heads, kv_heads = shape
     query, key = (torch.empty(batch, h, length, DIM, device="meta") for h in (heads, kv_heads))
     call = SimpleNamespace(query=query, key=key, value=key, blocks=("there",))
-    facts = cost_model.Facts(call, ir.program(), (), True, False, share, around=None, tiled=True, sharing=layers)
+    facts = cost_model.CostInputs(call, ir.program(), (), True, False, share, around=None, tiled=True, sharing=layers)
     return keep_rules.slower(facts) is None
 
 

@@ -111,7 +111,7 @@ def test_after_a_build_that_raises_the_next_strategy_is_tried(on_the_host, monke
     monkeypatch.setattr(graph_plan, "_build", broken_at_first)
     monkeypatch.setattr(certify, "certify", lambda *arguments: None)
     found = find_plan.find_plan(forward_key(PROGRAM, *qkv(), [], 0.125, True))
-    assert isinstance(found, find_plan.Ready)
+    assert isinstance(found, find_plan.CachedPlan)
     assert found.plan.strategy == "chained"
 
 
@@ -147,14 +147,14 @@ def test_a_certification_that_raises_is_a_reason(on_the_host, monkeypatch: pytes
 
 def ready(call: Any) -> StandIn:
     stand_in = StandIn(problem_of(call), torch.OutOfMemoryError("no 3.00 GiB"))
-    engine.plans.put(call, find_plan.Ready(stand_in, (False,) * 4))  # pyright: ignore
+    engine.plans.put(call, find_plan.CachedPlan(stand_in, (False,) * 4))  # pyright: ignore
     return stand_in
 
 
 def test_a_forward_without_workspace_runs_elsewhere(on_the_host, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
     query, key, value = qkv()
     stand_in = ready(forward_key(PROGRAM, query, key, value, [], 0.125, True))
-    monkeypatch.setattr(cuda.fallback, "forward", lambda *given: (given[0] + 1, torch.ones(SHAPE[:3])))
+    monkeypatch.setattr(cuda.inductor, "forward", lambda *given: (given[0] + 1, torch.ones(SHAPE[:3])))
     for _ in range(2):
         out, lse = cuda.forward(query, key, value, [], [], [], PROGRAM, 0.125, True)
     assert stand_in.runs == 2
@@ -166,7 +166,7 @@ def test_a_forward_without_workspace_runs_elsewhere(on_the_host, monkeypatch: py
 def test_a_backward_without_workspace_runs_elsewhere(on_the_host, monkeypatch: pytest.MonkeyPatch) -> None:
     query, key, value = qkv()
     stand_in = ready(backward_key(forward_key(PROGRAM, query, key, value, [], 0.125, True), query))
-    monkeypatch.setattr(cuda.fallback, "backward", lambda *given: (given[2] + 1, given[3] + 2, given[4] + 3))
+    monkeypatch.setattr(cuda.inductor, "backward", lambda *given: (given[2] + 1, given[3] + 2, given[4] + 3))
     lse = torch.zeros(SHAPE[:3])
     gradients = cuda.backward(query, None, query, key, value, query, lse, [], [], [], PROGRAM, 0.125)
     assert stand_in.runs == 1
@@ -303,7 +303,7 @@ def run_script(source: str) -> str:
 
 MODEL = """
 from torch.nn.attention.flex_attention import flex_attention
-from cudnn_flex_compile.report import collect
+from cudnn_flex_compile.report.report import collect
 def run():
     with torch.no_grad(), collect() as report:
         q = torch.randn(1, 2, 16, 32, dtype=torch.bfloat16)
@@ -318,7 +318,7 @@ def test_a_child_that_is_forked_while_locks_are_held_compiles() -> None:
     source = (
         MODEL
         + """
-from cudnn_flex_compile import report
+from cudnn_flex_compile.report import report
 from cudnn_flex_compile import settings
 from cudnn_flex_compile.engine.state import engine
 from cudnn_flex_compile.scoremod import ir

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from cudnn_flex_compile.engine.certify.checks import Asked, asked_of_backward, asked_of_forward
+from cudnn_flex_compile.engine.certify.checks import Check, checks_of_backward, checks_of_forward
 from cudnn_flex_compile.engine.certify.compare import Counts, Finding, errors_of, first_wrong, of_memory, read
 from cudnn_flex_compile.engine.certify.reference import Reference, Sample
 from cudnn_flex_compile.engine.certify.regimes import (
@@ -26,7 +26,7 @@ from cudnn_flex_compile.engine.certify.regimes import (
     poisoned,
     surrounded,
 )
-from cudnn_flex_compile.engine.certify.samples import SEED, Places, places
+from cudnn_flex_compile.engine.certify.samples import SEED, SamplePlan, sample_plan
 from cudnn_flex_compile.engine.plans.lse_rows import rows_of
 from cudnn_flex_compile.engine.problem import BACKWARD, Problem, TensorSpec
 from cudnn_flex_compile.engine.store.codec import Error
@@ -57,12 +57,12 @@ class Data:
     """
 
     sample: Sample
-    where: Places
-    asked: Sequence[Asked]
+    where: SamplePlan
+    asked: Sequence[Check]
 
 
 @dataclass(slots=True)
-class Written:
+class Outputs:
     """What a plan writes to, by the names that messages have, and what became of its memory in each regime."""
 
     tensors: dict[str, Poisoned]
@@ -123,25 +123,25 @@ def _varies(sample: Sample) -> bool:
     return bool(sample.operands or sample.ints or sample.floats)
 
 
-def _written(plan: Runnable, tensors: Tensors) -> Written:
+def _written(plan: Runnable, tensors: Tensors) -> Outputs:
     if plan.problem.direction == BACKWARD:
         gradients = (poisoned(spec, plan.device) for spec in plan.outputs)
-        return Written(dict(zip(("dQ", "dK", "dV", "dBias"), gradients, strict=False)))
+        return Outputs(dict(zip(("dQ", "dK", "dV", "dBias"), gradients, strict=False)))
     of_lse = {"the LSE": tensors.stats_memory} if plan.problem.stats else {}
-    return Written({"out": tensors.out_memory, **of_lse})
+    return Outputs({"out": tensors.out_memory, **of_lse})
 
 
-def _data(problem: Problem, tensors: Tensors, written: Written, sample: Sample) -> Data:
+def _data(problem: Problem, tensors: Tensors, written: Outputs, sample: Sample) -> Data:
     """The tensors are unit normal."""
     sample = replace(sample, operands=[surrounded(operand) for operand in sample.operands])
-    where = places(problem, sample, tensors.query.device)
+    where = sample_plan(problem, sample, tensors.query.device)
     outputs = [w.tensor for w in written.tensors.values()]
     if problem.direction == BACKWARD:
-        return Data(sample, where, asked_of_backward(problem, sample, where, tensors, outputs))
-    return Data(sample, where, asked_of_forward(problem, sample, where, outputs))
+        return Data(sample, where, checks_of_backward(problem, sample, where, tensors, outputs))
+    return Data(sample, where, checks_of_forward(problem, sample, where, outputs))
 
 
-def _run(plan: Runnable, forward: Runnable, t: Tensors, written: Written, sample: Sample) -> None:
+def _run(plan: Runnable, forward: Runnable, t: Tensors, written: Outputs, sample: Sample) -> None:
     """Runs a plan on the tensors, and what a backward needs before it."""
     t.out_memory.renew()
     t.stats_memory.renew()

@@ -19,26 +19,26 @@ from cudnn_flex_compile.engine.certify.expected import (
 )
 from cudnn_flex_compile.engine.certify.reference import Sample
 from cudnn_flex_compile.engine.certify.regimes import Regime, Tensors
-from cudnn_flex_compile.engine.certify.samples import Places
+from cudnn_flex_compile.engine.certify.samples import SamplePlan
 from cudnn_flex_compile.engine.certify.slices import (
-    Given,
-    Spot,
-    gathered,
+    Slice,
+    SliceData,
+    concatenated,
     regimes_at_once,
     sharers_of,
-    spot_of_rows,
-    spots_of_bias,
-    spots_of_columns,
-    together,
+    slice_data,
+    slice_of_rows,
+    slices_of_bias,
+    slices_of_columns,
 )
 from cudnn_flex_compile.engine.problem import Problem, TensorSpec
 
 Found = tuple[torch.Tensor, ...]
-Judge = Callable[[Sequence[Regime], Iterable[Given], Found], Iterator[Finding]]
+Judge = Callable[[Sequence[Regime], Iterable[SliceData], Found], Iterator[Finding]]
 
 
 @dataclass(slots=True)
-class Asked:
+class Check:
     """A question about the data of each regime.
 
     Attributes:
@@ -49,12 +49,12 @@ class Asked:
     """
 
     problem: Problem
-    spots: Sequence[Spot]
+    spots: Sequence[Slice]
     written: Sequence[tuple[torch.Tensor, tuple[torch.Tensor, ...]]]
     judge: Judge
     findings: list[Finding] = field(default_factory=list[Finding])
     _regimes: list[Regime] = field(default_factory=list[Regime])
-    _given: list[Given] = field(default_factory=list[Given])
+    _given: list[SliceData] = field(default_factory=list[SliceData])
     _found: list[Found] = field(default_factory=list[Found])
 
     def add(self, regime: Regime, t: Tensors) -> None:
@@ -62,74 +62,74 @@ class Asked:
         self._regimes.append(regime)
         self._found.append(tuple(tensor[index] for tensor, index in self.written))
         if len(self.spots) > 1:
-            self._compare(gathered(self.problem, t, spot) for spot in self.spots)
+            self._compare(slice_data(self.problem, t, spot) for spot in self.spots)
         else:
-            self._given.append(gathered(self.problem, t, self.spots[0]))
+            self._given.append(slice_data(self.problem, t, self.spots[0]))
 
     def compare(self, last: bool = False) -> None:
         """What waits, if it is as much as may be compared at once, or the last."""
         if self._regimes and (last or len(self._regimes) >= regimes_at_once(self.spots)):
-            given, self._given = together(self._given), []
+            given, self._given = concatenated(self._given), []
             self._compare([given])
 
-    def _compare(self, given: Iterable[Given]) -> None:
+    def _compare(self, given: Iterable[SliceData]) -> None:
         regimes, found = self._regimes, tuple(map(torch.cat, zip(*self._found, strict=True)))
         self._regimes, self._found = [], []
         self.findings += self.judge(regimes, given, found)
 
 
-def asked_of_forward(
-    problem: Problem, sample: Sample, where: Places, written: Sequence[torch.Tensor]
-) -> list[Asked]:  # fmt: skip
-    spot = spot_of_rows(problem, where)
+def checks_of_forward(
+    problem: Problem, sample: Sample, where: SamplePlan, written: Sequence[torch.Tensor]
+) -> list[Check]:  # fmt: skip
+    spot = slice_of_rows(problem, where)
 
-    def judge(regimes: Sequence[Regime], parts: Iterable[Given], found: Found) -> Iterator[Finding]:
+    def judge(regimes: Sequence[Regime], parts: Iterable[SliceData], found: Found) -> Iterator[Finding]:
         (given,) = parts
         expected, sums = expected_rows(problem, sample, given)
         yield of_rows(regimes, "out", found[0], expected)
         for stats in found[1:]:
             yield of_log_sums(regimes, stats[..., 0], sums)
 
-    return [Asked(problem, [spot], [(tensor, spot.of_rows) for tensor in written], judge)]
+    return [Check(problem, [spot], [(tensor, spot.of_rows) for tensor in written], judge)]
 
 
-def asked_of_backward(
-    problem: Problem, sample: Sample, where: Places, t: Tensors, written: Sequence[torch.Tensor]
-) -> list[Asked]:  # fmt: skip
+def checks_of_backward(
+    problem: Problem, sample: Sample, where: SamplePlan, t: Tensors, written: Sequence[torch.Tensor]
+) -> list[Check]:  # fmt: skip
     """The tensors `t` are unit normal."""
     dq, dk, dv, *dbias = written
-    of_rows_, of_columns = spot_of_rows(problem, where), spots_of_columns(problem, where)
-    found = slopes(problem, sample, gathered(problem, t, of_rows_))
+    of_rows_, of_columns = slice_of_rows(problem, where), slices_of_columns(problem, where)
+    found = slopes(problem, sample, slice_data(problem, t, of_rows_))
     off, findings = found.error, list[Finding]()
     if found.change is not None and sample.change is not None:
         findings.append(of_changes(sample.change.at(of_rows_.where), found.change, sample.change.error))
 
-    def judge_rows(regimes: Sequence[Regime], parts: Iterable[Given], found: Found) -> Iterator[Finding]:
+    def judge_rows(regimes: Sequence[Regime], parts: Iterable[SliceData], found: Found) -> Iterator[Finding]:
         (given,) = parts
         yield of_rows(regimes, "dQ", found[0], expected_dq(problem, sample, given, off), noisy=True)
 
-    def judge_columns(regimes: Sequence[Regime], parts: Iterable[Given], found: Found) -> Iterator[Finding]:
+    def judge_columns(regimes: Sequence[Regime], parts: Iterable[SliceData], found: Found) -> Iterator[Finding]:
         of_dk, of_dv = expected_columns(problem, sample, parts, off)
         yield of_rows(regimes, "dK", found[0], of_dk, noisy=True)
         yield of_rows(regimes, "dV", found[1], of_dv)
 
     place = of_columns[0].of_columns
     return [
-        Asked(problem, [of_rows_], [(dq, of_rows_.of_rows)], judge_rows, findings),
-        Asked(problem, of_columns, [(dk, place), (dv, place)], judge_columns),
+        Check(problem, [of_rows_], [(dq, of_rows_.of_rows)], judge_rows, findings),
+        Check(problem, of_columns, [(dk, place), (dv, place)], judge_columns),
         *(_of_bias(problem, sample, where, gradient, side) for gradient in dbias for side in (False, True)),
     ]
 
 
-def _of_bias(problem: Problem, sample: Sample, where: Places, dbias: torch.Tensor, transposed: bool) -> Asked:
+def _of_bias(problem: Problem, sample: Sample, where: SamplePlan, dbias: torch.Tensor, transposed: bool) -> Check:
     """Of the gradient of a learned operand: sampled rows, or sampled columns."""
     spec = TensorSpec.of(dbias)
-    spots, sharers = spots_of_bias(problem, where, spec, transposed), len(sharers_of(problem, spec))
+    spots, sharers = slices_of_bias(problem, where, spec, transposed), len(sharers_of(problem, spec))
 
-    def judge(regimes: Sequence[Regime], parts: Iterable[Given], found: Found) -> Iterator[Finding]:
+    def judge(regimes: Sequence[Regime], parts: Iterable[SliceData], found: Found) -> Iterator[Finding]:
         expected = expected_bias(problem, sample, parts, len(where.heads), sharers, transposed)
         yield of_rows(regimes, "dBias", found[0], expected)
 
     near = (where.batches[:, None] * (spec.shape[0] > 1), where.heads[:, None] * (spec.shape[1] > 1))
     written = (dbias.mT, (*near, where.columns)) if transposed else (dbias, (*near, where.rows))
-    return Asked(problem, spots, [written], judge)
+    return Check(problem, spots, [written], judge)

@@ -15,7 +15,7 @@ from collections.abc import Hashable
 from cudnn_flex_compile.engine.problem import Problem, TensorSpec
 
 
-def kind_of(problem: Problem, variant: Hashable, fingerprint: str | None) -> Hashable:
+def class_of(problem: Problem, variant: Hashable, fingerprint: str | None) -> Hashable:
     """Equal for two plans if a fault in the arithmetic of one is a fault of the other.
 
     Args:

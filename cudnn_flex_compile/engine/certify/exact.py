@@ -11,7 +11,7 @@ import torch
 
 from cudnn_flex_compile.engine.certify.reference import Sample
 from cudnn_flex_compile.engine.certify.samples import SEED
-from cudnn_flex_compile.engine.certify.slices import Given
+from cudnn_flex_compile.engine.certify.slices import SliceData
 from cudnn_flex_compile.engine.problem import Problem
 
 EXACT, STOCK = torch.float64, torch.float32
@@ -44,7 +44,7 @@ class Exact:
     wobble: torch.Tensor
 
 
-def exact_scores(problem: Problem, sample: Sample, given: Given, sizes: torch.Tensor) -> Exact:
+def exact_scores(problem: Problem, sample: Sample, given: SliceData, sizes: torch.Tensor) -> Exact:
     """`sizes` are sizes_of scores."""
     masked, slope = masked_scores(sample, products(problem, given, EXACT), given.where)
     size = masked.abs().masked_fill_(masked == -math.inf, 0.0)
@@ -52,7 +52,7 @@ def exact_scores(problem: Problem, sample: Sample, given: Given, sizes: torch.Te
     return Exact(masked, slope, wobble)
 
 
-def stock_scores(problem: Problem, given: Given, sizes: torch.Tensor) -> torch.Tensor:
+def stock_scores(problem: Problem, given: SliceData, sizes: torch.Tensor) -> torch.Tensor:
     """Raw scores, summed in another order: of all regimes in the same. `sizes` are sizes_of scores."""
     generator = torch.Generator(sizes.device).manual_seed(SEED)
     one = sizes.new_empty((len(sizes) // given.regimes, *sizes.shape[1:]))
@@ -60,7 +60,7 @@ def stock_scores(problem: Problem, given: Given, sizes: torch.Tensor) -> torch.T
     return products(problem, given, STOCK).addcmul_(noise, sizes)
 
 
-def products(problem: Problem, given: Given, dtype: torch.dtype) -> torch.Tensor:
+def products(problem: Problem, given: SliceData, dtype: torch.dtype) -> torch.Tensor:
     """Raw scores."""
     return torch.bmm(given.query.to(dtype), given.key.to(dtype).mT).mul_(problem.scale)
 
@@ -70,7 +70,7 @@ def sizes_of(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return torch.bmm(left.to(torch.float32).abs_(), right.to(torch.float32).abs_().mT)
 
 
-def sizes_of_scores(problem: Problem, given: Given) -> torch.Tensor:
+def sizes_of_scores(problem: Problem, given: SliceData) -> torch.Tensor:
     return sizes_of(given.query, given.key).mul_(abs(problem.scale))
 
 
@@ -136,7 +136,7 @@ class ModifiedGradient:
     noise: torch.Tensor
 
 
-def modified_gradient_of(pairs: Exact, given: Given) -> ModifiedGradient:
+def modified_gradient_of(pairs: Exact, given: SliceData) -> ModifiedGradient:
     grad, out, lse, *grad_lse = given.of_rows
     terms, lse = grad.to(EXACT).mul_(out), lse.to(EXACT)
     # O has been rounded, so sum(dO * O), which every score's gradient of a row subtracts, is off by rounding steps of
@@ -155,7 +155,7 @@ def modified_gradient_of(pairs: Exact, given: Given) -> ModifiedGradient:
     return ModifiedGradient(weights, wobble, found.mul_(weights), before.mul_(weights), size, noise)
 
 
-def stock_modified_gradient(masked: torch.Tensor, given: Given) -> tuple[torch.Tensor, torch.Tensor]:
+def stock_modified_gradient(masked: torch.Tensor, given: SliceData) -> tuple[torch.Tensor, torch.Tensor]:
     """The weights, and the gradient of the modified scores, neither rounded."""
     grad, out, lse, *grad_lse = given.of_rows
     grad, weights = grad.to(STOCK), weights_of(masked, lse)
@@ -176,7 +176,7 @@ class Gradient:
     noise: torch.Tensor
 
 
-def gradient_of(problem: Problem, pairs: Exact, given: Given, off: torch.Tensor) -> Gradient:
+def gradient_of(problem: Problem, pairs: Exact, given: SliceData, off: torch.Tensor) -> Gradient:
     """`off` is what the slope may be off by."""
     found, slope = modified_gradient_of(pairs, given), pairs.slope * problem.scale
     noise = found.noise.mul_(slope.abs()).addcmul_(found.size, off * abs(problem.scale))
@@ -184,7 +184,7 @@ def gradient_of(problem: Problem, pairs: Exact, given: Given, off: torch.Tensor)
 
 
 def stock_gradient(
-    problem: Problem, sample: Sample, given: Given, sizes: torch.Tensor
+    problem: Problem, sample: Sample, given: SliceData, sizes: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """The weights, and the gradient of the raw scores times the scale, which is rounded."""
     masked, slope = masked_scores(sample, stock_scores(problem, given, sizes), given.where)

@@ -33,7 +33,7 @@ from cudnn_flex_compile.engine.certify.exact import (
     weights_of,
 )
 from cudnn_flex_compile.engine.certify.reference import Sample
-from cudnn_flex_compile.engine.certify.slices import Given
+from cudnn_flex_compile.engine.certify.slices import SliceData
 from cudnn_flex_compile.engine.problem import Problem
 
 Tensors = tuple[torch.Tensor, ...]
@@ -81,7 +81,7 @@ class Slopes:
     change: torch.Tensor | None
 
 
-def slopes(problem: Problem, sample: Sample, given: Given) -> Slopes:
+def slopes(problem: Problem, sample: Sample, given: SliceData) -> Slopes:
     """The data that is given is unit normal."""
     masked, slope, *changes = derivatives(sample, products(problem, given, EXACT), given.where)
     error = slope.abs().nan_to_num_(0.0, 0.0, 0.0).max().mul_(FUNCTION_ERROR)
@@ -91,7 +91,7 @@ def slopes(problem: Problem, sample: Sample, given: Given) -> Slopes:
     return Slopes(error, change.view(len(given.where[0]), -1, change.shape[-1]))
 
 
-def expected_rows(problem: Problem, sample: Sample, given: Given) -> tuple[Block, LogSums]:
+def expected_rows(problem: Problem, sample: Sample, given: SliceData) -> tuple[Block, LogSums]:
     """Outputs and log-sum-exps of the rows."""
     sizes = sizes_of_scores(problem, given)
     stock, stock_lse = _stock_rows(problem, sample, given, sizes)
@@ -105,14 +105,14 @@ def expected_rows(problem: Problem, sample: Sample, given: Given) -> tuple[Block
     return Block(out, stock, _step(problem, weights, squares), of_out, hidden), sums
 
 
-def _stock_rows(problem: Problem, sample: Sample, given: Given, sizes: torch.Tensor) -> Tensors:
+def _stock_rows(problem: Problem, sample: Sample, given: SliceData, sizes: torch.Tensor) -> Tensors:
     masked = modified(sample, stock_scores(problem, given, sizes), given.where)
     lse = masked.logsumexp(-1, keepdim=True)
     weights = rounded(problem, weights_of(masked, lse))
     return rounded(problem, torch.bmm(weights, given.value.to(STOCK))), lse
 
 
-def expected_dq(problem: Problem, sample: Sample, given: Given, off: torch.Tensor) -> Block:
+def expected_dq(problem: Problem, sample: Sample, given: SliceData, off: torch.Tensor) -> Block:
     """dQ of the rows; `off` is the slope_error."""
     sizes = sizes_of_scores(problem, given)
     stock = torch.bmm(stock_gradient(problem, sample, given, sizes)[1], given.key.to(STOCK))
@@ -125,7 +125,7 @@ def expected_dq(problem: Problem, sample: Sample, given: Given, off: torch.Tenso
 
 
 def expected_columns(
-    problem: Problem, sample: Sample, parts: Iterable[Given], off: torch.Tensor
+    problem: Problem, sample: Sample, parts: Iterable[SliceData], off: torch.Tensor
 ) -> tuple[Block, Block]:  # fmt: skip
     """dK and dV of the columns, of kv heads, summed over all heads of each, of which each part has some."""
     seen, *found = _summed(_of_columns(problem, sample, given, off) for given in parts)
@@ -136,7 +136,7 @@ def expected_columns(
     return dk, dv
 
 
-def _of_columns(problem: Problem, sample: Sample, given: Given, off: torch.Tensor) -> Tensors:
+def _of_columns(problem: Problem, sample: Sample, given: SliceData, off: torch.Tensor) -> Tensors:
     """Which columns some row sees; of dK and of dV: value, stock value, step, squared noise."""
     heads, grad, sizes = len(given.where[0]), given.of_rows[0], sizes_of_scores(problem, given)
     weights, scores = stock_gradient(problem, sample, given, sizes)
@@ -164,7 +164,7 @@ def _column_sums(heads: int, terms: torch.Tensor, stock: torch.Tensor, pairs: Te
 
 
 def expected_bias(
-    problem: Problem, sample: Sample, parts: Iterable[Given], heads: int, sharers: int, transposed: bool
+    problem: Problem, sample: Sample, parts: Iterable[SliceData], heads: int, sharers: int, transposed: bool
 ) -> Block:  # fmt: skip
     """The gradient of a learned operand, [B or 1, H or 1, Sq, Skv], of the sampled heads, which are so many: the rows,
     or if transposed the columns. It is summed over the `sharers`, the batch entries and heads that share an entry, of
@@ -178,7 +178,7 @@ def expected_bias(
     return Block(value, rounded(problem, stock), step, noise.sqrt(), seen == 0)
 
 
-def _of_bias(problem: Problem, sample: Sample, given: Given, heads: int, axis: int) -> Tensors:
+def _of_bias(problem: Problem, sample: Sample, given: SliceData, heads: int, axis: int) -> Tensors:
     """How many see some pair along an axis; of pairs: value, stock value, squared magnitude and noise. All summed over
     the heads that share an entry.
     """

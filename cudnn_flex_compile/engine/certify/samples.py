@@ -24,7 +24,7 @@ SEARCHED = 2**21
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
+class SamplePlan:
     """Sampled heads as (batch, head) `pairs`, N, and as [N] each, and the query rows [R] and key columns [C] of each;
     int64.
     """
@@ -40,7 +40,7 @@ class Places:
         return [f"batch {b}, head {h}" for b, h in self.pairs]
 
 
-def places(problem: Problem, sample: Sample, device: torch.device) -> Places:
+def sample_plan(problem: Problem, sample: Sample, device: torch.device) -> SamplePlan:
     """For the data of one sample: the mask may depend on its operands. Waits for the device once."""
     batch, heads, _ = problem.lse_shape
     pairs = sorted({(0, 0), (batch - 1, heads - 1), (batch // 2, heads // 2)})
@@ -59,7 +59,7 @@ def places(problem: Problem, sample: Sample, device: torch.device) -> Places:
         start = side * len(candidates[0])
         telling = [found[i] for of_pair in counts for i in _telling(of_pair[start : start + len(found)])]
         chosen.append(torch.tensor(sorted({*own, *telling}), device=device))
-    return Places(pairs, batches, of_heads, *chosen)
+    return SamplePlan(pairs, batches, of_heads, *chosen)
 
 
 def _visible(sample: Sample, batches: torch.Tensor, heads: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor):

@@ -2,7 +2,7 @@
 
 Knows nothing of plans, nor of what is computed. A regime's data is gone when the next one's is there, and for small
 problems the host takes longer to enqueue an evaluation than the device takes to do it: so what several regimes need is
-kept, and evaluated as one, as long as that is small (TOGETHER).
+kept, and evaluated as one, as long as that is small (ENTRIES_AT_ONCE).
 """
 
 from collections.abc import Sequence
@@ -11,19 +11,19 @@ from dataclasses import dataclass
 import torch
 
 from cudnn_flex_compile.engine.certify.regimes import Tensors
-from cudnn_flex_compile.engine.certify.samples import Places
+from cudnn_flex_compile.engine.certify.samples import SamplePlan
 from cudnn_flex_compile.engine.problem import BACKWARD, Problem, TensorSpec
 
 # Elements of one float64 tensor of queries (128 MiB), which say how many heads of a regime are computed at a time.
-AT_ONCE = 2**24
+PAIRS_AT_ONCE = 2**24
 # Bytes that regimes which are computed together may take: less than one regime of a large problem may.
-TOGETHER = 3 * 2**27
+ENTRIES_AT_ONCE = 3 * 2**27
 # Float64 tensors that there are of pairs, and of rows and columns, when most memory is taken.
 OF_PAIRS, OF_SIDES = 12, 3
 
 
 @dataclass(frozen=True, slots=True)
-class Spot:
+class Slice:
     """Some rows and columns of some heads: those that are computed at a time.
 
     Attributes:
@@ -40,7 +40,7 @@ class Spot:
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class SliceData:
     """Copies of data at a spot, of some regimes: one regime after the other, so N and P are so many times the spot's.
 
     Attributes:
@@ -59,54 +59,54 @@ class Given:
     of_rows: tuple[torch.Tensor, ...]
 
 
-def gathered(problem: Problem, t: Tensors, spot: Spot) -> Given:
+def slice_data(problem: Problem, t: Tensors, spot: Slice) -> SliceData:
     """One regime's data, in its own dtypes."""
     of_rows = [t.query]
     if problem.direction == BACKWARD:
         of_rows += [t.grad, t.out, t.stats] + [t.grad_lse] * problem.lse_gradient
     key, value = t.key[spot.of_columns], t.value[spot.of_columns]
     query, *rest = (x[spot.of_rows].reshape(len(key), -1, x.shape[3]) for x in of_rows)
-    return Given(1, spot.where, query, key, value, tuple(rest))
+    return SliceData(1, spot.where, query, key, value, tuple(rest))
 
 
-def together(given: Sequence[Given]) -> Given:
+def concatenated(given: Sequence[SliceData]) -> SliceData:
     """Of several regimes, at one spot."""
     count, (batches, heads, *sides) = len(given), given[0].where
     if count == 1:
         return given[0]
     of_all = zip(*((g.query, g.key, g.value, *g.of_rows) for g in given), strict=True)
     query, key, value, *rest = map(torch.cat, of_all)
-    return Given(count, (batches.repeat(count), heads.repeat(count), *sides), query, key, value, tuple(rest))
+    return SliceData(count, (batches.repeat(count), heads.repeat(count), *sides), query, key, value, tuple(rest))
 
 
-def regimes_at_once(spots: Sequence[Spot]) -> int:
-    return 1 if len(spots) > 1 else max(1, TOGETHER // spots[0].bytes)
+def regimes_at_once(spots: Sequence[Slice]) -> int:
+    return 1 if len(spots) > 1 else max(1, ENTRIES_AT_ONCE // spots[0].bytes)
 
 
-def spot_of_rows(problem: Problem, where: Places) -> Spot:
+def slice_of_rows(problem: Problem, where: SamplePlan) -> Slice:
     """The sampled query rows, and all key columns."""
     return _spot(problem, where.batches, where.heads, where.rows, None)
 
 
-def spots_of_columns(problem: Problem, where: Places) -> list[Spot]:
+def slices_of_columns(problem: Problem, where: SamplePlan) -> list[Slice]:
     """The sampled key columns, and all rows of all heads of the kv heads of the sampled heads, so many at a time."""
     group, size = group_of(problem), problem.query.shape[2] * max(problem.query.shape[3], problem.value.shape[3])
-    first, spots = where.heads // group * group, list[Spot]()
-    for members in torch.arange(group, device=first.device).split(max(1, AT_ONCE // (size * len(first)))):
+    first, spots = where.heads // group * group, list[Slice]()
+    for members in torch.arange(group, device=first.device).split(max(1, PAIRS_AT_ONCE // (size * len(first)))):
         batches = where.batches[:, None].expand(-1, len(members)).flatten()
         heads = (first[:, None] + members).flatten()
         spots.append(_spot(problem, batches, heads, None, where.columns, len(members)))
     return spots
 
 
-def spots_of_bias(problem: Problem, where: Places, spec: TensorSpec, transposed: bool) -> list[Spot]:
+def slices_of_bias(problem: Problem, where: SamplePlan, spec: TensorSpec, transposed: bool) -> list[Slice]:
     """The sampled rows, or if transposed columns, of all heads [M * N] that share entries of an operand with the N
     sampled ones, so many at a time.
     """
     heads, sampled = problem.lse_shape[1], where.columns if transposed else where.rows
     size = len(where.heads) * len(sampled) * problem.lengths[not transposed]
-    first, spots = where.batches * (spec.shape[0] > 1) * heads + where.heads * (spec.shape[1] > 1), list[Spot]()
-    for some in sharers_of(problem, spec).to(first.device).split(max(1, AT_ONCE // (4 * size))):
+    first, spots = where.batches * (spec.shape[0] > 1) * heads + where.heads * (spec.shape[1] > 1), list[Slice]()
+    for some in sharers_of(problem, spec).to(first.device).split(max(1, PAIRS_AT_ONCE // (4 * size))):
         members = (first + some[:, None]).flatten()
         sides = (None, sampled) if transposed else (sampled, None)
         spots.append(_spot(problem, members // heads, members % heads, *sides))
@@ -128,10 +128,10 @@ def group_of(problem: Problem) -> int:
 
 def _spot(
     problem: Problem, batches: torch.Tensor, heads: torch.Tensor, rows: torch.Tensor | None,
-    columns: torch.Tensor | None, together: int = 1,
-) -> Spot:  # fmt: skip
+    columns: torch.Tensor | None, concatenated: int = 1,
+) -> Slice:  # fmt: skip
     """Of these rows and columns, or all of them; so many heads after each other share a kv head."""
-    kv = batches[::together], heads[::together] // group_of(problem)
+    kv = batches[::concatenated], heads[::concatenated] // group_of(problem)
     of_rows, of_columns = (
         (b, h) if near is None else (b[:, None], h[:, None], near)
         for b, h, near in ((batches, heads, rows), (*kv, columns))
@@ -142,4 +142,4 @@ def _spot(
     ]
     dim, (r, c) = max(problem.query.shape[3], problem.value.shape[3]), map(len, every)
     count = OF_PAIRS * len(batches) * r * c + OF_SIDES * (len(batches) * r + len(kv[0]) * c) * dim
-    return Spot((batches, heads, *every), of_rows, of_columns, 8 * count)
+    return Slice((batches, heads, *every), of_rows, of_columns, 8 * count)

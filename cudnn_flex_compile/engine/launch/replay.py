@@ -19,18 +19,18 @@ from cudnn_flex_compile.locks import new_lock
 Enqueue = Callable[[Sequence[int], int, int], None]  # addresses; workspace; stream
 Key = tuple[int, ...]
 
-OFTEN = 8  # launches on the same addresses, before they are recorded
-KEYS = 512  # of a plan, whose launches are counted
+RECORD_AFTER = 8  # launches on the same addresses, before they are recorded
+MAX_KEYS = 512  # of a plan, whose launches are counted
 # Graphs of the process: each takes 0.12 MiB of the device. (python3 -m pytest -s tests/gpu/test_replay.py)
-MOST = 512
-LONG = 4 * MOST  # replays, after which a graph that was none of them may go for another
+MAX_GRAPHS = 512
+EVICT_AFTER = 4 * MAX_GRAPHS  # replays, after which a graph that was none of them may go for another
 # Recording takes the host one or two milliseconds, which some 30 replays save. So the first are free, and each further
 # one has to be earned: however addresses change, that takes less than what replays save.
-FREE, EARNED_BY = 64, 32
+FREE_RECORDINGS, REPLAYS_PER_RECORDING = 64, 32
 log = logging.getLogger("cudnn_flex_compile")
 
 
-class Shelf:
+class GraphPool:
     """The graphs of all plans.
 
     Attributes:
@@ -49,14 +49,15 @@ class Shelf:
 
     def has_room(self) -> bool:
         """Whether another graph may be recorded; one that has not been launched for long goes for it."""
-        if self.recordings >= FREE + self.replays // EARNED_BY or self.replays < self._full_until:
+        earned = FREE_RECORDINGS + self.replays // REPLAYS_PER_RECORDING
+        if self.recordings >= earned or self.replays < self._full_until:
             return False
         used = [(last, key, plan) for plan in self.plans for key, (_, last) in list(plan.graphs.items())]
-        if len(used) < MOST:
+        if len(used) < MAX_GRAPHS:
             return True
         last, key, plan = min(used, key=lambda entry: entry[0])
-        if self.replays - last < LONG:
-            self._full_until = last + LONG  # before which none goes
+        if self.replays - last < EVICT_AFTER:
+            self._full_until = last + EVICT_AFTER  # before which none goes
             return False
         return plan.graphs.pop(key, None) is not None
 
@@ -68,14 +69,14 @@ class Replays:
         graphs: by workspace and addresses, with the number of the replay that was the last of it.
     """
 
-    __slots__ = ("__weakref__", "_device", "_enqueue", "_seen", "_shelf", "graphs")
+    __slots__ = ("__weakref__", "_device", "_enqueue", "_pool", "_seen", "graphs")
 
-    def __init__(self, enqueue: Enqueue, device: int, shelf: Shelf) -> None:
-        self._enqueue, self._device, self._shelf = enqueue, device, shelf
+    def __init__(self, enqueue: Enqueue, device: int, pool: GraphPool) -> None:
+        self._enqueue, self._device, self._pool = enqueue, device, pool
         self._seen: dict[int, int] = {}
         self.graphs: dict[Key, tuple[Graph, int]] = {}
-        with shelf.lock:
-            shelf.plans.add(self)
+        with pool.lock:
+            pool.plans.add(self)
 
     def run(self, addresses: Sequence[int], workspace: int) -> None:
         """Launches, on the current stream of the device, which must be the current one."""
@@ -89,30 +90,30 @@ class Replays:
         graph = found[0]
         if not graph.launch(stream):
             self._enqueue(addresses, workspace, stream)
-        shelf = self._shelf
-        shelf.replays += 1
-        self.graphs[key] = graph, shelf.replays
+        pool = self._pool
+        pool.replays += 1
+        self.graphs[key] = graph, pool.replays
 
     def _notice(self, key: Key, addresses: Sequence[int], workspace: int) -> None:
         name = hash(key)
         seen = self._seen.get(name, 0) + 1
-        if len(self._seen) >= KEYS:
+        if len(self._seen) >= MAX_KEYS:
             self._seen.clear()
         self._seen[name] = seen
-        shelf = self._shelf
-        if seen < OFTEN or torch.cuda.is_current_stream_capturing() or not shelf.lock.acquire(blocking=False):
+        pool = self._pool
+        if seen < RECORD_AFTER or torch.cuda.is_current_stream_capturing() or not pool.lock.acquire(blocking=False):
             return
         try:
-            if shelf.has_room():
+            if pool.has_room():
                 self._record(key, addresses, workspace)
         finally:
-            shelf.lock.release()
+            pool.lock.release()
 
     def _record(self, key: Key, addresses: Sequence[int], workspace: int) -> None:
-        self._shelf.recordings += 1
+        self._pool.recordings += 1
         try:
             graph = Graph(functools.partial(self._enqueue, addresses, workspace), self._device)
         except Exception as error:  # the launch itself has been made
             log.debug("cudnn_flex: a launch was not recorded: %s", error)
             return
-        self.graphs[key] = graph, self._shelf.replays
+        self.graphs[key] = graph, self._pool.replays

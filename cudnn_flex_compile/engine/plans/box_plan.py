@@ -64,7 +64,7 @@ def _whole_cost(form: MaskForm, lengths: tuple[int, int], direction: str) -> int
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class BoxPart:
     """One plan. rows_own, columns_own: whether no earlier part writes them, so that this one writes in place."""
 
     box: Box
@@ -73,12 +73,12 @@ class Part:
     columns_own: bool
 
 
-class PartsPlan:
+class BoxPlan:
     """Several plans that behave as one (engine/plans/graph_plan.py)."""
 
     __slots__ = ("_bare_columns", "_bare_rows", "_parts", "device", "errors", "outputs", "problem", "strategy")
 
-    def __init__(self, problem: Problem, parts: Sequence[Part], outputs: tuple[TensorSpec, ...]) -> None:
+    def __init__(self, problem: Problem, parts: Sequence[BoxPart], outputs: tuple[TensorSpec, ...]) -> None:
         self.problem, self.outputs, self._parts = problem, outputs, tuple(parts)
         self.strategy = f"parts ({', '.join(part.plan.strategy for part in parts)})"
         self.device = torch.device("cuda", problem.device)
@@ -176,20 +176,20 @@ def _gaps(covered: list[Interval], length: int) -> list[Interval]:
     return [*gaps, (start, length)] if start < length else gaps
 
 
-def assemble_parts(
+def assemble_boxes(
     problem: Problem,
     program: Program,
     found: Sequence[Box],
     outputs: tuple[TensorSpec, ...],
     build: Callable[[Program, Problem], "Any | Reason"],
-) -> "PartsPlan | Reason":
+) -> "BoxPlan | Reason":
     """Builds a plan for each box.
 
     Args:
         outputs: the layouts of what the whole problem writes.
         build: a plan for a program and a problem.
     """
-    parts: list[Part] = []
+    parts: list[BoxPart] = []
     for box in found:
         rows_own = all(p.box.bottom <= box.top or box.bottom <= p.box.top for p in parts)
         columns_own = all(p.box.right <= box.left or box.right <= p.box.left for p in parts)
@@ -197,8 +197,8 @@ def assemble_parts(
         plan = build(local, _cut(problem, local, box, outputs, rows_own, columns_own))
         if isinstance(plan, Reason):
             return plan
-        parts.append(Part(box, plan, rows_own, columns_own))
-    return PartsPlan(problem, parts, outputs)
+        parts.append(BoxPart(box, plan, rows_own, columns_own))
+    return BoxPlan(problem, parts, outputs)
 
 
 def _cut(

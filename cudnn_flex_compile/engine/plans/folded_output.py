@@ -18,7 +18,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from cudnn_flex_compile.engine.plans.wrapped import Around
+from cudnn_flex_compile.engine.plans.wrapped import WrappedPlan
 from cudnn_flex_compile.engine.problem import Problem
 
 TINY = 2.0**-100
@@ -27,7 +27,7 @@ LEAST = 2.0**-12  # an entry of dO' that O' can be divided by, in those of the r
 ROWS = 16  # of one block of threads
 
 
-class FoldedPlan(Around):
+class FoldedPlan(WrappedPlan):
     NAME = "folded"
     FIRST = True
 

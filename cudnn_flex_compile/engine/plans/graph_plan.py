@@ -32,7 +32,7 @@ BACKWARD_ROLES = (
 DTYPES = {int: torch.int32, float: torch.float32}
 
 
-class Plan:
+class GraphPlan:
     """Runs one problem. Immutable once built; any thread may run it.
 
     Attributes:
@@ -63,7 +63,7 @@ class Plan:
         enqueue = functools.partial(_launch_on, self._launch, problem.device)
         # Scalars are not in device memory: with them, addresses do not tell launches apart.
         replayed = problem.replay and not (binding.ints or binding.floats)
-        self._replays = Replays(enqueue, problem.device, engine.shelf) if replayed else None
+        self._replays = Replays(enqueue, problem.device, engine.graph_pool) if replayed else None
         self.outputs = output_specs(problem)
         self.errors: tuple[Error, ...] = ()
 
@@ -119,7 +119,7 @@ def _drop_python_engines(graph: Any) -> None:
         graph.deselect_engines(names)
 
 
-def build(problem: Problem, lowering: Lowering) -> Plan | Reason:
+def build(problem: Problem, lowering: Lowering) -> GraphPlan | Reason:
     """The plan, on the current device, which must be the problem's; or why cuDNN does not support it.
 
     Raises torch.OutOfMemoryError; whatever else the frontend raises, in Python or from C++, is a refusal.
@@ -142,7 +142,7 @@ PASSING = (
 )  # fmt: skip
 
 
-def _build(problem: Problem, lowering: Lowering) -> Plan:
+def _build(problem: Problem, lowering: Lowering) -> GraphPlan:
     built = assemble(problem, lowering, handle=current_handle(problem.device))
     graph = built.graph
     try:
@@ -154,7 +154,7 @@ def _build(problem: Problem, lowering: Lowering) -> Plan:
         graph.build_plans(cudnn.build_plan_policy.HEURISTICS_CHOICE)
     finally:
         built.callbacks.clear()
-    return Plan(problem, graph, _bind(problem, lowering, built))
+    return GraphPlan(problem, graph, _bind(problem, lowering, built))
 
 
 def _bind(problem: Problem, lowering: Lowering, built: AttentionGraph) -> Binding:
@@ -179,7 +179,7 @@ def _bind(problem: Problem, lowering: Lowering, built: AttentionGraph) -> Bindin
     )
 
 
-def restore(problem: Problem, binding: Binding, data: bytes) -> Plan:
+def restore(problem: Problem, binding: Binding, data: bytes) -> GraphPlan:
     """A plan that Plan.serialized gave the data of, for the same problem, without building anything.
 
     Raises ValueError for data that cuDNN cannot use.
@@ -188,7 +188,7 @@ def restore(problem: Problem, binding: Binding, data: bytes) -> Plan:
     graph: Any = cudnn.pygraph(handle=handle)
     try:
         graph.deserialize(handle, data)
-        return Plan(problem, graph, binding)
+        return GraphPlan(problem, graph, binding)
     except (cudnn.cudnnGraphNotSupportedError, RuntimeError) as error:
         raise ValueError(f"{binding.strategy}, {problem.direction}: {_first_line(error)}") from error
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 
 from cudnn_flex_compile.engine.plans.folded_output import FoldedPlan
-from cudnn_flex_compile.engine.plans.wrapped import Around
+from cudnn_flex_compile.engine.plans.wrapped import WrappedPlan
 from cudnn_flex_compile.engine.problem import Problem, TensorSpec, strides_like
 
 # The columns that are added to V, a multiple of what cuDNN takes. dLSE is the sum of what dO' has there times these,
@@ -23,7 +23,7 @@ ONES = (1024.0, 1.0, 1.0)
 MORE = 8
 
 
-class WidePlan(Around):
+class WidenedPlan(WrappedPlan):
     NAME = "wider values"
     FIRST = False
 

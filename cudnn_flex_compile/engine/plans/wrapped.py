@@ -13,7 +13,7 @@ from cudnn_flex_compile.engine.problem import Problem
 from cudnn_flex_compile.engine.store.codec import Error
 
 
-class Around(ABC):
+class WrappedPlan(ABC):
     """A plan (engine/plans/graph_plan.py) around `inner`, one of `inner_problem(problem)`. FIRST: whether this way is
     tried before plans that take the gradient of the log-sum-exp themselves.
     """

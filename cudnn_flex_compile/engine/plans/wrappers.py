@@ -4,7 +4,7 @@ Knows nothing of how they work.
 """
 
 from cudnn_flex_compile.engine.plans.folded_output import FoldedPlan
-from cudnn_flex_compile.engine.plans.widened_values import WidePlan
-from cudnn_flex_compile.engine.plans.wrapped import Around
+from cudnn_flex_compile.engine.plans.widened_values import WidenedPlan
+from cudnn_flex_compile.engine.plans.wrapped import WrappedPlan
 
-WAYS: dict[str, type[Around]] = {way.NAME: way for way in (FoldedPlan, WidePlan)}
+WRAPPERS: dict[str, type[WrappedPlan]] = {way.NAME: way for way in (FoldedPlan, WidenedPlan)}

@@ -13,16 +13,16 @@ from cudnn_flex_compile.engine.launch.memory import Layout
 from cudnn_flex_compile.engine.problem import BACKWARD, TensorSpec, dense
 
 if TYPE_CHECKING:
-    from cudnn_flex_compile.engine.plans.box_plan import PartsPlan
-    from cudnn_flex_compile.engine.plans.graph_plan import Plan
-    from cudnn_flex_compile.engine.plans.wrapped import Around
+    from cudnn_flex_compile.engine.plans.box_plan import BoxPlan
+    from cudnn_flex_compile.engine.plans.graph_plan import GraphPlan
+    from cudnn_flex_compile.engine.plans.wrapped import WrappedPlan
     from cudnn_flex_compile.engine.tiles.plan import TilePlan
 
-Runs: TypeAlias = Union["Plan", "PartsPlan", "Around", "TilePlan"]
+Plan: TypeAlias = Union["GraphPlan", "BoxPlan", "WrappedPlan", "TilePlan"]
 
 
 @dataclass(frozen=True)
-class Ready:
+class CachedPlan:
     """A certified plan.
 
     Attributes:
@@ -30,7 +30,7 @@ class Ready:
         references: fingerprints of what it was compared with.
     """
 
-    plan: Runs
+    plan: Plan
     copies: tuple[bool, bool, bool, bool]
     references: set[str | None] = field(default_factory=set[str | None], compare=False)
 

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cudnn_flex_compile.config import Policy
 from cudnn_flex_compile.engine.certify.reference import Reference
-from cudnn_flex_compile.engine.plans.box_plan import PartsPlan, assemble_parts, divided
+from cudnn_flex_compile.engine.plans.box_plan import BoxPlan, assemble_boxes, divided
 from cudnn_flex_compile.engine.problem import Problem
 from cudnn_flex_compile.engine.state import engine
 from cudnn_flex_compile.engine.store.codec import Certified, StoredPlan, decode, encode
 from cudnn_flex_compile.engine.store.identity import key_of, problem_text
-from cudnn_flex_compile.engine.store.plan_cache import Runs
+from cudnn_flex_compile.engine.store.plan_cache import Plan
 from cudnn_flex_compile.phases import phase
 from cudnn_flex_compile.reasons import Reason
 from cudnn_flex_compile.scoremod.ir import Program
@@ -28,7 +28,7 @@ from cudnn_flex_compile.scoremod.masks.boxes import pruned
 from cudnn_flex_compile.scoremod.text import parse
 
 if TYPE_CHECKING:
-    from cudnn_flex_compile.engine.plans.graph_plan import Plan
+    from cudnn_flex_compile.engine.plans.graph_plan import GraphPlan
 
 log = logging.getLogger("cudnn_flex_compile")
 
@@ -43,7 +43,7 @@ class Use(NamedTuple):
 USES = {"once": Use(True, True), "always": Use(False, True), "off": Use(False, False)}
 
 
-def recall(problem: Problem, reference: Reference, policy: Policy) -> Runs | Reason | None:
+def recall(problem: Problem, reference: Reference, policy: Policy) -> Plan | Reason | None:
     """The stored verdict on a problem, its plans ready to run on the current device; None if there is none.
 
     Args:
@@ -70,7 +70,7 @@ def recall(problem: Problem, reference: Reference, policy: Policy) -> Runs | Rea
             return None
 
 
-def keep(problem: Problem, reference: Reference, policy: Policy, found: Runs | Reason) -> None:
+def keep(problem: Problem, reference: Reference, policy: Policy, found: Plan | Reason) -> None:
     """Stores a verdict that was found out by this policy."""
     store, fingerprint = engine.store, reference.fingerprint
     passing = isinstance(found, Reason) and not found.lasting
@@ -99,17 +99,17 @@ def keep_text(key: str, value: str) -> None:
         store.write(key, value.encode())
 
 
-def _stored(found: Runs) -> Certified:
-    from cudnn_flex_compile.engine.plans.wrapped import Around
+def _stored(found: Plan) -> Certified:
+    from cudnn_flex_compile.engine.plans.wrapped import WrappedPlan
 
-    if isinstance(found, Around):
+    if isinstance(found, WrappedPlan):
         return replace(_stored(found.inner), around=found.NAME, errors=found.errors)
-    plans: list[Any] = list(found.plans) if isinstance(found, PartsPlan) else [found]
+    plans: list[Any] = list(found.plans) if isinstance(found, BoxPlan) else [found]
     stored = [StoredPlan(problem_text(p.problem), p.binding, p.workspace, p.serialized()) for p in plans]
-    return Certified(tuple(stored), isinstance(found, PartsPlan), errors=found.errors)
+    return Certified(tuple(stored), isinstance(found, BoxPlan), errors=found.errors)
 
 
-def _compiled(problem: Problem) -> Runs:
+def _compiled(problem: Problem) -> Plan:
     """A plan of kernels that the frontend keeps."""
     from cudnn_flex_compile.engine.tiles.plan import build
 
@@ -119,20 +119,20 @@ def _compiled(problem: Problem) -> Runs:
     return plan
 
 
-def _restored(problem: Problem, verdict: Certified) -> Runs | Reason:
+def _restored(problem: Problem, verdict: Certified) -> Plan | Reason:
     """Raises ValueError for plans of other problems: our code cannot have changed, but be sure."""
     from cudnn_flex_compile.engine.graph.build import output_specs
     from cudnn_flex_compile.engine.plans.graph_plan import restore
-    from cudnn_flex_compile.engine.plans.wrappers import WAYS
+    from cudnn_flex_compile.engine.plans.wrappers import WRAPPERS
 
     if problem.tiled:
         return _compiled(problem)
     if verdict.around:
-        way = WAYS[verdict.around]
+        way = WRAPPERS[verdict.around]
         return way(problem, _restored(way.inner_problem(problem), replace(verdict, around="")))
     left = list(verdict.plans)
 
-    def next_plan(_: Program, part: Problem) -> "Plan":
+    def next_plan(_: Program, part: Problem) -> "GraphPlan":
         stored = left.pop(0)
         if stored.problem != problem_text(part):
             raise ValueError("it is for another problem")
@@ -148,4 +148,4 @@ def _restored(problem: Problem, verdict: Certified) -> Runs | Reason:
     boxes = divided(program, problem.lengths, problem.direction) or []
     if len(boxes) != len(left):
         raise ValueError(f"it has {len(left)} parts, {len(boxes)} are wanted")
-    return assemble_parts(problem, program, boxes, output_specs(problem), next_plan)
+    return assemble_boxes(problem, program, boxes, output_specs(problem), next_plan)

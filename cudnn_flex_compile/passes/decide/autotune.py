@@ -20,11 +20,11 @@ from cudnn_flex_compile.engine.key import problem_of
 from cudnn_flex_compile.engine.launch import timing
 from cudnn_flex_compile.engine.state import engine
 from cudnn_flex_compile.engine.store.identity import environment, problem_text
-from cudnn_flex_compile.engine.store.plan_cache import Ready
+from cudnn_flex_compile.engine.store.plan_cache import CachedPlan
 from cudnn_flex_compile.engine.store.verdicts import keep_text, recall_text
 from cudnn_flex_compile.engine.worker import run_clean
 from cudnn_flex_compile.kernels.inductor_timer import Contest, milliseconds
-from cudnn_flex_compile.passes.decide.candidate import Target, backward_call, forward_call
+from cudnn_flex_compile.passes.decide.candidate import Candidate, backward_call, forward_call
 from cudnn_flex_compile.passes.read.call import example, hint
 from cudnn_flex_compile.phases import phase
 from cudnn_flex_compile.reasons import Code, Reason
@@ -51,38 +51,39 @@ class Times:
         return Reason(Code.SLOWER, detail)
 
 
-def measurable(target: Target) -> bool:
+def measurable(candidate: Candidate) -> bool:
     """Whether the call can be measured: on a GPU, with its BlockMask at hand, where keys are not permuted in the graph,
     and without a loss of the log-sum-exp.
     """
-    blocks = [target.real.get(block) for block in target.call.blocks[:4] if block is not None]
+    blocks = [candidate.real.get(block) for block in candidate.call.blocks[:4] if block is not None]
     there = all(isinstance(block, torch.Tensor) for block in blocks)
-    on_gpu = example(target.call.query).device.type == "cuda"
-    return there and on_gpu and target.compact is None and not target.lse_gradient
+    on_gpu = example(candidate.call.query).device.type == "cuda"
+    return there and on_gpu and candidate.compact is None and not candidate.lse_gradient
 
 
-def times_of(target: Target) -> Times | None:
+def times_of(candidate: Candidate) -> Times | None:
     """Of a call whose plans were found, measured now or before; None if that fails."""
-    device = example(target.call.query).device
-    call = forward_call(target, target.running, device)
-    ready = [engine.plans.peek(key) for key in (call, *([backward_call(call)] if target.training else []))]
-    found = [r for r in ready if isinstance(r, Ready)]
+    device = example(candidate.call.query).device
+    call = forward_call(candidate, candidate.running, device)
+    ready = [engine.plans.peek(key) for key in (call, *([backward_call(call)] if candidate.training else []))]
+    found = [r for r in ready if isinstance(r, CachedPlan)]
     if len(found) < len(ready):
         return None
     contest = Contest(
-        problem_of(forward_call(target, (target.program, target.hoisted), device)), target.training, _blocks(target),
-        (hint(target.call.block_sizes[0]), hint(target.call.block_sizes[1])),
+        problem_of(forward_call(candidate, (candidate.program, candidate.hoisted), device)), candidate.training,
+        _blocks(candidate),
+        (hint(candidate.call.block_sizes[0]), hint(candidate.call.block_sizes[1])),
     )  # fmt: skip
-    key = _key(found, contest, target.fingerprint)
+    key = _key(found, contest, candidate.fingerprint)
     with phase("autotune"):
         return _recalled(key) or _compared(key, found, contest)
 
 
-def _blocks(target: Target) -> tuple[Any, ...]:
-    return tuple(None if block is None else target.real[block].cpu() for block in target.call.blocks[:4])
+def _blocks(candidate: Candidate) -> tuple[Any, ...]:
+    return tuple(None if block is None else candidate.real[block].cpu() for block in candidate.call.blocks[:4])
 
 
-def _compared(key: str, found: list[Ready], contest: Contest) -> Times | None:
+def _compared(key: str, found: list[CachedPlan], contest: Contest) -> Times | None:
     stock = milliseconds(contest)
     if stock is None:
         return None
@@ -94,12 +95,12 @@ def _compared(key: str, found: list[Ready], contest: Contest) -> Times | None:
     return engine.times.put(key, Times(ours, stock))
 
 
-def _ours(found: list[Ready]) -> tuple[float, ...]:
+def _ours(found: list[CachedPlan]) -> tuple[float, ...]:
     reference = ProgramReference(parse(found[0].plan.problem.program))
     return tuple(timing.milliseconds([run_of(ready.plan, found[0].plan, reference) for ready in found]))
 
 
-def _key(found: list[Ready], contest: Contest, fingerprint: str | None) -> str:
+def _key(found: list[CachedPlan], contest: Contest, fingerprint: str | None) -> str:
     """All that the times depend on."""
     blocks = hashlib.blake2b(digest_size=16)
     for block in contest.blocks:

@@ -33,11 +33,11 @@ from cudnn_flex_compile.scoremod.text import text
 from cudnn_flex_compile.scoremod.trace import Captured, stand_ins
 
 if TYPE_CHECKING:
-    from cudnn_flex_compile.engine.store.plan_cache import Ready
+    from cudnn_flex_compile.engine.store.plan_cache import CachedPlan
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class Candidate:
     """A call with its program.
 
     Attributes:
@@ -73,58 +73,59 @@ class Target:
         return (self.program, self.hoisted) if self.compact is None else (self.compact.program, self.compact.hoisted)
 
 
-class Accepted(NamedTuple):
+class Lowered(NamedTuple):
     """strategies: of forward and backward, or of the forward. errors: what certification measured of these plans."""
 
     strategies: tuple[str, ...]
     errors: tuple[Error, ...] = ()
 
 
-def judge(target: Target) -> Accepted | Reason:
+def plan_or_reason(candidate: Candidate) -> Lowered | Reason:
     """How a call runs, or why it is kept."""
-    device = example(target.call.query).device
-    call = forward_call(target, target.running, device)
+    device = example(candidate.call.query).device
+    call = forward_call(candidate, candidate.running, device)
     problem = problem_of(call)
     if device.type == "cuda":
-        return _certified(target, call, problem)
-    program, _ = target.running
-    asked = problem.backward(target.lse_gradient) if target.training else problem
+        return _certified(candidate, call, problem)
+    program, _ = candidate.running
+    asked = problem.backward(candidate.lse_gradient) if candidate.training else problem
     reason = refused(asked, program, on_cpu=True)
     if reason is not None:
         return reason
-    if target.tiled:
-        return Accepted((INTERVALS,))
-    inside = ends(problem.lengths) if target.lse_gradient and not FoldedPlan.takes(problem) else None
+    if candidate.tiled:
+        return Lowered((INTERVALS,))
+    inside = ends(problem.lengths) if candidate.lse_gradient and not FoldedPlan.takes(problem) else None
     reasons: list[Reason] = []
     for strategy in STRATEGIES:
-        lowering = strategy.lower(program, target.training, inside)
+        lowering = strategy.lower(program, candidate.training, inside)
         if not isinstance(lowering, Reason):
-            return Accepted((strategy.name,))
+            return Lowered((strategy.name,))
         reasons.append(lowering)
     return next((r for r in reasons if r.code is not Code.UNSUPPORTED_CALL), reasons[-1])
 
 
-def _certified(target: Target, call: Key, problem: Problem) -> Accepted | Reason:
+def _certified(candidate: Candidate, call: Key, problem: Problem) -> Lowered | Reason:
     from cudnn_flex_compile.engine.find_plan import find_plan
-    from cudnn_flex_compile.engine.store.plan_cache import Ready
+    from cudnn_flex_compile.engine.store.plan_cache import CachedPlan
 
-    asked = functools.cache(lambda: _reference(target)), target.fingerprint
+    asked = functools.cache(lambda: _reference(candidate)), candidate.fingerprint
     found = find_plan(call, *asked)
     if isinstance(found, Reason):
         return found
-    if not target.training:
+    if not candidate.training:
         return _accepted(found)
     backward = find_plan(backward_call(call), *asked)
-    if isinstance(backward, Ready) and target.lse_gradient:  # what of both is run, the loss says, maybe at each step
+    # Which of both runs, the loss says, maybe at each step.
+    if isinstance(backward, CachedPlan) and candidate.lse_gradient:
         backward = find_plan(backward_call(call, lse_gradient=True), *asked)
         if isinstance(backward, Reason):
             return Reason(Code.LSE_GRADIENT, f"with a gradient of the LSE: {backward}", backward.lasting)
     return backward if isinstance(backward, Reason) else _accepted(found, backward)
 
 
-def _accepted(*found: "Ready") -> Accepted:
+def _accepted(*found: "CachedPlan") -> Lowered:
     errors = tuple(error for ready in found for error in ready.plan.errors)
-    return Accepted(tuple(ready.plan.strategy for ready in found), errors)
+    return Lowered(tuple(ready.plan.strategy for ready in found), errors)
 
 
 def backward_call(forward: Key, lse_gradient: bool = False) -> Key:
@@ -133,9 +134,9 @@ def backward_call(forward: Key, lse_gradient: bool = False) -> Key:
     return backward_key(forward, Meta(problem.out, torch.device("cuda", problem.device)), lse_gradient)
 
 
-def forward_call(target: Target, running: tuple[Program, tuple[Hoisted, ...]], device: torch.device) -> Key:
+def forward_call(candidate: Candidate, running: tuple[Program, tuple[Hoisted, ...]], device: torch.device) -> Key:
     """The key of the call with this program and these operands: those of the plans, or the user's own."""
-    call = target.call
+    call = candidate.call
     query, key, value = (Meta(_spec(example(n)), device) for n in (call.query, call.key, call.value))
     if key.shape[0] != query.shape[0]:
         for tensor in (key, value):
@@ -143,11 +144,11 @@ def forward_call(target: Target, running: tuple[Program, tuple[Hoisted, ...]], d
             tensor.__init__(spec, device)
     sizes = (*query.shape[:3], key.shape[2])
     program, hoisted = running
-    if target.compact is not None and running == target.running:  # the op gets permuted copies
+    if candidate.compact is not None and running == candidate.running:  # the op gets permuted copies
         key, value = (Meta(dense(TensorSpec(t.shape, t.stride(), t.dtype)), device) for t in (key, value))
     operands = [Meta(_operand_spec(h, sizes), device) for h in hoisted]
-    stats = target.training or call.uses(1)
-    rest = (operands, scale_of(call) or 0.0, stats, target.tiled, target.policy)
+    stats = candidate.training or call.uses(1)
+    rest = (operands, scale_of(call) or 0.0, stats, candidate.tiled, candidate.policy)
     return forward_key(text(program), query, key, value, *rest)
 
 
@@ -165,13 +166,13 @@ def _operand_spec(hoisted: Hoisted, sizes: tuple[int, ...]) -> TensorSpec:
     return TensorSpec(shape, stride, hoisted.stored)
 
 
-def _reference(target: Target) -> SubgraphReference:
-    leaves = list(target.captures.nodes)
+def _reference(candidate: Candidate) -> SubgraphReference:
+    leaves = list(candidate.captures.nodes)
     # Integers that are indices stay within every captured tensor; others, such as lengths, may be up to the length.
-    inside = max(min((n for t in leaves for n in _shape(target, t)), default=2) - 1, 0)
-    indexed, length = indexing(target.call), hint(example(target.call.key).shape[2])
+    inside = max(min((n for t in leaves for n in _shape(candidate, t)), default=2) - 1, 0)
+    indexed, length = indexing(candidate.call), hint(example(candidate.call.key).shape[2])
     captured = tuple(
-        _captured(target, leaf, *((inside, True) if target.captures.nodes[leaf] in indexed else (length, False)))
+        _captured(candidate, leaf, *((inside, True) if candidate.captures.nodes[leaf] in indexed else (length, False)))
         for leaf in leaves
     )
 
@@ -180,65 +181,66 @@ def _reference(target: Target) -> SubgraphReference:
     ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         by_leaf = dict(zip(leaves, values, strict=True))
         order = None
-        if target.compact is not None:
-            bias = operand_value(target.compact.columns, by_leaf.__getitem__, sizes, device)
+        if candidate.compact is not None:
+            bias = operand_value(candidate.compact.columns, by_leaf.__getitem__, sizes, device)
             span = torch.arange(sizes[3], device=device)
             by_leaf[COUNTS] = counts_of(bias)
             order = order_of(slots_of(bias, by_leaf[COUNTS], span), span)
-        return [operand_value(h, by_leaf.__getitem__, sizes, device) for h in target.running[1]], order
+        return [operand_value(h, by_leaf.__getitem__, sizes, device) for h in candidate.running[1]], order
 
     return SubgraphReference(
-        **_functions(target),
-        score_captured=tuple(leaves.index(c.leaf) for c in target.captures.of_score),
-        mask_captured=tuple(leaves.index(c.leaf) for c in target.captures.of_mask),
+        **_functions(candidate),
+        score_captured=tuple(leaves.index(c.leaf) for c in candidate.captures.of_score),
+        mask_captured=tuple(leaves.index(c.leaf) for c in candidate.captures.of_mask),
         captured=captured,
         operands=operands,
-        ints=tuple(leaves.index(leaf) for leaf in target.captures.ints),
-        floats=tuple(leaves.index(leaf) for leaf in target.captures.floats),
-        fingerprint=target.fingerprint,
-        source=target.call.source,
+        ints=tuple(leaves.index(leaf) for leaf in candidate.captures.ints),
+        floats=tuple(leaves.index(leaf) for leaf in candidate.captures.floats),
+        fingerprint=candidate.fingerprint,
+        source=candidate.call.source,
     )
 
 
-def _functions(target: Target) -> dict[str, Any]:
+def _functions(candidate: Candidate) -> dict[str, Any]:
     """The user's functions as ATen graphs: vmap takes these, but no autograd.Function, say.
 
     They are traced here, in the thread that compiles: a certification, in ours, may not wait for autograd's.
     """
-    call, captures = target.call, target.captures
+    call, captures = candidate.call, candidate.captures
     device, leaves = example(call.query).device, list(captures.nodes)
     score_mod, mask_mod = plain(call.score_mod), plain(call.mask_mod)
     with fake_mode():
-        of_score = _numbered(target, captures.of_score, stand_ins(True, captures.of_score, device, target.training))
-        of_mask = _numbered(target, captures.of_mask, stand_ins(False, captures.of_mask, device, False))
+        made_up = stand_ins(True, captures.of_score, device, candidate.training)
+        of_score = _numbered(candidate, captures.of_score, made_up)
+        of_mask = _numbered(candidate, captures.of_mask, stand_ins(False, captures.of_mask, device, False))
         start = len(of_score) - len(captures.of_score)
         places = [start + i for i, c in enumerate(captures.of_score) if c.learned]
         learned = [c for c in captures.of_score if c.learned]
         return {
             "score_mod": value_graph(score_mod, of_score),
             "mask_mod": value_graph(mask_mod, of_mask),
-            "joint": joint_graph(score_mod, of_score, places) if target.training else None,
+            "joint": joint_graph(score_mod, of_score, places) if candidate.training else None,
             "learned": tuple(leaves.index(c.leaf) for c in learned),
         }
 
 
-def _numbered(target: Target, captured: Sequence[Captured], inputs: list[Any]) -> list[Any]:
+def _numbered(candidate: Candidate, captured: Sequence[Captured], inputs: list[Any]) -> list[Any]:
     """The inputs with the numbers of the call that is being compiled in place of symbolic integers."""
-    nodes = target.captures.nodes
+    nodes = candidate.captures.nodes
     numbers = [_hints([example(nodes[c.leaf])])[0] if c.tensor is None else None for c in captured]
     start = len(inputs) - len(captured)
     return inputs[:start] + [t if n is None else n for t, n in zip(inputs[start:], numbers, strict=True)]
 
 
-def _shape(target: Target, leaf: Expr) -> tuple[int, ...]:
-    tensor = example(target.captures.nodes[leaf])
+def _shape(candidate: Candidate, leaf: Expr) -> tuple[int, ...]:
+    tensor = example(candidate.captures.nodes[leaf])
     return _hints(tensor.shape) if isinstance(tensor, torch.Tensor) else ()
 
 
-def _captured(target: Target, leaf: Expr, limit: int, index: bool) -> CapturedValue:
-    node = target.captures.nodes[leaf]
+def _captured(candidate: Candidate, leaf: Expr, limit: int, index: bool) -> CapturedValue:
+    node = candidate.captures.nodes[leaf]
     value = example(node)
     if not isinstance(value, torch.Tensor):
         return CapturedValue(None, number=max(-VALUE_LIMIT, min(_hints([value])[0], VALUE_LIMIT)))  # as plans take it
-    real = target.real.get(node)
+    real = candidate.real.get(node)
     return CapturedValue(_spec(value), scalar=leaf.kind == "scalar", real=real, limit=limit, index=index)

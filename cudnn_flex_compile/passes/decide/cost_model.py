@@ -55,11 +55,11 @@ class Line:
 # forward on the blocks that its BlockMask lists; and what a list of tiles adds to a step, by 10^9 pairs of the mask.
 # DOCUMENTS prints these lines as it measures them: on an H200, where the host bounds the interval kernels of all but
 # large calls. Of the forward it measures the device alone; the host's time of forward and backward stands in its place.
-CALLS = {
+CALL_TIME = {
     False: (Line(0.061, 2.89), Line(0.450, 1.42)),
     True: (Line(0.330, 8.84), Line(0.450, 3.60)),
 }
-LIST = Line(1.254, 0.56)
+LIST_TIME = Line(1.254, 0.56)
 # What all that a graph has besides attention takes, without and with the backward, milliseconds: of the GPU for each
 # TFLOP of matrix products, and of the host for each product and each call. (python3 -m tests.measure.host_share)
 PRODUCTS = {False: 2.3, True: 3 * 2.3}
@@ -73,7 +73,7 @@ SURELY_GPU = {False: 3.5, True: 1.7}
 
 
 @dataclass(frozen=True, slots=True)
-class Around:
+class Workload:
     """What a call has around it, whose kernels the host launches one by one: its graph.
 
     Attributes:
@@ -87,7 +87,7 @@ class Around:
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class CostInputs:
     """What is known of a call.
 
     Attributes:
@@ -106,7 +106,7 @@ class Facts:
     training: bool
     lse_gradient: bool
     share: float | None
-    around: Around | None
+    around: Workload | None
     tiled: bool = False
     sharing: int = 1
 
@@ -122,10 +122,10 @@ class Facts:
         return 2 * (dim + value_dim) * batch * heads * queries * keys / 1e12
 
 
-def pair_operands(facts: Facts) -> list[torch.dtype]:
+def pair_operands(inputs: CostInputs) -> list[torch.dtype]:
     """The dtypes of the operands over (q, kv) pairs that the score_mod reads; a learned bias is none of its."""
-    operands = [n for n in ir.walk(without_bias(facts.program.score)[0]) if n.kind == "operand"]
-    return [facts.hoisted[int(n.value or 0)].stored for n in operands if {"q", "k"} <= set(n.dims)]
+    operands = [n for n in ir.walk(without_bias(inputs.program.score)[0]) if n.kind == "operand"]
+    return [inputs.hoisted[int(n.value or 0)].stored for n in operands if {"q", "k"} <= set(n.dims)]
 
 
 def pairs_of(program: Program, lengths: tuple[int, int], training: bool) -> float:
@@ -138,64 +138,64 @@ def pairs_of(program: Program, lengths: tuple[int, int], training: bool) -> floa
     return total * (BIAS_COST if split(program.mask).biases else 1.0)
 
 
-def pairs_by_either(facts: Facts) -> tuple[float, float]:
+def pairs_by_either(inputs: CostInputs) -> tuple[float, float]:
     """The pairs of a head that Inductor's kernel computes, and our plans, in what a plain one costs Inductor's kernel.
 
     Both compute the same if it is not known which blocks the BlockMask lists.
     """
-    queries, keys = facts.lengths
-    computed = pairs_of(facts.program, facts.lengths, facts.training)
-    share = facts.share if facts.call.blocks else 1.0
+    queries, keys = inputs.lengths
+    computed = pairs_of(inputs.program, inputs.lengths, inputs.training)
+    share = inputs.share if inputs.call.blocks else 1.0
     stock = computed if share is None else share * queries * keys
-    capped = any(node.kind == "tanh" for node in ir.walk(facts.program.score))
+    capped = any(node.kind == "tanh" for node in ir.walk(inputs.program.score))
     return stock * (CAPPED_COST if capped else 1.0), computed * PAIR_COST
 
 
-def times_by_either(facts: Facts) -> tuple[float, float]:
+def times_by_either(inputs: CostInputs) -> tuple[float, float]:
     """Milliseconds of the GPU for a call on Inductor's kernel, and by plans, by the pairs of either."""
-    queries, keys = facts.lengths
-    slope = CALLS[facts.training][0].slope * facts.tflop / (queries * keys)
-    stock, ours = pairs_by_either(facts)
+    queries, keys = inputs.lengths
+    slope = CALL_TIME[inputs.training][0].slope * inputs.tflop / (queries * keys)
+    stock, ours = pairs_by_either(inputs)
     return slope * stock, slope * ours
 
 
-def spared(facts: Facts) -> float:
+def spared(inputs: CostInputs) -> float:
     """Milliseconds of the GPU that a call takes less by plans than on Inductor's kernel."""
-    stock, ours = times_by_either(facts)
+    stock, ours = times_by_either(inputs)
     return stock - ours
 
 
-def host_counts(facts: Facts) -> bool:
+def host_counts(inputs: CostInputs) -> bool:
     """Whether the GPU may wait for the host, so that what a call takes of the host's time counts."""
-    around = facts.around
+    around = inputs.around
     if around is None:
         return False
-    gpu = PRODUCTS[facts.training] * around.tflop + around.calls * times_by_either(facts)[0]
-    return gpu < SURELY_GPU[facts.training] * LAUNCHES[facts.training] * (around.products + around.calls)
+    gpu = PRODUCTS[inputs.training] * around.tflop + around.calls * times_by_either(inputs)[0]
+    return gpu < SURELY_GPU[inputs.training] * LAUNCHES[inputs.training] * (around.products + around.calls)
 
 
-def interval_times(facts: Facts) -> tuple[float, float, float]:
+def interval_times(inputs: CostInputs) -> tuple[float, float, float]:
     """Milliseconds that all calls with one mask take a step, on Inductor's kernel and by intervals, and their list."""
-    call, share = facts.call, facts.share if facts.call.blocks else 1.0
+    call, share = inputs.call, inputs.share if inputs.call.blocks else 1.0
     visible = GUESSED_SHARE if share is None else share
-    stock, ours = (line.at(visible * facts.tflop) for line in CALLS[facts.training])
+    stock, ours = (line.at(visible * inputs.tflop) for line in CALL_TIME[inputs.training])
     batch, heads, queries, _ = map(hint, example(call.query).shape)
-    of_mask = batch * queries * facts.lengths[1] * (heads if "h" in ir.axes_of(facts.program.mask) else 1)
-    return facts.sharing * stock, facts.sharing * ours, LIST.at(of_mask / 1e9)
+    of_mask = batch * queries * inputs.lengths[1] * (heads if "h" in ir.axes_of(inputs.program.mask) else 1)
+    return inputs.sharing * stock, inputs.sharing * ours, LIST_TIME.at(of_mask / 1e9)
 
 
-def expected(facts: Facts) -> float | None:
+def expected(inputs: CostInputs) -> float | None:
     """How many times as fast as Inductor's kernel the plans are, by the pairs that either computes; None if that is not
     known. What a score's arithmetic adds to this is not in it: with a soft cap, for one, it is more.
     """
-    if facts.tiled:
-        stock, ours, listing = interval_times(facts)
+    if inputs.tiled:
+        stock, ours, listing = interval_times(inputs)
         return stock / (ours + listing)
-    lengths = facts.lengths
-    share = facts.share if facts.call.blocks else 1.0
-    if share is None or min(lengths) < BY_PAIRS or pair_operands(facts):
+    lengths = inputs.lengths
+    share = inputs.share if inputs.call.blocks else 1.0
+    if share is None or min(lengths) < BY_PAIRS or pair_operands(inputs):
         return None
-    ours = pairs_of(facts.program, lengths, facts.training) * PAIR_COST
+    ours = pairs_of(inputs.program, lengths, inputs.training) * PAIR_COST
     return share * lengths[0] * lengths[1] / ours if ours else None
 
 

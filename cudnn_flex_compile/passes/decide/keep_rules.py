@@ -12,7 +12,7 @@ import torch
 from cudnn_flex_compile.passes.decide.cost_model import (
     DOCUMENTS,
     PAIR_COST,
-    Facts,
+    CostInputs,
     host_counts,
     interval_times,
     pair_operands,
@@ -38,14 +38,14 @@ SURELY = 1.2  # times what a list takes is to be saved
 # so much longer the host takes for ours than for Inductor's, launches of cold code by cuDNN for the most part. (HOST)
 # That was before launches were replayed (engine/launch/replay.py): since then, it is 0.09 and 0.15 by HOST, some 0.17
 # and 0.2 in BERT with all lowered (CUDNN_FLEX_LOWER=always python3 -m tests.measure.models --cases bert:full).
-LEAST = {False: 0.19, True: 0.46}
+MIN_SAVING_MS = {False: 0.19, True: 0.46}
 # And wherever the log-sum-exp has a gradient. (LSE)
-LEAST_WITH_LSE = 0.55
+MIN_SAVING_WITH_LSE_MS = 0.55
 # What all calls that share a mask of captured tensors have to spare in a model: its BlockMask is another at each step,
 # which is compared, and keys are put in order. By intervals the same is asked beyond the list: steps of 4 layers were
 # 0.93 and 0.97 times as fast as Inductor's. (python3 -m tests.measure.models --cases bert:right gpt_neox:right)
-LEAST_OF_MASK = 0.95
-FEW_QUERIES = 16  # decoding
+MIN_MASK_SHARE = 0.95
+DECODING_QUERIES = 16  # decoding
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,86 +59,87 @@ class Row:
         tiled: whether it is about calls by lists of tiles, or about others; None for both.
     """
 
-    applies: Callable[[Facts], str | None]
+    applies: Callable[[CostInputs], str | None]
     command: str
     code: Code = Code.SLOWER
     tiled: bool | None = False
 
 
-def _lse_in_the_loss(facts: Facts) -> str | None:
+def _lse_in_the_loss(inputs: CostInputs) -> str | None:
     """By row vectors or wider values, which float16 needs, cuDNN took 1.1 to 3.4 times as long as Inductor's kernel for
     plain scores, and 0.6 to 1.1 times with a soft cap (measured in bfloat16, where engine/plans/folded_output.py
     makes neither needed). In bfloat16 it takes a pass over the outputs, which is as long as the kernels of a narrow
     window.
     """
-    if not facts.lse_gradient:
+    if not inputs.lse_gradient:
         return None
-    if example(facts.call.query).dtype != torch.bfloat16:
+    if example(inputs.call.query).dtype != torch.bfloat16:
         return "the LSE takes part in the loss, in another dtype than bfloat16"
-    stock, ours = pairs_by_either(facts)
-    queries = facts.lengths[0]
+    stock, ours = pairs_by_either(inputs)
+    queries = inputs.lengths[0]
     few = f"the LSE takes part in the loss, and a query has {ours / PAIR_COST / queries:.0f} keys to compute on average"
     return few if ours + LSE_COST * queries > stock else None
 
 
-def _decodes_by_one_more(facts: Facts) -> str | None:
-    queries, keys = (example(node).shape[2] for node in (facts.call.query, facts.call.key))
+def _decodes_by_one_more(inputs: CostInputs) -> str | None:
+    queries, keys = (example(node).shape[2] for node in (inputs.call.query, inputs.call.key))
     static = isinstance(queries, int), isinstance(keys, int)
-    if facts.training or static != (True, False) or queries > FEW_QUERIES:
+    if inputs.training or static != (True, False) or queries > DECODING_QUERIES:
         return None
     return "a few queries beside keys whose number changes: building a plan for each number takes longer than the call"
 
 
-def _in_a_step(facts: Facts) -> bool:
+def _in_a_step(inputs: CostInputs) -> bool:
     """Whether what a step takes besides the kernels counts. On the CPU, where programs are checked and explained, sizes
     say nothing of those to come. Inductor's kernels of learned biases take a multiple of ours (_learned_by_place).
     """
-    on_gpu = example(facts.call.query).device.type == "cuda"
-    return on_gpu and facts.around is not None and not any(part.learned for part in facts.hoisted)
+    on_gpu = example(inputs.call.query).device.type == "cuda"
+    return on_gpu and inputs.around is not None and not any(part.learned for part in inputs.hoisted)
 
 
-def _in_a_model(facts: Facts) -> bool:
-    return facts.around is not None and facts.around.products > 0
+def _in_a_model(inputs: CostInputs) -> bool:
+    return inputs.around is not None and inputs.around.products > 0
 
 
-def _spares_little(facts: Facts) -> str | None:
-    saved = spared(facts)
-    if not _in_a_step(facts) or saved >= (LEAST_WITH_LSE if facts.lse_gradient else LEAST[facts.training]):
+def _spares_little(inputs: CostInputs) -> str | None:
+    saved = spared(inputs)
+    least = MIN_SAVING_WITH_LSE_MS if inputs.lse_gradient else MIN_SAVING_MS[inputs.training]
+    if not _in_a_step(inputs) or saved >= least:
         return None
     spare = f"it would spare the GPU about {max(saved, 0):.2f} ms"
     return f"{spare}, and may keep the host longer than that, but under CUDA graphs"
 
 
-def _host_takes_longer(facts: Facts) -> str | None:
-    return _spares_little(facts) if host_counts(facts) else None
+def _host_takes_longer(inputs: CostInputs) -> str | None:
+    return _spares_little(inputs) if host_counts(inputs) else None
 
 
-def _host_takes_longer_with_lse(facts: Facts) -> str | None:
-    return _spares_little(facts) if facts.lse_gradient else None
+def _host_takes_longer_with_lse(inputs: CostInputs) -> str | None:
+    return _spares_little(inputs) if inputs.lse_gradient else None
 
 
-def _setting_up_takes_longer(facts: Facts) -> str | None:
-    captured = any(node.kind == "operand" for node in ir.walk(facts.program.mask))
-    saved = facts.sharing * spared(facts)
-    if not (captured and _in_a_model(facts) and facts.call.blocks and _in_a_step(facts)) or saved >= LEAST_OF_MASK:
+def _setting_up_takes_longer(inputs: CostInputs) -> str | None:
+    captured = any(node.kind == "operand" for node in ir.walk(inputs.program.mask))
+    saved = inputs.sharing * spared(inputs)
+    if not (captured and _in_a_model(inputs) and inputs.call.blocks and _in_a_step(inputs)) or saved >= MIN_MASK_SHARE:
         return None
-    calls = f"{facts.sharing} call{'s' if facts.sharing > 1 else ''}"
+    calls = f"{inputs.sharing} call{'s' if inputs.sharing > 1 else ''}"
     return f"a mask of captured tensors takes some time at each step, and {calls} would spare the GPU {saved:.2f} ms"
 
 
-def _pairs_are_read(facts: Facts) -> str | None:
-    stored = pair_operands(facts)
-    if stored and (facts.training or min(d.itemsize for d in stored) < FORWARD_ITEMSIZE):
+def _pairs_are_read(inputs: CostInputs) -> str | None:
+    stored = pair_operands(inputs)
+    if stored and (inputs.training or min(d.itemsize for d in stored) < FORWARD_ITEMSIZE):
         return "a score over (q, kv) pairs is read from memory, which cuDNN does slower"
     return None
 
 
-def _learned_by_place(facts: Facts) -> str | None:
+def _learned_by_place(inputs: CostInputs) -> str | None:
     """Of t[h, q, kv] and t[kv] cuDNN takes 1.05 and 1.09 times as long as Inductor's kernel, which adds up few
     gradients for each entry; of slopes[h] * (kv - q) a 64th. Where it reads a table at a captured index, as for T5,
     Inductor's kernel of torch 2.11 needs more shared memory than an H200 has.
     """
-    roots = [part.expression for part in facts.hoisted if part.learned]
+    roots = [part.expression for part in inputs.hoisted if part.learned]
     reads = [n for n in ir.walk(*roots) if n.kind == "gather" and n.dtype == F32]
     for read in reads:
         places = {i.value for i in read.args[1:] if i.kind == "index"}
@@ -147,36 +148,36 @@ def _learned_by_place(facts: Facts) -> str | None:
     return None
 
 
-def _unknown_blocks(facts: Facts) -> str | None:
-    form = split(facts.program.mask)
+def _unknown_blocks(inputs: CostInputs) -> str | None:
+    form = split(inputs.program.mask)
     skipped = form.residual is TRUE and not any("q" in bias.dims for bias in form.biases)
-    if not facts.call.blocks or facts.share is not None or skipped:
+    if not inputs.call.blocks or inputs.share is not None or skipped:
         return None
     return "a mask without tile skipping, under a BlockMask made in the graph"
 
 
-def _more_pairs(facts: Facts) -> str | None:
-    if facts.share is None:
+def _more_pairs(inputs: CostInputs) -> str | None:
+    if inputs.share is None:
         return None
-    lengths = facts.lengths
+    lengths = inputs.lengths
     all_pairs = lengths[0] * lengths[1]
-    ours = pairs_of(facts.program, lengths, facts.training)
-    if ours * PAIR_COST <= facts.share * all_pairs:
+    ours = pairs_of(inputs.program, lengths, inputs.training)
+    if ours * PAIR_COST <= inputs.share * all_pairs:
         return None
-    return f"cuDNN would compute {ours / all_pairs:.0%} of the pairs, the BlockMask lists {facts.share:.0%}"
+    return f"cuDNN would compute {ours / all_pairs:.0%} of the pairs, the BlockMask lists {inputs.share:.0%}"
 
 
-def _listing_takes_longer(facts: Facts) -> str | None:
-    stock, ours, listing = interval_times(facts)
-    least = LEAST_OF_MASK if _in_a_model(facts) else 0.0
-    least += facts.sharing * LEAST[facts.training] if host_counts(facts) else 0.0
+def _listing_takes_longer(inputs: CostInputs) -> str | None:
+    stock, ours, listing = interval_times(inputs)
+    least = MIN_MASK_SHARE if _in_a_model(inputs) else 0.0
+    least += inputs.sharing * MIN_SAVING_MS[inputs.training] if host_counts(inputs) else 0.0
     if stock - ours > SURELY * listing + least:
         return None
-    calls = f"{facts.sharing} call{'s' if facts.sharing > 1 else ''}"
+    calls = f"{inputs.sharing} call{'s' if inputs.sharing > 1 else ''}"
     return f"listing the mask's tiles takes about {listing:.2f} ms a step, and {calls} would save {stock - ours:.2f} ms"
 
 
-ROWS = (
+RULES = (
     Row(_lse_in_the_loss, LSE, Code.LSE_GRADIENT),
     Row(_host_takes_longer_with_lse, LSE, Code.LSE_GRADIENT),
     Row(_decodes_by_one_more, "python3 -m pytest -s tests/gpu/test_dynamic.py", tiled=None),
@@ -190,12 +191,12 @@ ROWS = (
 )
 
 
-def slower(facts: Facts) -> Reason | None:
+def slower(inputs: CostInputs) -> Reason | None:
     """The reason of the first row that applies, or None."""
-    for row in ROWS:
-        if row.tiled not in (None, facts.tiled):
+    for row in RULES:
+        if row.tiled not in (None, inputs.tiled):
             continue
-        detail = row.applies(facts)
+        detail = row.applies(inputs)
         if detail is not None:
             return Reason(row.code, f"{detail} ({row.command})")
     return None

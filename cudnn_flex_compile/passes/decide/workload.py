@@ -12,7 +12,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from cudnn_flex_compile import torch_private
-from cudnn_flex_compile.passes.decide.cost_model import Around
+from cudnn_flex_compile.passes.decide.cost_model import Workload
 from cudnn_flex_compile.passes.read.call import Call
 from cudnn_flex_compile.passes.read.views import is_view
 
@@ -23,11 +23,11 @@ PRODUCTS = {
 }  # fmt: skip
 
 
-def around_of(graph_module: GraphModule, calls: int) -> Around:
+def workload_of(graph_module: GraphModule, calls: int) -> Workload:
     """Also of the graphs within, such as those of checkpointed regions."""
     graphs = [module.graph for module in graph_module.modules() if isinstance(module, GraphModule)]
     products = [node for graph in graphs for node in graph.nodes if node.target in PRODUCTS]
-    return Around(len(products), sum(map(_tflop, products)), calls)
+    return Workload(len(products), sum(map(_tflop, products)), calls)
 
 
 def _tflop(product: Node) -> float:

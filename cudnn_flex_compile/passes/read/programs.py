@@ -21,7 +21,7 @@ from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.aten import OwnGradient
 from cudnn_flex_compile.scoremod.fingerprint import graph_text
 from cudnn_flex_compile.scoremod.ir import SCORE, Expr, Program
-from cudnn_flex_compile.scoremod.learned import NotAdded
+from cudnn_flex_compile.scoremod.learned import NotAdditive
 from cudnn_flex_compile.scoremod.partition import Hoisted, ScoreGather, pairwise, partition
 from cudnn_flex_compile.scoremod.ranges import narrow
 from cudnn_flex_compile.scoremod.simplify import normalize
@@ -81,7 +81,7 @@ def traced_of(call: Call, captures: Captures) -> Traced | Reason:
     return made
 
 
-def forget() -> None:
+def clear() -> None:
     """Traces anew from now on."""
     with _lock:
         _known.clear()
@@ -138,7 +138,7 @@ def _trace(call: Call, captures: Captures, fingerprint: str | None) -> Traced | 
         return Reason(Code.NO_BACKWARD, f"score_mod has {error}")
     except Untraceable as error:
         return Reason(Code.UNKNOWN_OP, str(error))
-    except NotAdded as error:
+    except NotAdditive as error:
         return Reason(Code.CAPTURED_GRADIENT, f"a captured tensor that requires grad takes part in {error}")
     except ScoreGather:
         return Reason(Code.UNKNOWN_OP, "a captured tensor read at an index that depends on the score")

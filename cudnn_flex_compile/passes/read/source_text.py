@@ -16,7 +16,7 @@ FLEX_ATTENTION = "torch/nn/attention/flex_attention.py"
 LINES = 12  # of one function, at most
 
 
-def written(module: GraphModule) -> str:
+def source_of(module: GraphModule) -> str:
     """The functions that a subgraph was traced from, in the order of their use; empty if that is not known."""
     found: dict[str, None] = {}
     for node in module.graph.nodes:

@@ -101,7 +101,7 @@ class MaskProgram:
         return replace(self, own=own, of_score=of_score)
 
 
-class Written(NamedTuple):
+class BlockMaskArguments(NamedTuple):
     """What the attention op takes of a BlockMask (kernels/stock.py): its arguments `stock`, `layout`, `by_blocks`."""
 
     tensors: Sequence[Any] = ()
@@ -133,7 +133,7 @@ class Guards:
 
     def write(
         self, call: Call, mask: MaskProgram | None, score: Expr, slots: Node | None = None, tiles: Node | None = None
-    ) -> Written:
+    ) -> BlockMaskArguments:
         """Above the call.
 
         Args:
@@ -143,7 +143,7 @@ class Guards:
             tiles: the list of the mask's tiles, which is the guard then.
         """
         if mask is None:
-            return Written()
+            return BlockMaskArguments()
         blocks, captured = present(call), [mask.nodes[n] for n in mask.captures]
         moved = mask.by_position()
         guard = tiles if tiles is not None else self._guard(call, mask, text(ir.program(mask=moved.own)))
@@ -152,7 +152,7 @@ class Guards:
             rest = make("where", moved.of_score, rest, ir.const(float("-inf"), ir.F32))
         program = ir.program(with_bias(rest, bias), moved.own)
         tensors = [guard, *blocks, *captured, *([] if slots is None else [slots])]
-        return Written(tensors, [len(blocks), len(captured), *call.block_sizes], text(program))
+        return BlockMaskArguments(tensors, [len(blocks), len(captured), *call.block_sizes], text(program))
 
     def _guard(self, call: Call, mask: MaskProgram, program: str) -> Node:
         sizes = tuple(n if isinstance(n, int) else torch_private.expression_of(n) for n in _shapes(call))

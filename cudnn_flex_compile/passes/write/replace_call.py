@@ -11,13 +11,13 @@ from torch.fx import Node
 
 from cudnn_flex_compile import ops, torch_private
 from cudnn_flex_compile.passes.read.call import Call, example, scale_of
-from cudnn_flex_compile.passes.write.block_mask_guards import Written
+from cudnn_flex_compile.passes.write.block_mask_guards import BlockMaskArguments
 from cudnn_flex_compile.passes.write.nodes import size_of
 
 
 def replace(
     call: Call, key: Node, value: Node, operands: Sequence[Node], ints: Sequence[Any], floats: Sequence[Node],
-    program: str, training: bool, blocks: Written, tiles: Node | None, policy: str,
+    program: str, training: bool, blocks: BlockMaskArguments, tiles: Node | None, policy: str,
 ) -> None:  # fmt: skip
     """Rewrites the call's users to the op's outputs; the node itself goes.
 

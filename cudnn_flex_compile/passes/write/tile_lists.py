@@ -15,7 +15,7 @@ from torch.fx import Node
 from cudnn_flex_compile import ops, torch_private
 from cudnn_flex_compile.engine.tiles.tile_list import Geometry, tiler_of
 from cudnn_flex_compile.kernels.block_mask import agree_with_endpoints
-from cudnn_flex_compile.passes.decide.candidate import Target
+from cudnn_flex_compile.passes.decide.candidate import Candidate
 from cudnn_flex_compile.passes.read.call import Call, example, hint
 from cudnn_flex_compile.passes.read.programs import Traced
 from cudnn_flex_compile.passes.write.block_mask_guards import present
@@ -31,12 +31,12 @@ from cudnn_flex_compile.scoremod.text import text
 ITEMSIZE, MIB = 4, 2**20
 
 
-def tiled(target: Target, traced: Traced) -> Target | None:
+def tiled(candidate: Candidate, traced: Traced) -> Candidate | None:
     """The call by intervals; None where nothing is hidden, or `traced.pairwise` is None."""
     if traced.pairwise is None or traced.program.mask is TRUE:
         return None
     program, hoisted = traced.pairwise
-    return replace(target, program=program, hoisted=hoisted, compact=None, tiled=True)
+    return replace(candidate, program=program, hoisted=hoisted, compact=None, tiled=True)
 
 
 def over_pairs(mask: Expr) -> bool:
@@ -45,31 +45,31 @@ def over_pairs(mask: Expr) -> bool:
     return form.residual is not TRUE or any({"q", "k"} <= set(bias.dims) for bias in form.biases)
 
 
-def unsuitable(target: Target, values: tuple[Any, Any, Any] | None, budget: int) -> Reason | None:
+def unsuitable(candidate: Candidate, values: tuple[Any, Any, Any] | None, budget: int) -> Reason | None:
     """A reason against intervals that needs no plan.
 
     Args:
         values: operands, integers and floats of the call that is being compiled, if they are at hand.
         budget: MiB that a list may take.
     """
-    device = example(target.call.query).device
+    device = example(candidate.call.query).device
     refused = unusable(device)
     if refused is not None:
         return refused
-    sizes = [*_sizes(target.call), *target.call.block_sizes]
-    sizes += [n for block in present(target.call) for n in example(block).shape]
+    sizes = [*_sizes(candidate.call), *candidate.call.block_sizes]
+    sizes += [n for block in present(candidate.call) for n in example(block).shape]
     if not all(isinstance(n, int) for n in sizes):
         return Reason(Code.UNSUPPORTED_CALL, "intervals of a mask whose sizes change between calls")
     try:
-        mebibytes = size_of(target) * ITEMSIZE / MIB
+        mebibytes = size_of(candidate) * ITEMSIZE / MIB
     except (NotImplementedError, ValueError, TypeError) as error:  # what the frontend says of head dims, for one
         return Reason(Code.SHAPE_REFUSED, f"intervals: {error}")
     if mebibytes > budget:
         return Reason(Code.BIAS_BUDGET, f"a list of tiles takes {mebibytes:.0f} MiB, more than bias_budget_mb={budget}")
     if values is not None:
         operands, ints, floats = values
-        sizes = _sizes(target.call)
-        most = most_endpoints(visible_rows(target.program.mask, operands, ints, floats, sizes, 1, device))
+        sizes = _sizes(candidate.call)
+        most = most_endpoints(visible_rows(candidate.program.mask, operands, ints, floats, sizes, 1, device))
         if most > NARROW:
             return Reason(Code.SLOWER, f"rows of the mask change up to {most} times between visible and hidden")
     return None
@@ -84,23 +84,23 @@ def unusable(device: torch.device) -> Reason | None:
     return without_kernels(device.index or 0)
 
 
-def size_of(target: Target) -> int:
+def size_of(candidate: Candidate) -> int:
     """Of a list, in numbers of 4 bytes; 0 on the CPU. Raises what the frontend says of a geometry that it refuses."""
-    device = example(target.call.query).device
-    return tiler_of(_geometry(target), device.index or 0).size if device.type == "cuda" else 0
+    device = example(candidate.call.query).device
+    return tiler_of(_geometry(candidate), device.index or 0).size if device.type == "cuda" else 0
 
 
 def _sizes(call: Call) -> tuple[Any, Any, Any, Any]:
     return (*example(call.query).shape[:3], example(call.key).shape[2])
 
 
-def _geometry(target: Target) -> Geometry:
-    call = target.call
+def _geometry(candidate: Candidate) -> Geometry:
+    call = candidate.call
     query, key, value = (tuple(hint(n) for n in example(n).shape) for n in (call.query, call.key, call.value))
-    by_head = "h" in ir.axes_of(target.program.mask)
+    by_head = "h" in ir.axes_of(candidate.program.mask)
     return Geometry(
         batch=query[0], heads=query[1], kv_heads=key[1], rows=query[2], columns=key[2], dim=query[3],
-        value_dim=value[3], mask_heads=query[1] if by_head else 1, training=target.training,
+        value_dim=value[3], mask_heads=query[1] if by_head else 1, training=candidate.training,
         dtype=example(call.query).dtype,
     )  # fmt: skip
 
@@ -111,22 +111,24 @@ class Tiles:
     def __init__(self, writer: Writer) -> None:
         self._writer = writer
 
-    def write(self, target: Target, operands: Sequence[Node], ints: Sequence[Any], floats: Sequence[Node]) -> Node:
+    def write(
+        self, candidate: Candidate, operands: Sequence[Node], ints: Sequence[Any], floats: Sequence[Node]
+    ) -> Node:
         """The node of the list, above the call."""
-        call, mask, blocks = target.call, target.program.mask, present(target.call)
-        geometry = _geometry(target)
+        call, mask, blocks = candidate.call, candidate.program.mask, present(candidate.call)
+        geometry = _geometry(candidate)
 
         def write() -> Node:
             place = (call.query, call.key, call.node)
             table, most = self._writer.write_endpoints(mask, operands, ints, floats, place)
             arguments = (
                 *(table, self._found(call, table, most), blocks, list(call.block_sizes) if blocks else []),
-                *(list(operands), list(ints), list(floats), text(target.program)),
-                *(geometry.numbers, geometry.dtype, size_of(target)),
+                *(list(operands), list(ints), list(floats), text(candidate.program)),
+                *(geometry.numbers, geometry.dtype, size_of(candidate)),
             )
             with call.node.graph.inserting_before(call.node):
                 node = call.node.graph.call_function(ops.list_tiles, arguments)
-            torch_private.set_example(node, example(table).new_empty(size_of(target)))
+            torch_private.set_example(node, example(table).new_empty(size_of(candidate)))
             return node
 
         kind = ("tiles", mask, call.block_sizes, geometry)

@@ -15,7 +15,7 @@ from cudnn_flex_compile.scoremod.masks.bound import Bound
 from cudnn_flex_compile.scoremod.masks.form import MaskForm, as_predicate, conjuncts, split
 from cudnn_flex_compile.scoremod.masks.linear import KV, Q
 
-MOST = 4  # boxes of one mask
+MAX_BOXES = 4  # boxes of one mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,7 @@ def boxes(form: MaskForm, lengths: tuple[int, int]) -> list[Box] | None:
         found = [box.with_bound(bound) for box in found]
     for clause in conjuncts(form.residual):
         choices = [_as_bounds(c) for c in _disjuncts(clause)]
-        if any(c is None for c in choices) or len(found) * len(choices) > 2 * MOST:
+        if any(c is None for c in choices) or len(found) * len(choices) > 2 * MAX_BOXES:
             return None
         found = [_meet(box, c) for box in found for c in choices if c is not None]
     found = sorted((b for b in (box.tight() for box in found) if not b.empty), key=lambda b: -b.pairs())
@@ -133,7 +133,7 @@ def boxes(form: MaskForm, lengths: tuple[int, int]) -> list[Box] | None:
         for earlier in apart:
             pieces = [piece for whole in pieces for piece in _minus(whole, earlier)]
         apart += pieces
-    return apart if 0 < len(apart) <= MOST else None
+    return apart if 0 < len(apart) <= MAX_BOXES else None
 
 
 def _disjuncts(clause: Expr) -> list[Expr]:

@@ -20,7 +20,7 @@ from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.simplify import simplify
 from cudnn_flex_compile.scoremod.text import infix
 
-MOST = 48  # clauses of one mask: a larger disjunction stays one predicate
+MAX_CLAUSES = 48  # clauses of one mask: a larger disjunction stays one predicate
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ def _all(*parts: list[Clause]) -> list[Clause]:
 
 
 def _any(left: list[Clause], right: list[Clause]) -> list[Clause] | None:
-    if len(left) * len(right) > MOST:
+    if len(left) * len(right) > MAX_CLAUSES:
         return None
     return list(dict.fromkeys(a | b for a in left for b in right))
 

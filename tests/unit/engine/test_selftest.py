@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cudnn_flex_compile.config import Policy
-from cudnn_flex_compile.engine import selftest
+from cudnn_flex_compile.engine import find_plan, selftest
 from cudnn_flex_compile.engine.candidates import _needs_guard
 from cudnn_flex_compile.engine.graph.strategies import STRATEGIES
 from cudnn_flex_compile.engine.key import policy_of, problem_of
@@ -42,14 +42,14 @@ def test_outcomes(monkeypatch):
     """Forward, then backward, each anew; the first that fails ends the program, not the test."""
     asked, policies = [], set()
 
-    def find_plan(key):
+    def found(key):
         asked.append(key[0])
         policies.add(policy_of(key))
         if len(asked) == 2:
             return Reason(Code.CERTIFICATION, "wrong")
-        return find_plan.Ready(type("Plan", (), {"strategy": "native"})(), (False,) * 4)
+        return find_plan.CachedPlan(type("Plan", (), {"strategy": "native"})(), (False,) * 4)
 
-    monkeypatch.setattr(find_plan, "find_plan", find_plan)
+    monkeypatch.setattr(find_plan, "find_plan", found)
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
     outcomes = list(selftest.run(0))
     assert policies == {Policy(certify="always")}, "no other compile's plans"

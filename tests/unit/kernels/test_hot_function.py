@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cudnn_flex_compile.kernels import hot_function
-from cudnn_flex_compile.kernels.hot_function import EAGER, Repeated
+from cudnn_flex_compile.kernels.hot_function import EAGER, HotFunction
 
 
 def total(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -26,7 +26,7 @@ def counted(calls):
         calls.append(1)
         return total(a, b)
 
-    return Repeated(function)
+    return HotFunction(function)
 
 
 def test_on_the_cpu_it_is_never_compiled(calls) -> None:
@@ -49,7 +49,7 @@ def test_it_is_compiled_once_for_each_layout(calls) -> None:
 
 @pytest.mark.usefixtures("_on_any_device")
 def test_tensors_of_inference_mode_and_of_autograd() -> None:
-    function = Repeated(total)
+    function = HotFunction(total)
     with torch.inference_mode():
         there = torch.ones(3)
     for _ in range(EAGER + 2):
@@ -58,6 +58,6 @@ def test_tensors_of_inference_mode_and_of_autograd() -> None:
 
 @pytest.mark.usefixtures("_on_any_device")
 def test_what_cannot_be_compiled_runs_as_it_is() -> None:
-    function = Repeated(lambda a, b: torch.ones(()) if a.sum().item() > b.sum().item() else torch.zeros(()))
+    function = HotFunction(lambda a, b: torch.ones(()) if a.sum().item() > b.sum().item() else torch.zeros(()))
     for high in range(EAGER + 3):
         assert bool(function(torch.tensor([float(high)]), torch.tensor([2.5]))) == (high > 2)

@@ -189,10 +189,10 @@ def test_kernels_return_what_the_fakes_say(name, on_the_host, monkeypatch):
         given = case(name, seed)
         said, expected = layouts(of_fakes(given)), by_ops(given)
         monkeypatch.setattr(cuda, "find_plan", find_plan.find_plan)
-        monkeypatch.setattr(cuda, "fallback", None)
+        monkeypatch.setattr(cuda, "inductor", None)
         ran = by_cuda(given)
         monkeypatch.setattr(cuda, "find_plan", lambda call: Reason(Code.UNSUPPORTED_CALL, "for the test"))
-        monkeypatch.setattr(cuda, "fallback", Fallback(random.Random(seed)))
+        monkeypatch.setattr(cuda, "inductor", Fallback(random.Random(seed)))
         find_plan.cache_clear()
         fell_back = by_cuda(given)
         found = {"CPU": expected, "plan": ran, "fallback": fell_back}

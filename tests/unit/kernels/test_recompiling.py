@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cudnn_flex_compile.kernels import inductor
-from cudnn_flex_compile.kernels.recompiling import Compiled
+from cudnn_flex_compile.kernels.recompiling import Recompiling
 
 
 def double(x):
@@ -22,7 +22,7 @@ def few(monkeypatch):
 
 
 def test_more_kinds_of_inputs_than_dynamo_compiles_for():
-    function = Compiled(double, "")
+    function = Recompiling(double, "")
     for _ in range(2):
         for rank in range(1, 7):
             x = torch.randn([2] * rank)
@@ -38,7 +38,7 @@ def test_dynamo_alone_gives_up():
 
 
 def test_sizes_that_change_are_compiled_for_once_more():
-    function, graphs = Compiled(double, ""), torch._dynamo.utils.counters["stats"]
+    function, graphs = Recompiling(double, ""), torch._dynamo.utils.counters["stats"]
     before = graphs["unique_graphs"]
     for length in range(3, 40):
         function(torch.randn(length))

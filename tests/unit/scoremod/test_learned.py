@@ -6,7 +6,7 @@ import torch
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.interpret import environment, evaluate
 from cudnn_flex_compile.scoremod.ir import F32, I32, SCORE
-from cudnn_flex_compile.scoremod.learned import NotAdded, position, position_in, reads, separate, without_bias
+from cudnn_flex_compile.scoremod.learned import NotAdditive, position, position_in, reads, split_bias, without_bias
 from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.partition import partition
 from cudnn_flex_compile.scoremod.simplify import normalize
@@ -63,7 +63,7 @@ def test_the_sum_is_the_score(name):
     def leaf(node):
         return captured[node] if node.kind == "capture" else inner(node)
 
-    rest, bias = separate(score, LEARNED)
+    rest, bias = split_bias(score, LEARNED)
     assert not reads(rest, LEARNED)
     assert not ir.depends_on(bias, SCORE)
     torch.testing.assert_close(values(rest, leaf) + values(bias, leaf), values(score, leaf))
@@ -78,7 +78,7 @@ def test_the_sum_is_the_score(name):
 def test_what_fits_into_the_tensor_is_added_there():
     (_, hoisted) = partition(ir.program(FORMS["beside what fits in"][0]), learned=LEARNED)
     assert len(hoisted) == 1
-    subtracted = separate(SCORE + PAIRS - ir.cast(KV, F32) * 0.25, LEARNED)
+    subtracted = split_bias(SCORE + PAIRS - ir.cast(KV, F32) * 0.25, LEARNED)
     assert subtracted[0] is SCORE
     program, hoisted = partition(ir.program(FORMS["beside what does not"][0]), learned=LEARNED)
     assert [h.learned for h in hoisted].count(True) == 1 < len(hoisted)
@@ -98,19 +98,19 @@ NO_SUMS = {
 
 @pytest.mark.parametrize("name", NO_SUMS)
 def test_what_is_no_sum_is_named(name):
-    with pytest.raises(NotAdded, match=r"capture"):
-        separate(NO_SUMS[name] + 1.0, LEARNED)
+    with pytest.raises(NotAdditive, match=r"capture"):
+        split_bias(NO_SUMS[name] + 1.0, LEARNED)
 
 
 def test_a_mask_takes_no_gradient():
     hidden = make("where", make("gt", SLOPE, ZERO), SCORE, ir.const(float("-inf"), F32))
-    with pytest.raises(NotAdded, match="the mask"):
+    with pytest.raises(NotAdditive, match="the mask"):
         partition(normalize(ir.program(hidden)), learned=LEARNED)
 
 
 def test_nothing_learned_is_nothing_changed():
     for score in (SCORE, SCORE + PAIRS, SCORE * SLOPE):
-        assert separate(score, set()) == (score, None)
+        assert split_bias(score, set()) == (score, None)
         assert partition(ir.program(score), learned=set()) == partition(ir.program(score))
     assert position(ir.program(SCORE + ir.operand(0, F32, "hqk"))) is None
 

@@ -192,7 +192,7 @@ def test_a_regime_takes_no_more_memory_than_is_counted(size, program, direction,
     kv_heads, dim = SIZES[size]
     counted = []
     real = slices.regimes_at_once
-    monkeypatch.setattr(slices, "TOGETHER", ALL_AT_ONCE)
+    monkeypatch.setattr(slices, "ENTRIES_AT_ONCE", ALL_AT_ONCE)
     monkeypatch.setattr("cudnn_flex_compile.engine.certify.checks.regimes_at_once",
                         lambda spots: counted.append(spots[0].bytes) or real(spots))  # fmt: skip
     asked = standard(program, OF_PAIRS * (program is LEARNED), heads=4, kv_heads=kv_heads, dim=dim)
@@ -206,7 +206,7 @@ def test_a_regime_takes_no_more_memory_than_is_counted(size, program, direction,
 def test_regimes_that_take_much_are_computed_one_at_a_time(direction, monkeypatch):
     asked = standard(heads=4)
     asked = asked if direction == FORWARD else asked.backward()
-    monkeypatch.setattr(slices, "TOGETHER", 0)
+    monkeypatch.setattr(slices, "ENTRIES_AT_ONCE", 0)
     assert peak(asked, PROGRAM, 20) <= 1.01 * peak(asked, PROGRAM, 5)
 
 
@@ -214,9 +214,9 @@ def test_how_many_regimes_fit():
     """All of a small problem, one of a large one."""
 
     def fitting(*each):
-        return slices.regimes_at_once([slices.Spot((), (), (), n) for n in each])
+        return slices.regimes_at_once([slices.Slice((), (), (), n) for n in each])
 
-    assert fitting(slices.TOGETHER // 5) == 5
-    assert fitting(slices.TOGETHER // 5 + 1) == 4
-    assert fitting(10 * slices.TOGETHER) == 1
+    assert fitting(slices.ENTRIES_AT_ONCE // 5) == 5
+    assert fitting(slices.ENTRIES_AT_ONCE // 5 + 1) == 4
+    assert fitting(10 * slices.ENTRIES_AT_ONCE) == 1
     assert fitting(1, 1) == 1  # more than is computed at a time of one regime alone

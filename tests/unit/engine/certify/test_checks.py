@@ -20,16 +20,16 @@ from tests.unit.engine.plans.test_learned import Plan, learned, operand
 pytestmark = pytest.mark.any_torch
 FIVE = tuple(regime for regime in REGIMES if not regime.extremes)
 LIMITS = {
-    "all regimes": (len(REGIMES), slices.AT_ONCE),
-    "one regime": (1, slices.AT_ONCE),
+    "all regimes": (len(REGIMES), slices.PAIRS_AT_ONCE),
+    "one regime": (1, slices.PAIRS_AT_ONCE),
     "one head of one regime": (1, 1),
-    "two regimes": (2, slices.AT_ONCE),
+    "two regimes": (2, slices.PAIRS_AT_ONCE),
 }
 
 
 def limit(monkeypatch, regimes, heads):
     """So many regimes, and heads of one, are computed at a time, as far as they may be."""
-    monkeypatch.setattr(slices, "AT_ONCE", heads)
+    monkeypatch.setattr(slices, "PAIRS_AT_ONCE", heads)
     monkeypatch.setattr(checks, "regimes_at_once", lambda spots: 1 if len(spots) > 1 else regimes)
 
 

@@ -10,8 +10,8 @@ DERIVED = """
 import sys
 import torch
 from torch.nn import functional as F
-from cudnn_flex_compile.engine.pairs import masked_scores
-from cudnn_flex_compile.engine.reference import Sample
+from cudnn_flex_compile.engine.certify.exact import masked_scores
+from cudnn_flex_compile.engine.certify.reference import Sample
 
 names = "abs neg reciprocal square exp exp2 log1p sqrt rsqrt sin cos tanh sigmoid erf relu floor ceil sign".split()
 functions = [getattr(torch, name) for name in names] + [F.gelu, F.silu, F.softplus, F.logsigmoid]

@@ -29,8 +29,8 @@ def judged(monkeypatch, number):
         found.append((problem, candidate._reference(judged), judged.training))
         return real(judged)
 
-    real = lower_call.judge
-    monkeypatch.setattr(lower_call, "judge", judge)
+    real = lower_call.plan_or_reason
+    monkeypatch.setattr(lower_call, "plan_or_reason", judge)
     case = call(number)
     options = {"inner_backend": "eager", "lower": "always"}
     attention = torch.compile(case.attention("cpu"), backend="cudnn_flex", options=options)

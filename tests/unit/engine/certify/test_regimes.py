@@ -11,7 +11,7 @@ import torch
 from cudnn_flex_compile.engine.certify.certify import certify
 from cudnn_flex_compile.engine.certify.reference import ProgramReference
 from cudnn_flex_compile.engine.certify.regimes import REGIMES
-from cudnn_flex_compile.engine.certify.samples import places
+from cudnn_flex_compile.engine.certify.samples import sample_plan
 from cudnn_flex_compile.engine.choose import OF_SHAPES
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem, TensorSpec, out_spec
 from cudnn_flex_compile.scoremod import ir
@@ -173,7 +173,7 @@ def test_places_by_bounds_and_by_what_is_visible():
     spec = TensorSpec((2, 4, 1000, 16), (64000, 16000, 16, 1), torch.bfloat16)
     found = Problem(text(program), FORWARD, spec, spec, spec, out_spec(spec, spec), (), 0.25, 0)
     sample = ProgramReference(program).sample(found, torch.Generator().manual_seed(0))
-    where = places(found, sample, torch.device("cpu"))
+    where = sample_plan(found, sample, torch.device("cpu"))
     rows, columns = set(where.rows.tolist()), set(where.columns.tolist())
     assert {0, 299, 300, 301, 999, 127, 128} <= rows
     assert {0, 698, 699, 776, 777, 778, 999} <= columns
@@ -183,7 +183,7 @@ def test_places_by_bounds_and_by_what_is_visible():
 def unsampled_row():
     spec = problem(ir.program(mask=CAUSAL), FORWARD)
     sample = ProgramReference(ir.program(mask=CAUSAL)).sample(spec, torch.Generator().manual_seed(0))
-    sampled = set(places(spec, sample, torch.device("cpu")).rows.tolist())
+    sampled = set(sample_plan(spec, sample, torch.device("cpu")).rows.tolist())
     return next(i for i in range(70) if i not in sampled)
 
 

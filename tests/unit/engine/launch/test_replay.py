@@ -11,7 +11,14 @@ import torch
 
 from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.engine.launch import replay
-from cudnn_flex_compile.engine.launch.replay import EARNED_BY, FREE, LONG, OFTEN, Replays, Shelf
+from cudnn_flex_compile.engine.launch.replay import (
+    EVICT_AFTER,
+    FREE_RECORDINGS,
+    RECORD_AFTER,
+    REPLAYS_PER_RECORDING,
+    GraphPool,
+    Replays,
+)
 
 CURRENT, CAPTURING = 5, 77
 
@@ -21,7 +28,7 @@ class Machine:
 
     def __init__(self):
         self.direct, self.replayed, self.recorded = [], [], []
-        self.shelf = Shelf()
+        self.pool = GraphPool()
         self.capturing = self.refusing = False
         self.failing = None
 
@@ -30,7 +37,7 @@ class Machine:
         (self.direct if stream == CURRENT else self.recorded).append((workspace, *addresses))
 
     def plan(self):
-        return Replays(self.enqueue, 3, self.shelf)
+        return Replays(self.enqueue, 3, self.pool)
 
     def graph(self, enqueue, device):
         assert device == 3
@@ -66,16 +73,16 @@ def replays(machine):
 
 
 def test_what_comes_often_is_recorded_once_and_replayed(machine, replays):
-    for _ in range(OFTEN + 5):
+    for _ in range(RECORD_AFTER + 5):
         replays.run([1, 2], 9)
-    assert machine.direct == [(9, 1, 2)] * OFTEN
+    assert machine.direct == [(9, 1, 2)] * RECORD_AFTER
     assert machine.recorded == [(9, 1, 2)]
     assert machine.replayed == [(9, 1, 2)] * 5
-    assert machine.shelf.replays == 5
+    assert machine.pool.replays == 5
 
 
 def test_each_launch_has_its_own_addresses(machine, replays):
-    for _ in range(OFTEN + 2):
+    for _ in range(RECORD_AFTER + 2):
         for addresses in ([1, 2], [2, 1]):
             for workspace in (0, 9):
                 replays.run(addresses, workspace)
@@ -83,44 +90,44 @@ def test_each_launch_has_its_own_addresses(machine, replays):
 
 
 def test_what_does_not_come_back_is_not_recorded(machine, replays):
-    for i in range(10 * replay.KEYS):
+    for i in range(10 * replay.MAX_KEYS):
         replays.run([i], 0)
     assert machine.recorded == []
-    assert len(machine.direct) == 10 * replay.KEYS
-    assert len(replays._seen) <= replay.KEYS
+    assert len(machine.direct) == 10 * replay.MAX_KEYS
+    assert len(replays._seen) <= replay.MAX_KEYS
 
 
 def test_recording_is_paid_by_replays(machine, replays):
     """Addresses that are given up once they are recorded."""
     for i in range(1000):
-        for _ in range(OFTEN):
+        for _ in range(RECORD_AFTER):
             replays.run([i], 0)
-    assert len(machine.recorded) == FREE
-    for _ in range(3 * EARNED_BY):
+    assert len(machine.recorded) == FREE_RECORDINGS
+    for _ in range(3 * REPLAYS_PER_RECORDING):
         replays.run([0], 0)
     for i in range(1000, 2000):
-        for _ in range(OFTEN):
+        for _ in range(RECORD_AFTER):
             replays.run([i], 0)
-    assert len(machine.recorded) == FREE + 3
+    assert len(machine.recorded) == FREE_RECORDINGS + 3
 
 
 def test_all_layers_of_a_model_are_recorded_in_the_end(machine, replays):
     for _ in range(100):
-        for layer in range(4 * FREE):
+        for layer in range(4 * FREE_RECORDINGS):
             replays.run([layer], 0)
-    assert len(machine.recorded) == 4 * FREE
+    assert len(machine.recorded) == 4 * FREE_RECORDINGS
     del machine.direct[:]
-    for layer in range(4 * FREE):
+    for layer in range(4 * FREE_RECORDINGS):
         replays.run([layer], 0)
     assert machine.direct == []
 
 
 def test_graphs_of_all_plans_are_bounded_and_those_not_launched_for_long_go(machine, replays, monkeypatch):
-    monkeypatch.setattr(replay, "MOST", 4)
+    monkeypatch.setattr(replay, "MAX_GRAPHS", 4)
     other = machine.plan()
 
     def often(of_plan, address):
-        for _ in range(OFTEN + EARNED_BY):
+        for _ in range(RECORD_AFTER + REPLAYS_PER_RECORDING):
             of_plan.run([address], 0)
 
     for address in range(2):
@@ -128,7 +135,7 @@ def test_graphs_of_all_plans_are_bounded_and_those_not_launched_for_long_go(mach
         often(other, address)
     often(other, 2)  # the others were launched not long ago
     assert [list(of_plan.graphs) for of_plan in (replays, other)] == [[(0, 0), (0, 1)], [(0, 0), (0, 1)]]
-    for _ in range(LONG):
+    for _ in range(EVICT_AFTER):
         replays.run([1], 0)
     often(other, 2)
     assert [list(of_plan.graphs) for of_plan in (replays, other)] == [[(0, 1)], [(0, 0), (0, 1), (0, 2)]]
@@ -147,25 +154,25 @@ class Counted(weakref.WeakSet):
 
 
 def test_none_that_is_in_use_goes_and_it_is_seldom_looked_for(machine, replays, monkeypatch):
-    monkeypatch.setattr(replay, "MOST", 4)
-    machine.shelf.plans = Counted(machine.shelf.plans)
+    monkeypatch.setattr(replay, "MAX_GRAPHS", 4)
+    machine.pool.plans = Counted(machine.pool.plans)
     for _ in range(1000):
         for layer in range(6):
             replays.run([layer], 0)
     assert len(machine.recorded) == 4
-    assert machine.shelf.plans.iterations <= 4 + 1 + 4 * 1000 // (LONG - 10)
+    assert machine.pool.plans.iterations <= 4 + 1 + 4 * 1000 // (EVICT_AFTER - 10)
 
 
 def test_a_capture_gets_the_launch_itself(machine, replays):
-    for _ in range(OFTEN + 1):
+    for _ in range(RECORD_AFTER + 1):
         replays.run([1], 0)
     machine.capturing = True
     for address in (1, 2):
-        for _ in range(2 * OFTEN):
+        for _ in range(2 * RECORD_AFTER):
             replays.run([address], 0)
     assert len(machine.recorded) == 1
     assert len(machine.replayed) == 1
-    assert machine.direct[OFTEN:] == [(0, 1)] * 2 * OFTEN + [(0, 2)] * 2 * OFTEN
+    assert machine.direct[RECORD_AFTER:] == [(0, 1)] * 2 * RECORD_AFTER + [(0, 2)] * 2 * RECORD_AFTER
 
 
 @pytest.mark.parametrize("error", [RuntimeError("CUDA records nothing"), OSError("no driver"), KeyError("anything")])
@@ -174,21 +181,21 @@ def test_what_cannot_be_recorded_is_launched(machine, replays, error):
     for _ in range(1000):
         replays.run([1], 0)
     assert len(machine.direct) == 1000
-    assert machine.shelf.recordings == FREE
+    assert machine.pool.recordings == FREE_RECORDINGS
 
 
 def test_what_cannot_be_replayed_is_launched(machine, replays):
-    for _ in range(OFTEN):
+    for _ in range(RECORD_AFTER):
         replays.run([1], 0)
     machine.refusing = True
     replays.run([1], 0)
-    assert len(machine.direct) == OFTEN + 1
+    assert len(machine.direct) == RECORD_AFTER + 1
     assert machine.replayed == []
 
 
 def test_a_recording_elsewhere_is_not_waited_for(machine, replays):
-    with machine.shelf.lock:
-        for _ in range(OFTEN):
+    with machine.pool.lock:
+        for _ in range(RECORD_AFTER):
             replays.run([1], 0)
     assert machine.recorded == []
     replays.run([1], 0)
@@ -200,11 +207,11 @@ def test_graphs_go_with_their_plan(machine):
     gc.disable()
     try:
         replays = machine.plan()
-        for _ in range(OFTEN):
+        for _ in range(RECORD_AFTER):
             replays.run([1], 0)
         graph = weakref.ref(next(iter(replays.graphs.values()))[0])
         del replays
         assert graph() is None
-        assert not machine.shelf.plans
+        assert not machine.pool.plans
     finally:
         gc.enable()

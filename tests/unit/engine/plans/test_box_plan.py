@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cudnn_flex_compile.engine.graph.build import output_specs, stats_spec
-from cudnn_flex_compile.engine.plans.box_plan import PartsPlan, assemble_parts, divided
+from cudnn_flex_compile.engine.plans.box_plan import BoxPlan, assemble_boxes, divided
 from cudnn_flex_compile.engine.plans.lse_rows import rows_of
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem, TensorSpec, dense, out_spec
 from cudnn_flex_compile.reasons import Code, Reason
@@ -142,8 +142,8 @@ def in_parts(program, problem, mask):
         built.append(StandIn(local, part))
         return built[-1]
 
-    plan = assemble_parts(problem, program, found, output_specs(problem), build)
-    assert isinstance(plan, PartsPlan)
+    plan = assemble_boxes(problem, program, found, output_specs(problem), build)
+    assert isinstance(plan, BoxPlan)
     assert len(built) == len(found)
     return plan, built
 
@@ -261,5 +261,5 @@ def test_a_box_without_a_plan_is_a_reason():
     problem, reason = problem_of(program, FORWARD, "BSHD"), Reason(Code.SHAPE_REFUSED, "no engine")
     found, tried = boxes(split(program.mask), problem.lengths), []
     build = lambda local, part: tried.append(part) or reason  # noqa: E731
-    assert assemble_parts(problem, program, found, output_specs(problem), build) is reason
+    assert assemble_boxes(problem, program, found, output_specs(problem), build) is reason
     assert len(tried) == 1

@@ -17,7 +17,7 @@ from cudnn_flex_compile.engine.guards import ends, guarded
 from cudnn_flex_compile.engine.plans import widened_values as wide_module
 from cudnn_flex_compile.engine.plans.folded_output import TINY, FoldedPlan, clear, fold
 from cudnn_flex_compile.engine.plans.lse_rows import rows_of
-from cudnn_flex_compile.engine.plans.widened_values import WidePlan
+from cudnn_flex_compile.engine.plans.widened_values import WidenedPlan
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, TensorSpec
 from cudnn_flex_compile.reasons import Reason
 from cudnn_flex_compile.scoremod import ir
@@ -151,7 +151,7 @@ def around(way, inner):
 
 
 def wide(inner):
-    return around(WidePlan, inner)
+    return around(WidenedPlan, inner)
 
 
 @pytest.mark.parametrize("stand_in", [StandIn, FlashStandIn, wide(StandIn), wide(FlashStandIn)])

@@ -225,7 +225,7 @@ def test_a_folder_that_is_only_read(tmp_path):
 KILLED = """
     import os, signal, sys
     from pathlib import Path
-    from cudnn_flex_compile.engine.store import Store
+    from cudnn_flex_compile.engine.store.files import Store
 
     store, when = Store(Path(sys.argv[1]), 2**20), sys.argv[2]
     store.write("before", b"value")
@@ -264,7 +264,7 @@ def test_a_process_killed_while_it_writes(tmp_path, when):
 SHARED = """
     import random, sys
     from pathlib import Path
-    from cudnn_flex_compile.engine.store import Store
+    from cudnn_flex_compile.engine.store.files import Store
 
     folder, me, bound, rounds = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
     store, draw, hits = Store(folder, bound), random.Random(me), 0

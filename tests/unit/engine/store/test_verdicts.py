@@ -416,9 +416,9 @@ PROCESS = """
     import json, os, signal, sys
     from pathlib import Path
     import pytest
-    from cudnn_flex_compile.engine.select import cache_info, find_plan
+    from cudnn_flex_compile.engine.find_plan import cache_info, find_plan
     from cudnn_flex_compile.reasons import Reason
-    from tests import stand_in
+    from tests.support import stand_in
 
     folder, start, die_at = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     backend = stand_in.install(pytest.MonkeyPatch(), folder, wrong={"dense"})

@@ -10,8 +10,8 @@ import torch
 
 from cudnn_flex_compile.bench.mods import ALL
 from cudnn_flex_compile.passes.decide import cost_model
-from cudnn_flex_compile.passes.decide.cost_model import Around, Facts
-from cudnn_flex_compile.passes.decide.keep_rules import ROWS, slower
+from cudnn_flex_compile.passes.decide.cost_model import CostInputs, Workload
+from cudnn_flex_compile.passes.decide.keep_rules import RULES, slower
 from cudnn_flex_compile.reasons import Code
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import F32
@@ -23,9 +23,9 @@ PAIRS = ir.program(ir.SCORE + ir.operand(0, F32, "hqk"))
 DISTANCE = ir.index("q") - ir.index("k")
 BY_HEAD = ir.program(mask=make("ge", ir.index("q"), ir.index("k") + ir.index("h")))
 SHORT_ROWS = ir.program(mask=make("gt", ir.operand(0, ir.I32, "b"), ir.index("k")))
-BUSY = Around(products=17, tflop=0.4, calls=4)  # of 4 layers of a width of 1024, 4096 tokens
-LLAMA = Around(products=29, tflop=3.64, calls=4)  # of 4 layers of a width of 2048, 8192 tokens
-LARGE, LITTLE = replace(BUSY, tflop=3.0), Around(products=0, tflop=0.0, calls=1)
+BUSY = Workload(products=17, tflop=0.4, calls=4)  # of 4 layers of a width of 1024, 4096 tokens
+LLAMA = Workload(products=29, tflop=3.64, calls=4)  # of 4 layers of a width of 2048, 8192 tokens
+LARGE, LITTLE = replace(BUSY, tflop=3.0), Workload(products=0, tflop=0.0, calls=1)
 PADDED = {"program": SHORT_ROWS, "queries": 4096, "keys": 4096, "heads": 16, "share": 1.0, "around": LARGE}
 STRIPED = ir.program(mask=make("eq", make("mod", DISTANCE, ir.const(3, ir.I32)), ir.const(0, ir.I32)))
 
@@ -46,7 +46,7 @@ def facts(queries=2048, keys=2048, training=True, device="cuda", program=CAUSAL,
     given = {"query": tensor(queries), "key": tensor(keys), "value": tensor(keys)}
     call = SimpleNamespace(**given, blocks=("there",) if blocks else ())
     more = {"hoisted": (), "lse_gradient": False, "around": None, **more}
-    return Facts(call, program, training=training, share=share, **more)  # pyright: ignore
+    return CostInputs(call, program, training=training, share=share, **more)  # pyright: ignore
 
 
 def stored(dtype):
@@ -166,7 +166,7 @@ def test_what_is_kept(name):
     reason = slower(facts(**given))
     assert detail in reason.detail
     assert reason.code is (Code.LSE_GRADIENT if "lse_gradient" in given else Code.SLOWER)
-    assert any(f"({row.command})" in reason.detail for row in ROWS)
+    assert any(f"({row.command})" in reason.detail for row in RULES)
 
 
 @pytest.mark.parametrize("name", LOWERED)
@@ -177,11 +177,11 @@ def test_what_is_lowered(name):
 def test_a_list_of_tiles_is_expected_to_gain_what_its_rule_says():
     few, many = (cost_model.expected(facts(16384, 16384, tiled=True, share=0.2, sharing=n)) for n in (1, 10**6))
     assert few < 1 < many
-    stock, ours = (line.at(2 * (64 + 64) * 2 * 4 * 16384 * 16384 * 0.2 / 1e12) for line in cost_model.CALLS[True])
+    stock, ours = (line.at(2 * (64 + 64) * 2 * 4 * 16384 * 16384 * 0.2 / 1e12) for line in cost_model.CALL_TIME[True])
     assert many == pytest.approx(stock / ours, rel=1e-3)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.command)
+@pytest.mark.parametrize("row", RULES, ids=lambda row: row.command)
 def test_commands_exist(row):
     words = shlex.split(row.command)
     if words[0] == "python3":

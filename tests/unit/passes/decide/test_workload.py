@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from cudnn_flex_compile.passes.decide.workload import around_of, is_alone
+from cudnn_flex_compile.passes.decide.workload import is_alone, workload_of
 from cudnn_flex_compile.passes.read.call import find_calls
 
 BATCH, HEADS, LENGTH, DIM = 2, 4, 32, 16
@@ -66,7 +66,7 @@ def test_products_of_a_model(layers, wrap, dynamic):
             x = block(x)
         return x
 
-    found = around_of(captured(model, tokens(), dynamic=dynamic), layers)
+    found = workload_of(captured(model, tokens(), dynamic=dynamic), layers)
     assert (found.products, found.calls) == (4 * layers, layers)
     assert found.tflop == pytest.approx(layers * TFLOP)
 
@@ -78,7 +78,7 @@ def test_products_of_sizes_that_depend_on_data():
         return torch.nn.functional.linear(input=x[x[:, 0] > 0], weight=weight) @ weight
 
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        found = around_of(captured(model, torch.ones(8, 4), torch.ones(4, 4)), 0)
+        found = workload_of(captured(model, torch.ones(8, 4), torch.ones(4, 4)), 0)
     assert (found.products, found.tflop) == (2, 0.0)
 
 

@@ -15,7 +15,7 @@ from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.interpret import environment, evaluate
 from cudnn_flex_compile.scoremod.ir import F32, I32, TRUE, Expr, Program
 from cudnn_flex_compile.scoremod.masks.bound import Bound
-from cudnn_flex_compile.scoremod.masks.boxes import MOST, Box, boxes, pruned, unshifted
+from cudnn_flex_compile.scoremod.masks.boxes import MAX_BOXES, Box, boxes, pruned, unshifted
 from cudnn_flex_compile.scoremod.masks.form import MaskForm, as_predicate, hides, split, tightest
 from cudnn_flex_compile.scoremod.masks.intervals import VIEWS
 from cudnn_flex_compile.scoremod.masks.linear import KV, Q
@@ -97,7 +97,7 @@ def test_boxes_are_the_mask_once(form, lengths: Lengths) -> None:
     found, expected = boxes(form_of(*form), lengths), visible(*form, lengths)
     if found is None:
         return
-    assert 0 < len(found) <= MOST
+    assert 0 < len(found) <= MAX_BOXES
     score = values(SCORE, lengths) * expected
     for these in (found, unshifted(found)):
         count, total = computed(these, SCORE, lengths)

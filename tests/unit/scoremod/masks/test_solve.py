@@ -9,7 +9,7 @@ import torch
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import I32, I64, TRUE
 from cudnn_flex_compile.scoremod.masks.bound import Bound
-from cudnn_flex_compile.scoremod.masks.clauses import MOST, Half, clauses
+from cudnn_flex_compile.scoremod.masks.clauses import MAX_CLAUSES, Half, clauses
 from cudnn_flex_compile.scoremod.masks.linear import KV, Q
 from cudnn_flex_compile.scoremod.masks.solve import Solved, limit_of, solve
 from cudnn_flex_compile.scoremod.optable import make
@@ -180,7 +180,7 @@ def test_a_large_disjunction_stays_one_predicate() -> None:
     terms = [f"((q - kv == {3 * i}) & (kv % {i + 2} == 0))" for i in range(9)]
     solved = assert_every_step_keeps(" | ".join(terms), {}, SIZES)
     assert described(solved) == "residual"
-    assert len(clauses(normal(" | ".join(terms)).mask)) <= MOST
+    assert len(clauses(normal(" | ".join(terms)).mask)) <= MAX_CLAUSES
 
 
 def test_trivial_masks() -> None:
