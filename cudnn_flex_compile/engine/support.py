@@ -183,16 +183,17 @@ REWRITES: tuple[Rewrite, ...] = (
     Rewrite("not strict", "q > kv -> q - 1 >= kv", WRONG, BOTH,
             "scoremod/masks, scoremod/legalize.py", "computed as q >= kv", switched=False),
     Rewrite("one predicate", "bounds, then an or, as selects -> one select by all of the mask", WRONG, (),
-            "graph/strategies/dense.py", "causal, then (q - kv <= w) | (kv < n): the or was dropped once; of it 64 "
-            "forms tried since are right on 9.19, and 16 on 9.28", switched=False),
+            "engine/graph/strategies/dense.py", "causal, then (q - kv <= w) | (kv < n): the or was dropped once; of "
+            "it 64 forms tried since are right on 9.19, and 16 on 9.28", switched=False),
     Rewrite("pairs outside", "documents[q] == documents[kv] in the graph -> a bias, computed outside", WRONG, BOTH,
             "scoremod/partition.py", "backward, with the operands broadcast in the graph", switched=False),
     Rewrite("infinite fill", "select(x, -1e9) -> select(x, -inf)", WRONG, BOTH,
-            "graph/strategies/chained.py", "forward: rows without a visible key give the mean of V", switched=False),
+            "engine/graph/strategies/chained.py", "forward: rows without a visible key give the mean of V",
+            switched=False),
     Rewrite("powers as products", "pow(x, 3) -> x * x * x", WRONG, BOTH,
             "scoremod/simplify.py", "NaN for a negative x", switched=False),
     Rewrite("fresh indices", "one gen_index for all bounds -> one for each, of the running tensor", SLOW, BOTH,
-            "graph/strategies/chained.py", "right, but every tile is computed", switched=False),
+            "engine/graph/strategies/chained.py", "right, but every tile is computed", switched=False),
 )  # fmt: skip
 
 

@@ -70,7 +70,7 @@ def compile_model(kinds, monkeypatch):
 
     torch._dynamo.reset()
     programs.clear()
-    stand_in.select.cache_clear()
+    stand_in.find_plan.cache_clear()
     with monkeypatch.context() as patch, collect() as report:
         patch.setattr(module, "lower_calls", counted)
         compiled(model(kinds))(inputs())

@@ -8,7 +8,9 @@ from torch.nn.attention import flex_attention as stock
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
 from cudnn_flex_compile.bench.mods import causal, sliding, softcap
+from cudnn_flex_compile.engine import find_plan
 from cudnn_flex_compile.engine.problem import BACKWARD
+from cudnn_flex_compile.engine.store.plan_cache import CachedPlan
 from cudnn_flex_compile.passes import lower_call
 from cudnn_flex_compile.passes.decide import candidate
 from cudnn_flex_compile.reasons import Code, Reason
@@ -117,12 +119,12 @@ def test_plans_of_both_backwards_are_wanted(monkeypatch):
     """On a GPU, where the log-sum-exp is used in training; one that no plan is right for keeps the call."""
     asked, refused = [], []
 
-    def find_plan(key, reference, fingerprint):
-        problem = find_plan.problem_of(key)
+    def found(key, reference, fingerprint):
+        problem = candidate.problem_of(key)
         asked.append((problem.direction, problem.lse_gradient))
         if problem.lse_gradient and refused:
             return Reason(Code.SHAPE_REFUSED, "too many row vectors", lasting=False)
-        return find_plan.CachedPlan(type("P", (), {"strategy": "s", "problem": problem, "errors": ()})(), (False,) * 4)
+        return CachedPlan(type("P", (), {"strategy": "s", "problem": problem, "errors": ()})(), (False,) * 4)
 
     def judge(wanted):
         device = torch.device("cpu")
@@ -130,7 +132,7 @@ def test_plans_of_both_backwards_are_wanted(monkeypatch):
         problem = candidate.problem_of(key)
         return candidate._certified(wanted, key, problem)
 
-    monkeypatch.setattr(find_plan, "find_plan", find_plan)
+    monkeypatch.setattr(find_plan, "find_plan", found)
     monkeypatch.setattr(lower_call, "plan_or_reason", judge)
     attend = attention("causal", {"return_lse": True})
 

@@ -24,7 +24,7 @@ from cudnn_flex_compile.engine.tiles import tile_list
 SCRIPT = """
 import torch
 from torch._subclasses import FakeTensorMode
-from cudnn_flex_compile.engine import tiles
+from cudnn_flex_compile.engine.tiles import tile_list
 
 def compile_only(self, stage, compiler, config, tensors, numbers):
     getattr(self._builder, compiler)(config, *tensors)
