@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from cudnn_flex_compile.kernels.recompiling import Recompiling
 from cudnn_flex_compile.kernels.stock import Stock
@@ -61,8 +61,7 @@ def score_mod_of(
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, score_mod: Any, scale: float, gqa: bool) -> Any:
-    how: dict[str, Any] = {"score_mod": score_mod, "scale": scale, "enable_gqa": gqa, "return_lse": True}
-    return flex_attention(query, key, value, **how)  # pyright: ignore[reportDeprecated]
+    return _with_lse(query, key, value, {"score_mod": score_mod, "scale": scale, "enable_gqa": gqa})
 
 
 def _attention_by_blocks(
@@ -76,8 +75,14 @@ def _attention_by_blocks(
         block_mask = BlockMask.from_kv_blocks(blocks["kv_num_blocks"], blocks["kv_indices"], seq_lengths=lengths, **how)
     else:
         block_mask = BlockMask(lengths, **blocks, **how)
-    how = {"score_mod": score_mod, "block_mask": block_mask, "scale": scale, "enable_gqa": gqa, "return_lse": True}
-    return flex_attention(query, key, value, **how)  # pyright: ignore[reportDeprecated]
+    how = {"score_mod": score_mod, "block_mask": block_mask, "scale": scale, "enable_gqa": gqa}
+    return _with_lse(query, key, value, how)
+
+
+def _with_lse(query: Tensor, key: Tensor, value: Tensor, how: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    # `return_lse` would warn once, and Dynamo compile anew for what it has warned of, even as a CUDA graph is captured.
+    out, aux = flex_attention(query, key, value, **how, return_aux=AuxRequest(lse=True))  # pyright: ignore
+    return out, aux.lse
 
 
 @functools.lru_cache(PROGRAMS)
