@@ -79,7 +79,7 @@ def _attention_by_blocks(
     return _with_lse(query, key, value, how)
 
 
-def _with_lse(query: Tensor, key: Tensor, value: Tensor, how: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def _with_lse(query: Tensor, key: Tensor, value: Tensor, how: dict[str, Any]) -> tuple[Tensor, Any]:
     # `return_lse` would warn once, and Dynamo compile anew for what it has warned of, even as a CUDA graph is captured.
     out, aux = flex_attention(query, key, value, **how, return_aux=AuxRequest(lse=True))  # pyright: ignore
     return out, aux.lse
