@@ -15,7 +15,7 @@ from cudnn_flex_compile.engine.graph.strategies.dense import NAME as DENSE
 from cudnn_flex_compile.engine.graph.strategies.scores import biased, legal_backward
 from cudnn_flex_compile.engine.guards import ends, guarded, needs_guard
 from cudnn_flex_compile.engine.plans.box_plan import assemble_boxes, divided
-from cudnn_flex_compile.engine.problem import BACKWARD, Problem
+from cudnn_flex_compile.engine.problem import BACKWARD, Problem, output_specs
 from cudnn_flex_compile.engine.state import engine
 from cudnn_flex_compile.engine.store.plan_cache import Plan
 from cudnn_flex_compile.engine.support import refused
@@ -87,7 +87,6 @@ def _with_others(problem: Problem, found: list[Attempt]) -> list[Attempt]:
 
 
 def _in_parts(program: Program, problem: Problem) -> Plan | Reason:
-    from cudnn_flex_compile.engine.graph.build import output_specs
 
     found = divided(program, problem.lengths, problem.direction)
     if found is None:

@@ -5,12 +5,13 @@ Knows nothing of how plans are built. Two problems are equal exactly when one pl
 
 import functools
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from cudnn_flex_compile.engine.launch.memory import Layout
+from cudnn_flex_compile.scoremod.learned import position_in
 
 FORWARD, BACKWARD = "forward", "backward"
 
@@ -94,6 +95,59 @@ class Problem:
     def backward(self, lse_gradient: bool = False) -> "Problem":
         """The backward of this forward, for a gradient laid out like the output."""
         return replace(self, direction=BACKWARD, grad=self.out, stats=True, lse_gradient=lse_gradient)
+
+
+class Error(NamedTuple):
+    """How far one result of a plan was off on usual data, relative to its size (both in the 2-norm).
+
+    Attributes:
+        name: out, dQ, dK or dV.
+        found: of the plan.
+        stock: of the same computation in stock precision.
+    """
+
+    name: str
+    found: float
+    stock: float
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """What a graph reads and writes at each run. A graph that was serialised does not tell.
+
+    Attributes:
+        strategy: how it was lowered.
+        uids: of its tensors, in the order in which a run gives their addresses: those by role, operands, constants,
+            integers, floats.
+        operands, ints, floats: positions of those that it reads, among all operands and scalars of the program.
+        hosts: the numbers of constants that are passed by value: floats as float32, integers as int32.
+        filled: the numbers of constants in device memory, int32 [B, 1, 1, 1].
+    """
+
+    strategy: str
+    uids: tuple[int, ...]
+    operands: tuple[int, ...] = ()
+    ints: tuple[int, ...] = ()
+    floats: tuple[int, ...] = ()
+    hosts: tuple[int | float, ...] = ()
+    filled: tuple[int, ...] = ()
+
+
+def stats_spec(problem: Problem) -> TensorSpec:
+    """The log-sum-exp as cuDNN has it: [B, Hq, Sq, 1], float32, contiguous."""
+    batch, heads, length = problem.lse_shape
+    return TensorSpec((batch, heads, length, 1), (heads * length, length, 1, 1), torch.float32)
+
+
+def output_specs(problem: Problem) -> tuple[TensorSpec, ...]:
+    """The layouts of what a plan writes: out and stats, or dq, dk, dv, and the gradient of a learned operand."""
+    if problem.direction == FORWARD:
+        return problem.out, stats_spec(problem)
+    found = problem.gradients or tuple(dense_like(s) for s in (problem.query, problem.key, problem.value))
+    bias = position_in(problem.program)
+    if bias is None:
+        return found
+    return *found, dense(TensorSpec(problem.operands[bias].shape, (), problem.query.dtype))
 
 
 def out_spec(query: TensorSpec, value: TensorSpec) -> TensorSpec:

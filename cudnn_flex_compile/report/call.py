@@ -6,7 +6,7 @@ Knows nothing of how it is shown (rendering.py).
 from dataclasses import dataclass
 from typing import Any
 
-from cudnn_flex_compile.engine.store.codec import Error
+from cudnn_flex_compile.engine.problem import Error
 from cudnn_flex_compile.reasons import Reason
 from cudnn_flex_compile.report.picture import Picture
 from cudnn_flex_compile.report.words import describe_mask

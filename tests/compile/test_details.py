@@ -11,7 +11,7 @@ from torch.nn.attention.flex_attention import and_masks, create_block_mask, flex
 
 from cudnn_flex_compile import collect, explain
 from cudnn_flex_compile.config import Options
-from cudnn_flex_compile.engine.store.codec import Error
+from cudnn_flex_compile.engine.problem import Error
 from cudnn_flex_compile.passes import describe
 from cudnn_flex_compile.passes.decide import cost_model
 from cudnn_flex_compile.passes.lower_graph import lower_calls

@@ -19,10 +19,9 @@ from cudnn_flex_compile.bench.mods import ALL, BY_BATCH
 from cudnn_flex_compile.config import Options, Policy
 from cudnn_flex_compile.engine import choose
 from cudnn_flex_compile.engine.certify.reference import ProgramReference
-from cudnn_flex_compile.engine.graph.build import output_specs
 from cudnn_flex_compile.engine.key import problem_of
 from cudnn_flex_compile.engine.plans import graph_plan
-from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem
+from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem, output_specs
 from cudnn_flex_compile.engine.support import refused
 from cudnn_flex_compile.engine.versions import cudnn_version
 from cudnn_flex_compile.passes import lower_call, lower_graph

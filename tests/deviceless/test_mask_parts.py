@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from cudnn_flex_compile.bench.mods import softcap
-from cudnn_flex_compile.engine.graph.build import output_specs
 from cudnn_flex_compile.engine.graph.strategies.native import NAME as NATIVE
 from cudnn_flex_compile.engine.plans.box_plan import BoxPlan, assemble_boxes
-from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD
+from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, output_specs
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import F32, I32, SCORE
 from cudnn_flex_compile.scoremod.masks.boxes import boxes, unshifted

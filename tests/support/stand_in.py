@@ -13,13 +13,11 @@ import torch
 
 from cudnn_flex_compile.engine import find_plan
 from cudnn_flex_compile.engine.certify import certify
-from cudnn_flex_compile.engine.graph.build import output_specs
 from cudnn_flex_compile.engine.key import Meta, backward_key, forward_key
 from cudnn_flex_compile.engine.plans import graph_plan as plan
-from cudnn_flex_compile.engine.problem import Problem, TensorSpec
+from cudnn_flex_compile.engine.problem import Binding, Error, Problem, TensorSpec, output_specs
 from cudnn_flex_compile.engine.state import engine
 from cudnn_flex_compile.engine.store import identity
-from cudnn_flex_compile.engine.store.codec import Binding, Error
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.optable import make

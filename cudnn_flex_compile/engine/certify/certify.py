@@ -28,8 +28,7 @@ from cudnn_flex_compile.engine.certify.regimes import (
 )
 from cudnn_flex_compile.engine.certify.samples import SEED, SamplePlan, sample_plan
 from cudnn_flex_compile.engine.plans.lse_rows import rows_of
-from cudnn_flex_compile.engine.problem import BACKWARD, Problem, TensorSpec
-from cudnn_flex_compile.engine.store.codec import Error
+from cudnn_flex_compile.engine.problem import BACKWARD, Error, Problem, TensorSpec
 from cudnn_flex_compile.reasons import Code, Reason
 
 

@@ -14,7 +14,7 @@ import torch
 from cudnn_flex_compile.engine.certify.exact import EPSILON
 from cudnn_flex_compile.engine.certify.expected import Block, LogSums
 from cudnn_flex_compile.engine.certify.regimes import REGIMES, Regime
-from cudnn_flex_compile.engine.store.codec import Error
+from cudnn_flex_compile.engine.problem import Error
 
 Regimes = Sequence[Regime]
 Counts = tuple[torch.Tensor, torch.Tensor]  # of Poisoned.counts

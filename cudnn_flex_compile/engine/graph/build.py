@@ -3,19 +3,17 @@
 Knows nothing of caches, of execution or of which lowering is best.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import cudnn
-import torch
 
 from cudnn_flex_compile.engine import frontend
-from cudnn_flex_compile.engine.frontend import Link
-from cudnn_flex_compile.engine.graph.emit import FLOAT, TENSOR_TYPES, Emitter, Inputs
+from cudnn_flex_compile.engine.graph.callbacks import Callbacks
+from cudnn_flex_compile.engine.graph.emit import FLOAT, TENSOR_TYPES, Inputs
 from cudnn_flex_compile.engine.graph.lowering import Lowering
-from cudnn_flex_compile.engine.problem import FORWARD, Problem, TensorSpec, dense, dense_like
+from cudnn_flex_compile.engine.problem import FORWARD, Problem, TensorSpec, output_specs, stats_spec
 from cudnn_flex_compile.scoremod.ir import ROWS
-from cudnn_flex_compile.scoremod.learned import position_in
 from cudnn_flex_compile.scoremod.switches import on
 
 
@@ -34,49 +32,7 @@ class AttentionGraph:
     graph: Any
     roles: dict[str, Any]
     inputs: Inputs
-    callbacks: "Callbacks"
-
-
-@dataclass(slots=True)
-class Callbacks:
-    """What the score_mod callbacks read. Cleared once the graph is built, or refused: the graph owns the callbacks, and
-    a callback that led back to the graph would keep both alive for ever (the cycle runs through C++).
-
-    Attributes:
-        building: what is built, empty afterwards.
-        links: of the graph (frontend.py).
-        emitters: of each score_mod.
-    """
-
-    building: list[tuple[Inputs, Lowering]]
-    links: list[Link]
-    emitters: list[Emitter] = field(default_factory=list[Emitter])
-
-    def clear(self) -> None:
-        for link in self.links:
-            link.cut()
-        self.links.clear()
-        self.building.clear()
-        self.emitters.clear()
-
-    def score_mod(self, graph: Any, score: Any) -> Any:
-        inputs, lowering = self.building[0]
-        self.emitters.append(Emitter(graph, inputs, score))
-        return score if lowering.score_mod is None else lowering.score_mod(self.emitters[-1])
-
-    def score_mod_bprop(self, graph: Any, grad: Any) -> Any:
-        inputs, lowering = self.building[0]
-        if lowering.score_mod_bprop is None:
-            return grad
-        emitter = self.emitters[-1]  # the forward's nodes are in the same graph: what it computed is reused
-        emitter.grad = _shaped(grad, inputs.problem)
-        return lowering.score_mod_bprop(emitter)
-
-
-def stats_spec(problem: Problem) -> TensorSpec:
-    """The log-sum-exp as cuDNN has it: [B, Hq, Sq, 1], float32, contiguous."""
-    batch, heads, length = problem.lse_shape
-    return TensorSpec((batch, heads, length, 1), (heads * length, length, 1, 1), torch.float32)
+    callbacks: Callbacks
 
 
 def assemble(problem: Problem, lowering: Lowering, **graph_arguments: Any) -> AttentionGraph:
@@ -172,21 +128,3 @@ def _backward(graph: Any, problem: Problem, callbacks: Callbacks, roles: dict[st
 
 
 GRADIENTS = ("dq", "dk", "dv", "dbias")  # the last only where an operand is learned
-
-
-def _shaped(grad: Any, problem: Problem) -> Any:
-    """The gradient arrives without a shape, and a node would take that of its other input, a scalar maybe."""
-    batch, heads, rows = problem.lse_shape
-    columns = problem.key.shape[2]
-    return grad.set_dim([batch, heads, rows, columns]).set_stride([heads * rows * columns, rows * columns, columns, 1])
-
-
-def output_specs(problem: Problem) -> tuple[TensorSpec, ...]:
-    """The layouts of what a plan writes: out and stats, or dq, dk, dv, and the gradient of a learned operand."""
-    if problem.direction == FORWARD:
-        return problem.out, stats_spec(problem)
-    found = problem.gradients or tuple(dense_like(s) for s in (problem.query, problem.key, problem.value))
-    bias = position_in(problem.program)
-    if bias is None:
-        return found
-    return *found, dense(TensorSpec(problem.operands[bias].shape, (), problem.query.dtype))

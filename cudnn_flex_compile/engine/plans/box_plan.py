@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from cudnn_flex_compile.engine.plans.merge import merge
-from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem, TensorSpec, dense
-from cudnn_flex_compile.engine.store.codec import Error
+from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Error, Problem, TensorSpec, dense
 from cudnn_flex_compile.reasons import Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import TRUE, Program

@@ -10,15 +10,14 @@ from typing import Any
 import cudnn
 import torch
 
-from cudnn_flex_compile.engine.graph.build import AttentionGraph, assemble, output_specs
+from cudnn_flex_compile.engine.graph.build import AttentionGraph, assemble
 from cudnn_flex_compile.engine.graph.lowering import Lowering
 from cudnn_flex_compile.engine.launch.handles import current_handle, handle_on
 from cudnn_flex_compile.engine.launch.memory import empty
 from cudnn_flex_compile.engine.launch.raw_execute import Launch, launcher
 from cudnn_flex_compile.engine.launch.replay import Replays
-from cudnn_flex_compile.engine.problem import FORWARD, Problem
+from cudnn_flex_compile.engine.problem import FORWARD, Binding, Error, Problem, output_specs
 from cudnn_flex_compile.engine.state import engine
-from cudnn_flex_compile.engine.store.codec import Binding, Error
 from cudnn_flex_compile.reasons import Code, Reason
 
 PYTHON_ENGINES = 20_000  # the first id of an engine of the frontend's own (cudnn.engines.engine_ids)

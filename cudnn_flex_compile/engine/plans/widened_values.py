@@ -15,7 +15,7 @@ import torch
 
 from cudnn_flex_compile.engine.plans.folded_output import FoldedPlan
 from cudnn_flex_compile.engine.plans.wrapped import WrappedPlan
-from cudnn_flex_compile.engine.problem import Problem, TensorSpec, strides_like
+from cudnn_flex_compile.engine.problem import Problem, TensorSpec, output_specs, strides_like
 
 # The columns that are added to V, a multiple of what cuDNN takes. dLSE is the sum of what dO' has there times these,
 # each part what the ones before it left over: 24 bits of bfloat16, and beyond the range of float16.
@@ -33,8 +33,6 @@ class WidenedPlan(WrappedPlan):
 
     @staticmethod
     def inner_problem(problem: Problem) -> Problem:
-        from cudnn_flex_compile.engine.graph.build import output_specs
-
         dq, dk, dv = output_specs(problem)
         more = {name: _wide(getattr(problem, name)) for name in ("value", "out")}
         grad = _wide(problem.grad or problem.out)

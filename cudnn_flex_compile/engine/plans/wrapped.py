@@ -9,8 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from cudnn_flex_compile.engine.problem import Problem
-from cudnn_flex_compile.engine.store.codec import Error
+from cudnn_flex_compile.engine.problem import Error, Problem, output_specs
 
 
 class WrappedPlan(ABC):
@@ -23,8 +22,6 @@ class WrappedPlan(ABC):
     __slots__ = ("device", "errors", "inner", "outputs", "problem", "strategy")
 
     def __init__(self, problem: Problem, inner: Any) -> None:
-        from cudnn_flex_compile.engine.graph.build import output_specs
-
         self.problem, self.inner, self.device = problem, inner, inner.device
         self.outputs = output_specs(problem)
         self.strategy = f"{inner.strategy}, {self.NAME}"

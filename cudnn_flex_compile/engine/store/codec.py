@@ -6,47 +6,12 @@ Knows nothing of files or of cuDNN. JSON, which keeps floats exactly, and the pl
 import json
 import struct
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
+from cudnn_flex_compile.engine.problem import Binding, Error
 from cudnn_flex_compile.reasons import Code, Reason
 
 LENGTH = struct.Struct("<Q")
-
-
-class Error(NamedTuple):
-    """How far one result of a plan was off on usual data, relative to its size (both in the 2-norm).
-
-    Attributes:
-        name: out, dQ, dK or dV.
-        found: of the plan.
-        stock: of the same computation in stock precision.
-    """
-
-    name: str
-    found: float
-    stock: float
-
-
-@dataclass(frozen=True, slots=True)
-class Binding:
-    """What a graph reads and writes at each run. A graph that was serialised does not tell.
-
-    Attributes:
-        strategy: how it was lowered.
-        uids: of its tensors, in the order in which a run gives their addresses: those by role, operands, constants,
-            integers, floats.
-        operands, ints, floats: positions of those that it reads, among all operands and scalars of the program.
-        hosts: the numbers of constants that are passed by value: floats as float32, integers as int32.
-        filled: the numbers of constants in device memory, int32 [B, 1, 1, 1].
-    """
-
-    strategy: str
-    uids: tuple[int, ...]
-    operands: tuple[int, ...] = ()
-    ints: tuple[int, ...] = ()
-    floats: tuple[int, ...] = ()
-    hosts: tuple[int | float, ...] = ()
-    filled: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from cudnn_flex_compile.config import Policy
 from cudnn_flex_compile.engine.certify.reference import Reference
 from cudnn_flex_compile.engine.plans.box_plan import BoxPlan, assemble_boxes, divided
-from cudnn_flex_compile.engine.problem import Problem
+from cudnn_flex_compile.engine.problem import Problem, output_specs
 from cudnn_flex_compile.engine.state import engine
 from cudnn_flex_compile.engine.store.codec import Certified, StoredPlan, decode, encode
 from cudnn_flex_compile.engine.store.identity import key_of, problem_text
@@ -121,7 +121,6 @@ def _compiled(problem: Problem) -> Plan:
 
 def _restored(problem: Problem, verdict: Certified) -> Plan | Reason:
     """Raises ValueError for plans of other problems: our code cannot have changed, but be sure."""
-    from cudnn_flex_compile.engine.graph.build import output_specs
     from cudnn_flex_compile.engine.plans.graph_plan import restore
     from cudnn_flex_compile.engine.plans.wrappers import WRAPPERS
 

@@ -13,10 +13,17 @@ import torch
 from torch import Tensor
 
 from cudnn_flex_compile.engine.frontend import compiled_kernel, quiet
-from cudnn_flex_compile.engine.graph.build import output_specs
 from cudnn_flex_compile.engine.launch.memory import empty
-from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem, TensorSpec, dense
-from cudnn_flex_compile.engine.store.codec import Binding, Error
+from cudnn_flex_compile.engine.problem import (
+    BACKWARD,
+    FORWARD,
+    Binding,
+    Error,
+    Problem,
+    TensorSpec,
+    dense,
+    output_specs,
+)
 from cudnn_flex_compile.engine.tiles.frontend import intervals_missing
 from cudnn_flex_compile.engine.tiles.tile_list import (
     ARCHITECTURE,

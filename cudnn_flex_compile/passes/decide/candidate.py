@@ -16,8 +16,7 @@ from cudnn_flex_compile.engine.graph.strategies import STRATEGIES
 from cudnn_flex_compile.engine.guards import ends
 from cudnn_flex_compile.engine.key import Key, Meta, backward_key, forward_key, problem_of
 from cudnn_flex_compile.engine.plans.folded_output import FoldedPlan
-from cudnn_flex_compile.engine.problem import Problem, TensorSpec, dense
-from cudnn_flex_compile.engine.store.codec import Error
+from cudnn_flex_compile.engine.problem import Error, Problem, TensorSpec, dense
 from cudnn_flex_compile.engine.support import refused
 from cudnn_flex_compile.engine.tiles.tile_list import NAME as INTERVALS
 from cudnn_flex_compile.passes.decide.key_compaction import COUNTS, Compact, counts_of, order_of, slots_of

@@ -16,9 +16,8 @@ from torch.testing._internal.optests import opcheck
 from cudnn_flex_compile import ops, torch_private
 from cudnn_flex_compile.engine import candidates, find_plan
 from cudnn_flex_compile.engine.certify import certify
-from cudnn_flex_compile.engine.graph.build import output_specs, stats_spec
 from cudnn_flex_compile.engine.plans import box_plan, graph_plan
-from cudnn_flex_compile.engine.problem import FORWARD
+from cudnn_flex_compile.engine.problem import FORWARD, output_specs, stats_spec
 from cudnn_flex_compile.kernels import cpu, cuda
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir

@@ -10,8 +10,7 @@ import torch
 from cudnn_flex_compile.engine.certify.certify import certify
 from cudnn_flex_compile.engine.certify.random_inputs import random_like
 from cudnn_flex_compile.engine.certify.reference import CapturedValue, ProgramReference, SubgraphReference
-from cudnn_flex_compile.engine.graph.build import output_specs
-from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem, TensorSpec, out_spec
+from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem, TensorSpec, out_spec, output_specs
 from cudnn_flex_compile.kernels import cpu
 from cudnn_flex_compile.passes.write.operands import operand_value
 from cudnn_flex_compile.scoremod import ir

@@ -17,8 +17,7 @@ from cudnn_flex_compile.engine.certify import samples, slices
 from cudnn_flex_compile.engine.certify.certify import certify
 from cudnn_flex_compile.engine.certify.reference import ProgramReference, SubgraphReference
 from cudnn_flex_compile.engine.certify.regimes import REGIMES
-from cudnn_flex_compile.engine.graph.build import output_specs
-from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem, TensorSpec, dense, out_spec
+from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem, TensorSpec, dense, out_spec, output_specs
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import F32
 from cudnn_flex_compile.scoremod.learned import with_bias

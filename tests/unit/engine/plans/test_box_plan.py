@@ -10,10 +10,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cudnn_flex_compile.engine.graph.build import output_specs, stats_spec
 from cudnn_flex_compile.engine.plans.box_plan import BoxPlan, assemble_boxes, divided
 from cudnn_flex_compile.engine.plans.lse_rows import rows_of
-from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem, TensorSpec, dense, out_spec
+from cudnn_flex_compile.engine.problem import (
+    BACKWARD,
+    FORWARD,
+    Problem,
+    TensorSpec,
+    dense,
+    out_spec,
+    output_specs,
+    stats_spec,
+)
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.interpret import environment, evaluate

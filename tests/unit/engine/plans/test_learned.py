@@ -11,11 +11,10 @@ import torch
 
 from cudnn_flex_compile.engine.certify.certify import certify
 from cudnn_flex_compile.engine.certify.reference import ProgramReference
-from cudnn_flex_compile.engine.graph.build import output_specs
 from cudnn_flex_compile.engine.graph.strategies import STRATEGIES
 from cudnn_flex_compile.engine.guards import ends, guarded
 from cudnn_flex_compile.engine.plans.folded_output import FoldedPlan
-from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, TensorSpec, dense
+from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, TensorSpec, dense, output_specs
 from cudnn_flex_compile.kernels import cpu
 from cudnn_flex_compile.kernels.cpu import _blocks, per_head
 from cudnn_flex_compile.reasons import Reason

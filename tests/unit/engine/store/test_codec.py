@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cudnn_flex_compile.engine.store.codec import Binding, Certified, Error, StoredPlan, decode, encode
+from cudnn_flex_compile.engine.problem import Binding, Error
+from cudnn_flex_compile.engine.store.codec import Certified, StoredPlan, decode, encode
 from cudnn_flex_compile.reasons import Code, Reason
 
 number = st.integers(0, 2**31 - 1)

@@ -5,8 +5,7 @@ import torch
 
 from cudnn_flex_compile.engine.certify.certify import certify
 from cudnn_flex_compile.engine.certify.reference import ProgramReference
-from cudnn_flex_compile.engine.graph.build import output_specs
-from cudnn_flex_compile.engine.problem import FORWARD, Problem, TensorSpec, dense, out_spec
+from cudnn_flex_compile.engine.problem import FORWARD, Problem, TensorSpec, dense, out_spec, output_specs
 from cudnn_flex_compile.kernels import cpu
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.masks.intervals import every_endpoint
