@@ -61,8 +61,8 @@ class Options:
         lower: "when_faster" keeps calls that measurements say are slower on cuDNN; "always" lowers all it can.
         autotune: which calls are lowered, and how, is measured when they are compiled (passes/decide/autotune.py), in
             place of the rules.
-        intervals: masks of few runs of keys for each row, such as packed documents, may run on kernels of
-            cudnn.flex_attention.
+        tile_lists: masks of few runs of keys for each row, such as packed documents, may run on kernels of
+            cudnn.flex_attention. `intervals` is its former name, which is taken, too.
         replay: launches of plans on addresses that come back are replayed as CUDA graphs (engine/launch/replay.py).
         bias_budget_mb: MiB that one bias over (q, kv) pairs, or one list of tiles, may take; a call that needs more is
             kept. The default holds a float32 bias of 16 heads at length 2048, or a mask for one head at length 11585;
@@ -76,7 +76,7 @@ class Options:
     certify: str = "once"
     lower: str = "when_faster"
     autotune: bool = False
-    intervals: bool = True
+    tile_lists: bool = True
     replay: bool = True
     bias_budget_mb: int = 256
     verbose: bool = False
@@ -95,6 +95,7 @@ class Options:
         return self.mode in ("reduce-overhead", "max-autotune") or bool(self.inner_options.get("triton.cudagraphs"))
 
 
+FORMER = {"intervals": "tile_lists"}  # names that options once had
 # By the name of a field, of Options or of settings.Settings.
 LEAST = {"plan_cache_size": 1, "cache_mb": 1, "bias_budget_mb": 0}
 CHOICES: dict[str, tuple[str | None, ...]] = {
@@ -115,7 +116,7 @@ SWITCH = {
 }
 KINDS: dict[str, type] = {
     "inner_backend": str, "plan_cache_size": int, "bias_budget_mb": int, "verbose": bool, "inner_options": Mapping,
-    "autotune": bool, "intervals": bool, "replay": bool, "cache": bool, "cache_dir": str, "cache_mb": int,
+    "autotune": bool, "tile_lists": bool, "replay": bool, "cache": bool, "cache_dir": str, "cache_mb": int,
 }  # fmt: skip
 
 
@@ -142,7 +143,7 @@ def options_from(given: Mapping[str, Any] | None, mode: str | None = None) -> Op
         ValueError, TypeError: unknown key (the valid ones are listed), wrong type or value.
     """
     names = [f.name for f in dataclasses.fields(Options)]
-    given = dict(given or {})
+    given = _by_present_names(given or {})
     shared = sorted(set(given) & KINDS.keys() - set(names))  # those of settings.Settings
     if shared:
         asked = ", ".join(f"{name}={given[name]!r}" for name in shared)
@@ -158,11 +159,20 @@ def options_from(given: Mapping[str, Any] | None, mode: str | None = None) -> Op
     return Options(**{**from_environment(Options), **given})
 
 
+def _by_present_names(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, each by the name of its field. Raises ValueError for one that is given by two names."""
+    twice = sorted(name for name in given if FORMER.get(name) in given)
+    if twice:
+        raise ValueError(f"option {twice[0]!r} is now {FORMER[twice[0]]!r}, and both are given; give the latter alone")
+    return {FORMER.get(name, name): value for name, value in given.items()}
+
+
 def from_environment(kind: type) -> dict[str, Any]:
     """The fields of a dataclass that environment variables set. Raises ValueError for a text that is no value."""
     found: dict[str, Any] = {}
+    former = {name: before for before, name in FORMER.items()}
     for f in dataclasses.fields(kind):
-        text = os.environ.get(PREFIX + f.name.upper())
+        text = os.environ.get(_variable(f.name), os.environ.get(_variable(former.get(f.name, f.name))))
         if text is None or f.name == "inner_options":
             continue
         expected = KINDS.get(f.name, str)
@@ -170,7 +180,11 @@ def from_environment(kind: type) -> dict[str, Any]:
             found[f.name] = SWITCH[text.lower()] if expected is bool else expected(text)
         except KeyError:
             valid = ", ".join(filter(None, SWITCH))
-            raise ValueError(f"environment variable {PREFIX}{f.name.upper()}={text!r}; valid: {valid}") from None
+            raise ValueError(f"environment variable {_variable(f.name)}={text!r}; valid: {valid}") from None
         except ValueError as error:
-            raise ValueError(f"environment variable {PREFIX}{f.name.upper()}={text!r}: {error}") from error
+            raise ValueError(f"environment variable {_variable(f.name)}={text!r}: {error}") from error
     return found
+
+
+def _variable(name: str) -> str:
+    return PREFIX + name.upper()

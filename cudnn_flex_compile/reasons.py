@@ -29,7 +29,7 @@ class Code(enum.Enum):
     TOO_LARGE = "write score_mod and mask_mod in fewer steps, or read a captured tensor of what they compute"
     BLOCK_MASK = "build the BlockMask with create_block_mask from the same mask_mod"
     UNSUPPORTED_CALL = "call flex_attention with a plain BlockMask, or none"
-    INTERVALS = "pip install 'cudnn-flex-compile[intervals]', for kernels that skip what such a mask hides"
+    TILE_LISTS = "pip install --upgrade nvidia-cudnn-frontend, whose kernels skip what such a mask hides"
     SHAPE_REFUSED = "cuDNN has no kernel for this shape on this GPU"
     SLOWER = "nothing: stock flex_attention is the faster one here (options={'lower': 'always'} overrides)"
     MEMORY = "free GPU memory and call cudnn_flex_compile.cache_clear(): checking a plan takes as much as one more call"

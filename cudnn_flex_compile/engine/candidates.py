@@ -1,5 +1,5 @@
 """What builds a plan of a problem, in the order of trial: parts where they are faster, then each strategy;
-for calls by intervals, the one of their tiles.
+for calls by tile lists, the one of their tiles.
 
 Knows nothing of whether a plan is right, nor of which one is kept.
 """

@@ -1,4 +1,4 @@
-"""Which road a call takes, and why it takes none: by plans that know its mask, or by the intervals of its rows.
+"""Which road a call takes, and why it takes none: by plans that know its mask, or by a list of its tiles.
 
 Knows nothing of the other calls of a graph but what they share (context.py).
 """
@@ -26,7 +26,7 @@ from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.report.call import CallReport
 from cudnn_flex_compile.scoremod.text import text
 
-TRY_TILES = (Code.SLOWER, Code.BIAS_BUDGET)  # why a call is not run by plans, but may be by intervals
+TRY_TILES = (Code.SLOWER, Code.BIAS_BUDGET)  # why a call is not run by plans, but may be by a tile list
 
 
 def lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason | None:
@@ -70,7 +70,7 @@ def lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason 
     if missing is None:
         return None
     other = other or by_plans()
-    needed = other is not None and other.code in TRY_TILES and missing.code is Code.INTERVALS
+    needed = other is not None and other.code in TRY_TILES and missing.code is Code.TILE_LISTS
     return missing if needed else other
 
 
@@ -97,10 +97,10 @@ def _lower_by_plans(
 def _lower_by_tiles(
     candidate: Candidate, checked: MaskProgram | None, context: Context, report: CallReport
 ) -> Reason | None:
-    """Rewrites the call to run by the intervals of its mask's rows, or says why it does not."""
+    """Rewrites the call to run by a list of its mask's tiles, or says why it does not."""
     call = candidate.call
     if context.tiles is None:
-        return Reason(Code.UNSUPPORTED_CALL, "intervals are not asked for, or CUDA graphs are captured")
+        return Reason(Code.UNSUPPORTED_CALL, "tile lists are not asked for, or CUDA graphs are captured")
     why = slower(candidate, context) if context.only_faster else None
     if why is not None:
         return why

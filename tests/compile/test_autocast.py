@@ -154,7 +154,7 @@ def test_a_kept_call_keeps_its_graph():
 
     def backend(graph_module, example_inputs):
         texts.append(str(graph_module.graph))
-        (call,) = lower_calls(graph_module, example_inputs, Options(intervals=False))
+        (call,) = lower_calls(graph_module, example_inputs, Options(tile_lists=False))
         assert call.reason.code is Code.UNKNOWN_OP
         texts.append(str(graph_module.graph))
         return graph_module.forward

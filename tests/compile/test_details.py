@@ -132,7 +132,7 @@ def passed(function, *args):
     found = []
 
     def backend(graph_module, inputs):
-        found.extend(lower_calls(graph_module, inputs, Options(intervals=False)))
+        found.extend(lower_calls(graph_module, inputs, Options(tile_lists=False)))
         return lambda *_: (args[0],)
 
     torch._dynamo.reset()

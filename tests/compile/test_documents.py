@@ -22,7 +22,7 @@ BATCH, HEADS, LENGTH, DIM = 2, 4, 96, 16
 
 @pytest.fixture(autouse=True)
 def on_cpu(trainable, monkeypatch):
-    """As if there were interval kernels for the CPU; setting up takes no time there."""
+    """As if there were kernels by tile lists for the CPU; setting up takes no time there."""
     monkeypatch.setattr(write_lists, "unusable", lambda device: None)
 
 
@@ -58,7 +58,7 @@ def attend(q, k, v, ids):
 
 
 def compiled(function, **options):
-    given = {"inner_backend": "aot_eager", "lower": "always", "intervals": True, **options}
+    given = {"inner_backend": "aot_eager", "lower": "always", "tile_lists": True, **options}
     return torch.compile(function, backend="cudnn_flex", dynamic=False, options=given)
 
 
@@ -79,7 +79,7 @@ def test_new_documents_every_step_make_a_new_list_and_no_new_graph(lists):
     with collect() as report:
         for seed in range(4):
             assert_right(function, packed(seed))
-    assert [call.strategies for call in report.calls] == [("intervals",)]
+    assert [call.strategies for call in report.calls] == [("tile_lists",)]
     assert len(lists) == 4
     assert len({table.numpy().tobytes() for table, _ in lists}) == 4
     assert all(int(most) == 3 for _, most in lists)
@@ -102,7 +102,7 @@ def test_layers_share_one_list(lists):
     with collect() as report:
         out = compiled(layers)(*inputs(), packed(1))
     out.sum().backward()
-    assert [call.strategies for call in report.calls] == [("intervals",)] * 3
+    assert [call.strategies for call in report.calls] == [("tile_lists",)] * 3
     assert len(lists) == 1
 
 
@@ -118,7 +118,7 @@ def test_a_block_mask_is_checked_with_the_list(lists):
         for seed in range(3):
             ids = packed(seed)
             assert_right(function, ids, mask_of(ids))
-    assert [call.strategies for call in report.calls] == [("intervals",)]
+    assert [call.strategies for call in report.calls] == [("tile_lists",)]
     assert len(lists) == 3
     many, one = packed(7, 24), torch.zeros_like(packed(7))
     other = mask_of(many)
@@ -139,7 +139,7 @@ def test_checkpointed_layers(lists):
     with collect() as report:
         out = compiled(model)(*inputs(), packed(1))
     out.sum().backward()
-    assert [call.strategies for call in report.calls] == [("intervals",)]
+    assert [call.strategies for call in report.calls] == [("tile_lists",)]
     assert lists
 
 
@@ -162,7 +162,7 @@ def test_other_masks_take_other_roads(name, blocks):
     with collect() as report:
         compiled(plain)(*inputs(False), mask)
     assert report.calls[0].reason is None
-    assert report.calls[0].strategies != ("intervals",)
+    assert report.calls[0].strategies != ("tile_lists",)
 
 
 def test_a_modified_score_takes_another_road():
@@ -217,7 +217,7 @@ def test_a_loss_of_the_lse_runs_by_intervals_only_if_that_is_certified(monkeypat
     with collect() as report:
         compiled(with_lse)(*inputs(), packed(0))
     assert asked == [(True, True)] + [(False, True)] * (not right)
-    assert report.calls[0].strategies == (("intervals",) if right else ("chained",))
+    assert report.calls[0].strategies == (("tile_lists",) if right else ("chained",))
     assert len(lists) == right
 
 
@@ -227,7 +227,9 @@ def test_what_plans_are_slower_for_is_tried_by_intervals(monkeypatch):
 
     given = (*inputs(False), torch.randint(1, LENGTH, (BATCH, LENGTH)))
     slower = Reason(Code.SLOWER, "blocks")
-    for reasons, strategies in (((slower, None), ("intervals",)), ((None, None), ("chained",)), ((slower, slower), ())):
+    for reasons, strategies in (
+        ((slower, None), ("tile_lists",)), ((None, None), ("chained",)), ((slower, slower), ()),
+    ):  # fmt: skip
         monkeypatch.setattr(keep_rules, "slower", lambda facts, reasons=reasons: reasons[facts.tiled])
         torch._dynamo.reset()
         with collect() as report:
@@ -252,13 +254,13 @@ def test_a_small_call_by_itself_is_kept():
 
 
 def test_what_is_missing_is_named(monkeypatch):
-    monkeypatch.setattr(write_lists, "unusable", lambda device: Reason(Code.INTERVALS, "no cutlass"))
+    monkeypatch.setattr(write_lists, "unusable", lambda device: Reason(Code.TILE_LISTS, "no cutlass"))
     slower = Reason(Code.SLOWER, "blocks")
     monkeypatch.setattr(keep_rules, "slower", lambda facts: None if facts.tiled else slower)
     with collect() as report:
         compiled(attend, lower="when_faster")(*inputs(False), packed(0))
-    assert report.calls[0].reason == Reason(Code.INTERVALS, "no cutlass")
-    assert "[intervals]" in report.calls[0].reason.remedy
+    assert report.calls[0].reason == Reason(Code.TILE_LISTS, "no cutlass")
+    assert "nvidia-cudnn-frontend" in report.calls[0].reason.remedy
 
 
 def test_the_op_counts_endpoints_and_nothing_else_is_in_the_graph(lists):

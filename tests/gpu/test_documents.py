@@ -12,7 +12,7 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile.engine.find_plan import cache_info
-from cudnn_flex_compile.engine.tiles.frontend import intervals_missing
+from cudnn_flex_compile.engine.tiles.frontend import kernels_missing
 from cudnn_flex_compile.engine.tiles.recording import recording_of
 from cudnn_flex_compile.engine.tiles.tile_list import Geometry, tiler_of
 from cudnn_flex_compile.report.report import collect
@@ -22,7 +22,7 @@ from tests.support.any_block_masks import as_mask_mod
 from tests.support.documents import SPELLINGS, causal_documents, layout
 
 NINETY = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-pytestmark = pytest.mark.skipif(not NINETY or intervals_missing() is not None, reason="no interval kernels here")
+pytestmark = pytest.mark.skipif(not NINETY or kernels_missing() is not None, reason="no interval kernels here")
 
 LAYOUTS = 300
 SHAPES = {  # batch, length, heads, kv heads, head dim, dtype
@@ -65,7 +65,7 @@ def hiding(mask):
 
 
 def compiled(function, **options):
-    given = {"lower": "always", "intervals": True, **options}
+    given = {"lower": "always", "tile_lists": True, **options}
     return torch.compile(function, backend="cudnn_flex", dynamic=False, options=given)
 
 
@@ -100,7 +100,7 @@ def test_layouts(spelling, shape):
             ids = layout(number, batch, length).cuda()
             out = call(query, key, value, ids)
             assert_right(out, (query, key, value), grad, SPELLINGS[spelling](ids), f"layout {number}")
-    assert [c.strategies for c in report.calls] == [("intervals", "intervals")], report.calls[0].reason
+    assert [c.strategies for c in report.calls] == [("tile_lists", "tile_lists")], report.calls[0].reason
 
 
 def test_the_list_is_the_frontends():
@@ -171,7 +171,7 @@ def test_layers_share_a_list_and_steps_build_nothing(with_mask, monkeypatch):
             mask = create_block_mask(causal_documents(ids), shape[0], None, shape[1], shape[1]) if with_mask else None
             torch.autograd.grad(call(query, key, value, ids, mask), (query, key, value), grad)
             builds.append(cache_info().builds)
-    assert [c.strategies for c in report.calls] == [("intervals", "intervals")] * 12
+    assert [c.strategies for c in report.calls] == [("tile_lists", "tile_lists")] * 12
     assert len(made) == 4
     assert len(set(builds)) == 1
 
@@ -229,7 +229,7 @@ def test_a_gradient_of_the_log_sum_exp():
 
     with collect() as report:
         out = compiled(call)(query, key, value, ids)
-    assert report.calls[0].strategies == ("intervals", "intervals")
+    assert report.calls[0].strategies == ("tile_lists", "tile_lists")
     found = torch.autograd.grad(out, (query, key, value), grad)
     wanted = []
     for high in (True, False):

@@ -44,7 +44,7 @@ def from_nothing(fresh):  # noqa: F811
 def call(score_mod, mask_mod, length=LENGTH):
     """Without interval kernels, whose launches are not replayed: these cases are about plans of cuDNN."""
     mask = mask_mod and create_block_mask(mask_mod, None, None, length, length, device="cuda")
-    return compiled(lambda q, k, v: flex_attention(q, k, v, score_mod, mask), lower="always", intervals=False)
+    return compiled(lambda q, k, v: flex_attention(q, k, v, score_mod, mask), lower="always", tile_lists=False)
 
 
 def called(case, requires_grad):

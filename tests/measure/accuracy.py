@@ -216,7 +216,7 @@ def by_default(layer, length):
     found = []
 
     def backend(graph_module, inputs):
-        found.extend(lower_calls(graph_module, inputs, Options(intervals=False)))
+        found.extend(lower_calls(graph_module, inputs, Options(tile_lists=False)))
         return lambda *_: (torch.zeros(()),)
 
     torch._dynamo.reset()

@@ -299,7 +299,7 @@ def main():
     ratios = {name: [rows[c][0] / rows[c][1] for c in columns] for name, (_, _, rows) in found.items()}
     for name, row in ratios.items():
         shape, share, _ = found[name]
-        run = ", ".join("intervals" if rule(shape, share, n) else "kept" for n in (1, LAYERS))
+        run = ", ".join("tile lists" if rule(shape, share, n) else "kept" for n in (1, LAYERS))
         print(f"{name:<26} " + " ".join(f"{ratio:9.2f}" for ratio in row) + f"  {run}")
     if found:
         means = [math.exp(statistics.fmean(map(math.log, column))) for column in zip(*ratios.values(), strict=True)]

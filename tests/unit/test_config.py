@@ -88,6 +88,16 @@ def test_a_second_spelling_of_a_policy_is_an_error(text: str) -> None:
         policy_from(text)
 
 
+def test_a_former_name_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert options_from({"intervals": False}) == Options(tile_lists=False)
+    monkeypatch.setenv("CUDNN_FLEX_INTERVALS", "0")
+    assert options_from(None) == Options(tile_lists=False)
+    monkeypatch.setenv("CUDNN_FLEX_TILE_LISTS", "1")
+    assert options_from(None) == Options(), "the present name goes first"
+    with pytest.raises(ValueError, match="'intervals' is now 'tile_lists', and both are given"):
+        options_from({"intervals": False, "tile_lists": False})
+
+
 def test_options_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Options().verbose = True  # pyright: ignore[reportAttributeAccessIssue]

@@ -13,7 +13,7 @@ KERNELS = "interval_kernels"  # the subfolder of the cache folder in which the f
 
 
 @functools.cache
-def intervals_missing() -> str | None:
+def kernels_missing() -> str | None:
     """Why the kernels cannot be used, or None."""
     folder = settings().folder
     try:

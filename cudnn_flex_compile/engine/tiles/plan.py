@@ -24,7 +24,7 @@ from cudnn_flex_compile.engine.problem import (
     dense,
     output_specs,
 )
-from cudnn_flex_compile.engine.tiles.frontend import intervals_missing
+from cudnn_flex_compile.engine.tiles.frontend import kernels_missing
 from cudnn_flex_compile.engine.tiles.tile_list import (
     ARCHITECTURE,
     BACKWARD_PARTS,
@@ -47,8 +47,8 @@ def unusable(device: int) -> Reason | None:
     major, minor = torch.cuda.get_device_capability(device)
     if 10 * major + minor != ARCHITECTURE:
         return Reason(Code.SHAPE_REFUSED, f"{NAME}: compute capability {major}.{minor}, not 9.0")
-    missing = intervals_missing()
-    return None if missing is None else Reason(Code.INTERVALS, missing)
+    missing = kernels_missing()
+    return None if missing is None else Reason(Code.TILE_LISTS, missing)
 
 
 def build(problem: Problem) -> "TilePlan | Reason":

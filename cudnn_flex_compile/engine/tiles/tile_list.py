@@ -23,7 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from cudnn_flex_compile.engine.tiles.layout import Layout, Views
 
-NAME = "intervals"  # of the strategy that runs by a list
+NAME = "tile_lists"  # of the strategy that runs by a list
 ARCHITECTURE = 90  # the stages and their shapes were read, and measured, for this one
 L2_BYTES = 50 * 2**20  # of keys and values that are read by what runs at one time
 NO_SEQUENCES = (None, None, None)  # all sequences have one length

@@ -18,7 +18,7 @@ from cudnn_flex_compile.engine.key import Key, Meta, backward_key, forward_key, 
 from cudnn_flex_compile.engine.plans.folded_output import FoldedPlan
 from cudnn_flex_compile.engine.problem import Error, Problem, TensorSpec, dense
 from cudnn_flex_compile.engine.support import refused
-from cudnn_flex_compile.engine.tiles.tile_list import NAME as INTERVALS
+from cudnn_flex_compile.engine.tiles.tile_list import NAME as TILE_LISTS
 from cudnn_flex_compile.passes.decide.key_compaction import COUNTS, Compact, counts_of, order_of, slots_of
 from cudnn_flex_compile.passes.read.call import Call, example, hint, scale_of
 from cudnn_flex_compile.passes.read.captures import Captures, indexing
@@ -92,7 +92,7 @@ def plan_or_reason(candidate: Candidate) -> Lowered | Reason:
     if reason is not None:
         return reason
     if candidate.tiled:
-        return Lowered((INTERVALS,))
+        return Lowered((TILE_LISTS,))
     inside = ends(problem.lengths) if candidate.lse_gradient and not FoldedPlan.takes(problem) else None
     reasons: list[Reason] = []
     for strategy in STRATEGIES:

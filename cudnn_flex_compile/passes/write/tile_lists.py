@@ -32,7 +32,7 @@ ITEMSIZE, MIB = 4, 2**20
 
 
 def tiled(candidate: Candidate, traced: Traced) -> Candidate | None:
-    """The call by intervals; None where nothing is hidden, or `traced.pairwise` is None."""
+    """The call by a tile list; None where nothing is hidden, or `traced.pairwise` is None."""
     if traced.pairwise is None or traced.program.mask is TRUE:
         return None
     program, hoisted = traced.pairwise
@@ -46,7 +46,7 @@ def over_pairs(mask: Expr) -> bool:
 
 
 def unsuitable(candidate: Candidate, values: tuple[Any, Any, Any] | None, budget: int) -> Reason | None:
-    """A reason against intervals that needs no plan.
+    """A reason against a tile list that needs no plan.
 
     Args:
         values: operands, integers and floats of the call that is being compiled, if they are at hand.
@@ -59,11 +59,11 @@ def unsuitable(candidate: Candidate, values: tuple[Any, Any, Any] | None, budget
     sizes = [*_sizes(candidate.call), *candidate.call.block_sizes]
     sizes += [n for block in present(candidate.call) for n in example(block).shape]
     if not all(isinstance(n, int) for n in sizes):
-        return Reason(Code.UNSUPPORTED_CALL, "intervals of a mask whose sizes change between calls")
+        return Reason(Code.UNSUPPORTED_CALL, "a tile list of a mask whose sizes change between calls")
     try:
         mebibytes = size_of(candidate) * ITEMSIZE / MIB
     except (NotImplementedError, ValueError, TypeError) as error:  # what the frontend says of head dims, for one
-        return Reason(Code.SHAPE_REFUSED, f"intervals: {error}")
+        return Reason(Code.SHAPE_REFUSED, f"tile lists: {error}")
     if mebibytes > budget:
         return Reason(Code.BIAS_BUDGET, f"a list of tiles takes {mebibytes:.0f} MiB, more than bias_budget_mb={budget}")
     if values is not None:
@@ -78,7 +78,7 @@ def unsuitable(candidate: Candidate, values: tuple[Any, Any, Any] | None, budget
 def unusable(device: torch.device) -> Reason | None:
     """A device, or an installation, without the kernels."""
     if device.type != "cuda":
-        return Reason(Code.DEVICE, f"no interval kernels on {device}")
+        return Reason(Code.DEVICE, f"no kernels by tile lists on {device}")
     from cudnn_flex_compile.engine.tiles.plan import unusable as without_kernels
 
     return without_kernels(device.index or 0)

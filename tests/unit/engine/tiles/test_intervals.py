@@ -29,7 +29,7 @@ MASKS = (
 class Runs:
     """The CPU's kernel in place of a plan, with a mask of its own."""
 
-    strategy, device = "intervals", CPU
+    strategy, device = "tile_lists", CPU
 
     def __init__(self, problem: Problem, mask: ir.Expr) -> None:
         self.problem, self.outputs, self.program = problem, output_specs(problem), text(ir.program(mask=mask))

@@ -14,7 +14,7 @@ from cudnn_flex_compile.reasons import Code
 
 SHAPE = (1, 2, 64, 16)
 
-OPTIONS = Options(intervals=False)
+OPTIONS = Options(tile_lists=False)
 
 
 def graph_of(function):

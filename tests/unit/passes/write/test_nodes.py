@@ -11,7 +11,7 @@ from cudnn_flex_compile.passes.read.call import find_calls
 from cudnn_flex_compile.reasons import Code
 
 BATCH, HEADS, LENGTH, DIM = 2, 4, 64, 16
-PLAIN = Options(lower="always", intervals=False)
+PLAIN = Options(lower="always", tile_lists=False)
 DTYPES = torch.bfloat16, torch.float32
 
 
