@@ -23,7 +23,9 @@ def no_cache_folder(monkeypatch):
 
 
 NONE = -math.inf
-RULES = {"LEAST": {False: NONE, True: NONE}, "LEAST_WITH_LSE": NONE, "LEAST_OF_MASK": NONE}
+RULES = {
+    "MIN_SAVING_MS": {False: NONE, True: NONE}, "MIN_SAVING_WITH_LSE_MS": NONE, "MIN_MASK_SHARE": NONE,
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
