@@ -22,7 +22,7 @@ from cudnn_flex_compile.engine.support import refused
 from cudnn_flex_compile.phases import phase
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
-from cudnn_flex_compile.scoremod.ir import TRUE, Expr, Program
+from cudnn_flex_compile.scoremod.ir import Expr, Program
 from cudnn_flex_compile.scoremod.masks.boxes import pruned
 from cudnn_flex_compile.scoremod.masks.form import split
 from cudnn_flex_compile.scoremod.switches import on
@@ -132,7 +132,7 @@ def _build_with(variant: Variant, program: Program, problem: Problem) -> Plan | 
     lowering: Lowering | Reason = variant.strategy.lower(program, problem.direction == BACKWARD, _inside(problem))
     if isinstance(lowering, Reason):
         return lowering
-    if variant.strategy.name == DENSE and _unmasked(program):
+    if variant.strategy.name == DENSE and split(program.mask).unmasked:
         return Reason(Code.UNSUPPORTED_CALL, "without a mask, dense is the graph of chained")
     if variant.expand:
         if lowering.lengths is not None or not _expands(lowering, problem):
@@ -141,11 +141,6 @@ def _build_with(variant: Variant, program: Program, problem: Problem) -> Plan | 
     engine.plans.count("builds")
     with phase("build"):
         return build(problem, lowering)
-
-
-def _unmasked(program: Program) -> bool:
-    form = split(program.mask)
-    return not form.bounds and form.residual is TRUE
 
 
 def _expands(lowering: Lowering, problem: Problem) -> bool:

@@ -22,7 +22,7 @@ from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.interpret import TORCH_DTYPE, const_tensor, evaluate
 from cudnn_flex_compile.scoremod.ir import F32, GRAD, GRAD_LSE, I32, SCORE, TRUE, Expr, Program
 from cudnn_flex_compile.scoremod.learned import with_bias, without_bias
-from cudnn_flex_compile.scoremod.masks.form import MaskForm, as_predicate, split
+from cudnn_flex_compile.scoremod.masks.form import as_predicate, split
 from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.simplify import simplify
 from cudnn_flex_compile.scoremod.switches import on
@@ -50,10 +50,8 @@ def guarded(program: Program, lengths: tuple[int, int]) -> Program:
     inside = make("where", columns, make("where", rows, SCORE, zero), zero)
     score, learned = without_bias(program.score)
     score = ir.rebuild(score, {SCORE: inside})
-    for bias in form.biases:
-        score = score + bias
-    score = make("where", rows, score, ir.const(-math.inf, F32))
-    shown = as_predicate(MaskForm(form.bounds, residual=form.residual))
+    score = make("where", rows, form.added_to(score), ir.const(-math.inf, F32))
+    shown = as_predicate(form.without_biases())
     return ir.program(with_bias(score, learned), simplify(make("and", shown, columns)))
 
 
@@ -73,8 +71,7 @@ def needs_guard(program: Program, gradient: Expr, lengths: tuple[int, int]) -> b
     reads_rows, form = ir.depends_on(gradient, GRAD_LSE), split(program.mask)
     if program.score is SCORE and not reads_rows:
         return False
-    unmasked = not form.bounds and form.residual is TRUE
-    if unmasked and (reads_rows or ir.depends_on(gradient, program.score)) and on("results guarded"):
+    if form.unmasked and (reads_rows or ir.depends_on(gradient, program.score)) and on("results guarded"):
         return True
     if all(n % TILE == 0 for n in lengths) or not on("ends guarded"):
         return False

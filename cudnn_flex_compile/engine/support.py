@@ -15,7 +15,7 @@ import torch
 from cudnn_flex_compile.engine.problem import BACKWARD, Problem
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
-from cudnn_flex_compile.scoremod.ir import F32, SCORE, TRUE, Expr, Program
+from cudnn_flex_compile.scoremod.ir import F32, SCORE, Expr, Program
 from cudnn_flex_compile.scoremod.learned import without_bias
 from cudnn_flex_compile.scoremod.masks.form import split
 from cudnn_flex_compile.scoremod.ranges import AXIS_LIMIT
@@ -80,8 +80,8 @@ def _bias_beside_others(problem: Problem, program: Program) -> str | None:
         return None
     if rest is not SCORE:
         return "a captured tensor that requires grad is added to a score that is modified, too"
-    predicate = split(program.mask).residual is not TRUE
-    return "a captured tensor that requires grad, under a mask that is no band" if predicate else None
+    band = split(program.mask).skips_tiles
+    return None if band else "a captured tensor that requires grad, under a mask that is no band"
 
 
 def _bias_in_float16(problem: Problem, program: Program) -> str | None:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from cudnn_flex_compile.scoremod.interpret import visible_rows
-from cudnn_flex_compile.scoremod.ir import TRUE, Program
+from cudnn_flex_compile.scoremod.ir import Program
 from cudnn_flex_compile.scoremod.masks.form import split
+from cudnn_flex_compile.scoremod.masks.linear import Linear
 from cudnn_flex_compile.scoremod.saturate import INT64_LIMIT
 
 
@@ -133,20 +134,13 @@ def row_limits(
 ) -> RowLimits | None:
     """The mask's rows as intervals, if it is made of bounds and hidden columns."""
     form = split(program.mask)
-    if form.residual is not TRUE or any("q" in bias.dims for bias in form.biases):
+    if not form.rows_are_intervals:
         return None
-    rows = torch.arange(sizes[2], dtype=torch.int64, device=device)
-    start, end = torch.zeros_like(rows)[None, None], torch.full_like(rows, sizes[3])[None, None]
+    rows = torch.arange(sizes[2], dtype=torch.int64, device=device)[None, None]
+    start, end = torch.zeros_like(rows), torch.full_like(rows, sizes[3])
     for bound in form.bounds:
-        sign = 1 if bound.side in ("lower", "end") else -1
-        diagonal = bound.side in ("lower", "upper")
-        limit = (rows if diagonal else torch.zeros_like(rows))[None, None] + sign * bound.constant
-        numbers = [factor * ints[int(term.value or 0)] for factor, term in bound.terms if term.kind == "scalar"]
-        limit = limit + sign * max(-INT64_LIMIT, min(sum(numbers), INT64_LIMIT))
-        for factor, term in bound.terms:
-            if term.kind == "operand":
-                limit = limit + sign * factor * operands[int(term.value or 0)][..., 0].long()
-        if sign > 0:
+        limit = _values(bound.limit(), rows, operands, ints)
+        if bound.at_most:
             end = torch.minimum(end, limit + 1)
         else:
             start = torch.maximum(start, limit)
@@ -156,6 +150,18 @@ def row_limits(
     counts = torch.nn.functional.pad(visible.to(torch.int32).cumsum(-1, dtype=torch.int32), (1, 0))
     start, end = (t.clamp(0, sizes[3]).to(torch.int32).expand(*t.shape[:2], sizes[2]) for t in (start, end))
     return RowLimits(start, end, counts)
+
+
+def _values(limit: Linear, rows: Tensor, operands: Sequence[Tensor], ints: Sequence[int]) -> Tensor:
+    """A bound's limit of each query row, [B or 1, H or 1, Sq or 1]."""
+    scalars = [factor * ints[int(atom.value or 0)] for atom, factor in limit.factors.items() if atom.kind == "scalar"]
+    values = torch.zeros_like(rows) + limit.constant + max(-INT64_LIMIT, min(sum(scalars), INT64_LIMIT))
+    for atom, factor in limit.factors.items():
+        if atom.kind == "index":
+            values = values + factor * rows
+        elif atom.kind == "operand":
+            values = values + factor * operands[int(atom.value or 0)][..., 0].long()
+    return values
 
 
 COMPARED = 2**24  # comparisons of indices with columns: up to so many, one kernel is faster than zeros and a scatter

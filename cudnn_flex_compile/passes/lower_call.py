@@ -24,6 +24,7 @@ from cudnn_flex_compile.passes.write.block_mask_guards import MaskProgram
 from cudnn_flex_compile.passes.write.replace_call import replace, with_batch
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.report.call import CallReport
+from cudnn_flex_compile.scoremod.masks.form import split
 from cudnn_flex_compile.scoremod.text import text
 
 TRY_TILES = (Code.SLOWER, Code.BIAS_BUDGET)  # why a call is not run by plans, but may be by a tile list
@@ -62,7 +63,7 @@ def lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason 
     if tiled is None:
         return by_plans()
     other = None
-    if not tile_lists.over_pairs(program.mask):
+    if not split(program.mask).reads_pairs:
         other = by_plans()
         if other is None or other.code not in TRY_TILES:
             return other

@@ -171,9 +171,6 @@ def _mask(mask: Expr, parts: Partition) -> Expr:
     return simplify(result)
 
 
-BANDS = ("lower", "upper")
-
-
 def _beside(residual: Expr, bounds: Sequence[Bound]) -> bool:
     """Whether the kernel computes the residual itself, beside the bounds.
 
@@ -181,7 +178,7 @@ def _beside(residual: Expr, bounds: Sequence[Bound]) -> bool:
     """
     if _captures(residual) or not computes(residual):
         return False
-    return _of_bounds(residual) or not any(b.side in BANDS for b in bounds)
+    return _of_bounds(residual) or not any(bound.diagonal for bound in bounds)
 
 
 def _of_bounds(residual: Expr) -> bool:

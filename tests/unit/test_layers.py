@@ -87,6 +87,22 @@ def test_no_module_imports_itself_by_way_of_others():
     assert not left, f"a circle among {sorted(left)}"
 
 
+def compares_residual(node):
+    return isinstance(node, ast.Compare) and isinstance(node.left, ast.Attribute) and node.left.attr == "residual"
+
+
+def asks_itself(node):
+    """Whether a node reads the side of a bound, or derives from the parts of a mask what a `MaskForm` answers."""
+    return (isinstance(node, ast.Attribute) and node.attr == "side") or compares_residual(node)
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if not name.startswith("scoremod.masks")])
+def test_masks_are_asked(name):
+    """A new side of `Bound` is the work of scoremod/masks and of the strategies that write it."""
+    found = [node.lineno for node in ast.walk(ast.parse(FILES[name].read_text())) if asks_itself(node)]
+    assert not found or name.startswith("engine.graph.strategies"), f"{FILES[name]}, lines {found}"
+
+
 FRESH = """
 import json, sys
 {statement}

@@ -15,7 +15,7 @@ from cudnn_flex_compile.engine.plans.merge import merge
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Error, Problem, TensorSpec, dense
 from cudnn_flex_compile.reasons import Reason
 from cudnn_flex_compile.scoremod import ir
-from cudnn_flex_compile.scoremod.ir import TRUE, Program
+from cudnn_flex_compile.scoremod.ir import Program
 from cudnn_flex_compile.scoremod.masks.boxes import Box, boxes, unshifted
 from cudnn_flex_compile.scoremod.masks.form import MaskForm, split
 from cudnn_flex_compile.scoremod.text import text
@@ -53,11 +53,11 @@ def _cost(found: Sequence[Box]) -> int:
 
 
 def _whole_cost(form: MaskForm, lengths: tuple[int, int], direction: str) -> int:
-    """Of one plan: the backward skips no tiles for a shifted diagonal."""
+    """The pairs that one plan computes: the backward skips no tiles for a shifted diagonal."""
     whole = Box(0, lengths[0], 0, lengths[1])
-    for bound in form.bounds if form.residual is TRUE else ():
-        shifted = bound.side == "lower" and bound.constant != 0 and direction == BACKWARD
-        if not bound.terms and bound.side in ("lower", "upper") and not shifted:
+    for bound in form.bounds if form.skips_tiles else ():
+        shifted = bound.at_most and bound.constant != 0 and direction == BACKWARD
+        if bound.diagonal and not bound.terms and not shifted:
             whole = whole.with_bound(bound)
     return whole.tight().pairs()
 

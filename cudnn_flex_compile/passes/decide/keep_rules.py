@@ -23,7 +23,7 @@ from cudnn_flex_compile.passes.decide.cost_model import (
 from cudnn_flex_compile.passes.read.call import example
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
-from cudnn_flex_compile.scoremod.ir import F32, TRUE
+from cudnn_flex_compile.scoremod.ir import F32
 from cudnn_flex_compile.scoremod.masks.form import split
 
 LSE = "python3 -m tests.measure.lse_time"
@@ -149,9 +149,7 @@ def _learned_by_place(inputs: CostInputs) -> str | None:
 
 
 def _unknown_blocks(inputs: CostInputs) -> str | None:
-    form = split(inputs.program.mask)
-    skipped = form.residual is TRUE and not any("q" in bias.dims for bias in form.biases)
-    if not inputs.call.blocks or inputs.share is not None or skipped:
+    if not inputs.call.blocks or inputs.share is not None or not split(inputs.program.mask).reads_pairs:
         return None
     return "a mask without tile skipping, under a BlockMask made in the graph"
 

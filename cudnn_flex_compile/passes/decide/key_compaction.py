@@ -18,7 +18,7 @@ from cudnn_flex_compile.scoremod.hoisting import LENGTH
 from cudnn_flex_compile.scoremod.ir import I32, I64, TRUE, Expr, Program
 from cudnn_flex_compile.scoremod.masks.bound import Bound
 from cudnn_flex_compile.scoremod.masks.form import split
-from cudnn_flex_compile.scoremod.masks.linear import KV, Linear, Q
+from cudnn_flex_compile.scoremod.masks.linear import KV
 from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.partition import Hoisted
 from cudnn_flex_compile.scoremod.ranges import VALUE_LIMIT
@@ -49,26 +49,28 @@ def compacted(program: Program, hoisted: Sequence[Hoisted]) -> Compact | None:
     That is: where anything reads the key's position, and under a window, whose tiles are skipped only in place.
     """
     form = split(program.mask)
-    in_place = form.residual is not TRUE or len(form.biases) != 1 or any(b.side == "upper" for b in form.bounds)
-    if in_place or "q" in form.biases[0].dims or "h" in form.biases[0].dims or "k" in ir.axes_of(program.score):
+    window = any(bound.diagonal and not bound.at_most for bound in form.bounds)
+    if window or not form.rows_are_intervals or len(form.biases) != 1:
+        return None
+    if "h" in form.biases[0].dims or "k" in ir.axes_of(program.score):
         return None
     columns = hoisted[int(form.biases[0].value or 0)]
     used = [n for n in ir.walk(program.score) if n.kind == "operand"]
     kept = sorted({int(n.value or 0) for n in used})
     operands = [hoisted[i] for i in kept]
     moved = {n: ir.operand(kept.index(int(n.value or 0)), n.dtype, n.dims) for n in used}
-    limits = {"start": _limit(form.bounds, hoisted, "start"), "end": _limit(form.bounds, hoisted, "end")}
     mask = TRUE
     for bound in form.bounds:  # kv' <= kv: what bounds kv from above bounds the permuted key, and skips tiles
-        if bound.side == "lower" and not any(t.kind == "operand" for _, t in bound.terms):
+        if bound.at_most and bound.diagonal and not any(t.kind == "operand" for _, t in bound.terms):
             mask = make("and", mask, bound.predicate())
-    for side, limit in limits.items():
+    for at_most in (False, True):
+        limit = _limit(form.bounds, hoisted, at_most)
         if limit is None:
             continue
         found = make("gather", COUNTS, _batch(columns), limit)
         operands.append(Hoisted(found, torch.int32, limit=True))
         operand = ir.operand(len(operands) - 1, I32, operands[-1].dims)
-        mask = make("and", mask, make("ge", KV, operand) if side == "start" else make("gt", operand, KV))
+        mask = make("and", mask, make("gt", operand, KV) if at_most else make("ge", KV, operand))
     score = ir.rebuild(program.score, dict(moved))
     return Compact(ir.program(score, simplify(mask)), tuple(operands), columns)
 
@@ -77,28 +79,22 @@ def _batch(columns: Hoisted) -> Expr:
     return ir.index("b") if "b" in columns.dims else ir.const(0, I64)
 
 
-def _limit(bounds: tuple[Bound, ...], hoisted: Sequence[Hoisted], kind: str) -> Expr | None:
-    """The position from which, or before which, keys are visible to a query by its bounds; LENGTH stands for all."""
-    sides = ("start",) if kind == "start" else ("lower", "end")
-    found = [_position(b, hoisted) for b in bounds if b.side in sides]
-    if kind == "start" and not found:
+def _limit(bounds: tuple[Bound, ...], hoisted: Sequence[Hoisted], at_most: bool) -> Expr | None:
+    """The position before which, or from which, keys are visible to a query by its bounds; LENGTH stands for all."""
+    positions = [_position(bound, hoisted) for bound in bounds if bound.at_most == at_most]
+    if not positions and not at_most:
         return None
-    limit = LENGTH if kind == "end" else ir.const(0, I64)
-    for position in found:
-        limit = make("max" if kind == "start" else "min", limit, position)
+    limit = LENGTH if at_most else ir.const(0, I64)
+    for position in positions:
+        limit = make("min" if at_most else "max", limit, position)
     return make("min", make("max", limit, ir.const(0, I64)), LENGTH)
 
 
 def _position(bound: Bound, hoisted: Sequence[Hoisted]) -> Expr:
-    """kv >= start: -c - terms; kv < end: c + terms + 1, with q beside them for a diagonal."""
-    form = Linear({Q: 1} if bound.side == "lower" else {}, bound.constant + 1)
-    if bound.side == "start":
-        form = Linear({}, -bound.constant)
-    sign = -1 if bound.side == "start" else 1
-    for factor, term in bound.terms:
-        inner = _clamped(hoisted[int(term.value or 0)].expression) if term.kind == "operand" else term
-        form = form.plus(Linear({inner: sign * factor}))
-    return form.expression()
+    """The first key that a bound lets a query see, or the one after the last, from what the operands hold."""
+    operands = [term for _, term in bound.terms if term.kind == "operand"]
+    values = {operand: _clamped(hoisted[int(operand.value or 0)].expression) for operand in operands}
+    return bound.limit().shifted(int(bound.at_most)).replaced(values).expression()
 
 
 def _clamped(expression: Expr) -> Expr:

@@ -23,8 +23,7 @@ from cudnn_flex_compile.passes.write.operands import Writer
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.interpret import visible_rows
-from cudnn_flex_compile.scoremod.ir import TRUE, Expr
-from cudnn_flex_compile.scoremod.masks.form import split
+from cudnn_flex_compile.scoremod.ir import TRUE
 from cudnn_flex_compile.scoremod.masks.intervals import NARROW, most_endpoints
 from cudnn_flex_compile.scoremod.text import text
 
@@ -37,12 +36,6 @@ def tiled(candidate: Candidate, traced: Traced) -> Candidate | None:
         return None
     program, hoisted = traced.pairwise
     return replace(candidate, program=program, hoisted=hoisted, compact=None, tiled=True)
-
-
-def over_pairs(mask: Expr) -> bool:
-    """Whether the plans of a program with this mask would read a bias or compute a predicate at pairs."""
-    form = split(mask)
-    return form.residual is not TRUE or any({"q", "k"} <= set(bias.dims) for bias in form.biases)
 
 
 def unsuitable(candidate: Candidate, values: tuple[Any, Any, Any] | None, budget: int) -> Reason | None:

@@ -1,6 +1,8 @@
-"""One integer bound of a mask.
+"""A `Bound` is one integer inequality of a mask, between a kv column and constants, operands or the query row.
 
-Knows nothing of how bounds are found or lowered.
+It imports the expressions of scoremod alone: solve.py finds bounds, and strategies write them into graphs. The four
+sides are told apart in this folder and in engine/graph/strategies; whoever else reads a bound asks it (`diagonal`,
+`at_most`, `limit`).
 """
 
 from dataclasses import dataclass
@@ -30,6 +32,24 @@ class Bound:
     terms: tuple[tuple[int, Expr], ...] = ()
 
     SIDES: ClassVar[tuple[str, ...]] = ("start", "end", "lower", "upper")
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether the limit moves with the query row."""
+        return self.side in ("lower", "upper")
+
+    @property
+    def at_most(self) -> bool:
+        """Whether the bound is `kv <= limit`; if not, it is `kv >= limit`."""
+        return self.side in ("lower", "end")
+
+    def limit(self) -> Linear:
+        """The last kv column that the bound lets a query row see if it is `at_most`, else the first one."""
+        sign = 1 if self.at_most else -1
+        form = Linear({Q: 1} if self.diagonal else {}, sign * self.constant)
+        for factor, term in self.terms:
+            form = form.plus(Linear({term: factor}), sign)
+        return form
 
     def predicate(self) -> Expr:
         """The bound as people write it: q + 2 >= kv, kv + 64 >= q, kv >= 3, 9 >= kv."""

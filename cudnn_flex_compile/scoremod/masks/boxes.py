@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from cudnn_flex_compile.scoremod import ir
-from cudnn_flex_compile.scoremod.ir import TRUE, Expr, Program
+from cudnn_flex_compile.scoremod.ir import Expr, Program
 from cudnn_flex_compile.scoremod.masks.bound import Bound
 from cudnn_flex_compile.scoremod.masks.form import MaskForm, as_predicate, conjuncts, split
 from cudnn_flex_compile.scoremod.masks.linear import KV, Q
@@ -142,7 +142,7 @@ def _disjuncts(clause: Expr) -> list[Expr]:
 
 def _as_bounds(choice: Expr) -> tuple[Bound, ...] | None:
     form = split(choice)
-    plain = form.residual is TRUE and not form.biases and not any(b.terms for b in form.bounds)
+    plain = form.only_bounds and not any(b.terms for b in form.bounds)
     return form.bounds if plain else None
 
 

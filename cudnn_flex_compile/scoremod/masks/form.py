@@ -1,6 +1,7 @@
-"""The normal form of a program's mask: integer bounds, biases that hide, and a residual predicate.
+"""`MaskForm` is the normal form of a program's mask: integer bounds, biases that hide, and a residual predicate.
 
-Knows nothing of cuDNN, nor of how a user's mask became these parts (solve.py, partition.py).
+Strategies, cost models and guards read masks in this form, and ask it what they decide by. How a user's mask became
+these parts is the work of solve.py and partition.py.
 """
 
 import functools
@@ -25,6 +26,41 @@ class MaskForm:
     bounds: tuple[Bound, ...] = ()
     biases: tuple[Expr, ...] = ()
     residual: Expr = TRUE
+
+    @property
+    def unmasked(self) -> bool:
+        """Whether a kernel selects no pairs: without bounds and residual. Biases are added to the score."""
+        return not self.bounds and self.residual is TRUE
+
+    @property
+    def only_bounds(self) -> bool:
+        """Whether bounds are the whole mask."""
+        return self.residual is TRUE and not self.biases
+
+    @property
+    def skips_tiles(self) -> bool:
+        """Whether a kernel can skip the tiles that the bounds hide: a residual has it compute every tile."""
+        return self.residual is TRUE
+
+    @property
+    def reads_pairs(self) -> bool:
+        """Whether a kernel computes or loads something at each pair to know which are visible."""
+        return self.residual is not TRUE or any("q" in bias.dims for bias in self.biases)
+
+    @property
+    def rows_are_intervals(self) -> bool:
+        """Whether each query row sees one interval of the kv columns that no bias hides."""
+        return not self.reads_pairs
+
+    def without_biases(self) -> "MaskForm":
+        """The part by which a kernel selects pairs."""
+        return MaskForm(self.bounds, residual=self.residual)
+
+    def added_to(self, score: Expr) -> Expr:
+        """A score with the biases added, so that -inf hides what they hide."""
+        for bias in self.biases:
+            score = score + bias
+        return score
 
 
 ZERO = ir.const(0.0, F32)

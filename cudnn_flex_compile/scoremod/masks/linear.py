@@ -33,6 +33,13 @@ class Linear:
     def shifted(self, constant: int) -> "Linear":
         return Linear(self.factors, self.constant + constant)
 
+    def replaced(self, atoms: dict[Expr, Expr]) -> "Linear":
+        """The form with some atoms replaced by others."""
+        form = Linear(constant=self.constant)
+        for atom, factor in self.factors.items():
+            form = form.plus(Linear({atoms.get(atom, atom): factor}))
+        return form
+
     def without(self, atom: Expr) -> "Linear":
         return Linear({a: f for a, f in self.factors.items() if a is not atom}, self.constant)
 

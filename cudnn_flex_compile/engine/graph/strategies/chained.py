@@ -10,7 +10,7 @@ from cudnn_flex_compile.engine.graph.lowering import Lowering
 from cudnn_flex_compile.engine.graph.strategies.scores import backward_writer, biased, legal_backward
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
-from cudnn_flex_compile.scoremod.ir import BOOL, F32, GRAD, I32, TRUE, Expr, Program
+from cudnn_flex_compile.scoremod.ir import BOOL, F32, GRAD, I32, Expr, Program
 from cudnn_flex_compile.scoremod.learned import position
 from cudnn_flex_compile.scoremod.masks.bound import Bound
 from cudnn_flex_compile.scoremod.masks.form import split
@@ -25,7 +25,7 @@ FILL, ZERO = ir.const(float("-inf"), F32), ir.const(0, I32)
 
 def lower(program: Program, training: bool, inside: Expr | None = None) -> Lowering | Reason:
     form = split(program.mask)
-    if form.residual is not TRUE:
+    if not form.skips_tiles:
         return Reason(Code.UNSUPPORTED_CALL, "chained takes integer bounds only")
     score = biased(program)
     gradient = legal_backward(program, inside) if training else GRAD

@@ -11,7 +11,7 @@ from cudnn_flex_compile.engine.graph.strategies.scores import backward_writer, b
 from cudnn_flex_compile.reasons import Reason
 from cudnn_flex_compile.scoremod.ir import F32, GRAD, TRUE, Expr, Program
 from cudnn_flex_compile.scoremod.learned import position
-from cudnn_flex_compile.scoremod.masks.form import MaskForm, as_predicate, split
+from cudnn_flex_compile.scoremod.masks.form import as_predicate, split
 
 if TYPE_CHECKING:
     from cudnn_flex_compile.engine.graph.emit import Emitter
@@ -21,7 +21,7 @@ NAME = "dense"
 
 def lower(program: Program, training: bool, inside: Expr | None = None) -> Lowering | Reason:
     form = split(program.mask)
-    score, mask = biased(program), legal(as_predicate(MaskForm(form.bounds, residual=form.residual)))
+    score, mask = biased(program), legal(as_predicate(form.without_biases()))
     gradient = legal_backward(program, inside) if training else GRAD
     for found in (score, mask, gradient):
         if isinstance(found, Reason):

@@ -12,7 +12,7 @@ from cudnn_flex_compile.scoremod.derive import NoDerivative, derive
 from cudnn_flex_compile.scoremod.ir import F32, GRAD, GRAD_LSE, MINUS_LSE, Expr, Program
 from cudnn_flex_compile.scoremod.learned import position, without_bias
 from cudnn_flex_compile.scoremod.legalize import Illegal, legalize, unsupported
-from cudnn_flex_compile.scoremod.masks.form import MaskForm, as_predicate, split
+from cudnn_flex_compile.scoremod.masks.form import as_predicate, split
 from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.simplify import simplify
 
@@ -33,9 +33,7 @@ def legal(root: Expr) -> Expr | Reason:
 def biased(program: Program) -> Expr | Reason:
     """The legal score less the learned operand, with the mask's biases added: what is hidden becomes -inf."""
     score, _ = without_bias(program.score)
-    for bias in split(program.mask).biases:
-        score = score + bias
-    return legal(score)
+    return legal(split(program.mask).added_to(score))
 
 
 def legal_backward(program: Program, inside: Expr | None = None) -> Expr | Reason:
@@ -71,10 +69,8 @@ def _of_the_lse(program: Program, inside: Expr) -> Expr:
     at a hidden pair, reaches nothing.
     """
     form = split(program.mask)
-    score = program.score
-    for bias in form.biases:
-        score = score + bias
-    shown = make("and", as_predicate(MaskForm(form.bounds, residual=form.residual)), inside)
+    score = form.added_to(program.score)
+    shown = make("and", as_predicate(form.without_biases()), inside)
     return make("where", simplify(shown), make("exp", score + MINUS_LSE) * GRAD_LSE, ir.const(0.0, F32))
 
 

@@ -3,6 +3,8 @@
 Knows nothing of what else a mask can be solved into (test_solve.py).
 """
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.interpret import environment, evaluate
-from cudnn_flex_compile.scoremod.ir import F32, I32, TRUE, Expr
+from cudnn_flex_compile.scoremod.ir import F32, I32, SCORE, TRUE, Expr
 from cudnn_flex_compile.scoremod.masks.bound import Bound
 from cudnn_flex_compile.scoremod.masks.form import MaskForm, as_predicate, conjuncts, hides, split, tightest
 from cudnn_flex_compile.scoremod.masks.solve import solve
@@ -20,7 +22,9 @@ from cudnn_flex_compile.scoremod.ranges import AXIS_LIMIT, VALUE_LIMIT
 from cudnn_flex_compile.scoremod.simplify import normalize, simplify
 from cudnn_flex_compile.scoremod.text import infix
 from tests.support.evaluate import differing, direct, interpreted, operands_of, program_of, scores
-from tests.support.generate import Mod, mask_mods
+from tests.support.generate import B, H, Mod, mask_mods
+from tests.support.generate import K as COLUMNS
+from tests.support.generate import Q as QUERIES
 from tests.support.mask_sources import assert_every_step_keeps, conjunction, normal
 
 pytestmark = pytest.mark.any_torch
@@ -37,6 +41,25 @@ def test_the_form_is_the_mask(mask_mod: Mod) -> None:
     parts = [b.predicate() for b in form.bounds] + [hides(bias) for bias in form.biases] + [form.residual]
     together = torch.stack([interpreted(part, score, operands) for part in parts]).all(0)
     assert differing(together, expected) == 0
+    check_answers(form, lambda expression: interpreted(expression, score, operands))
+
+
+def check_answers(form: MaskForm, value_of: Callable[[Expr], torch.Tensor]) -> None:
+    """Compares what the form answers of itself with the values of its parts at all pairs, [pairs] each."""
+    by_row = B * H * QUERIES, COLUMNS
+    selected, added = value_of(as_predicate(form.without_biases())), value_of(form.added_to(make("abs", SCORE)))
+    shown = torch.stack([torch.ones_like(selected), *(value_of(hides(bias)) for bias in form.biases)]).all(0)
+    assert torch.equal(added >= 0, shown.expand_as(added))
+    assert form.only_bounds == (as_predicate(form) is as_predicate(MaskForm(form.bounds)))
+    assert form.skips_tiles == (form.without_biases() == MaskForm(form.bounds))
+    if form.unmasked:
+        assert selected.all()
+    assert form.reads_pairs or all("k" in bias.dims and "q" not in bias.dims for bias in form.biases)
+    if form.rows_are_intervals:
+        for row, columns in zip(selected.expand(shown.shape).view(by_row), shown.view(by_row), strict=True):
+            assert (torch.diff(row[columns].int()) == 1).sum() + row[columns][:1].sum() <= 1
+    if form.rows_are_intervals and form.biases:
+        assert (shown.view(B, H, QUERIES, COLUMNS) == shown.view(B, H, QUERIES, COLUMNS)[:, :, :1]).all()
 
 
 SPELLINGS = [
