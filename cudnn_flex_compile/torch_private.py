@@ -388,6 +388,12 @@ def mode_options(mode: str) -> dict[str, Any]:
     return options(mode)
 
 
+# The modules of functions each of which is an op of the same name. A function of another module is taken for no op.
+PREDISPATCH = "torch._functorch.predispatch"
+BINDINGS = {"torch", "torch._C._functorch", PREDISPATCH,
+            *(f"torch._C._{n}" for n in ("nn", "linalg", "fft", "special", "sparse", "nested"))}  # fmt: skip
+
+
 def keep_buffers() -> None:
     """Lets a backward be called several times."""
     if _donated() is not None:

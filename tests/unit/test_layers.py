@@ -87,6 +87,16 @@ def test_no_module_imports_itself_by_way_of_others():
     assert not left, f"a circle among {sorted(left)}"
 
 
+@pytest.mark.parametrize("name", [name for name in FILES if not name.startswith("engine")])
+def test_only_the_engine_imports_cudnn(name):
+    """Neither by a statement, nor by a name that `importlib` is given."""
+    nodes = list(ast.walk(ast.parse(FILES[name].read_text())))
+    found = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    found += [str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)]
+    found += [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    assert not [text for text in found if text == "cudnn" or (text.startswith("cudnn.") and " " not in text)]
+
+
 def compares_residual(node):
     return isinstance(node, ast.Compare) and isinstance(node.left, ast.Attribute) and node.left.attr == "residual"
 

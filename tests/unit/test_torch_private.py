@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -56,7 +57,7 @@ def test_without_it_the_backend_imports_and_a_model_compiles(hidden, name):
 
 
 def _names(tree):
-    """What a module imports, and what it reads of what it has imported."""
+    """The names that a module imports, those that it reads of what it has imported, and those that it has as text."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
@@ -64,6 +65,8 @@ def _names(tree):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.Attribute):
             yield ast.unparse(node)
+        elif isinstance(node, ast.Constant) and re.fullmatch(r"torch[\w.]*", str(node.value)):
+            yield str(node.value)
 
 
 PRIVATE = ("_version", "_schema", "_cdata", "_orig_mod", "_compiled_call_impl", "_execution_engine", "_op_dispatcher")

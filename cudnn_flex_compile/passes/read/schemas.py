@@ -12,7 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Node
 
-from cudnn_flex_compile.torch_private import HigherOrderOperator, OpOverload, OpOverloadPacket, schema_of
+from cudnn_flex_compile.torch_private import (
+    BINDINGS,
+    PREDISPATCH,
+    HigherOrderOperator,
+    OpOverload,
+    OpOverloadPacket,
+    schema_of,
+)  # fmt: skip
 
 PURE_OPS = {"flex_attention", "flex_attention_backward", "auto_functionalized", "auto_functionalized_v2",
             "triton_kernel_wrapper_functional"}  # fmt: skip
@@ -22,15 +29,11 @@ WRITING_OPERATORS = {
     operator.delitem,
     *(f for n, f in vars(operator).items() if n.startswith("__i") and f"__{n[3:]}" in vars(operator)),
 }
-# Functions of symbolic numbers in Python: these compute with numbers alone (torch.sym_max, torch._sym_sqrt).
+# Functions of symbolic numbers in Python: these compute with numbers alone (sym_max and its like, public or not).
 OF_NUMBERS = {
     f for n, f in vars(torch).items() if n.startswith(("sym_", "_sym_")) and isinstance(f, types.FunctionType)
 }
 C_FUNCTIONS = types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType
-PREDISPATCH = "torch._functorch.predispatch"
-# Modules of functions each of which is an op of the same name.
-BINDINGS = {"torch", "torch._C._functorch", PREDISPATCH,
-            *(f"torch._C._{n}" for n in ("nn", "linalg", "fft", "special", "sparse", "nested"))}  # fmt: skip
 
 
 def target_of(node: Node) -> Any:
