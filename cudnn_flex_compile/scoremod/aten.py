@@ -1,8 +1,9 @@
 """Traces a score_mod or mask_mod into an ATen graph: make_fx on 0-d tensors, under autograd and its grad modes.
 
-Knows nothing of expressions. Tracing shows what a function computes, not which gradients it stops: `detach`, `.data`,
-grad modes, inference mode and autograd.Functions act on autograd, above the ops. So functions are traced on inputs that
-require gradients, and each result that has lost its own is marked by a `detach`.
+trace.py reads the graph into an expression; this file works on torch's graphs and tensors alone. Tracing shows what a
+function computes, but not which gradients it stops: `detach`, `.data`, grad modes, inference mode and
+autograd.Functions act on autograd, above the ops. So functions are traced on inputs that require gradients, and each
+result that has lost its own is marked by a `detach`.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ class OwnGradient(Exception):
 
 
 def value_graph(function: Function, inputs: Sequence[Any]) -> GraphModule:
-    """What a function of 0-d tensors computes, with a `detach` wherever a gradient stops.
+    """The graph of ATen ops of a function of 0-d tensors, with a `detach` wherever a gradient stops.
 
     Args:
         inputs: fake tensors, which require grad where a gradient is asked for, and integers, which become constants.
@@ -43,9 +44,11 @@ def value_graph(function: Function, inputs: Sequence[Any]) -> GraphModule:
 
 
 def joint_graph(function: Function, inputs: Sequence[Any], learned: Sequence[int]) -> GraphModule:
-    """The function of the same inputs, and then of one direction for each learned one, that gives
-    (value, slope, change): the function's value, its derivative by its first input, and, if there are any, that by the
-    learned tensors, in these directions. The derivatives are autograd's, in reverse mode.
+    """The graph of (value, slope, change): the function's value, its derivative by its first input, and its derivative
+    by the learned tensors in given directions, if there are any.
+
+    The graph takes the function's inputs, and then one direction for each learned tensor. The derivatives are
+    autograd's, in reverse mode.
 
     Args:
         inputs: fake tensors and integers; the first, and those at the positions `learned`, require grad.
@@ -79,7 +82,7 @@ def fake_mode() -> Any:
 
 
 class IndexByTensors(TorchFunctionMode):
-    """Reads `captured[h, q]` as an index op at every index, also a 0-d tensor, of which torch would ask its value.
+    """Reads `captured[h, q]` as an index op at every index, also at a 0-d tensor, whose value torch would ask for.
 
     Inductor traces by such a mode, too (torch._dynamo._trace_wrapped_higher_order_op), but by an autograd.Function.
     """
@@ -123,7 +126,7 @@ def _moved(entry: torch.Tensor, step: torch.Tensor, direction: torch.Tensor) -> 
 
 
 class _Stops(IndexByTensors):
-    """Detaches once more what has lost the gradient of an argument, for the trace to show it."""
+    """Detaches each result once more that has lost the gradient of an argument, so that the trace shows the loss."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tensors = [t for t in _leaves([*args, *(kwargs or {}).values()]) if isinstance(t, torch.Tensor)]
@@ -140,7 +143,7 @@ def _check_hooks(tensors: Sequence[torch.Tensor]) -> None:
 
 
 def _check(value: torch.Tensor) -> None:
-    """Looks for what gives a value a gradient of its own."""
+    """Raises OwnGradient where a hook or an autograd.Function gives a value another gradient than its ops do."""
     _check_hooks([value])
     seen: set[Any] = set()
     ahead = [value.grad_fn]
@@ -155,8 +158,10 @@ def _check(value: torch.Tensor) -> None:
 
 
 def plain(function: Function) -> Function:
-    """Dynamo's graph of a function, with captured.item() read as the 0-d tensor itself, a Python number with which to
-    compute, and inference mode as the grad mode that it sets: nothing of a trace is an inference tensor.
+    """Dynamo's graph of a function with two steps replaced, so that it can be traced.
+
+    `captured.item()` becomes the 0-d tensor itself, with which arithmetic works as with a Python number. Inference mode
+    becomes the grad mode that it sets: no tensor of a trace is an inference tensor.
     """
     if not isinstance(function, GraphModule):
         return function

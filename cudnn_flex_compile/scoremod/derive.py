@@ -1,6 +1,6 @@
 """The backward expression of a score_mod: its vector-Jacobian product, derived symbolically.
 
-Knows nothing of cuDNN; the derivative of each op is its row in the op table.
+The derivative of each op is in its row of the op table. The strategies of engine/graph call it where a call trains.
 """
 
 from cudnn_flex_compile.scoremod import ir

@@ -1,7 +1,8 @@
-"""The canonical text of what Dynamo made of a score_mod or mask_mod: equal texts compute the same.
+"""The canonical text of Dynamo's graph of a score_mod or mask_mod: functions with equal texts compute the same.
 
-Knows nothing of expressions. Nodes are numbered, for their names tell layers apart; what is no plain data or no
-function of torch or Python has no text, since two things of one name may differ.
+Verdicts about plans are stored by this text, and calls with equal texts are traced once. Nodes are numbered, because
+their names differ between layers. A graph that holds anything but plain data and functions of torch or Python has no
+text, since two things of one name may differ.
 """
 
 import inspect
@@ -18,7 +19,7 @@ HOMES = ("_operator", "builtins", "math", "torch")
 
 
 def graph_text(module: Any) -> str | None:
-    """One line a node, or None where something has no text of its own."""
+    """One line for each node, or None where some value has no text."""
     if not isinstance(module, GraphModule):
         return None
     numbers = {node: i for i, node in enumerate(module.graph.nodes)}

@@ -1,6 +1,7 @@
 """Computes operands from captured tensors.
 
-Knows nothing of graphs; works on tensors, and on FX proxies, where it writes the nodes that compute an operand.
+It runs on tensors (certification, the CPU), and on FX proxies, where it writes the nodes that compute an operand into
+the surrounding graph.
 """
 
 from collections.abc import Callable
@@ -29,7 +30,7 @@ def computed(
     """The operand, [B or 1, H or 1, Sq or 1, Skv or 1].
 
     Args:
-        hoisted: what to compute.
+        hoisted: the expression of the operand, and the dtype in which it is kept.
         captured: the tensor or number of a capture or scalar leaf.
         sizes: of the axes b, h, q, k.
         device: of the result.

@@ -1,7 +1,7 @@
-"""The reference: evaluates expressions with torch ops on tensors that broadcast.
+"""The interpreter: evaluates expressions with torch ops on tensors that broadcast.
 
-Knows nothing of attention or of cuDNN. The CPU kernel, constant folding, hoisting (which runs it on FX
-proxies, so that it writes graph nodes instead of computing) and the tests all call it.
+It gives every expression its meaning, and may import the op table alone. The CPU kernel, constant folding,
+certification and the tests call it; hoisting runs it on FX proxies, where it writes graph nodes instead of computing.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,12 +23,13 @@ OF_TRUTHS = {"ne": torch.logical_xor, "eq": lambda a, b: torch.logical_xor(a, b)
 
 
 def in_range(source: Any, indices: Sequence[Any], sizes: Sequence[Any]) -> tuple[Any, list[Any]]:
-    """A captured tensor, and indices into its dimensions, of these sizes, from whatever was computed for such: a
-    negative one counts from the end, as in torch, and what is beyond either end becomes the entry there. An empty
-    tensor has a zero.
+    """A captured tensor and indices into its dimensions that are all in range.
 
-    Stock attention reads a captured tensor at visible pairs alone, and so an index may be anything at the others. It is
-    evaluated there, too, outside the kernel, where nothing may fail for what nobody sees.
+    A negative index counts from the end, as in torch; one beyond either end becomes the index of the entry there. An
+    empty tensor gets one entry, zero.
+
+    Stock attention reads a captured tensor at visible pairs alone, so that an index may be anything at hidden pairs.
+    Outside the kernel the index is evaluated there, too, and must not fail for an entry that nobody sees.
     """
     if any(isinstance(n, int) and n == 0 for n in sizes):
         return source.new_zeros([1] * len(sizes)), [index * 0 for index in indices]
@@ -99,8 +100,8 @@ def environment(
         indices: int32 per axis, shaped to broadcast with the score.
         operands: by position, shaped to broadcast with the score.
         ints, floats: the scalars, by position; a float may be a 0-d tensor on the device of the score. Integers may be
-            beyond 32 bits, and what is computed with them has 64; those that stand for "none", such as the largest
-            integer, should have been brought back (saturate.py), lest a sum wraps.
+            beyond 32 bits, and sums with them have 64. Those that stand for "none", such as the largest integer,
+            should have been brought back (saturate.py), so that no sum wraps.
         grad: like the score; needed where the expression has a `grad` leaf.
         captured: the tensors that are read by `gather`, by position.
     """
@@ -140,7 +141,7 @@ def visible_rows(
     mask: Expr, operands: Sequence[torch.Tensor], ints: Sequence[int], floats: Sequence[Any], sizes: Sequence[int],
     block: int, device: torch.device,
 ) -> Iterator[tuple[int, torch.Tensor]]:  # fmt: skip
-    """The first row and the mask [B or 1, H or 1, R, Skv] of some rows after the other.
+    """Yields the mask block by block of rows: the first row, and the mask [B or 1, H or 1, R, Skv] of R rows.
 
     Args:
         operands: broadcastable to [B, H, Sq, Skv]; ints, floats: the scalars, by position.

@@ -1,6 +1,7 @@
 """Bounds of an integer op's result from bounds of its arguments; the op table (optable.py) names the rule of each op.
 
-Must not know expressions or dtypes: every rule bounds the exact result, which may be larger than any dtype holds.
+ranges.py applies them. Rules work on pairs of integers, and know no expressions and no dtypes: each bounds the exact
+result, which may be larger than any dtype holds.
 """
 
 import itertools
@@ -63,7 +64,7 @@ def _power_above(*intervals: Interval) -> int:
 
 
 def bits_in_both(x: Interval, y: Interval) -> Interval:
-    """x & y is no larger than one of them that is not negative, nor than both, and has no more bits than they."""
+    """x & y is at most each argument that is not negative, at most the larger one, and has no more bits than they."""
     natural = [high for low, high in (x, y) if low >= 0]
     if natural:
         return 0, min(natural)

@@ -1,6 +1,7 @@
 """Interned expressions of one attention score: what a score_mod and a mask_mod compute for (b, h, q, kv).
 
-Knows nothing of what the ops mean (optable.py), of tensors, or of cuDNN.
+Every other file of the compiler reads or makes them. This one imports nothing of the package: the meaning of the ops is
+in optable.py.
 
 Nodes are immutable and hash-consed: two structurally equal expressions are the same object, so `is` is
 equality, and a dictionary keyed on expressions never sees the address of a freed one (the table holds weak
@@ -29,8 +30,8 @@ class Expr:
     Leaves:
         score        the scaled score, F32
         grad         the gradient with respect to the modified score, F32 (only in backward expressions)
-        minus_lse    of the row: the log-sum-exp, negated, F32, 0 in rows that see no key (in backward expressions)
-        grad_lse     of the row: the gradient with respect to the log-sum-exp, F32 (in backward expressions)
+        minus_lse    the row's log-sum-exp, negated, F32, 0 in rows that see no key (in backward expressions)
+        grad_lse     the gradient with respect to the row's log-sum-exp, F32 (in backward expressions)
         index        `value` names the axis: b, h, q or k; I32
         const        `value` is the Python number
         capture      `value` is the position of a captured tensor, before hoisting (never in a Program)
@@ -176,7 +177,7 @@ def walk(*roots: Expr) -> Iterator[Expr]:
 
 
 def extent(root: Expr) -> tuple[int, int]:
-    """How many ops follow one another at most, and how many there are where shared ones are counted for each use."""
+    """The length of the longest chain of ops, and the number of ops, where a shared one counts once for each use."""
     found: dict[Expr, tuple[int, int]] = {}
     for node in walk(root):
         args = [found[a] for a in node.args]
@@ -212,7 +213,7 @@ def depends_on(root: Expr, leaf: Expr) -> bool:
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Program:
-    """What one call computes per score: `score` where `mask` holds, -inf elsewhere. Made by `program`."""
+    """The computation of one call for each score: `score` where `mask` holds, -inf elsewhere. Made by `program`."""
 
     score: Expr
     mask: Expr

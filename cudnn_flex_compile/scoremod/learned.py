@@ -1,8 +1,9 @@
 """A bias that takes a gradient: which part of a score it is, and where it stands in a program.
 
-Knows nothing of tensors, nor of how the gradient is computed. In `score = rest + bias` the gradient of the bias is that
-of the modified score, whatever the rest computes; so one tensor over (q, kv) pairs takes all captured tensors that
-require grad, and autograd goes on from it, outside the kernel. A program has it as the last term, `learned(operand)`.
+In `score = rest + bias` the gradient of the bias is that of the modified score, whatever the rest computes. So one
+tensor over (q, kv) pairs stands for all captured tensors that require grad, and autograd goes on from it, outside the
+kernel. A program has it as the last term, `learned(operand)`. partition.py splits scores by this file; the engine asks
+it for the operand's position.
 """
 
 import functools
@@ -24,7 +25,7 @@ class NotAdditive(Exception):
 
 
 def split_bias(score: Expr, learned: Set[Expr]) -> tuple[Expr, Expr | None]:
-    """(rest, bias), of which the score is the sum, and the bias reads no score; (score, None) where nothing is learned.
+    """(rest, bias), whose sum is the score, with a bias that reads no score; (score, None) where nothing is learned.
 
     Args:
         score: over captures.
@@ -38,12 +39,12 @@ def split_bias(score: Expr, learned: Set[Expr]) -> tuple[Expr, Expr | None]:
     rest, bias = _separate(score, learned)
     axes = {*PAIRS, *ir.axes_of(bias)}
     taken = [t for t in _terms(rest) if not ir.depends_on(t, SCORE) and set(ir.axes_of(t)) <= axes]
-    kept = [t for t in _terms(rest) if t not in taken]  # what else fits into the tensor costs nothing there
+    kept = [t for t in _terms(rest) if t not in taken]  # other terms that fit into the tensor cost nothing there
     return simplify(_sum(kept)), simplify(_sum([bias, *taken]))
 
 
 def reads(root: Expr, leaves: Set[Expr]) -> bool:
-    """Whether a gradient flows to one of the leaves: not through `stop`."""
+    """Whether a gradient flows to one of the leaves. None flows through `stop`."""
     kept = ir.rebuild(root, {node: ZERO for node in ir.walk(root) if node.kind == "stop"})
     return any(node in leaves for node in ir.walk(kept))
 
@@ -111,19 +112,19 @@ def with_bias(score: Expr, operand: Expr | None) -> Expr:
 
 
 def without_bias(score: Expr) -> tuple[Expr, Expr | None]:
-    """The score of a program less its learned operand, and that."""
+    """The score of a program without its learned operand, and this operand."""
     if score.kind == "add" and score.args[1].kind == "learned":
         return score.args[0], score.args[1].args[0]
     return score, None
 
 
 def position(program: Program) -> int | None:
-    """Of the learned operand among the operands."""
+    """The position of the learned operand among the operands, or None without one."""
     operand = without_bias(program.score)[1]
     return None if operand is None else int(operand.value or 0)
 
 
 @functools.lru_cache(1024)
 def position_in(program: str) -> int | None:
-    """The same of a program's text."""
+    """`position` in the program of this text."""
     return position(parse(program))

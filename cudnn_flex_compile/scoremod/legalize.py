@@ -1,7 +1,7 @@
 """Rewrites an expression into the forms that cuDNN's score_mod dialect computes right.
 
-Knows the dialect's rules (each names its reason) but not cuDNN's Python package. The result has the same value
-as far as float rounding goes; `Illegal` names the op that has no legal form.
+The strategies of engine/graph call it before they write nodes; it does not import cuDNN's Python package. Each rule
+names its reason. The result has the same value but for float rounding; `Illegal` names the op that has no legal form.
 """
 
 import math
@@ -57,8 +57,8 @@ def _neg(n: Expr) -> Expr:
 def _max(n: Expr) -> Expr:
     """max(x, y) -> x + relu(y - x): max with a relu_backward beside it gives a wrong dV
 
-    x is what depends on the score: a bound y that is far from every score leaves it as it is. An x that may be
-    infinite is the one that is dropped: relu(x - y) + y.
+    Here x is the argument that depends on the score: a bound y that is far from every score leaves it as it is. An x
+    that may be infinite takes the other place: relu(x - y) + y.
     """
     if not _of_score(n) or not on("max by relu"):
         return n
@@ -75,7 +75,7 @@ def _min(n: Expr) -> Expr:
 
 
 def _infinite(x: Expr, y: Expr) -> bool:
-    """Whether x may be infinite: by a constant, or by a captured tensor, such as a bias of -inf, where y has none."""
+    """Whether x may be infinite, by a constant or by a captured tensor (a bias of -inf), while y reads none."""
     if any(isinstance(n.value, float) and math.isinf(n.value) for n in ir.walk(x)):
         return True
     of_x, of_y = (any(n.kind == "operand" and n.dtype == F32 for n in ir.walk(side)) for side in (x, y))
@@ -125,7 +125,7 @@ def _operand_right(n: Expr) -> Expr:
 
 
 def _integer_division(n: Expr) -> Expr:
-    """// and % round down in torch and toward zero in cuDNN: the same where nothing is negative
+    """// and % round down in torch and toward zero in cuDNN, which is the same where nothing is negative
 
     x // d -> (x + m * d) // d - m;  x % d -> (x + m * d) % d, with m * d no less than any -x
     """
@@ -179,7 +179,7 @@ def _compare(n: Expr) -> Expr:
 
 
 def _turned(n: Expr) -> Expr:
-    """kv >= q -> kv + 0 >= q: cuDNN takes a plain one for the causal q >= kv"""
+    """kv >= q -> kv + 0 >= q: cuDNN mistakes the plain comparison for the causal q >= kv"""
     left, right = n.args
     if n.kind != "ge" or left is not ir.index("k") or right is not ir.index("q") or not on("diagonal turned"):
         return n
@@ -203,7 +203,7 @@ RULES: dict[str, Callable[[Expr], Expr]] = {
 def legalize(root: Expr) -> Expr:
     """`root` in legal forms. Raises Illegal.
 
-    Ends because no rule gives back the kind of node that it takes, unless in a form that it leaves alone.
+    It ends, because no rule returns the kind of node that it takes, but in a form that it leaves alone.
     """
     done: dict[Expr, Expr] = {}
     for node in ir.walk(root):
@@ -230,9 +230,8 @@ def unsupported(root: Expr) -> str | None:
 
 
 def computes(root: Expr) -> bool:
-    """Whether the kernel can compute it: it has a legal form, in which every node descends from the score or an index.
-
-    (A node that is fed by operands alone is refused.)
+    """Whether the kernel can compute an expression: it has a legal form, in which every node descends from the score or
+    an index. (cuDNN refuses a node that is fed by operands alone.)
     """
     try:
         legal = legalize(root)

@@ -1,6 +1,6 @@
-"""The op table: one row per op, with everything that any part of the compiler needs to know of it.
+"""The op table: one row for each op, with everything that any part of the compiler needs to know about it.
 
-Knows nothing of cuDNN's Python package: a row only names the pointwise method that implements the op there.
+A row names the pointwise method that implements the op in cuDNN; the table does not import cuDNN's Python package.
 A test walks the table: every row has an evaluation and a signature, every float row a derivative or a
 reason why it has none, every row of integers an interval, and every row either a cuDNN method, a legal form
 (legalize.py), or a reason to be computed outside the kernel.
@@ -30,7 +30,7 @@ class Row:
     arity: number of arguments.
     evaluate: the meaning, on torch tensors that broadcast and have the promoted dtype.
     backward: (gradient, args, result) -> the gradient of each argument, None for a zero one.
-    interval: (low, high) of each integer argument -> of the exact integer result; None: it may be any integer.
+    interval: (low, high) of each integer argument -> (low, high) of the exact integer result; None: any integer.
     cudnn: the pygraph method, or None where legalize.py rewrites the op before lowering.
     slots: that method's keywords, one per argument.
     infix: how people write it; {0}, {1}, {2} are the arguments.
@@ -67,7 +67,7 @@ def _where_backward(g: Expr, args: tuple[Expr, ...], out: Expr) -> Partials:
 
 
 def _tie_backward(g: Expr, ahead: Expr, behind: Expr) -> Expr:
-    """The gradient of the larger one, `ahead`: g where ahead > behind, g / 2 at a tie (torch's convention)."""
+    """The gradient of `ahead` in max(ahead, behind): g where ahead > behind, g / 2 at a tie (torch's convention)."""
     wins = make("relu_grad", g, ahead - behind)
     loses = make("relu_grad", g, behind - ahead)
     return (g + wins - loses) * 0.5
@@ -92,7 +92,9 @@ PASSES_AT_BOUND = _passes_at_bound()
 
 
 def _clamp_backward(g: Expr, ahead: Expr, behind: Expr, bound: Expr) -> Expr:
-    """g where ahead > behind; at a tie all of it, or none for a number as the bound and half for a tensor."""
+    """g where ahead > behind. At a tie it is g in some versions of torch; in others 0 for a number as the bound, and
+    g / 2 for a tensor.
+    """
     if PASSES_AT_BOUND:
         return g - make("relu_grad", g, behind - ahead)
     number = bound.kind in ("const", "scalar")

@@ -1,14 +1,14 @@
-"""Splits a traced program by what its parts depend on: what needs no score is computed outside, once, where it must.
+"""Splits a traced program into parts that the kernel computes, and parts that are computed once outside of it.
 
-Knows nothing of FX or tensors. A part that is computed outside becomes an operand of the program; the caller
-evaluates it in the surrounding graph. Outside go
+A part that is computed outside becomes an operand of the program; the caller evaluates it in the surrounding graph
+(passes/write/operands.py). This file works on expressions alone. It moves out
 
-    what reads a captured tensor, and depends on one of (b, h, q) or (b, h, kv) only;
-    the limits of row intervals, kv < end[b, h, q], in 64 bits and clamped to the keys that there are: no clamped
-        limit hides or shows another key, and nothing overflows;
+    parts that read a captured tensor, and depend on one of (b, h, q) or (b, h, kv) only;
+    the limits of row intervals, kv < end[b, h, q], in 64 bits and clamped to the number of keys: a clamped limit shows
+        the same keys, and nothing overflows;
     predicates of the columns and, where the kernel cannot compute them, of (q, kv) pairs, as biases of 0 and -inf;
-    whatever else of a score depends on (q, kv) pairs and reads captured tensors at them, or has no legal form;
-    what captured tensors that require grad add to the score, as one tensor over pairs (learned.py).
+    other parts of a score that read captured tensors at (q, kv) pairs, or that depend on pairs and have no legal form;
+    terms of captured tensors that require grad, as one tensor over pairs (learned.py).
 """
 
 from collections.abc import Mapping, Sequence, Set
@@ -44,8 +44,8 @@ class Hoisted:
     Attributes:
         expression: over captures, indices and scalars.
         stored: the dtype in which the operand is computed and kept.
-        limit: whether it is a limit of kv, to be clamped to the number of keys.
-        learned: whether a gradient is asked of it; it has an entry for each pair then.
+        limit: whether it is a limit of kv, which is clamped to the number of keys.
+        learned: whether it takes a gradient; it has an entry for each pair then.
     """
 
     expression: Expr
@@ -62,7 +62,7 @@ class Hoisted:
 
 @dataclass(slots=True)
 class Partition:
-    """operands: what to compute outside, by operand position. stored: the dtypes of 16-bit captures."""
+    """operands: the parts to compute outside, by operand position. stored: the dtypes of 16-bit captures."""
 
     stored: Stored
     operands: list[Hoisted] = field(default_factory=list[Hoisted])
@@ -77,7 +77,7 @@ class Partition:
         return ir.operand(self.operands.index(hoisted), dtype, hoisted.dims)
 
     def value(self, node: Expr) -> Expr:
-        """The operand that holds a part, a predicate as kv < (everything or nothing)."""
+        """The operand that holds a part. A predicate becomes kv < limit, where the limit is all keys or none."""
         if node.dtype == BOOL:
             ends = (ir.const(n, I32) for n in (VALUE_LIMIT, 0))
             return make("gt", self.operand(make("where", node, *ends), I32), KV)
@@ -131,9 +131,10 @@ def partition(
 
 
 def pairwise(program: Program) -> tuple[Program, list[Hoisted]] | None:
-    """The program with its mask as one predicate of rows and columns, which it reads from operands along one of both:
-    what no kernel computes, but what tells quickly which pairs are visible. None where a captured tensor is read at
-    pairs.
+    """The program with its mask as one predicate over operands that vary along q or along kv, but not along both.
+
+    No kernel computes this mask; it tells quickly which pairs are visible. None where the mask reads a captured tensor
+    at pairs.
     """
     parts = Partition({})
     mask = _along_one(program.mask, parts)
@@ -160,7 +161,7 @@ def _mask(mask: Expr, parts: Partition) -> Expr:
     columns, residual = solved.columns, solved.residual
     outside = residual is not TRUE and not _beside(residual, solved.bounds)
     if outside and set(ir.axes_of(columns)) <= set(ir.axes_of(residual)):
-        columns, residual = TRUE, make("and", columns, residual)  # one bias hides what both do, and is no larger
+        columns, residual = TRUE, make("and", columns, residual)  # one bias hides the pairs of both, and is no larger
     if columns is not TRUE:
         terms.append(parts.bias(columns))
     if residual is not TRUE:
@@ -182,7 +183,7 @@ def _beside(residual: Expr, bounds: Sequence[Bound]) -> bool:
 
 
 def _of_bounds(residual: Expr) -> bool:
-    """Whether it is clauses of integer bounds alone."""
+    """Whether a predicate is clauses of integer bounds alone."""
     if residual.kind in ("and", "or"):
         return all(_of_bounds(a) for a in residual.args)
     return bool(split(residual).bounds)
@@ -193,7 +194,7 @@ def _captures(root: Expr) -> bool:
 
 
 def _outside(node: Expr) -> bool:
-    """Whether to compute it outside: it reads a captured tensor, or is float work on batch and head alone."""
+    """Whether a part is computed outside: it reads a captured tensor, or is float work on batch and head alone."""
     if not node.args or node.dtype == I64 or ir.depends_on(node, SCORE):
         return False
     axes = set(ir.axes_of(node))
@@ -225,7 +226,7 @@ def _inside(root: Expr, parts: Partition) -> Expr:
 
 
 def _beside_score(node: Expr, parts: Partition) -> Expr:
-    """A part that needs no score: as the kernel computes it from operands, or else as one operand as a whole."""
+    """A part that needs no score, over operands if the kernel can compute it so, else as one operand."""
     trial = Partition(parts.stored, list(parts.operands))
     candidate = _with_operands(node, trial)
     if candidate is None or not computes(candidate):
@@ -253,7 +254,8 @@ ORDER = ("ge", "gt", "le", "lt")
 
 
 def _limited(node: Expr, parts: Partition) -> Expr | None:
-    """position >= limit with a captured limit, clamped: as good as the limit itself, and nothing overflows."""
+    """position >= limit with the captured limit clamped, which shows the same pairs, and with which nothing overflows.
+    """
     if node.kind not in ORDER or node.args[0].dtype not in (I32, I64):
         return None
     position, limit = sorted(node.args, key=_captures)

@@ -1,9 +1,9 @@
 """Range analysis of integer expressions: which can never be negative, and how large they can get.
 
-Knows that no axis is longer than AXIS_LIMIT and no scalar or operand is beyond VALUE_LIMIT; the op checks the former
-and the scalars when it runs. Must not know one op from another: the op table has the interval of each, and an op
-without one may give any integer. (A captured limit beyond VALUE_LIMIT means "no bound"; partition.py clamps it. Within
-a sum, 32-bit numbers of that size overflow in torch already.)
+It rests on two facts: no axis is longer than AXIS_LIMIT, and no scalar or operand is beyond VALUE_LIMIT. The op checks
+the axes and the scalars when it runs. (A captured limit beyond VALUE_LIMIT means "no bound"; partition.py clamps it.
+Within a sum, 32-bit numbers of that size overflow in torch already.) No op has a case here: its row in the op table has
+its interval, and an op without one may give any integer.
 """
 
 from cudnn_flex_compile.scoremod import ir
@@ -29,7 +29,7 @@ def interval(root: Expr) -> Interval:
 def magnitude(root: Expr, captured: int = INT32_LIMIT + 1) -> int:
     """An upper bound of |value| of an integer or boolean expression, at every step of its evaluation.
 
-    `captured` bounds what captured tensors hold. The index into a captured tensor is no step: it is in its range.
+    `captured` bounds the entries of captured tensors. The index into a captured tensor is no step: it is in its range.
     """
     largest: dict[Expr, int] = {}
     for node, (low, high) in _intervals(root, captured).items():

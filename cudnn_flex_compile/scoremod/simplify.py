@@ -1,7 +1,7 @@
 """Constant folding and algebraic simplification, as rows of rules.
 
-Knows nothing of cuDNN: every rule keeps the value for every input, NaN and infinities included. Two rules may
-turn -0.0 into 0.0 (x + 0, x - 0): a score of either zero gives the same attention weights.
+Every rule keeps the value for every input, NaN and infinities included. Two rules may turn -0.0 into 0.0 (x + 0,
+x - 0): a score of either zero gives the same attention weights. Forms that only cuDNN needs are in legalize.py.
 """
 
 import math
@@ -76,8 +76,9 @@ def _select(n: Expr) -> Expr | None:
 
 
 def _select_bool(n: Expr) -> Expr | None:
-    """where(c, x, false) -> c & x;  where(c, true, y) -> c | y;  where(c, false, y) -> ~c & y;  where(c, x, true) ->
-    ~c | x"""
+    """where(c, x, false) -> c & x;  where(c, true, y) -> c | y;
+    where(c, false, y) -> ~c & y;  where(c, x, true) -> ~c | x
+    """
     condition, x, y = n.args
     if n.dtype != BOOL:
         return None
@@ -152,7 +153,7 @@ def _reflexive(n: Expr) -> Expr | None:
 def _always(n: Expr) -> Expr | None:
     """x >= y -> true on integers that do not overflow, where the least x is no less than the largest y, as in q >= 0
 
-    Never of scalars and operands: what is computed with 64 bits holds for those of any size.
+    It applies to no scalars and operands, which may be of any size where the arithmetic has 64 bits.
     """
     if n.args[0].dtype not in (I32, I64) or any(node.kind in ("scalar", "operand") for node in ir.walk(*n.args)):
         return None
@@ -275,9 +276,9 @@ def _settle(node: Expr, done: dict[Expr, Expr]) -> Expr:
 
 
 def powers(root: Expr) -> Expr:
-    """x ** n for n = 2, 3, 4 as products; x ** 0.5, x ** -0.5, x ** -1 as what they are.
+    """x ** n for n = 2, 3, 4 as products; x ** 0.5, x ** -0.5, x ** -1 as sqrt, rsqrt and reciprocal.
 
-    Equal but for rounding and for x = -inf, which is no score of finite queries and keys.
+    The results are equal but for rounding and for x = -inf, which is no score of finite queries and keys.
     """
     done: dict[Expr, Expr] = {}
     for node in ir.walk(root):
@@ -297,8 +298,8 @@ def _product(x: Expr, exponent: float) -> Expr | None:
 def split_infinity(score: Expr) -> tuple[Expr, Expr]:
     """(score, mask) with the score's own -inf as a mask: where(p, x, -inf) is x under p, in any tree of choices.
 
-    In sums, too: x + where(p, y, -inf) is x + y under p. (Only with an x of +inf or NaN, which no finite query and
-    key give, is that sum NaN where the masked score is not.)
+    The same holds in sums: x + where(p, y, -inf) is x + y under p. (Only with an x of +inf or NaN, which no finite
+    query and key give, is that sum NaN where the masked score is not.)
     """
     if score.kind == "where" and not ir.depends_on(score.args[0], ir.SCORE):
         condition = score.args[0]

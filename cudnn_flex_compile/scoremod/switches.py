@@ -1,6 +1,6 @@
-"""Which rewrites for cuDNN's dialect are made: all of them, but in a test that shows what happens without one.
+"""Switches for the rewrites that cuDNN's dialect needs. All are on, but in tests that show what happens without one.
 
-Knows nothing of what they do: engine/support.py lists them with their evidence.
+Each rewrite asks for its switch where it is made; engine/support.py lists them with their evidence.
 """
 
 from collections.abc import Generator
@@ -10,13 +10,13 @@ _off: set[str] = set()
 
 
 def on(rewrite: str) -> bool:
-    """Whether a rewrite is made; all are, but in tests of what cuDNN does without."""
+    """Whether a rewrite is made."""
     return rewrite not in _off
 
 
 @contextmanager
 def switched_off(rewrites: set[str]) -> Generator[None]:
-    """In the whole process, whatever the thread: plans are built in a thread of ours."""
+    """Switches rewrites off in the whole process, whatever the thread: plans are built in a thread of ours."""
     before = set(_off)
     _off.update(rewrites)
     try:

@@ -1,10 +1,8 @@
 """The canonical text of a program, its parser, and a readable infix form for people.
 
-Knows nothing of what the ops mean beyond their spelling in the op table.
-
-The text is what the custom op takes as its `program` argument and what every cache key holds, so equal text
-must mean equal computation: it has every field of every node, numbers exactly (floats in hexadecimal), and
-one item per node, numbered in the order of `ir.walk`, which depends on structure alone.
+The custom op takes the text as its `program` argument, and every cache key holds it, so equal text must mean equal
+computation: it has every field of every node, numbers exactly (floats in hexadecimal), and one item for each node,
+numbered in the order of `ir.walk`, which depends on structure alone.
 
     cudnn_flex 9; 0 f32 score; 1 f32 const 0x1.4000000000000p+4; 2 f32 div 0 1; 3 bool const true; score 2; mask 3
 """
@@ -101,7 +99,7 @@ def parse(source: str) -> Program:
 
 
 def infix(root: Expr) -> str:
-    """How a person would write it: `tanh(score / 20) * 20`. Shared parts are repeated."""
+    """The expression as a person would write it: `tanh(score / 20) * 20`. Shared parts are repeated."""
     done: dict[Expr, str] = {}
     for node in ir.walk(root):
         done[node] = _infix(node, [done[a] for a in node.args])

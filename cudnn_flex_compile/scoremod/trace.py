@@ -1,7 +1,7 @@
 """Traces a score_mod or mask_mod into an expression: an ATen graph (aten.py), then one table of ATen ops.
 
-Knows nothing of cuDNN. The input is what Dynamo made of the user's function (any module that takes score, b,
-h, q, kv, captured...); the output is exact: whatever has no row in the table is `Untraceable`, never skipped.
+passes/read/programs.py calls it with Dynamo's module of the user's function, which takes score, b, h, q, kv,
+captured... The expression is exact: an op without a row in the table raises `Untraceable`, and is never skipped.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from cudnn_flex_compile.scoremod.views import VIEWS, View, squeezed, view_of
 
 
 class Untraceable(Exception):
-    """`op` has no row in the op table, or is used in a way that none describes."""
+    """`op` has no row in the op table, or is used in a way that no row describes."""
 
     def __init__(self, op: str) -> None:
         super().__init__(f"{op} is not in the op table")
@@ -32,7 +32,7 @@ class Captured:
 
     Attributes:
         tensor: its fake tensor, or None for a Python integer turned symbolic.
-        learned: whether a gradient is asked of it.
+        learned: whether it takes a gradient.
     """
 
     tensor: torch.Tensor | None
@@ -70,8 +70,8 @@ def trace(
 
     Returns:
         F32 for a score_mod, BOOL for a mask_mod. Leaves are SCORE, indices, constants and the leaves given
-        in `captured`, read through `gather` where they are tensors. Those of which a gradient is asked are in a `stop`
-        where the function lets none through.
+        in `captured`, read through `gather` where they are tensors. A leaf that takes a gradient is in a `stop` where
+        the function lets none through.
 
     Raises:
         Untraceable: with the op that has no row.
@@ -102,7 +102,7 @@ def _aten_graph(function: torch.nn.Module, inputs: Sequence[torch.Tensor]) -> to
         return value_graph(plain(function), inputs).graph
     except OwnGradient:
         raise
-    except Exception as error:  # torch's, about a step of the user's function: `fbk[:, kv]` reads a number, for one
+    except Exception as error:  # torch's, about a step of the user's function, such as `fbk[:, kv]` of a number
         first = str(error).strip().split("\n")[0]
         raise Untraceable(f"a step that make_fx cannot trace ({type(error).__name__}: {first})") from error
 
@@ -160,7 +160,7 @@ class _Reader:
         return make("gather", value) if isinstance(value, Expr) and value.kind == "capture" else value
 
     def _view(self, name: str, node: torch.fx.Node, args: tuple[Any, ...]) -> View | None:
-        """What a step of indexing leaves of a captured tensor, if the node is one."""
+        """The rest of a captured tensor after a step of indexing, or None where the node is no such step."""
         source = args[0] if args else None
         if isinstance(source, Expr) and source.kind == "capture":
             source = view_of(source, _example(node.args[0]).dim())
@@ -215,7 +215,7 @@ DO_NOT_WRAP = (
 
 
 def _entry(captured: Expr, *indices: Expr) -> Expr:
-    """Of a captured tensor, or of the `stop` of one."""
+    """An entry of a captured tensor, or of the `stop` of one."""
     if captured.kind == "stop":
         return make("stop", make("gather", captured.args[0], *indices))
     return make("gather", captured, *indices)
@@ -229,16 +229,16 @@ def _stop(root: Expr) -> Expr:
 
 
 def _only_of(root: Expr, differentiated: set[Expr]) -> Expr:
-    """`root` with the stops of these leaves alone: no gradient is asked of others."""
+    """`root` with the stops of these leaves alone, because other leaves take no gradient."""
     stops = [n for n in ir.walk(root) if n.kind == "stop"]
     return ir.rebuild(root, {n: n.args[0] for n in stops if not differentiated & {n.args[0], *n.args[0].args[:1]}})
 
 
 def _check_integers(name: str, node: torch.fx.Node) -> None:
-    """8- and 16-bit integers wrap where 32-bit ones do not: they are only read, chosen, compared, masked
-    by bits and widened.
+    """Raises Untraceable where integers may wrap that the expression keeps in 32 or 64 bits.
 
-    And a Python integer beyond the dtype of the tensor beside it wraps, too.
+    8- and 16-bit integers may be read, chosen, compared, masked by bits and widened, and a Python integer must fit into
+    the dtype of the tensor beside it.
     """
     if node.meta["val"].dtype in SMALL and name not in DO_NOT_WRAP:
         raise Untraceable(f"{name} to {node.meta['val'].dtype}")
@@ -325,7 +325,7 @@ WIDTH = {I32: 32, I64: 64}
 
 
 def _shift_left(example: Any, x: Any, count: Any) -> Expr:
-    """x << n -> where(0 <= n < width, x << n, 0): whatever computes it is given no other count"""
+    """x << n -> where(0 <= n < width, x << n, 0): no op is given another count"""
     x, count, width = _shifted(example, x, count)
     zero = ir.const(0, x.dtype)
     within = make("and", make("ge", count, zero), make("lt", count, ir.const(width, x.dtype)))
@@ -411,7 +411,7 @@ def _filled(fill: float | None) -> Callable[..., Expr]:
 
 
 def _rounded(number: Any, dtype: torch.dtype) -> float:
-    """As a tensor of this dtype has it."""
+    """The number as a tensor of this dtype holds it."""
     return torch.tensor(number, dtype=dtype).item()
 
 

@@ -1,6 +1,6 @@
-"""Captured tensors that a function indexes step by step, as in `bias[b][h][q, kv]`: what is still to be indexed.
+"""Views of captured tensors that a function indexes step by step, as in `bias[b][h][q, kv]`.
 
-Must not know ATen graphs or the op table: trace.py calls these functions with a graph's arguments.
+trace.py calls these functions with the arguments of a graph's nodes; they know no graphs.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,9 +1,12 @@
-"""A mask of constant bounds, and unions of them, as disjoint boxes: rows x columns, each under one band.
+"""Divides a mask of constant bounds, or a union of such masks, into disjoint boxes: rows x columns under one band.
 
-Knows nothing of cuDNN but what it skips: tiles beyond `q' >= k'` and `k' + u >= q'`, counted from a box's own corner.
-A prefix-LM is a causal box and the square above its diagonal; sink tokens beside a window are the window and a strip
-of columns; in the backward, which skips for no `q + c >= kv`, a shifted diagonal is the columns from c on, where it is
-no longer shifted, and the strip before them.
+engine/plans/box_plan.py runs one plan for each box. A plan skips the tiles beyond `q' >= k'` and `k' + u >= q'`, where
+rows and columns are counted from the box's own corner; this file knows nothing else of cuDNN. Examples:
+
+    A prefix-LM is a causal box and the square above its diagonal.
+    Sink tokens beside a window are the window and a strip of columns.
+    The backward skips no tiles for `q + c >= kv`. There this mask is two boxes: the columns before c, and those from c
+        on, whose own diagonal starts at their corner.
 """
 
 from collections.abc import Iterable
@@ -65,13 +68,13 @@ class Box:
         return box
 
     def bounds(self) -> tuple[Bound, ...]:
-        """All that it asks of a pair."""
+        """The bounds that hold of a pair exactly if it is in the box."""
         found = [Bound("start", -self.left), Bound("end", self.right - 1)]
         found += [Bound("lower", self.lower)] if self.lower is not None else []
         return tuple(found + ([Bound("upper", self.upper)] if self.upper is not None else []))
 
     def local(self) -> tuple[int | None, int | None]:
-        """lower and upper, counted from the corner."""
+        """The constants `lower` and `upper`, with rows and columns counted from the corner."""
         shift = self.top - self.left
         return (
             None if self.lower is None else self.lower + shift,
@@ -79,7 +82,7 @@ class Box:
         )
 
     def program(self, score: Expr) -> Program:
-        """What a plan of these rows and columns alone computes."""
+        """The program of a plan over these rows and columns alone."""
         moved = {
             Q: Q + ir.const(self.top, ir.I32) if self.top else Q,
             KV: KV + ir.const(self.left, ir.I32) if self.left else KV,
@@ -90,7 +93,7 @@ class Box:
         return ir.program(ir.rebuild(score, moved), as_predicate(MaskForm(tuple(bounds))))
 
     def pairs(self) -> int:
-        """About how many pairs are visible."""
+        """The number of visible pairs, approximately."""
         full = (self.bottom - self.top) * (self.right - self.left)
         lower, upper = self.local()
         if lower is not None:
@@ -101,7 +104,7 @@ class Box:
 
 
 def _triangle(across: int, leg: int) -> int:
-    """Pairs beyond a diagonal that leaves `leg` of them in the first line and one less in each of the next."""
+    """The number of pairs beyond a diagonal, of which the first line has `leg`, and each next line one less."""
     last = max(0, leg - across)
     return (leg * (leg + 1) - last * (last + 1)) // 2 if leg > 0 else 0
 

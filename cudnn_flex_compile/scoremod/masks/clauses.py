@@ -1,7 +1,7 @@
 """A mask as clauses: the conjunction of disjunctions of half-lines of kv and of other predicates.
 
-Knows nothing of cuDNN, nor of which clauses are bounds (solve.py). Integers are exact, so a strict comparison is a
-non-strict one, and every step is an equivalence:
+solve.py sorts the clauses into bounds and the rest. Integers are exact, so a strict comparison is a non-strict one, and
+every step is an equivalence:
 
     floor(x / d) >= m  is  x >= m * d             for d > 0
     floor(x / d) <= m  is  x <= m * d + d - 1
@@ -73,7 +73,7 @@ def _clauses(node: Expr, positive: bool) -> list[Clause]:
 
 
 def _truth(node: Expr) -> Expr | None:
-    """The predicate of which an integer is 0 or 1."""
+    """The predicate that an integer expression is (0 or 1), or None."""
     if node.dtype == BOOL:
         return node
     return node.args[0] if node.kind in (I32, I64) and node.args[0].dtype == BOOL else None

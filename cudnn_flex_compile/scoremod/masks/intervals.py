@@ -1,12 +1,12 @@
 """The rows of a mask as intervals of keys: the positions at which each row changes between visible and hidden.
 
-Knows nothing of cuDNN, nor of what kind of mask it is: it evaluates the mask at each pair and at the one before it, and
-so it is exact for documents in any order, offsets, prefixes, windows and whatever else. A row sees the keys in
-[0, e0), [e1, e2), [e3, e4) and so on, for its endpoints e0 <= e1 <= ..., which count an imagined visible key before the
-first; endpoints that a row does not need are the number of keys.
+The mask is evaluated at each pair and at the one before it, so the result is exact for every mask: documents in any
+order, offsets, prefixes, windows. A row sees the keys in [0, e0), [e1, e2), [e3, e4) and so on, for its endpoints
+e0 <= e1 <= ... A row that does not see the first key has e0 = 0. Endpoints that a row does not need are the number of
+keys. Tile lists are made from them (engine/tiles).
 
-`endpoints_of` takes FX proxies, too, and writes the nodes then: one reduction over the pairs, whose memory is that of
-the rows.
+`endpoints_of` takes FX proxies, too, and writes the nodes then: one reduction over the pairs, which takes memory for
+the rows alone.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ Sizes = tuple[Any, Any, Any, Any]
 
 
 class Endpoints(NamedTuple):
-    """Of the rows of a mask.
+    """The endpoints of a mask's rows.
 
     Attributes:
         table: [1 or H, n, B * Sq], int32, ascending along n.
@@ -117,7 +117,7 @@ def every_endpoint(chunks: Iterator[tuple[int, Tensor]], sizes: Sequence[int], h
         most: at least how many endpoints a row has at most.
     """
     batch, _, rows, columns = sizes
-    width = most | 1  # what takes the table wants an odd number
+    width = most | 1  # the kernels take an odd number of endpoints
     parts: list[Tensor] = []
     for _, visible in chunks:
         changes = _changes(visible)

@@ -1,6 +1,6 @@
 """Linear forms of integer expressions: a constant plus whole multiples of atoms.
 
-Knows nothing of masks. Exact where no step of the original overflows, which `exact` proves.
+A form is exact where no step of the original overflows, which `exact` proves. clauses.py and form.py solve masks by it.
 """
 
 from dataclasses import dataclass, field
@@ -44,9 +44,10 @@ class Linear:
         return Linear({a: f for a, f in self.factors.items() if a is not atom}, self.constant)
 
     def expression(self) -> Expr:
-        """The form as a 64-bit expression that does not wrap: its 64-bit atoms and scalars, which may be the largest
-        integer and mean none, are clamped so that their sum is in range; beyond every sum of indices, another one is as
-        good.
+        """The form as a 64-bit expression that does not wrap.
+
+        Its 64-bit atoms and scalars may be the largest integer, which stands for "no limit". They are clamped so that
+        their sum is in range. A clamped number is still beyond every sum of indices, so no comparison changes.
         """
         total = ir.const(self.constant, I64)
         weight = sum(abs(factor) for atom, factor in self.factors.items() if _may_be_none(atom))
@@ -82,8 +83,8 @@ def linear(node: Expr) -> Linear:
     return Linear({node: 1})
 
 
-# A captured 32-bit integer is taken to be below this where it is part of a 32-bit sum: beyond, torch's own sum may
-# wrap. A 64-bit sum does not wrap for any number that is an index or a length.
+# A captured 32-bit integer in a 32-bit sum is taken to be below this limit: beyond it, torch's own sum may wrap. A
+# 64-bit sum does not wrap for any number that is an index or a length.
 CAPTURED_LIMIT = 2**30
 
 
@@ -95,7 +96,7 @@ def exact(side: Expr) -> bool:
 def nonnegative_form(predicate: Expr) -> Linear | None:
     """L with `predicate` equivalent to L >= 0: for `a >= b` and, on integers, `a > b`.
 
-    Also for a comparison of an exact integer with a number that has a fraction: n >= 2.5 is n - 3 >= 0.
+    It also takes a comparison of an exact integer with a number that has a fraction: n >= 2.5 is n - 3 >= 0.
     """
     if predicate.kind not in ("ge", "gt"):
         return None

@@ -1,6 +1,7 @@
 """Solves a mask for kv: integer bounds, row intervals, a predicate of the columns, and what is left.
 
-Knows nothing of cuDNN. Every result is equivalent to the mask; whatever is not provably a bound stays a predicate.
+Every result is equivalent to the mask: a clause that is not provably a bound stays a predicate. partition.py makes the
+parts of a program from them.
 """
 
 import functools
@@ -24,7 +25,7 @@ class Solved:
     """The mask is the conjunction of all parts.
 
     Attributes:
-        bounds: on q - kv or on kv, by constants and scalars.
+        bounds: limits of q - kv or of kv, by constants and scalars.
         ends, starts: integer expressions of b, h and q: kv < end, kv >= start.
         columns: a predicate of b, h and kv.
         residual: a predicate of anything.
@@ -53,8 +54,8 @@ def solve(mask: Expr) -> Solved:
         if bound is not None:
             bounds.append(bound)
         elif not others and len(upward) < 2 and (len(halves) < 2 or _reads_captures(clause)):
-            # Half-lines of one direction, or all of a row: where(row, everything, the furthest of the ends). A row of
-            # its own is kv < where(row, everything, 0).
+            # The clause is half-lines of one direction, or predicates that show all of a row. It becomes the end
+            # where(row, everything, the furthest end), and without half-lines where(row, everything, 0).
             (starts if upward == {True} else ends).append(_limit(halves, rows, upward == {True}))
         elif not halves and not rows and all("q" not in ir.axes_of(x) for x in others):
             columns = make("and", columns, _together("or", others))
@@ -65,7 +66,7 @@ def solve(mask: Expr) -> Solved:
 
 
 def _sorted(clause: Clause) -> tuple[list[Half], list[Expr], list[Expr]]:
-    """Half-lines, predicates of rows, and other predicates."""
+    """The half-lines of a clause, its predicates of rows, and its other predicates."""
     literals = [x for x in clause if isinstance(x, Expr)]
     rows = [x for x in literals if "k" not in ir.axes_of(x) and not ir.depends_on(x, SCORE)]
     halves = sorted((x for x in clause if isinstance(x, Half)), key=lambda h: infix(predicate(h)))
@@ -84,7 +85,7 @@ def _together(kind: str, parts: Iterable[Expr]) -> Expr:
 
 
 def predicate(literal: Literal) -> Expr:
-    """A literal as an expression again."""
+    """The expression of a literal."""
     if isinstance(literal, Expr):
         return literal
     bound = bound_of(literal.form)
@@ -125,13 +126,13 @@ def limit_of(half: Half) -> Expr:
 
 
 def _merged(limits: list[Expr], kind: str) -> tuple[Expr, ...]:
-    """The tightest of all, as one: cuDNN takes few operands along the rows."""
+    """The tightest of all limits, as one expression, because cuDNN takes few operands along the rows."""
     merged = functools.reduce(lambda x, y: make(kind, x, y), limits) if limits else None
     return () if merged is None else (simplify(merged),)
 
 
 def _reduced(found: list[Clause]) -> list[Clause]:
-    """Without clauses that others imply, and without literals that others rule out."""
+    """The clauses without those that others imply, and without literals that others rule out."""
     found = [c for c in map(_weakest, found) if c is not None]
     units = [x for c in found if len(c) == 1 for x in c if isinstance(x, Half)]
     for unit in list(units):
@@ -181,7 +182,7 @@ def _excludes(left: Literal, right: Literal) -> bool:
 
 
 def _always(half: Half) -> bool:
-    """No index is negative."""
+    """Whether a half-line holds for all pairs: no index is negative."""
     return half.constant >= 0 and all(a.kind == "index" and f > 0 for a, f in half.terms)
 
 
