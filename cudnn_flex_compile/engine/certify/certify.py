@@ -1,9 +1,9 @@
 """Certification: runs a plan on made-up data at its own shape and compares sampled rows and columns.
 
-Knows nothing of strategies. The data (regimes.py) is of several kinds, each of which has shown what others hide; the
-places (places.py) are those where plans go wrong. The reference (expected.py) is float64, and the yardstick what the
-same computation gives in the precision of stock attention (compare.py). The plan runs on one regime after the other;
-what it wrote there is compared for several regimes at once, as far as they are small (gathered.py). All of it is
+engine/choose.py calls it for every plan before the plan runs a user's data. There are several kinds of data
+(regimes.py), each of which has shown faults that others hide; the samples (samples.py) are where plans go wrong.
+Expected values (expected.py) are float64; a plan may be about as far from them as stock attention's precision is
+(compare.py). The plan runs on one regime after the other. Small regimes are compared together (slices.py). All work is
 enqueued before anything is read back. Memory is that of the problem's own tensors plus O(samples x length).
 """
 
@@ -33,7 +33,7 @@ from cudnn_flex_compile.reasons import Code, Reason
 
 
 class Runnable(Protocol):
-    """What is certified: a plan, or whatever stands in for one."""
+    """A plan, or a stand-in for one, that is certified."""
 
     problem: Problem
     strategy: str
@@ -49,10 +49,10 @@ class Runnable(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """Values of a program's operands, and what is asked of a plan there.
+    """Values of a program's operands, and the checks of a plan on them.
 
     Attributes:
-        where: what is compared; the mask may depend on the operands.
+        where: the rows and columns that are compared; the mask may depend on the operands.
     """
 
     sample: Sample
@@ -62,7 +62,7 @@ class Data:
 
 @dataclass(slots=True)
 class Outputs:
-    """What a plan writes to, by the names that messages have, and what became of its memory in each regime."""
+    """The tensors that a plan writes to, by their names in messages, and the state of their memory in each regime."""
 
     tensors: dict[str, Poisoned]
     regimes: list[Regime] = field(default_factory=list[Regime])
@@ -80,13 +80,13 @@ class Outputs:
 def certify(
     plan: Runnable, forward: Runnable, reference: Reference, regimes: Sequence[Regime] = REGIMES
 ) -> Reason | None:  # fmt: skip
-    """None if the plan is right on every sample, which then has its `errors`; else what is wrong.
+    """Certifies a plan: None if it is right on every sample, and its `errors` are set; else the reason against it.
 
     Args:
         plan: the plan under test.
         forward: the plan itself, or for a backward a certified forward of the same call.
-        reference: where the expected values come from.
-        regimes: kinds of data.
+        reference: computes the expected scores.
+        regimes: the kinds of data.
     """
     problem = plan.problem
     generator = torch.Generator(plan.device).manual_seed(SEED)
@@ -141,7 +141,7 @@ def _data(problem: Problem, tensors: Tensors, written: Outputs, sample: Sample) 
 
 
 def _run(plan: Runnable, forward: Runnable, t: Tensors, written: Outputs, sample: Sample) -> None:
-    """Runs a plan on the tensors, and what a backward needs before it."""
+    """Runs a plan on the tensors; for a backward, its forward first."""
     t.out_memory.renew()
     t.stats_memory.renew()
     values = (sample.operands, sample.ints, sample.floats)

@@ -1,7 +1,7 @@
-"""What is asked of a plan: which rows and columns of what it wrote are compared, with what, and when.
+"""The checks of a plan: which rows and columns of its results are compared, with which expected values, and when.
 
-Knows nothing of plans. What is asked of a regime is kept until there are as many regimes as may be compared at once
-(gathered.py), or no more.
+certify.py makes them. A check keeps the data of each regime until it has as many regimes as may be compared at once
+(slices.py), or until the last one.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -42,10 +42,10 @@ class Check:
     """A question about the data of each regime.
 
     Attributes:
-        spots: what is computed for it, at a time.
-        written: what the plan wrote, and the index into it of what is compared.
-        judge: compares what some regimes give at the spots with what was found in them, [K * N, R, D] each.
-        findings: of the regimes that have been compared.
+        spots: the slices of the problem that are computed for it, one at a time.
+        written: each tensor that the plan wrote, and the index of the part that is compared.
+        judge: compares the expected values of some regimes with those that the plan wrote, [K * N, R, D] each.
+        findings: the results for the regimes that have been compared.
     """
 
     problem: Problem
@@ -58,7 +58,7 @@ class Check:
     _found: list[Found] = field(default_factory=list[Found])
 
     def add(self, regime: Regime, t: Tensors) -> None:
-        """A regime's data, which may change afterwards."""
+        """Copies a regime's data, which may change afterwards."""
         self._regimes.append(regime)
         self._found.append(tuple(tensor[index] for tensor, index in self.written))
         if len(self.spots) > 1:
@@ -67,7 +67,7 @@ class Check:
             self._given.append(slice_data(self.problem, t, self.spots[0]))
 
     def compare(self, last: bool = False) -> None:
-        """What waits, if it is as much as may be compared at once, or the last."""
+        """Compares the regimes that wait, if they are as many as may be compared at once, or the last ones."""
         if self._regimes and (last or len(self._regimes) >= regimes_at_once(self.spots)):
             given, self._given = concatenated(self._given), []
             self._compare([given])
@@ -122,7 +122,7 @@ def checks_of_backward(
 
 
 def _of_bias(problem: Problem, sample: Sample, where: SamplePlan, dbias: torch.Tensor, transposed: bool) -> Check:
-    """Of the gradient of a learned operand: sampled rows, or sampled columns."""
+    """A check of the gradient of a learned operand, at sampled rows or at sampled columns."""
     spec = TensorSpec.of(dbias)
     spots, sharers = slices_of_bias(problem, where, spec, transposed), len(sharers_of(problem, spec))
 

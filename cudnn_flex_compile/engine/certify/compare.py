@@ -1,6 +1,6 @@
-"""Compares what a plan wrote with what it should have: numbers on the device, words once they are read back.
+"""Compares a plan's results with expected values: as numbers on the device, in words once these are read back.
 
-Knows nothing of plans or of where the numbers come from. Nothing here waits for the device but `read`.
+checks.py gives it tensors, and certify.py reads its findings. Only `read` waits for the device.
 """
 
 import functools
@@ -17,9 +17,9 @@ from cudnn_flex_compile.engine.certify.regimes import REGIMES, Regime
 from cudnn_flex_compile.engine.problem import Error
 
 Regimes = Sequence[Regime]
-Counts = tuple[torch.Tensor, torch.Tensor]  # of Poisoned.counts
+Counts = tuple[torch.Tensor, torch.Tensor]  # as Poisoned.counts gives them
 MEMORY = "memory of "
-# What is told first of several things that are wrong with the data of one regime.
+# The order in which faults on the data of one regime are told: the first is in the message.
 ORDER = (*(MEMORY + name for name in ("dQ", "dK", "dV", "dBias")), "out", MEMORY + "out", "the LSE", MEMORY + "the LSE",
          "dQ", "dK", "dV", "dBias", "captured")  # fmt: skip
 # A plan may be this much further from float64 than stock precision is, in total. The few sampled rows of few keys
@@ -29,9 +29,9 @@ TOTAL_FACTOR = 3.0
 # One row may be off by this many rounding steps of the magnitudes that it sums: where they cancel, as dQ does in a
 # row of two keys, rounding is large beside the sum, and differs from kernel to kernel.
 ROW_STEPS = 8.0
-# Where a Finding of rows has these, among its numbers.
+# The places of these numbers in a Finding of rows.
 ERROR, SIZE, STOCK_ERROR = 3, 5, 6
-# What is smaller underflows in float32: a weight beside one that is e**87 times as large.
+# A smaller number underflows in float32: a weight beside one that is e**87 times as large.
 SMALLEST = 1e-30
 
 
@@ -41,8 +41,8 @@ class Finding:
 
     Attributes:
         quantity: one of ORDER.
-        regimes: of the data, K.
-        numbers: for each regime, and each sampled head or the whole tensor: [K, N or 1, numbers].
+        regimes: the kinds of data, K.
+        numbers: for each regime, and each sampled head or the whole tensor, [K, N or 1, numbers].
         judge: says what is wrong with one head's numbers in a regime, or None.
         errors: whether its error is worth a report.
     """
@@ -72,7 +72,7 @@ def read(findings: Sequence[Finding]) -> list[Numbers]:
 def first_wrong(
     findings: Sequence[Finding], numbers: Sequence[Numbers], regimes: Regimes, heads: Sequence[str]
 ) -> str | None:  # fmt: skip
-    """What is wrong, with its regime and head: the first in the order of regimes, of ORDER and of heads."""
+    """The first fault, with its regime and head, in the order of regimes, of ORDER and of heads; None without one."""
     wrong: list[tuple[int, int, str]] = []
     for finding, of_finding in zip(findings, numbers, strict=True):
         for regime, of_heads in zip(finding.regimes, of_finding, strict=True):
@@ -99,17 +99,18 @@ def errors_of(findings: Sequence[Finding], numbers: Sequence[Numbers]) -> tuple[
 
 
 def _numbers(regimes: Regimes, *of_heads: torch.Tensor) -> torch.Tensor:
-    """Of K * N heads each."""
+    """Joins the numbers of K * N heads each into the tensor of a Finding."""
     return torch.stack([n.to(torch.float64) for n in of_heads], dim=-1).unflatten(0, (len(regimes), -1))
 
 
 def of_rows(regimes: Regimes, name: str, found: torch.Tensor, expected: Block, noisy: bool = False) -> Finding:
-    """Of rows [K * N, R, D] of one quantity. With `noisy`, component 0 is only asked to be finite, and zero where
-    hidden, in regimes that have a shift.
+    """Compares rows [K * N, R, D] of one quantity.
 
-    Where the exact value overflows, stock precision has no finite value, or float32 scores leave nothing of it (the
-    noise is as large as what is summed: scores of a million, say), nothing can be asked of the plan, but that an
-    output of usual data is NaN where both are, in all of the row.
+    With `noisy`, component 0 must only be finite, and zero where hidden, in regimes that have a shift.
+
+    Some entries tell nothing of the plan: the exact value overflows, stock precision has no finite value, or the noise
+    of float32 scores is as large as the sum (with scores of a million, say). There a plan must only be NaN where the
+    exact and the stock output of usual data both are, in all of the row.
     """
     epsilon, exact, stock, noise = EPSILON[found.dtype], expected.value, expected.stock, expected.noise
     off = torch.stack((found - exact, stock - exact, exact, noise))  # [4, K * N, R, D]
@@ -123,7 +124,7 @@ def of_rows(regimes: Regimes, name: str, found: torch.Tensor, expected: Block, n
     errors, _, sizes, noises = of_rows.unbind()
     error, stock_error, size, of_noise = of_rows.norm(dim=-1).unbind()
     allowed = TOTAL_FACTOR * stock_error + 1e-2 * epsilon * size + of_noise + SMALLEST
-    usual = size / judged.sum(-1).clamp(min=1).sqrt()  # rows that are nothing beside the usual one may underflow
+    usual = size / judged.sum(-1).clamp(min=1).sqrt()  # rows far smaller than the usual one may underflow
     steps = expected.step.masked_fill(~judged, 0.0).add_(sizes + 0.1 * usual[:, None], alpha=epsilon).add_(SMALLEST)
     over, row = (errors - ROW_STEPS * (steps + noises)).max(-1, keepdim=True)
     infinite = judged & ~finite[0]
@@ -136,7 +137,7 @@ def of_rows(regimes: Regimes, name: str, found: torch.Tensor, expected: Block, n
 
 
 def _lost(found: torch.Tensor, exact: torch.Tensor, stock: torch.Tensor) -> torch.Tensor:
-    """How many rows should be NaN, and are not."""
+    """The number of rows that should be NaN, and are not."""
     return ((exact.isnan() & stock.isnan()).all(-1) & ~found.isnan().all(-1)).sum(-1)
 
 
@@ -158,7 +159,7 @@ def _ratio(error: float, size: float) -> str:
 
 
 def of_log_sums(regimes: Regimes, found: torch.Tensor, expected: LogSums) -> Finding:
-    """Of natural log-sum-exps [K * N, R]; -inf must be met exactly, and NaN on usual data."""
+    """Compares natural log-sum-exps [K * N, R]; -inf must be met exactly, and NaN on usual data."""
     exact, stock = expected.value, expected.stock
     error, stock_error, size = (found - exact).abs_(), (stock - exact).abs_(), exact.abs()
     judged = stock_error < math.inf
@@ -180,8 +181,10 @@ def _judge_log_sums(regime: Regime, numbers: list[float]) -> str | None:
 
 
 def of_changes(found: torch.Tensor, exact: torch.Tensor, allowed: float) -> Finding:
-    """Judges how scores [N, R, C] change with what was captured, which is a matter of the program alone: in the first
-    regime. What is not finite, such as hidden pairs, is not compared; what is may be off by so much of the largest.
+    """Compares how scores [N, R, C] change with the captured tensors, in the first regime.
+
+    The change depends on the program alone. Entries that are not finite, such as hidden pairs, are not compared; the
+    others may be off by `allowed` times the largest one.
     """
     judged = exact.abs() < math.inf
     size, off = (x.abs().masked_fill_(~judged, 0.0).flatten(1).amax(1) for x in (exact, found - exact))
@@ -195,7 +198,7 @@ def _judge_changes(_: Regime, numbers: list[float]) -> str | None:
 
 
 def of_memory(regimes: Regimes, name: str, counts: Sequence[Counts]) -> Finding:
-    """Of a whole tensor that was poisoned, in each regime: all of it must be written to, and nothing beside it."""
+    """Checks a poisoned tensor in each regime: all of it must be written to, and nothing beside it."""
 
     def judge(_: Regime, numbers: list[float]) -> str | None:
         missed, beyond = numbers

@@ -1,13 +1,15 @@
-"""Which plans are of one kind: once one was certified in full (Engine.coverage), a new shape of it takes less.
+"""The class of a plan. Once a plan was certified in full, another shape of its class takes fewer regimes.
 
-Knows nothing of how plans are checked. A plan is built for one shape, and is always certified at just that shape before
-it runs data. But a new shape of a known kind is spared the regimes that are about the program's arithmetic, which its
-strategy computes at every shape alike (large scores, outliers, ties); not those that have shown faults of single shapes
-(regimes.Regime.shapes). Two plans are of one kind if they have the same program, are written as the same graph, have
-the same direction, dtypes, head dims, head counts, order of strides, scale and operands, were compared with the same
-functions, and have lengths that are alike in all that faults have depended on: the remainder (a multiple of 128, an odd
-multiple of 64, another), which of the two is larger, and the size to a factor of two, by which cuDNN's heuristics
-choose kernels. Several plans for one call, whose boxes have lengths of their own, are of no kind.
+A plan is built for one shape, and is always certified at this shape before it runs data. A new shape of a known class
+(Engine.coverage) is spared the regimes that test the program's arithmetic (large scores, outliers, ties), which its
+strategy computes at every shape alike. It is not spared those that have shown faults of single shapes
+(regimes.Regime.shapes).
+
+Two plans are of one class if they have the same program, are written as the same graph, have the same direction,
+dtypes, head dims, head counts, order of strides, scale and operands, and were compared with the same functions. Their
+lengths must also be alike in all that faults have depended on: the remainder (a multiple of 128, an odd multiple of 64,
+another), which of the two is larger, and the size to a factor of two, by which cuDNN's heuristics choose kernels.
+Several plans for one call, whose boxes have lengths of their own, are of no class.
 """
 
 from collections.abc import Hashable
@@ -16,11 +18,11 @@ from cudnn_flex_compile.engine.problem import Problem, TensorSpec
 
 
 def class_of(problem: Problem, variant: Hashable, fingerprint: str | None) -> Hashable:
-    """Equal for two plans if a fault in the arithmetic of one is a fault of the other.
+    """A key that is equal for two plans if a fault in the arithmetic of one is a fault of the other.
 
     Args:
-        variant: how the graph is written: the strategy, and its guards and expansions (attempts.Attempt).
-        fingerprint: of what the plan is compared with.
+        variant: how the graph is written: the strategy, and its guards and expansions (engine/candidates.py).
+        fingerprint: the text of the reference with which the plan is compared.
     """
     query, key = problem.query.shape, problem.key.shape
     tensors = (problem.query, problem.key, problem.value, problem.out, problem.grad)

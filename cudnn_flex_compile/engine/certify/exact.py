@@ -1,7 +1,7 @@
 """Attention on some pairs of query rows and key columns, in float64 and as stock precision computes it.
 
-Knows nothing of which pairs they are, nor of what is allowed. Tensors of pairs are [N, S, C], where S is R rows of each
-of P / N heads (gathered.py).
+expected.py sums these values over rows and columns; compare.py says how far a plan may be off. Tensors of pairs are
+[N, S, C], where S is R rows of each of P / N heads (slices.py).
 """
 
 import math
@@ -16,16 +16,16 @@ from cudnn_flex_compile.engine.problem import Problem
 
 EXACT, STOCK = torch.float64, torch.float32
 
-# A score_mod's derivative is a float32 function: it is asked to be this exact, relative to its largest value on
-# unit normal scores. (cuDNN's 1 - tanh(x)**2 is off by about 1e-6: 1% of what is left of it at x = 5.)
+# A score_mod's derivative is a float32 function: it must be this exact, relative to its largest value on unit normal
+# scores. (cuDNN's 1 - tanh(x)**2 is off by about 1e-6, which at x = 5 is 1% of its value.)
 FUNCTION_ERROR = 2.0**-18
-# Tensor cores sum products in float32 and cut off what is beyond: relative to the sum of magnitudes.
+# Tensor cores sum products in float32 and cut off smaller bits. This error is relative to the sum of magnitudes.
 SUM_ERROR = 2.0**-22
-# Scores and log-sum-exps are float32 numbers, whose difference is exponentiated: of two, each rounded once.
+# A weight is the exponential of the difference of two float32 numbers, score and log-sum-exp, each rounded once.
 ROUNDING = 2.0**-23
 EPSILON = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 SMALLEST_STEP = {torch.bfloat16: 0.0, torch.float16: 2.0**-24}
-# Weights that are off by more than exp of it, relatively, are off by that.
+# The error of an exponent is taken to be at most this, so that the relative error of a weight stays finite.
 LARGEST = 50.0
 
 
@@ -36,7 +36,7 @@ class Exact:
     Attributes:
         masked: modified, masked scores.
         slope: their derivative by the raw scores, 0 where masked.
-        wobble: what float32 scores may move a score by, so a weight relatively.
+        wobble: the error of a score in float32, which is the relative error of its weight.
     """
 
     masked: torch.Tensor
@@ -45,7 +45,7 @@ class Exact:
 
 
 def exact_scores(problem: Problem, sample: Sample, given: SliceData, sizes: torch.Tensor) -> Exact:
-    """`sizes` are sizes_of scores."""
+    """The exact scores of a slice; `sizes` are sizes_of scores."""
     masked, slope = masked_scores(sample, products(problem, given, EXACT), given.where)
     size = masked.abs().masked_fill_(masked == -math.inf, 0.0)
     wobble = _finite(slope.abs()).mul_(sizes * SUM_ERROR).add_(size, alpha=2 * ROUNDING)
@@ -53,7 +53,10 @@ def exact_scores(problem: Problem, sample: Sample, given: SliceData, sizes: torc
 
 
 def stock_scores(problem: Problem, given: SliceData, sizes: torch.Tensor) -> torch.Tensor:
-    """Raw scores, summed in another order: of all regimes in the same. `sizes` are sizes_of scores."""
+    """Raw scores as stock precision has them, summed in another order, the same one in all regimes.
+
+    `sizes` are sizes_of scores.
+    """
     generator = torch.Generator(sizes.device).manual_seed(SEED)
     one = sizes.new_empty((len(sizes) // given.regimes, *sizes.shape[1:]))
     noise = one.uniform_(-SUM_ERROR, SUM_ERROR, generator=generator).repeat(given.regimes, 1, 1)
@@ -61,12 +64,12 @@ def stock_scores(problem: Problem, given: SliceData, sizes: torch.Tensor) -> tor
 
 
 def products(problem: Problem, given: SliceData, dtype: torch.dtype) -> torch.Tensor:
-    """Raw scores."""
+    """Raw scores, computed in `dtype`."""
     return torch.bmm(given.query.to(dtype), given.key.to(dtype).mT).mul_(problem.scale)
 
 
 def sizes_of(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """The magnitudes that left @ right.mT is a sum of, in float32, for they are no more than bounds."""
+    """The sum of magnitudes of each entry of left @ right.mT, in float32, since it only bounds errors."""
     return torch.bmm(left.to(torch.float32).abs_(), right.to(torch.float32).abs_().mT)
 
 
@@ -75,7 +78,7 @@ def sizes_of_scores(problem: Problem, given: SliceData) -> torch.Tensor:
 
 
 def modified(sample: Sample, scores: torch.Tensor, where: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Modified, masked scores."""
+    """The modified, masked scores."""
     return sample.masked(scores.view(len(where[0]), -1, scores.shape[2]), *where).reshape(scores.shape)
 
 
@@ -90,10 +93,10 @@ def masked_scores(
 def derivatives(
     sample: Sample, scores: torch.Tensor, where: tuple[torch.Tensor, ...]
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    """The same, and where a sample has it the derivative by what was captured, in its direction.
+    """`masked_scores`, and the derivative by the captured tensors in the sample's direction, if it has one.
 
-    Where a score_mod itself gives -inf the derivatives are zero, too, if they are finite; else the gradient is not
-    defined (0 * inf in stock kernels), and stays infinite or NaN.
+    Where a score_mod itself gives -inf, finite derivatives become zero, too. Others stay infinite or NaN: the gradient
+    is not defined there (0 * inf in stock kernels).
     """
     masked, *slopes = sample.derivatives(scores.view(len(where[0]), -1, scores.shape[2]), *where)
     hidden = masked == -math.inf
@@ -102,30 +105,30 @@ def derivatives(
 
 
 def weights_of(masked: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-    """From log-sum-exps [N, S, 1]."""
+    """The weights of scores, from log-sum-exps [N, S, 1]."""
     return torch.exp(masked - lse).masked_fill_(lse == -math.inf, 0.0)
 
 
 def relative(wobble: torch.Tensor) -> torch.Tensor:
-    """What a weight may be off by, relatively, if its exponent is off by so much."""
+    """The relative error of a weight whose exponent has this error."""
     return wobble.clamp(max=LARGEST).expm1_()
 
 
 def rounded(problem: Problem, tensor: torch.Tensor) -> torch.Tensor:
-    """As stock precision keeps it."""
+    """The tensor as stock precision keeps it, in float64."""
     return tensor.to(problem.query.dtype).to(tensor.dtype)
 
 
 @dataclass(slots=True)
 class ModifiedGradient:
-    """Of the modified scores, which is that of a bias added to them, in float64.
+    """The gradient of the modified scores, which is also that of a bias added to them, in float64.
 
     Attributes:
-        weights, wobble: of the scores; the wobble with that of the log-sum-exps, relatively.
-        value: never rounded.
-        before: the magnitudes that it is a sum of.
-        size: those of its two terms, that of the output and that of the log-sum-exp, which may be off each for itself.
-        noise: what else float32 arithmetic inside of the kernel may add.
+        weights, wobble: the weights of the scores, and their relative error, that of the log-sum-exps included.
+        value: the gradient, never rounded.
+        before: the sum of the magnitudes of its terms.
+        size: the magnitudes of its two terms, that of the output and that of the log-sum-exp, each of which may be off.
+        noise: the error that float32 arithmetic inside of the kernel may add.
     """
 
     weights: torch.Tensor
@@ -139,8 +142,8 @@ class ModifiedGradient:
 def modified_gradient_of(pairs: Exact, given: SliceData) -> ModifiedGradient:
     grad, out, lse, *grad_lse = given.of_rows
     terms, lse = grad.to(EXACT).mul_(out), lse.to(EXACT)
-    # O has been rounded, so sum(dO * O), which every score's gradient of a row subtracts, is off by rounding steps of
-    # its terms, however much they cancel: where a row sees two keys, that may be all of dQ.
+    # Every score's gradient of a row subtracts sum(dO * O). O has been rounded, so the sum is off by rounding steps of
+    # its terms, however much they cancel. Where a row sees two keys, this error may be all of dQ.
     delta, magnitude = terms.sum(-1, keepdim=True), terms.norm(dim=-1, keepdim=True)
     magnitude += delta.abs()
     summed = terms.abs_().sum(-1, keepdim=True) + sizes_of(grad, given.value)
@@ -167,7 +170,7 @@ def stock_modified_gradient(masked: torch.Tensor, given: SliceData) -> tuple[tor
 
 @dataclass(slots=True)
 class Gradient:
-    """Of the raw scores: their gradient times the scale; the magnitudes that it is a sum of; its noise. In float64."""
+    """The gradient of the raw scores times the scale, the magnitudes of its terms, and its noise, in float64."""
 
     weights: torch.Tensor
     wobble: torch.Tensor
@@ -177,7 +180,7 @@ class Gradient:
 
 
 def gradient_of(problem: Problem, pairs: Exact, given: SliceData, off: torch.Tensor) -> Gradient:
-    """`off` is what the slope may be off by."""
+    """The gradient of the raw scores; `off` is the error that the slope may have."""
     found, slope = modified_gradient_of(pairs, given), pairs.slope * problem.scale
     noise = found.noise.mul_(slope.abs()).addcmul_(found.size, off * abs(problem.scale))
     return Gradient(found.weights, found.wobble, found.value.mul_(slope), found.before.mul_(slope), noise)
@@ -189,10 +192,10 @@ def stock_gradient(
     """The weights, and the gradient of the raw scores times the scale, which is rounded."""
     masked, slope = masked_scores(sample, stock_scores(problem, given, sizes), given.where)
     weights, found = stock_modified_gradient(masked, given)
-    # Scaled first: rounded to fp16, it underflows later.
+    # The scale comes first: a gradient that is rounded to fp16 underflows less then.
     return weights, rounded(problem, found.mul_(slope).mul_(problem.scale))
 
 
 def _finite(tensor: torch.Tensor) -> torch.Tensor:
-    """With 0 in place of what is not."""
+    """The tensor with 0 in place of infinities and NaNs."""
     return tensor.nan_to_num_(0.0, 0.0, 0.0)

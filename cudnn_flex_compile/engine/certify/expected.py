@@ -1,7 +1,7 @@
-"""What sampled rows and columns of attention should be: in float64, and as stock precision computes them.
+"""Expected values of sampled rows and columns of attention, in float64 and as stock precision computes them.
 
-Knows nothing of plans or of what is allowed. A backward is a function of its inputs: what it should give follows
-from the output and log-sum-exp that it is given. All that is given of some regimes is computed at once.
+checks.py asks for them; compare.py says how far a plan may be off. A backward is a function of its inputs: its expected
+values follow from the output and the log-sum-exp that it was given. The data of several regimes is computed at once.
 """
 
 import functools
@@ -41,14 +41,14 @@ Tensors = tuple[torch.Tensor, ...]
 
 @dataclass(slots=True)
 class Block:
-    """What some rows [N, R, D] of one quantity should be.
+    """The expected values of some rows [N, R, D] of one quantity.
 
     Attributes:
-        value: in float64.
-        stock: as stock precision computes it.
+        value: the exact values, in float64.
+        stock: the values in stock precision.
         step: a rounding step of each row's sum, [N, R].
-        noise: what else float32 arithmetic inside of the kernel may add, [N, R, D].
-        hidden: rows that no visible pair has a part in, which must be zero, [N, R].
+        noise: the error that float32 arithmetic inside of the kernel may add, [N, R, D].
+        hidden: whether no visible pair has a part in a row, which must be zero then, [N, R].
     """
 
     value: torch.Tensor
@@ -60,7 +60,7 @@ class Block:
 
 @dataclass(slots=True)
 class LogSums:
-    """Natural log-sum-exps [N, R], and how far off float32 scores may move them."""
+    """Natural log-sum-exps [N, R], and the error that float32 scores may give them."""
 
     value: torch.Tensor
     stock: torch.Tensor
@@ -69,11 +69,11 @@ class LogSums:
 
 @dataclass(slots=True)
 class Slopes:
-    """Judges a score_mod, on usual data.
+    """The derivatives of a score_mod, on usual data.
 
     Attributes:
-        error: what its derivative by the raw score may be off by, 0-d.
-        change: how the score changes with what was captured, in the sample's direction, [P, R, C], NaN where masked;
+        error: the error that its derivative by the raw score may have, 0-d.
+        change: the score's derivative by the captured tensors, in the sample's direction, [P, R, C], NaN where masked;
             None where nothing is compared.
     """
 
@@ -82,7 +82,7 @@ class Slopes:
 
 
 def slopes(problem: Problem, sample: Sample, given: SliceData) -> Slopes:
-    """The data that is given is unit normal."""
+    """The derivatives at given data, which must be unit normal."""
     masked, slope, *changes = derivatives(sample, products(problem, given, EXACT), given.where)
     error = slope.abs().nan_to_num_(0.0, 0.0, 0.0).max().mul_(FUNCTION_ERROR)
     if sample.change is None or not changes:
@@ -127,7 +127,7 @@ def expected_dq(problem: Problem, sample: Sample, given: SliceData, off: torch.T
 def expected_columns(
     problem: Problem, sample: Sample, parts: Iterable[SliceData], off: torch.Tensor
 ) -> tuple[Block, Block]:  # fmt: skip
-    """dK and dV of the columns, of kv heads, summed over all heads of each, of which each part has some."""
+    """dK and dV of the columns of each kv head, summed over its query heads, of which each part has some."""
     seen, *found = _summed(_of_columns(problem, sample, given, off) for given in parts)
     dk, dv = (
         Block(value, rounded(problem, stock), step, noise.sqrt_(), seen == 0)
@@ -137,7 +137,7 @@ def expected_columns(
 
 
 def _of_columns(problem: Problem, sample: Sample, given: SliceData, off: torch.Tensor) -> Tensors:
-    """Which columns some row sees; of dK and of dV: value, stock value, step, squared noise."""
+    """Which columns some row sees; then value, stock value, step and squared noise of dK, and those of dV."""
     heads, grad, sizes = len(given.where[0]), given.of_rows[0], sizes_of_scores(problem, given)
     weights, scores = stock_gradient(problem, sample, given, sizes)
     stock = torch.bmm(scores.mT, given.query.to(STOCK)), torch.bmm(rounded(problem, weights).mT, grad.to(STOCK))
@@ -154,7 +154,7 @@ def _of_columns(problem: Problem, sample: Sample, given: SliceData, off: torch.T
 
 
 def _column_sums(heads: int, terms: torch.Tensor, stock: torch.Tensor, pairs: Tensors, problem: Problem) -> Tensors:
-    """Value, stock value, step and squared noise of sums over all rows, of P heads."""
+    """Value, stock value, step and squared noise of sums over all rows of P heads."""
     factor, before, noise = pairs
     terms = terms.to(EXACT)
     value, squares = torch.bmm(factor.mT, terms), terms.square_()
@@ -166,9 +166,10 @@ def _column_sums(heads: int, terms: torch.Tensor, stock: torch.Tensor, pairs: Te
 def expected_bias(
     problem: Problem, sample: Sample, parts: Iterable[SliceData], heads: int, sharers: int, transposed: bool
 ) -> Block:  # fmt: skip
-    """The gradient of a learned operand, [B or 1, H or 1, Sq, Skv], of the sampled heads, which are so many: the rows,
-    or if transposed the columns. It is summed over the `sharers`, the batch entries and heads that share an entry, of
-    which each part has some; each of these terms has 16 bits.
+    """Sampled rows, or if transposed columns, of the gradient of a learned operand, [B or 1, H or 1, Sq, Skv].
+
+    The gradient is summed over the `sharers`, the batch entries and heads that share an entry, of which each part has
+    some; each of these terms has 16 bits.
     """
     axis = -2 if transposed else -1
     seen, *of_pairs = _summed(_of_bias(problem, sample, given, heads, axis) for given in parts)
@@ -179,8 +180,8 @@ def expected_bias(
 
 
 def _of_bias(problem: Problem, sample: Sample, given: SliceData, heads: int, axis: int) -> Tensors:
-    """How many see some pair along an axis; of pairs: value, stock value, squared magnitude and noise. All summed over
-    the heads that share an entry.
+    """The number of visible pairs along an axis; then value, stock value, squared magnitude and noise of pairs. All are
+    summed over the heads that share an entry.
     """
     sizes = sizes_of_scores(problem, given)
     masked = modified(sample, stock_scores(problem, given, sizes), given.where)
@@ -192,7 +193,7 @@ def _of_bias(problem: Problem, sample: Sample, given: SliceData, heads: int, axi
 
 
 def _summed(parts: Iterable[Tensors]) -> Tensors:
-    """Each of the tensors over all parts; of booleans, whether one is true."""
+    """The sum of each tensor over all parts; for booleans, whether one is true."""
     return functools.reduce(lambda total, part: tuple(map(operator.add, total, part)), parts)
 
 

@@ -1,6 +1,6 @@
 """Values of operands and captured tensors, made up at random or at their extremes.
 
-Knows nothing of what is computed with them, but whether infinities may take part in it.
+Certification and autotune fill tensors with them; a caller says whether infinities may be among the values.
 """
 
 import torch
@@ -15,13 +15,13 @@ LARGE, INFINITE = 1e3, float("-inf")
 def draw(
     spec: TensorSpec, generator: torch.Generator, limit: int, extremes: bool, infinite: bool, hiding: bool = False
 ) -> torch.Tensor:
-    """A tensor of a layout.
+    """A tensor of a layout, filled with made-up values.
 
     Args:
-        limit: integers are in [0, limit].
-        extremes: extreme_like, else random_like.
+        limit: the largest integer; the least is 0.
+        extremes: whether values are those of extreme_like, else of random_like.
         infinite: whether extreme floats may be -inf.
-        hiding: a bias of 0 and -inf, for what is a predicate to the user.
+        hiding: whether the tensor is a bias of 0 and -inf that stands for a predicate of the user.
     """
     if not hiding:
         return extreme_like(spec, generator, limit, infinite) if extremes else random_like(spec, generator, limit)
@@ -41,9 +41,11 @@ def random_like(spec: TensorSpec, generator: torch.Generator, limit: int) -> tor
 
 
 def extreme_like(spec: TensorSpec, generator: torch.Generator, limit: int, infinite: bool = False) -> torch.Tensor:
-    """What calls seldom hold: integers at the ends of [0, limit] and at tile edges; floats a thousand times as large,
-    some zero, and if asked for some -inf, where the last dimension is long (columns, not heads); of booleans one,
-    none, and all but one true.
+    """Values that calls seldom hold.
+
+    Integers are at the ends of [0, limit] and at tile edges. Floats are a thousand times as large as unit normal ones,
+    some are zero, and if `infinite` some are -inf, where the last dimension is long (columns, not heads). Booleans are
+    true once, nowhere, or everywhere but once.
     """
     tensor, last = random_like(spec, generator, limit), spec.shape[-1] if spec.shape else 1
     place = torch.arange(tensor.numel(), device=tensor.device).view(spec.shape)
@@ -60,8 +62,9 @@ def extreme_like(spec: TensorSpec, generator: torch.Generator, limit: int, infin
 
 
 def only_added(program: Program) -> bool:
-    """Whether operands are nothing but added to the score, as biases of -inf columns are. In products, and in choices
-    that leave them out, 0 * inf makes gradients NaN in stock kernels, too.
+    """Whether operands are only added to the score, as biases of -inf columns are.
+
+    In products, and in choices that leave them out, 0 * inf makes gradients NaN in stock kernels, too.
     """
     others = [term for term in _terms(program.score) if term.kind != "operand"]
     return not any(node.kind == "operand" and node.dtype == F32 for node in ir.walk(*others))

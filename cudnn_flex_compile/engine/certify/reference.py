@@ -1,8 +1,8 @@
-"""What a plan is compared with: modified, masked scores from the user's own functions, or from the program.
+"""The references of certification: modified, masked scores from the user's own functions, or from the program.
 
-Knows nothing of cuDNN. The user's original subgraphs are the reference wherever they are at hand (at compile
-time), and their derivatives those of reverse-mode autograd; for a shape that only comes up later it is the program,
-which was compared with them then.
+At compile time the user's original subgraphs are at hand and are the reference, with the derivatives of reverse-mode
+autograd. For a shape that first comes up at run time the reference is the program, which was compared with the
+functions before. This file evaluates functions on pairs; it knows no plans.
 """
 
 import functools
@@ -24,9 +24,9 @@ from cudnn_flex_compile.scoremod.learned import position_in
 from cudnn_flex_compile.scoremod.masks.form import split
 from cudnn_flex_compile.scoremod.text import parse
 
-# Of a sum of a few terms, where float16 may round an intermediate result.
+# The relative error of a sum of a few terms, where float16 may round an intermediate result.
 CHANGE_ERROR = {torch.float64: 2.0**-16, torch.float32: 2.0**-16, torch.float16: 2.0**-8, torch.bfloat16: 2.0**-5}
-HIDDEN = (float("-inf"), 0.0, 0.0)  # what is masked: the score, and its derivatives
+HIDDEN = (float("-inf"), 0.0, 0.0)  # a masked pair's score, and its derivatives
 Masked = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Derivatives = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]
@@ -35,15 +35,16 @@ Derivatives = Callable[
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Synthetic inputs of a program, and what its scores should become.
+    """Synthetic inputs of a program, and the function that gives its expected scores.
 
     Attributes:
         operands, ints, floats: as the op takes them.
         masked: (scores [P, R, C], batches [P], heads [P], rows [R], columns [C]) -> [P, R, C], -inf where masked;
             differentiable in the scores, in their dtype.
-        autograd: of the same, (masked, slope, change): the derivative by the raw score, and that by what the functions
-            captured, in some direction; reverse-mode autograd's. None where `masked` is made of ops alone.
-        change: of scores in that direction, as the program has it; None where nothing is compared.
+        autograd: (masked, slope, change) of the same arguments, by reverse-mode autograd: the scores, their derivative
+            by the raw score, and their derivative by the captured tensors in some direction. None where `masked` is
+            made of ops alone.
+        change: the change of scores in that direction by the program; None where nothing is compared.
     """
 
     operands: list[torch.Tensor]
@@ -54,8 +55,10 @@ class Sample:
     change: "Change | None" = None
 
     def derivatives(self, scores: torch.Tensor, *where: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """As `autograd`, or (masked, slope) by forward-mode differentiation, which sees no grad mode, but needs none
-        of autograd's device threads: one of these may be what waits for this certification.
+        """`autograd`, or (masked, slope) by forward-mode differentiation where there is none.
+
+        Forward mode sees no grad mode, but needs no device thread of autograd: such a thread may be waiting for this
+        certification.
         """
         if self.autograd is not None:
             return self.autograd(scores, *where)  # pyright: ignore[reportCallIssue]
@@ -70,15 +73,15 @@ class Change:
     """How scores change with captured tensors in some direction, by way of the learned operand.
 
     Attributes:
-        operand: its change; None where there is no learned operand.
-        error: what it may be off by, relatively: the user's functions compute with captured tensors in their dtype.
+        operand: the change of the learned operand; None without one.
+        error: its relative error, because the user's functions compute with captured tensors in their dtype.
     """
 
     operand: torch.Tensor | None
     error: float
 
     def at(self, where: Sequence[torch.Tensor]) -> torch.Tensor:
-        """At batches [P], heads [P], rows [R] and columns [C]: [P, R, C], or 0-d."""
+        """The change at batches [P], heads [P], rows [R] and columns [C], as [P, R, C] or 0-d."""
         batches, heads, rows, columns = where
         if self.operand is None:
             return torch.zeros((), device=batches.device)
@@ -86,7 +89,8 @@ class Change:
 
 
 class Reference(Protocol):
-    """`fingerprint` is a text of what it computes, for verdicts that last; None if it has none."""
+    """The expected scores of a call. `fingerprint` is a text of the functions, for stored verdicts; None without one.
+    """
 
     @property
     def fingerprint(self) -> str | None: ...
@@ -139,12 +143,12 @@ class CapturedValue:
     """A captured input of the user's functions: its layout or number, and real values where there are any.
 
     Attributes:
-        spec: of a tensor; None for an integer.
+        spec: a tensor's layout; None for an integer.
         number: an integer's value now.
         scalar: whether it is a 0-d host tensor that is read as a Python number.
         real: the tensor of the call that is being compiled, if it is an input of the graph.
-        limit: integers are drawn from [0, limit].
-        index: whether another tensor is read at it, or at what is computed from it: such values stay what they are.
+        limit: the largest integer that is drawn.
+        index: whether another tensor is indexed by it, or by a value computed from it: then its real values are used.
     """
 
     spec: TensorSpec | None
@@ -161,14 +165,14 @@ class SubgraphReference:
 
     Attributes:
         score_mod, mask_mod: take (score, b, h, q, kv, *captured) and (b, h, q, kv, *captured).
-        joint: of score_mod (scoremod/aten.py joint_graph); None where no gradient is asked.
-        learned: positions in `captured` of those that it takes directions for.
+        joint: score_mod's joint_graph (scoremod/aten.py); None where no gradient is asked for.
+        learned: positions in `captured` of the tensors for which `joint` takes directions.
         score_captured, mask_captured: positions in `captured` of each one's last arguments.
         captured: all captured inputs.
         operands: computes the op's operands from the captured tensors and sizes (b, h, sq, skv), and the order in
-            which the op gets the keys, [B or 1, Skv], where it is another.
+            which the op gets the keys, [B or 1, Skv], where they are permuted.
         ints, floats: positions in `captured` of the op's scalars.
-        fingerprint: of both functions, and of how operands are computed.
+        fingerprint: the text of both functions, and of the computation of operands.
         source: where in the user's code the call is.
     """
 
@@ -257,11 +261,11 @@ class SubgraphReference:
 
 
 class IndexByTensors(TorchFunctionMode):
-    """`captured[h, q]` with 0-d index tensors as an index op, which vmap and forward-mode AD know.
+    """Reads `captured[h, q]` with 0-d index tensors as an index op, which vmap and forward-mode AD know.
 
-    What torch's TransformGetItemToIndex does for the calls of flex_attention, less its autograd.Function. No index is
-    out of range: the function is evaluated at pairs at which stock attention never evaluates it, and of tensors that
-    are made up; on a GPU an index out of range would end all work of the process there. Operands are computed alike.
+    torch's TransformGetItemToIndex does the same for calls of flex_attention, but by an autograd.Function. Here indices
+    are brought into range, as for operands: the function is evaluated at pairs at which stock attention never evaluates
+    it, and on made-up tensors, and on a GPU an index out of range would end all work of the process.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

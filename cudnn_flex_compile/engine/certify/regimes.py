@@ -1,7 +1,7 @@
-"""The made-up data of certification: which kinds there are, and the tensors of one call.
+"""The made-up data of certification: its kinds (regimes), and the tensors of one call.
 
-Knows nothing of plans or of what they should compute. One set of random tensors serves all regimes: each changes a
-few of its entries, and puts them back.
+A new kind is one `Regime` here. One set of random tensors serves all regimes: each changes a few entries, and puts them
+back afterwards.
 """
 
 import math
@@ -20,14 +20,14 @@ class Regime:
     """One kind of data.
 
     Attributes:
-        name: as messages have it.
-        shift: added to every score, by component 0 of all queries and keys.
-        outliers: what a few keys are multiplied with.
-        groups: so many distinct keys, repeated, so that scores tie; 0 leaves them all distinct.
-        extremes: operands at their limits (reference.extreme_like) instead of drawn at random.
-        usual: data as models have it: a function that gives NaN here must give NaN on cuDNN, too. In the others NaNs
-            come of infinities that cancel, which rewriting an expression changes.
-        shapes: whether it has shown faults of single shapes: such a regime is never left out (kinds.py).
+        name: the name in messages.
+        shift: a number that is added to every score, by component 0 of all queries and keys.
+        outliers: a factor of a few keys.
+        groups: the number of distinct keys, which are repeated, so that scores tie; 0 leaves all distinct.
+        extremes: whether operands are at their limits (random_inputs.extreme_like), else drawn at random.
+        usual: whether models have such data: a function that gives NaN here must give NaN on cuDNN, too. In other
+            regimes NaNs come from infinities that cancel, which a rewritten expression changes.
+        shapes: whether it has shown faults of single shapes: such a regime is never left out (coverage.py).
     """
 
     name: str
@@ -41,7 +41,7 @@ class Regime:
 
 REGIMES = (
     Regime("unit normal", usual=True, shapes=True),
-    Regime("scores shifted by -100", shift=-100.0, shapes=True),  # what is read beyond the ends outweighs all else
+    Regime("scores shifted by -100", shift=-100.0, shapes=True),  # values read beyond the ends outweigh all others
     Regime("scores shifted by +100", shift=100.0),
     Regime("outliers of 1e3 in three keys", outliers=1e3),
     Regime("ties", groups=3),
@@ -49,15 +49,15 @@ REGIMES = (
 )
 
 
-ALONE = 16  # of so many rows, the first has no gradient but that of the log-sum-exp
+ALONE = 16  # the first of so many rows has no gradient but that of the log-sum-exp
 
 
 @dataclass(slots=True)
 class Tensors:
     """Inputs and outputs of the plans under test, by role. `grad_lse` is zero where a problem takes no such gradient.
 
-    With a shift, component 0 of all queries and keys is one large number each, which shifts every score. That
-    component of dQ and dK is a sum that cancels, times that number: rounding noise. The others are judged.
+    With a shift, component 0 of all queries and keys is one large number each, which shifts every score. This component
+    of dQ and dK is then a sum that cancels, times a large number, which is rounding noise. The others are judged.
     """
 
     query: torch.Tensor
@@ -78,14 +78,14 @@ class Tensors:
 
 
 def drawn(problem: Problem, generator: torch.Generator) -> Tensors:
-    """Unit normal inputs amid NaNs, and outputs that are poisoned."""
+    """Draws unit normal inputs amid NaNs, and outputs that are poisoned."""
     device = generator.device
     specs = (problem.query, problem.key, problem.value, problem.grad or problem.out)
     query, key, value, grad = (amid_nans(spec, device).normal_(generator=generator) for spec in specs)
     batch, heads, length = problem.lse_shape
     stats = TensorSpec((batch, heads, length, 1), (heads * length, length, 1, 1), torch.float32)
     grad_lse = amid_nans(stats, device).zero_()
-    if problem.lse_gradient:  # as large as what it is added to, dO . V
+    if problem.lse_gradient:  # as large as dO . V, to which it is added
         grad_lse.normal_(generator=generator).mul_(math.sqrt(problem.value.shape[3]))
         grad[:, :, ::ALONE] = 0.0  # rows that the loss reads by their LSE alone: see plans/folded_output.py
     return Tensors(query, key, value, grad, grad_lse, poisoned(problem.out, device), poisoned(stats, device))
@@ -93,7 +93,7 @@ def drawn(problem: Problem, generator: torch.Generator) -> Tensors:
 
 @contextmanager
 def applied(regime: Regime, tensors: Tensors, scale: float) -> Generator[None]:
-    """The tensors as the regime has them; afterwards as they were."""
+    """Changes the tensors to the regime's data, and restores them afterwards."""
     before = [_exchanged(part, value) for part, value in _changes(regime, tensors, scale)]
     yield
     for part, value in before:
@@ -101,14 +101,14 @@ def applied(regime: Regime, tensors: Tensors, scale: float) -> Generator[None]:
 
 
 def _exchanged(part: torch.Tensor, value: torch.Tensor | float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Writes into a part; it, and what it was."""
+    """Writes a value into a part, and returns the part and its old value."""
     before = part.clone()
     part.copy_(value) if isinstance(value, torch.Tensor) else part.fill_(value)
     return part, before
 
 
 def _changes(regime: Regime, t: Tensors, scale: float) -> Iterator[tuple[torch.Tensor, torch.Tensor | float]]:
-    """Views of the tensors, and what is written into them."""
+    """Views of the tensors, each with the value that is written into it."""
     if regime.shift:
         size = math.sqrt(abs(regime.shift) / abs(scale))
         yield t.query[..., 0], size
@@ -122,7 +122,7 @@ def _changes(regime: Regime, t: Tensors, scale: float) -> Iterator[tuple[torch.T
         yield t.key, t.key[:, :, repeated]
 
 
-# NaNs that no computation gives: what still holds one was not written. By the dtype, as integers of its size.
+# NaNs that no computation gives, by dtype, as integers of its size: an entry that still holds one was not written.
 POISON = {
     torch.bfloat16: (torch.int16, 0x7FE5),
     torch.float16: (torch.int16, 0x7F25),
@@ -130,7 +130,7 @@ POISON = {
 }
 
 
-# Elements before and after a poisoned tensor, which nobody may write to; a multiple of what cuDNN aligns to.
+# The number of elements before and after a poisoned tensor that nobody may write to, a multiple of cuDNN's alignment.
 MARGIN = 512
 
 
@@ -147,13 +147,13 @@ class Poisoned:
         self.memory.fill_(POISON[self.tensor.dtype][1])
 
     def counts(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """How many entries nobody wrote to, and how many of the margins somebody did, 0-d each."""
+        """The number of entries that nobody wrote to, and the number in the margins that somebody did, 0-d each."""
         pattern = POISON[self.tensor.dtype][1]
         return (self.entries == pattern).sum(), (self.margins != pattern).sum()
 
 
 def poisoned(spec: TensorSpec, device: torch.device) -> Poisoned:
-    """A tensor of a layout, with margins."""
+    """A poisoned tensor of a layout, with margins."""
     (integers, pattern), extent = POISON[spec.dtype], _extent(spec)
     memory = torch.full((MARGIN + extent + MARGIN,), pattern, dtype=integers, device=device)
     tensor = memory.view(spec.dtype).as_strided(spec.shape, spec.stride, MARGIN)
@@ -162,8 +162,9 @@ def poisoned(spec: TensorSpec, device: torch.device) -> Poisoned:
 
 
 def amid_nans(spec: TensorSpec, device: torch.device) -> torch.Tensor:
-    """An input, to be filled, with what no plan may let through around it: NaNs, or the largest integers. Tiles reach
-    beyond the last row: what is read there must be dropped, whatever it is.
+    """An input that is yet to be filled, with NaNs or the largest integers around it.
+
+    Tiles reach beyond the last row: a plan must drop the values that it reads there, whatever they are.
     """
     worst = math.nan if spec.dtype.is_floating_point else spec.dtype is torch.bool or torch.iinfo(spec.dtype).max
     extent, margin = _extent(spec), TILE * max(1, *spec.stride[-2:])

@@ -1,7 +1,7 @@
-"""Where certification looks: which heads, query rows and key columns of a problem.
+"""The samples of certification: the heads, query rows and key columns of a problem that are compared.
 
-Knows nothing of plans. Rows and columns are the ends, tile edges, the edges of the mask's bounds, those that see the
-fewest and the most (none, one, two, all), and some at random.
+Rows and columns are the ends, tile edges, the edges of the mask's bounds, those that see the fewest and the most (none,
+one, two, all), and some at random. A sample depends on the problem and its mask alone, never on the plan.
 """
 
 import functools
@@ -19,7 +19,7 @@ from cudnn_flex_compile.scoremod.text import parse
 SEED = 20240817
 TILE = 128
 RANDOM, BY_BOUNDS, ALIKE = 16, 16, 2
-# So many pairs of a head are looked at to find rows that see few keys.
+# The number of pairs of a head that are searched for rows that see few keys.
 SEARCHED = 2**21
 
 
@@ -41,7 +41,7 @@ class SamplePlan:
 
 
 def sample_plan(problem: Problem, sample: Sample, device: torch.device) -> SamplePlan:
-    """For the data of one sample: the mask may depend on its operands. Waits for the device once."""
+    """Chooses the samples for one set of operands, on which the mask may depend. Waits for the device once."""
     batch, heads, _ = problem.lse_shape
     pairs = sorted({(0, 0), (batch - 1, heads - 1), (batch // 2, heads // 2)})
     batches, of_heads = torch.tensor(pairs, device=device).T
@@ -68,7 +68,7 @@ def _visible(sample: Sample, batches: torch.Tensor, heads: torch.Tensor, rows: t
 
 
 def _telling(counts: list[int]) -> list[int]:
-    """Positions of the counts none, one, two and the largest, some of each."""
+    """Positions of some counts of each kind: none, one, two, and the largest."""
     found: list[int] = []
     for wanted in (0, 1, 2, max(counts)):
         found += [i for i, count in enumerate(counts) if count == wanted][:ALIKE]
@@ -76,14 +76,16 @@ def _telling(counts: list[int]) -> list[int]:
 
 
 def _candidates(usual: list[int], length: int, other: int) -> list[int]:
-    """The usual ones, and as many at equal distances as SEARCHED allows."""
+    """The usual positions, and others at equal distances, as many as SEARCHED allows."""
     count = max(32, SEARCHED // other - len(usual))
     return sorted({*usual, *range(0, length, math.ceil(length / count))})
 
 
 @functools.cache
 def _constants(program: str, lengths: tuple[int, int]) -> tuple[int, ...]:
-    """Where the mask's constants move a bound to, of either axis: beside each and beside its distance to the ends."""
+    """Positions on either axis to which the mask's constants may move a bound: beside each constant, and beside its
+    distance to the ends.
+    """
     found: set[int] = set()
     for node in ir.walk(parse(program).mask):
         if node.kind == "const" and node.dtype == ir.I32:

@@ -1,8 +1,8 @@
-"""What expected values are computed from: copies of some rows and columns of some heads, of one or more regimes.
+"""Slices of a problem: copies of some rows and columns of some heads, from which expected values are computed.
 
-Knows nothing of plans, nor of what is computed. A regime's data is gone when the next one's is there, and for small
-problems the host takes longer to enqueue an evaluation than the device takes to do it: so what several regimes need is
-kept, and evaluated as one, as long as that is small (ENTRIES_AT_ONCE).
+A regime's data is gone once the next one is drawn, and for small problems the host takes longer to enqueue an
+evaluation than the device takes to run it. So slices of several regimes are kept, and evaluated as one, as long as
+they are small (ENTRIES_AT_ONCE). expected.py computes with them.
 """
 
 from collections.abc import Sequence
@@ -14,23 +14,23 @@ from cudnn_flex_compile.engine.certify.regimes import Tensors
 from cudnn_flex_compile.engine.certify.samples import SamplePlan
 from cudnn_flex_compile.engine.problem import BACKWARD, Problem, TensorSpec
 
-# Elements of one float64 tensor of queries (128 MiB), which say how many heads of a regime are computed at a time.
+# Elements of one float64 tensor of queries (128 MiB), which limit how many heads of a regime are computed at a time.
 PAIRS_AT_ONCE = 2**24
-# Bytes that regimes which are computed together may take: less than one regime of a large problem may.
+# Bytes that the regimes computed together may take. One regime of a large problem may take more.
 ENTRIES_AT_ONCE = 3 * 2**27
-# Float64 tensors that there are of pairs, and of rows and columns, when most memory is taken.
+# The number of float64 tensors of pairs, and of rows and columns, at the moment that takes most memory.
 OF_PAIRS, OF_SIDES = 12, 3
 
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Some rows and columns of some heads: those that are computed at a time.
+    """Some rows and columns of some heads that are computed at a time.
 
     Attributes:
-        where: batches [P], heads [P], rows [R], columns [C]. All heads of one kv head that are there follow each other.
-        of_rows, of_columns: indices into what has query heads or kv heads: of [P, R] or [N, C] entries, where P is a
-            multiple of N.
-        bytes: that one regime takes.
+        where: batches [P], heads [P], rows [R], columns [C]. The query heads of one kv head follow each other.
+        of_rows, of_columns: indices into tensors with query heads or with kv heads: [P, R] or [N, C] entries, where P
+            is a multiple of N.
+        bytes: the memory that one regime takes.
     """
 
     where: tuple[torch.Tensor, ...]
@@ -41,14 +41,16 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class SliceData:
-    """Copies of data at a spot, of some regimes: one regime after the other, so N and P are so many times the spot's.
+    """Copies of the data of some regimes in one slice, one regime after the other.
+
+    N and P are the slice's, times the number of regimes.
 
     Attributes:
-        regimes: how many.
-        where: as the spot has it.
+        regimes: the number of regimes.
+        where: the slice's `where`.
         query: [N, S, D], where S = P / N * R: the rows of one head after those of another.
         key, value: [N, C, D], [N, C, Dv].
-        of_rows: of a backward: grad and out [N, S, Dv], lse [N, S, 1], and where it has a gradient that, too.
+        of_rows: for a backward, grad and out [N, S, Dv], lse [N, S, 1], and the gradient of the lse, if there is one.
     """
 
     regimes: int
@@ -70,7 +72,7 @@ def slice_data(problem: Problem, t: Tensors, spot: Slice) -> SliceData:
 
 
 def concatenated(given: Sequence[SliceData]) -> SliceData:
-    """Of several regimes, at one spot."""
+    """The data of several regimes in one slice, as one."""
     count, (batches, heads, *sides) = len(given), given[0].where
     if count == 1:
         return given[0]
@@ -89,7 +91,7 @@ def slice_of_rows(problem: Problem, where: SamplePlan) -> Slice:
 
 
 def slices_of_columns(problem: Problem, where: SamplePlan) -> list[Slice]:
-    """The sampled key columns, and all rows of all heads of the kv heads of the sampled heads, so many at a time."""
+    """The sampled key columns, and all rows of all query heads of the sampled kv heads, some heads at a time."""
     group, size = group_of(problem), problem.query.shape[2] * max(problem.query.shape[3], problem.value.shape[3])
     first, spots = where.heads // group * group, list[Slice]()
     for members in torch.arange(group, device=first.device).split(max(1, PAIRS_AT_ONCE // (size * len(first)))):
@@ -101,7 +103,7 @@ def slices_of_columns(problem: Problem, where: SamplePlan) -> list[Slice]:
 
 def slices_of_bias(problem: Problem, where: SamplePlan, spec: TensorSpec, transposed: bool) -> list[Slice]:
     """The sampled rows, or if transposed columns, of all heads [M * N] that share entries of an operand with the N
-    sampled ones, so many at a time.
+    sampled ones, some heads at a time.
     """
     heads, sampled = problem.lse_shape[1], where.columns if transposed else where.rows
     size = len(where.heads) * len(sampled) * problem.lengths[not transposed]
@@ -114,7 +116,7 @@ def slices_of_bias(problem: Problem, where: SamplePlan, spec: TensorSpec, transp
 
 
 def sharers_of(problem: Problem, spec: TensorSpec) -> torch.Tensor:
-    """Which batch entries and heads share an entry of an operand, as differences to the first that does: [M]."""
+    """The batch entries and heads that share an entry of an operand, as differences to the first of them, [M]."""
     batch, heads, _ = problem.lse_shape
     shared = (batch if spec.shape[0] == 1 else 1, heads if spec.shape[1] == 1 else 1)
     of_batch, of_head = (torch.arange(n) for n in shared)
@@ -122,7 +124,7 @@ def sharers_of(problem: Problem, spec: TensorSpec) -> torch.Tensor:
 
 
 def group_of(problem: Problem) -> int:
-    """Query heads for each kv head."""
+    """The number of query heads for each kv head."""
     return problem.query.shape[1] // problem.key.shape[1]
 
 
@@ -130,7 +132,7 @@ def _spot(
     problem: Problem, batches: torch.Tensor, heads: torch.Tensor, rows: torch.Tensor | None,
     columns: torch.Tensor | None, concatenated: int = 1,
 ) -> Slice:  # fmt: skip
-    """Of these rows and columns, or all of them; so many heads after each other share a kv head."""
+    """The slice of these rows and columns, or all of them; `group` heads after each other share a kv head."""
     kv = batches[::concatenated], heads[::concatenated] // group_of(problem)
     of_rows, of_columns = (
         (b, h) if near is None else (b[:, None], h[:, None], near)
