@@ -1,7 +1,7 @@
 """CUDA graphs of single launches, by the driver's own interface.
 
-Knows nothing of what is launched. `torch.cuda.CUDAGraph` is no help here: while it captures, it changes the state of
-the device's random numbers, which other threads may be drawing meanwhile. The names below are there from CUDA 12 on.
+replay.py records launches with it. `torch.cuda.CUDAGraph` does not serve: while it captures, it changes the state of
+the device's random numbers, which other threads may be drawing meanwhile. CUDA has the names below since version 12.
 """
 
 import contextlib
@@ -28,8 +28,9 @@ SIGNATURES = {
 
 @functools.cache
 def driver() -> Any:
-    """Its functions, of which each returns 0 if all is well. Raises OSError where there is none, AttributeError where
-    it is too old.
+    """The driver's library, whose functions return 0 if all is well.
+
+    Raises OSError where there is none, and AttributeError where it is too old.
     """
     library = ctypes.CDLL("libcuda.so.1")
     for name, types in SIGNATURES.items():
@@ -38,16 +39,18 @@ def driver() -> Any:
 
 
 class Graph:
-    """What a function enqueues on a stream, to be launched again and again. Freed with the object, once it has run.
+    """A recording of the work that a function enqueues on a stream, which can be launched again and again.
 
-    Not to be launched by two threads at once.
+    Two threads must not launch it at once. Its memory is freed with the object, once it has run.
     """
 
     __slots__ = ("_executable", "_free", "_launch")
 
     def __init__(self, enqueue: Callable[[int], None], device: int) -> None:
-        """Calls `enqueue` with a stream of the device, which must be the current one; nothing of it runs. Not for two
-        threads at once. Raises RuntimeError where CUDA records nothing, and what `driver` and `enqueue` raise.
+        """Records what `enqueue` does with a stream of the device, which must be the current one; nothing runs.
+
+        Two threads must not record at once. Raises RuntimeError where CUDA records nothing, and the errors of `driver`
+        and `enqueue`.
         """
         self._executable, graph = c_void_p(), c_void_p()
         self._launch, self._free = driver().cuGraphLaunch, driver().cuGraphExecDestroy
@@ -61,7 +64,7 @@ class Graph:
                 driver().cuGraphDestroy(graph)
 
     def launch(self, stream: int) -> bool:
-        """Whether the driver has enqueued it on the stream, which must not be capturing."""
+        """Launches the recording on a stream that is not capturing; false where the driver refuses."""
         return not self._launch(self._executable, stream)
 
     def __del__(self) -> None:
@@ -71,7 +74,7 @@ class Graph:
 
 @functools.cache
 def _stream_of(device: int) -> int:
-    """One on which nothing else is enqueued, ever."""
+    """A stream of the device that only recordings use."""
     stream = c_void_p()
     with _harmless():
         made = driver().cuStreamCreate(byref(stream), NON_BLOCKING)
@@ -94,7 +97,7 @@ def _record(enqueue: Callable[[int], None], stream: int, graph: c_void_p) -> Non
 
 @contextlib.contextmanager
 def _harmless() -> Generator[None]:
-    """What may allocate memory breaks no other thread's capture in here."""
+    """Lets calls that allocate memory break no other thread's capture."""
     mode = c_int(RELAXED)
     _check("cuThreadExchangeStreamCaptureMode", driver().cuThreadExchangeStreamCaptureMode(byref(mode)))
     try:

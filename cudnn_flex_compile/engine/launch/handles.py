@@ -1,7 +1,7 @@
 """cuDNN handles: one per device and thread, set to the stream that it is asked for.
 
-Knows nothing of graphs. No handle is destroyed, which would wait for the device: when a thread ends, the next new one
-takes its handles over.
+Plans ask for one at each launch. No handle is destroyed, which would wait for the device: when a thread ends, the next
+new thread takes its handles over.
 """
 
 import threading
@@ -11,7 +11,7 @@ import cudnn
 
 from cudnn_flex_compile import torch_private
 
-Entry = tuple[Any, int | None]  # a handle, and the stream that it is set to, once it is
+Entry = tuple[Any, int | None]  # a handle, and the stream that it is set to, if any
 
 
 class _Handles(threading.local):
@@ -22,7 +22,7 @@ class _Handles(threading.local):
 
 
 class _Held(dict[int, Entry]):
-    """Gives its entries to `free` when it goes, with its thread."""
+    """Gives its entries to `free` when it is deleted together with its thread."""
 
     def __init__(self, free: dict[int, list[Entry]]) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ def handle_on(device: int, stream: int) -> Any:
 
 
 def _taken_over(free: dict[int, list[Entry]], device: int) -> Entry:
-    """That of a thread which has ended, or a new one."""
+    """A handle of a thread that has ended, or a new one."""
     try:
         return free[device].pop()
     except (KeyError, IndexError):

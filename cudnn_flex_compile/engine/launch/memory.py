@@ -1,7 +1,4 @@
-"""Allocates on the current CUDA device, with as little host work as torch allows.
-
-Knows nothing of attention.
-"""
+"""Allocates tensors on the current CUDA device, with as little host work as torch allows: one call for each tensor."""
 
 from collections.abc import Callable
 

@@ -1,6 +1,6 @@
 """Launches a built graph with as little host work as the frontend allows.
 
-Knows nothing of attention, nor of the frontend's private names (frontend.py).
+Plans launch by it. The frontend's private names that it needs are in engine/frontend.py.
 """
 
 from collections.abc import Sequence
@@ -10,5 +10,5 @@ from cudnn_flex_compile.engine.frontend import Launch, prepared_launch, public_l
 
 
 def launcher(graph: Any, uids: Sequence[int]) -> Launch:
-    """What runs the graph's selected plan on addresses given in the order of `uids`."""
+    """A function that runs the graph's selected plan on addresses given in the order of `uids`."""
     return prepared_launch(graph, uids) or raw_launch(graph, uids) or public_launch(graph, uids)

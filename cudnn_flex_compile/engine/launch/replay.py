@@ -1,8 +1,8 @@
 """Launches of plans on addresses that come back, as CUDA graphs of one launch each.
 
-Knows nothing of attention. What a launch enqueues depends on the plan and the addresses alone, and in a model torch's
-allocator gives the same ones at each step. Where code is cold, as it is there, cuDNN's own launch takes the host much
-longer than that of a graph. (python3 -m tests.measure.host_share)
+The work that a launch enqueues depends on the plan and the addresses alone, and in a model torch's allocator gives the
+same addresses at each step. In a model code is cold, and there cuDNN's own launch takes the host much longer than the
+launch of a graph. (python3 -m tests.measure.host_share)
 """
 
 import functools
@@ -20,12 +20,12 @@ Enqueue = Callable[[Sequence[int], int, int], None]  # addresses; workspace; str
 Key = tuple[int, ...]
 
 RECORD_AFTER = 8  # launches on the same addresses, before they are recorded
-MAX_KEYS = 512  # of a plan, whose launches are counted
-# Graphs of the process: each takes 0.12 MiB of the device. (python3 -m pytest -s tests/gpu/test_replay.py)
+MAX_KEYS = 512  # sets of addresses of a plan whose launches are counted
+# Graphs in the process; each takes 0.12 MiB of the device. (python3 -m pytest -s tests/gpu/test_replay.py)
 MAX_GRAPHS = 512
-EVICT_AFTER = 4 * MAX_GRAPHS  # replays, after which a graph that was none of them may go for another
-# Recording takes the host one or two milliseconds, which some 30 replays save. So the first are free, and each further
-# one has to be earned: however addresses change, that takes less than what replays save.
+EVICT_AFTER = 4 * MAX_GRAPHS  # replays of other graphs, after which a graph may be freed for a new one
+# Recording takes the host one or two milliseconds, which some 30 replays save. So the first recordings are free, and
+# each further one needs a number of replays before it: however addresses change, recording costs less than they save.
 FREE_RECORDINGS, REPLAYS_PER_RECORDING = 64, 32
 log = logging.getLogger("cudnn_flex_compile")
 
@@ -34,8 +34,8 @@ class GraphPool:
     """The graphs of all plans.
 
     Attributes:
-        replays, recordings: how many launches were.
-        lock: of `plans`, and of all that is recorded.
+        replays, recordings: the number of launches that were one.
+        lock: guards `plans`, and everything that is recorded.
     """
 
     def __init__(self) -> None:
@@ -44,11 +44,11 @@ class GraphPool:
         self.lock = new_lock()
 
     def reset(self) -> None:
-        """Counts anew; graphs go with their plans."""
+        """Counts from zero again. Graphs are freed with their plans."""
         self.replays = self.recordings = self._full_until = 0
 
     def has_room(self) -> bool:
-        """Whether another graph may be recorded; one that has not been launched for long goes for it."""
+        """Whether another graph may be recorded. A graph that has not been launched for long is freed for it."""
         earned = FREE_RECORDINGS + self.replays // REPLAYS_PER_RECORDING
         if self.recordings >= earned or self.replays < self._full_until:
             return False
@@ -57,7 +57,7 @@ class GraphPool:
             return True
         last, key, plan = min(used, key=lambda entry: entry[0])
         if self.replays - last < EVICT_AFTER:
-            self._full_until = last + EVICT_AFTER  # before which none goes
+            self._full_until = last + EVICT_AFTER  # before this replay none is freed
             return False
         return plan.graphs.pop(key, None) is not None
 
@@ -66,7 +66,7 @@ class Replays:
     """The launches of one plan. Any thread may run them, for no two write to the same memory at once.
 
     Attributes:
-        graphs: by workspace and addresses, with the number of the replay that was the last of it.
+        graphs: by workspace and addresses, each with the number of its last replay.
     """
 
     __slots__ = ("__weakref__", "_device", "_enqueue", "_pool", "_seen", "graphs")
@@ -79,7 +79,7 @@ class Replays:
             pool.plans.add(self)
 
     def run(self, addresses: Sequence[int], workspace: int) -> None:
-        """Launches, on the current stream of the device, which must be the current one."""
+        """Launches on the current stream of the device, which must be the current one."""
         key, stream = (workspace, *addresses), torch_private.current_stream(self._device)
         found = self.graphs.get(key)
         if found is None or torch.cuda.is_current_stream_capturing():

@@ -1,7 +1,4 @@
-"""The device time of work that is enqueued, contenders by turns.
-
-Knows nothing of attention.
-"""
+"""Measures the device time of functions that enqueue work, each in turn. Choices among plans are made by it."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -15,7 +12,7 @@ AHEAD = 10_000_000  # clock cycles (about 5 ms) that the device sleeps first, so
 
 
 def milliseconds(contenders: Sequence[Callable[[], object]]) -> list[float]:
-    """Of one call of each contender on the current stream: the median over the rounds, host time left out."""
+    """The time of one call of each contender on the current stream: the median over the rounds, without host time."""
     samples: list[list[float]] = [[] for _ in contenders]
     for _ in range(ROUNDS + 1):  # the first warms up
         for run, taken in zip(contenders, samples, strict=True):
