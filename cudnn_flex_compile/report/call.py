@@ -1,6 +1,6 @@
-"""Holds what was done with one flex_attention call: the pass writes it, reports show it.
+"""`CallReport` records how one flex_attention call was lowered, or why it was kept.
 
-Knows nothing of how it is shown (rendering.py).
+The pass fills it in, and report.py collects it. render.py shows it.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ REMEDIES = {
 
 @dataclass(frozen=True, slots=True)
 class Outside:
-    """A flex_attention call that no graph of ours has.
+    """A flex_attention call that is in no graph of this backend.
 
     Attributes:
         source: where in the user's code it is.
@@ -34,7 +34,7 @@ class Outside:
 
     @property
     def remedy(self) -> str:
-        """Says how to have it lowered."""
+        """The change to the user's code with which the call is lowered."""
         return REMEDIES[self.ran]
 
 
@@ -44,13 +44,13 @@ class CallReport:
 
     Attributes:
         source: where in the user's code it is.
-        program: what it computes, once traced.
+        program: its score and mask, once traced.
         strategies: of forward and backward, if lowered.
         reason: why it was kept; None if it was lowered.
-        score_source, mask_source: the functions as the user wrote them; empty if that is not known.
-        picture: of the mask, or why there is none; empty where there is no program.
-        errors: what certification measured of the plans, on a GPU.
-        expected: how many times as fast as Inductor's kernel, by the pairs that either computes; None if not known.
+        score_source, mask_source: the functions as the user wrote them; empty if their text is not known.
+        picture: the picture of the mask, or why there is none; empty where there is no program.
+        errors: the errors of the plans that certification measured, on a GPU.
+        expected: the speed relative to Inductor's kernel, by the pairs that either computes; None if it is not known.
     """
 
     source: str
@@ -64,7 +64,7 @@ class CallReport:
     expected: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON takes it; what is not known is None."""
+        """Every field, as JSON takes it; unknown values are None."""
         program, reason = self.program, self.reason
         return {
             "source": self.source,

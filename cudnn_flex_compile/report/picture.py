@@ -1,6 +1,6 @@
 """A picture of a mask: the share of visible pairs in each cell of a grid.
 
-Knows nothing of how it came about (passes/describe.py) or where it is shown.
+passes/read/mask_picture.py makes it; render.py prints it as characters, and plot.py draws it.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Picture:
     Attributes:
         cells: shares from 0 to 1; the first row has the first queries, the first column the first keys.
         lengths: of queries and keys.
-        of: which batch entry and head, where the mask depends on them.
+        of: the batch entry and head that it shows, where the mask depends on them.
     """
 
     cells: Cells
@@ -38,19 +38,19 @@ class Picture:
         return ["".join(map(shade, row)) for row in coarser(self.cells, height, width)]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON takes it."""
+        """The picture as JSON takes it."""
         return {"lengths": list(self.lengths), "of": self.of, "lines": self.lines()}
 
 
 def shade(share: float) -> str:
-    """The character of a share; only nothing and all have theirs."""
+    """The character of a share. Shares of 0 and of 1 have characters of their own."""
     if share in (0.0, 1.0):
         return SHADES[-1 if share else 0]
     return SHADES[1 + min(2, int(share * 3))]
 
 
 def coarser(cells: Cells, height: int, width: int) -> Cells:
-    """Means over blocks, so that there are no more rows and columns than given."""
+    """The picture with at most so many rows and columns, each cell the mean of a block."""
     rows, columns = _spans(len(cells), height), _spans(len(cells[0]), width)
     return tuple(tuple(_mean(cells, row, column) for column in columns) for row in rows)
 

@@ -1,6 +1,6 @@
 """Draws the masks of a report into a file, one panel for each distinct call that has a picture.
 
-Knows nothing of how pictures come about. Needs matplotlib (the extra `plot`).
+`Report.plot` calls it. It needs matplotlib (the extra `plot`), which is imported only here.
 """
 
 import math
@@ -13,14 +13,14 @@ from cudnn_flex_compile.report.picture import Picture
 from cudnn_flex_compile.report.render import distinct, outcome, place
 
 COLUMNS = 4  # panels in a row, at most
-INCHES = 3.2  # of one panel
+INCHES = 3.2  # the width and height of one panel
 
 
 def plot(calls: Sequence[CallReport], path: Path) -> int:
-    """Writes the file, in the format that its name ends with; returns how many masks are in it.
+    """Writes the file, in the format that its name ends with, and returns the number of masks in it.
 
-    Writes none where no call has a picture. Raises ImportError without matplotlib, ValueError for a format that is
-    none, OSError for a file that cannot be written.
+    It writes no file where no call has a picture. Raises ImportError without matplotlib, ValueError for an unknown
+    format, OSError for a file that cannot be written.
     """
     from matplotlib.figure import Figure
 

@@ -1,6 +1,6 @@
 """Lays a report, or the result of a self-test, out for people, as tables.
 
-Knows nothing of how either comes about.
+`print(report)`, `explain` and the command `cudnn-flex` use it. It reads reports, and needs rich.
 """
 
 import io
@@ -39,12 +39,12 @@ def to_text(
     calls: Sequence[CallReport], summary: str, outside: Mapping[Outside, int] = NONE, width: int = WIDTH,
     details: bool = True,
 ) -> str:  # fmt: skip
-    """A report as plain text of at most `width` columns; with `details`, as `render` has them."""
+    """A report as plain text of at most `width` columns; `details` are those of `render`."""
     return _plain(render(calls, summary, outside, details), width)
 
 
 def self_test(tests: Sequence[dict[str, Any]], width: int = WIDTH) -> str:
-    """The result of `cudnn-flex doctor`, of items with name, strategies, reason (None, or as JSON) and seconds."""
+    """The table of `cudnn-flex doctor`, for items with name, strategies, reason (None, or as JSON) and seconds."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
     for header in ("self-test", "forward, backward", "result"):
         table.add_column(header, overflow="fold")
@@ -70,8 +70,8 @@ def _plain(shown: Group, width: int) -> str:
 def render(
     calls: Sequence[CallReport], summary: str, outside: Mapping[Outside, int] = NONE, details: bool = True
 ) -> Group:
-    """A report for rich: its summary, one row for each distinct call, then why calls were kept and what to do, and with
-    `details` the functions, the mask, and what is known of the plans of each.
+    """A report for rich: its summary, one row for each distinct call, then the reasons for which calls were kept, with
+    their remedies. With `details` it has the functions, the mask and the facts of each call's plans, too.
     """
     elsewhere = [_outside_table(outside)] if outside else []
     if not calls:
@@ -92,7 +92,7 @@ def render(
 
 
 def distinct(calls: Sequence[CallReport]) -> list[tuple[CallReport, int]]:
-    """Calls that are told apart by what is shown of them, and how many there are of each."""
+    """The calls that look different in the tables, each with the number of calls that look the same."""
     found: list[tuple[CallReport, int]] = []
     numbers: dict[tuple[Any, ...], int] = {}
     for call in calls:
@@ -143,7 +143,7 @@ def _outside_table(outside: Mapping[Outside, int]) -> Table:
 
 
 def _details(number: int, call: CallReport, first: int) -> Group:
-    """What the tables have no room for: the facts on the left, the mask on the right, once for all that share it.
+    """The details of a call: the facts on the left, the mask on the right, once for all calls that share it.
 
     Args:
         first: the number of the first call with this picture.
@@ -165,7 +165,7 @@ def _drawn(picture: Picture | str) -> str:
 
 
 def _facts(call: CallReport) -> Iterator[tuple[str, str]]:
-    """What is known of a call, with its name."""
+    """The facts of a call, each as its name and its value."""
     if call.score_source:
         yield "score_mod", call.score_source
     if call.program is not None:
@@ -191,12 +191,13 @@ def outcome(call: CallReport) -> str:
 
 
 def place(source: str) -> str:
-    """As people say it: `gpt.py:12 forward` for `File "models/gpt.py", line 12, in forward: return ...`."""
+    """The short form of a source line: `gpt.py:12 forward` for `File "models/gpt.py", line 12, in forward: return ...`.
+    """
     found = re.match(r'File "(.+?)", line (\d+), in ([^:]+)', source)
     if found is None:
         return source
     path, line, function = found.groups()
-    if Path(path) == EXPLANATION:  # Dynamo leaves out code that is in no file, and shows what called it
+    if Path(path) == EXPLANATION:  # Dynamo leaves out code that is in no file, and shows its caller
         return "unknown source"
     named = Path(path).name != "__init__.py"
     return f"{'/'.join(Path(path).parts[-1 if named else -2 :])}:{line} {function.strip()}"

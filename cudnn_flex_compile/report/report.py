@@ -1,6 +1,6 @@
-"""What was done with all flex_attention calls: data that logs, `explain` and tests read.
+"""`Report` holds the records of all flex_attention calls of some graphs; logs, `explain` and tests read it.
 
-Knows nothing of how it is shown (rendering.py).
+The pass publishes records here, and `collect` gathers them. render.py lays a report out for people.
 """
 
 from collections import Counter
@@ -16,17 +16,17 @@ from cudnn_flex_compile.phases import Tally, count, listen
 from cudnn_flex_compile.report.call import CallReport, Outside
 
 # graphs: compiled by this backend; recompiles: those of code that torch had compiled before, for other inputs.
-# programs traced, programs shared: calls whose functions were traced, or taken from a call with the same.
+# programs traced, programs shared: calls whose functions were traced, or are the same as those of an earlier call.
 # plans found: look-ups of a plan, while compiling, that this process had. restored: verdicts from the cache folder.
 # builds, certifications, rejections: plans built, checked, and found wrong.
 COUNTS = (
     "graphs", "recompiles", "programs traced", "programs shared", "plans found", "restored", "builds",
     "certifications", "rejections",
 )  # fmt: skip
-# lower: all of our pass, with all that follows but inner, as far as it happens while compiling. trace: of functions to
-# expressions; solve: of masks, and what goes outside the kernel; restore, keep: of verdicts in the cache folder;
-# build, certify: of plans; autotune: timing of plans and of Inductor's kernel; inner: the inner backend (the backward
-# of Inductor comes later, and is not in it).
+# lower: our whole pass, with the next phases as far as they happen while compiling, but inner. trace: from functions to
+# expressions; solve: masks, and the division of programs; restore, keep: verdicts in the cache folder; build, certify:
+# plans; autotune: timing of plans and of Inductor's kernel; inner: the inner backend (without Inductor's backward, which
+# comes later).
 PHASES = ("lower", "trace", "solve", "restore", "build", "certify", "autotune", "keep", "inner")
 
 
@@ -36,8 +36,9 @@ class Report:
 
     Attributes:
         calls: every flex_attention call.
-        outside: calls that no graph of ours has, and how often each was compiled or ran; `explain` looks for them.
-        tally: what was counted and timed meanwhile, in the whole process.
+        outside: calls that are in no graph of this backend, and how often each was compiled or ran; `explain` looks for
+            them.
+        tally: the counts and times of the whole process meanwhile.
     """
 
     calls: list[CallReport] = field(default_factory=list[CallReport])
@@ -56,22 +57,22 @@ class Report:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How often: see COUNTS. What never happened is 0."""
+        """The number of times that each of COUNTS happened."""
         return {name: int(self.tally.counts.get(name, 0)) for name in COUNTS}
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Wall time of each phase: see PHASES."""
+        """The wall time of each of PHASES."""
         return {name: self.tally.seconds.get(name, 0.0) for name in PHASES}
 
     @property
     def summary(self) -> str:
-        """One line: `4 flex_attention calls: 3 lowered to cuDNN, 1 kept`."""
+        """The report in one line: `4 flex_attention calls: 3 lowered to cuDNN, 1 kept`."""
         calls = f"{len(self.calls)} flex_attention call{'' if len(self.calls) == 1 else 's'}"
         return f"{calls}: {len(self.lowered)} lowered to cuDNN, {len(self.kept)} kept"
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON takes it."""
+        """The whole report, as JSON takes it."""
         calls = [c.to_dict() for c in self.calls]
         counted = {"lowered": len(self.lowered), "kept": len(self.kept), "counts": self.counts}
         outside = [
@@ -93,7 +94,7 @@ class Report:
         self._assert_between("plans", "builds", at_least, at_most)
 
     def assert_certified(self, at_most: int, at_least: int = 0) -> None:
-        """The same of plans that were checked."""
+        """For tests of models. Raises AssertionError if more plans were checked, or fewer."""
         self._assert_between("certified plans", "certifications", at_least, at_most)
 
     def assert_no_recompiles(self) -> None:
@@ -114,9 +115,9 @@ class Report:
         return to_text(self.calls, self.summary, self.outside, details=False)
 
     def plot(self, path: str | Path) -> int:
-        """Draws the masks into a file (PNG, or what its name ends with); returns how many there are.
+        """Draws the masks into a file, in the format that its name ends with, and returns the number of masks.
 
-        Writes no file where that is 0. Raises ImportError without matplotlib, ValueError for a format that is none.
+        It writes no file where there is none. Raises ImportError without matplotlib, ValueError for an unknown format.
         """
         from cudnn_flex_compile.report.plot import plot
 
@@ -160,7 +161,7 @@ def collecting() -> bool:
 
 
 def publish(calls: list[CallReport]) -> None:
-    """Tells all who collect of one compiled graph."""
+    """Gives the records of one compiled graph to everyone who collects."""
     count("graphs")
     count("recompiles", int(torch_private.recompiles()))
     with _lock:

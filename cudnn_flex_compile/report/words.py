@@ -1,6 +1,6 @@
 """A program in words: its score in infix, its mask as bounds.
 
-Reports and pictures label calls with these words. Reads programs alone.
+Tables and records of calls have these words. The words of a mask's parts are in scoremod/masks/words.py.
 """
 
 from cudnn_flex_compile.scoremod.ir import Program
