@@ -1,4 +1,4 @@
-"""Inner backends: what compiles everything but attention.
+"""Inner backends compile everything but attention.
 
 An inner backend is one file with NAME and `compile(graph_module, example_inputs, options) -> callable`; any
 other name that torch._dynamo knows goes through registered.py.
@@ -18,7 +18,7 @@ BACKENDS: dict[str, Compile] = {inductor.NAME: inductor.compile, torch_tensorrt.
 
 
 def compile_inner(graph_module: GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
-    """The compiled graph. Raises ValueError for a name that no backend has."""
+    """Compiles a graph with the inner backend of the options. Raises ValueError for a name that no backend has."""
     if direct.suffices(graph_module, example_inputs, options):
         return direct.compile(graph_module)
     return BACKENDS.get(options.inner_backend, registered.compile)(graph_module, example_inputs, options)

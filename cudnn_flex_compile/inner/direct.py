@@ -1,7 +1,7 @@
 """Runs a graph that is attention and views alone as it is: there is nothing to compile.
 
-Knows nothing of plans. Users often compile flex_attention by itself. Such a graph skips AOTAutograd and Inductor: it
-compiles in the time that the plans take, and a call costs the host what an eager autograd.Function does.
+Users often compile flex_attention by itself. Such a graph skips AOTAutograd and Inductor: it compiles in the time that
+its plans take, and a call takes the host as long as an eager autograd.Function. `compile_inner` asks here first.
 """
 
 import operator
@@ -20,9 +20,9 @@ from cudnn_flex_compile.ops.autograd import attention
 from cudnn_flex_compile.ops.undispatched import PLAIN, check
 from cudnn_flex_compile.passes.read.views import is_view
 
-# Inductor's modes that ask for nothing but kernels: not those with CUDA graphs.
+# The modes of Inductor that ask for kernels alone, without CUDA graphs.
 MODES = (None, "default", "max-autotune-no-cudagraphs")
-PLAINLY = {attention_op: attention, check_block_mask: check}  # what runs in place of an op
+PLAINLY = {attention_op: attention, check_block_mask: check}  # the function that runs in place of an op
 
 
 def suffices(graph_module: GraphModule, example_inputs: Sequence[Any], options: Options) -> bool:
@@ -45,5 +45,5 @@ def compile(graph_module: GraphModule) -> Callable[..., Any]:
     for node in graph_module.graph.nodes:
         node.target = PLAINLY.get(node.target, node.target)
     graph_module.recompile()
-    _ = graph_module.code  # a lazy module writes its forward only now: one taken before finds out at each call
+    _ = graph_module.code  # a lazy module writes its forward only now; an earlier one would look for it at each call
     return graph_module.forward

@@ -1,6 +1,6 @@
 """Inductor, with the mode and options that torch.compile would have given it.
 
-Knows nothing of attention but the ops that its code calls.
+The backend's default for everything but attention.
 """
 
 import functools
@@ -22,13 +22,13 @@ def compile(graph_module: GraphModule, example_inputs: Sequence[Any], options: O
     if options.mode not in (None, "default"):
         patches |= torch_private.mode_options(options.mode)
     patches |= dict(options.inner_options)
-    with inductor_seam.stock():  # kept calls are kept
+    with inductor_seam.stock():  # so that no pass of ours lowers the calls that were kept
         return torch_private.compile_fx()(graph_module, list(example_inputs), config_patches=patches or None)
 
 
 @functools.cache
 def prepare() -> None:
-    """Has Inductor's Python code from now on call the functions of ops/undispatched.py where it would call the ops."""
+    """Makes Inductor's Python code call the functions of ops/undispatched.py from now on, in place of the ops."""
     from cudnn_flex_compile.ops import attention_backward, attention_forward, check_block_mask
     from cudnn_flex_compile.ops.undispatched import BACKWARD, CHECK, FORWARD
 

@@ -1,7 +1,4 @@
-"""Any other backend that torch._dynamo knows, by name.
-
-Knows nothing of attention.
-"""
+"""Compiles with any other backend that torch._dynamo knows, by its name. It gets the graph with our ops in it."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +10,7 @@ from cudnn_flex_compile.config import Options
 
 
 def compile(graph_module: GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
-    """Raises ValueError for a name that no backend has, or an option that this one cannot take."""
+    """The compiled graph. Raises ValueError for an unknown name, or for an option that this backend does not take."""
     if options.inner_backend == "cudnn_flex":
         raise ValueError("inner_backend='cudnn_flex': the inner backend must be another one")
     if options.mode not in (None, "default"):

@@ -1,12 +1,12 @@
-"""torch_tensorrt, for inference: TensorRT engines of everything around attention.
+"""Compiles for inference with torch_tensorrt: TensorRT engines run everything around attention.
 
-Knows nothing of attention but the op that is not TensorRT's. TensorRT has no converter for our ops, so that
-torch_tensorrt ends an engine before each and runs it by PyTorch; what it cannot have is a flex_attention call that was
-kept, and what it cannot build: such a graph goes to Inductor, as a whole.
+TensorRT has no converter for our ops. torch_tensorrt ends an engine before each of them, and PyTorch runs the op. It
+cannot take a flex_attention call that was kept, nor a graph that TensorRT cannot build: such a graph goes to Inductor,
+as a whole.
 
-Dynamo makes inputs of parameters and of sizes. TensorRT is quick where weights are constants, so parameters become
-that; every call sees to it that they are the same still. And torch_tensorrt takes no integers, so sizes are read from
-tensors. All of this happens in a copy: it would do so in Dynamo's own graph, the order of whose inputs others count on.
+Dynamo makes parameters and sizes inputs of a graph. TensorRT is faster where weights are constants, so parameters
+become constants, and each call checks that they are still the same. torch_tensorrt takes no integers, so sizes are read
+from tensors. A copy of the graph is changed, because others count on the order of the inputs of Dynamo's own graph.
 """
 
 import copy
@@ -26,8 +26,8 @@ from cudnn_flex_compile.inner import inductor
 from cudnn_flex_compile.passes.read.call import example, find_calls
 
 NAME = "torch_tensorrt"
-# Options of torch_tensorrt. RAISES: where a build fails; without, it runs the graph eagerly, and Inductor is faster.
-# IMMUTABLE: whether weights stay as they are; torch_tensorrt's default, too.
+# Options of torch_tensorrt. RAISES: an error where a build fails. Without it torch_tensorrt runs the graph eagerly, and
+# Inductor is faster. IMMUTABLE: whether weights stay as they are; it is torch_tensorrt's default, too.
 RAISES, IMMUTABLE = "pass_through_build_failures", "immutable_weights"
 
 log = logging.getLogger("cudnn_flex_compile")
@@ -44,7 +44,7 @@ class Weight:
 
 @dataclass(frozen=True, slots=True)
 class Handover:
-    """What torch_tensorrt gets.
+    """The graph that torch_tensorrt compiles.
 
     Attributes:
         module: the graph.
@@ -58,7 +58,9 @@ class Handover:
 
 
 def compile(graph_module: GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
-    """Raises ImportError without the package, ValueError where a gradient would be asked for, or for a mode."""
+    """The compiled graph. Raises ImportError without the package, ValueError where a gradient may be asked for, or for
+    a `mode`.
+    """
     if options.mode not in (None, "default"):
         raise ValueError(f"mode={options.mode!r} is an option of inductor; the inner backend is {NAME!r}")
     if _trains(graph_module.graph):
@@ -85,7 +87,7 @@ def compile(graph_module: GraphModule, example_inputs: Sequence[Any], options: O
 def _with_inputs_of_dynamo(
     compiled: Callable[..., Any], kept: Sequence[int], weights: Sequence[Weight]
 ) -> Callable[..., Any]:
-    """Calls what was compiled with its own inputs. Raises RuntimeError if a weight is not what it was."""
+    """Calls the compiled graph with its own inputs. Raises RuntimeError if a weight has changed."""
 
     def run(*inputs: Any) -> Any:
         for weight in weights:
@@ -114,7 +116,7 @@ def _backend() -> Callable[..., Any]:
         raise ImportError(
             f"inner_backend={NAME!r} needs torch-tensorrt: pip install 'cudnn_flex_compile[tensorrt]'"
         ) from error
-    except Exception as error:  # what it raises where it finds no TensorRT
+    except Exception as error:  # torch_tensorrt raises several kinds where it finds no TensorRT
         raise ImportError(f"inner_backend={NAME!r}: torch_tensorrt cannot be imported: {error}") from error
     return torch_private.lookup_backend()(NAME)
 
@@ -147,7 +149,7 @@ def _handover(graph_module: GraphModule, example_inputs: Sequence[Any], constant
 
 
 def _sources(inputs: Sequence[Node]) -> dict[Any, tuple[Node, int]]:
-    """For each symbolic size that a tensor has, that tensor and the dimension."""
+    """For each symbolic size that a tensor has, the tensor and the dimension."""
     found: dict[Any, tuple[Node, int]] = {}
     for node in inputs:
         tensor = example(node)
