@@ -1,7 +1,8 @@
 """Finds the flex_attention calls of a Dynamo graph and reads their arguments.
 
-Knows nothing of what becomes of them. The node's signature differs between torch versions: the mask function
-is the last element of the block mask tuple, the block sizes are the two before it, outputs go by position.
+All other files of passes/ get a call as the `Call` that is read here. The node's signature differs between versions of
+torch: the mask function is the last element of the block mask tuple, the block sizes are the two before it, and outputs
+go by position.
 """
 
 import operator
@@ -18,9 +19,9 @@ from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.passes.read.caller import running_line
 from cudnn_flex_compile.passes.read.effects import has_effect, submodule
 
-FLEX_ATTENTION: Any = getattr(torch.ops.higher_order, "flex_attention", None)  # a torch without has no such calls
+FLEX_ATTENTION: Any = getattr(torch.ops.higher_order, "flex_attention", None)  # None in a torch that has no such op
 NO_BLOCKS = 1 << 30  # the block size that flex_attention gives an absent BlockMask
-# Names of what is dead in a graph as Dynamo made it: the pass writes no such node. The nodes would keep it alive.
+# Names of the dead nodes of a graph as Dynamo made it; the pass adds none. Names, because nodes keep a graph alive.
 _dead: "weakref.WeakKeyDictionary[Graph, frozenset[str]]" = weakref.WeakKeyDictionary()
 
 
@@ -35,11 +36,11 @@ class Call:
         score_mod, mask_mod: subgraphs of 0-d tensors.
         blocks: (kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices, q_num_blocks, q_indices,
             full_q_num_blocks, full_q_indices), nodes or None; empty without a BlockMask.
-        block_sizes: of q and kv.
+        block_sizes: the BlockMask's block sizes of q and kv.
         scale: a number or a node.
         kernel_options: the user's, and flex_attention's defaults.
         score_captured, mask_captured: nodes or integers, the last arguments of the subgraphs.
-        mode: of autograd at the node.
+        mode: autograd's mode at the node.
     """
 
     graph_module: GraphModule
@@ -97,8 +98,10 @@ class Call:
 
     @property
     def source(self) -> str:
-        """The line of the user's code that made the call, as Dynamo recorded it. Where flex_attention was compiled by
-        itself, Dynamo records none of it: the line that called what is being compiled.
+        """The line of the user's code that made the call, as Dynamo recorded it.
+
+        Dynamo records none where flex_attention was compiled by itself; then it is the line that called the function
+        that is being compiled.
         """
         lines = [line.strip() for line in str(self.node.meta.get("stack_trace", "")).splitlines()]
         places = [i for i, line in enumerate(lines) if line.startswith("File ") and "flex_attention.py" not in line]
@@ -119,14 +122,17 @@ def _dead_names(graph: Graph) -> frozenset[str]:
 
 
 def _may_require_grad(value: Any) -> bool:
-    """Whether what Dynamo recorded for a node, a tensor or several, requires a gradient; or is something else."""
+    """Whether the value that Dynamo recorded for a node may require a gradient: a tensor or several that do, or
+    anything that is no tensor.
+    """
     if isinstance(value, (tuple, list)):
         return any(_may_require_grad(v) for v in value)  # pyright: ignore[reportUnknownVariableType]
     return value.requires_grad if isinstance(value, torch.Tensor) else True
 
 
 def scale_of(call: Call) -> float | None:
-    """The scale; one that depends on sizes alone is specialized, as head dims are. None if it is data."""
+    """The scale as a number, or None if it depends on data. A scale of symbolic sizes is specialized, as head dims are.
+    """
     value = example(call.scale)
     if isinstance(value, torch.Tensor):
         return None
@@ -137,7 +143,7 @@ def scale_of(call: Call) -> float | None:
 
 
 def hint(size: Any) -> int:
-    """A size as it is in the call that is being compiled; makes no guard."""
+    """The size in the call that is being compiled. It makes no guard."""
     return size if isinstance(size, int) else int(torch_private.hint_of(size))
 
 
@@ -147,7 +153,7 @@ def is_data(size: Any) -> bool:
 
 
 def example(value: Any) -> Any:
-    """The fake tensor or symbolic number that Dynamo recorded for a node; other values as they are."""
+    """The fake tensor or symbolic number that Dynamo recorded for a node; another value is returned as it is."""
     return torch_private.example_of(value) if isinstance(value, Node) else value
 
 
@@ -157,7 +163,7 @@ def requires_grad(value: Any) -> bool:
 
 
 def ancestors(nodes: Iterable[Node]) -> set[Node]:
-    """The nodes, and all that they are computed from."""
+    """The nodes, and all nodes from which they are computed."""
     seen: set[Node] = set()
     ahead = list(nodes)
     while ahead:
@@ -169,7 +175,7 @@ def ancestors(nodes: Iterable[Node]) -> set[Node]:
 
 
 class Mode(NamedTuple):
-    """Of autograd at a call: whether it records gradients, and whether the graph has entered inference mode."""
+    """Autograd's mode at a call: whether it records gradients, and whether the graph has entered inference mode."""
 
     grad: bool
     inference: bool = False
@@ -181,9 +187,9 @@ def find_calls(graph_module: GraphModule, mode: Mode | None = None) -> Iterator[
     A call in a graph that is called several times comes as many times.
 
     Args:
-        mode: in which the graph starts; if not given, the one of its compile, on which Dynamo has a guard.
+        mode: the mode in which the graph starts; None for the mode of its compile, on which Dynamo has a guard.
     """
-    calls: list[tuple[Node, GraphModule | None, Mode]] = []  # of flex_attention, or of a nested graph
+    calls: list[tuple[Node, GraphModule | None, Mode]] = []  # calls of flex_attention, or of a nested graph
     for node, current in _modes(graph_module.graph, mode or Mode(torch.is_grad_enabled())):
         if node.target is FLEX_ATTENTION:
             calls.append((node, None, current))
@@ -196,12 +202,12 @@ def find_calls(graph_module: GraphModule, mode: Mode | None = None) -> Iterator[
     for node, nested, current in calls:
         if nested is None:
             yield read_call(graph_module, node, current)
-        else:  # which may be called in several modes
+        else:  # a nested graph, which may be called in several modes
             yield from find_calls(nested, current._replace(grad=nested in recorded))
 
 
 def _modes(graph: Graph, mode: Mode) -> Iterator[tuple[Node, Mode]]:
-    """The calls of functions, each with its mode; the first has that mode."""
+    """The calls of functions, each with its mode; the first has the mode that is given."""
     before: dict[Any, Mode] = {}
     for node in graph.nodes:
         if node.op != "call_function":
@@ -216,7 +222,7 @@ def _modes(graph: Graph, mode: Mode) -> Iterator[tuple[Node, Mode]]:
 
 
 def read_call(graph_module: GraphModule, node: Node, mode: Mode) -> Call:
-    """The call that a flex_attention node of the module's graph is."""
+    """Reads a flex_attention node of the module's graph."""
     query, key, value, score_mod, block_mask, scale, kernel_options, *captured = node.args
     mask: Any = block_mask
     block_sizes = mask[-3], mask[-2]
@@ -244,5 +250,5 @@ def read_call(graph_module: GraphModule, node: Node, mode: Mode) -> Call:
 
 
 def _made_here(kv_num_blocks: Any) -> bool:
-    """Whether flex_attention made the block mask itself, in the graph, because there was none."""
+    """Whether flex_attention made the block mask itself, in the graph, because it got none."""
     return isinstance(kv_num_blocks, Node) and kv_num_blocks.target is torch.ones

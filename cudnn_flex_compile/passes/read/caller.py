@@ -1,7 +1,4 @@
-"""Finds the line of the user's code that runs now.
-
-Knows nothing of graphs.
-"""
+"""Finds the line of the user's code that runs now, for reports of calls for which Dynamo recorded no line."""
 
 import sys
 from pathlib import Path
@@ -12,7 +9,7 @@ FOREIGN = (Path(torch.__file__).parent, Path(__file__).parents[2])  # no user's 
 
 
 def running_line() -> str | None:
-    """The innermost line that is neither torch's nor ours, as a traceback has it; None if all are."""
+    """The innermost line that is neither torch's nor ours, as tracebacks write it; None if there is none."""
     frame = sys._getframe()
     while frame is not None:
         path = Path(frame.f_code.co_filename)

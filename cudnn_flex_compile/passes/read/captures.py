@@ -1,6 +1,6 @@
 """Reads what score_mod and mask_mod captured: tensors, and Python numbers that Dynamo turned symbolic.
 
-Knows nothing of what is computed with them.
+Each captured input becomes one leaf of the expressions that programs.py traces.
 """
 
 from dataclasses import dataclass, field
@@ -18,10 +18,10 @@ from cudnn_flex_compile.scoremod.trace import HALVES, Captured, Untraceable, dty
 
 @dataclass(slots=True)
 class Captures:
-    """Every captured input once, however often and by whichever function it is captured.
+    """The captured inputs of a call; one that is captured several times is there once.
 
     Attributes:
-        nodes: the node (or number) of each leaf.
+        nodes: the node, or number, of each leaf.
         of_score, of_mask: the captured arguments of the two subgraphs, in order.
         ints, floats: the scalar leaves, in the order of their positions.
         learned: the leaves of tensors that require grad, where gradients are on.
@@ -63,7 +63,7 @@ def _is_tensor(value: Any) -> bool:
 
 
 def read_captures(call: Call) -> Captures | Reason:
-    """All captured inputs of a call, or why they cannot be lowered."""
+    """All captured inputs of a call, or the reason why they cannot be lowered."""
     captures = Captures()
     device = example(call.query).device
     for module, values, arguments, leading in (
@@ -90,17 +90,17 @@ def read_captures(call: Call) -> Captures | Reason:
 
 
 def _only_item(module: GraphModule, position: int) -> bool:
-    """Whether a 0-d captured tensor is a Python float in disguise: all that happens to it is `.item()`."""
+    """Whether a 0-d captured tensor stands for a Python float: the function only takes its `.item()`."""
     placeholders: list[Node] = [n for n in module.graph.nodes if n.op == "placeholder"]
     users = placeholders[position].users
     return bool(users) and all(u.op == "call_method" and u.target == "item" for u in users)
 
 
 def indexing(call: Call) -> set[Any]:
-    """The captured nodes that another captured tensor is read at, in the functions as the user wrote them.
+    """The captured nodes by which the user's functions index another captured tensor.
 
-    Other values may be out of its range. What indexes it is any argument beside it: no op of a mod takes a whole
-    captured tensor but to read from it.
+    Made-up values of these nodes could be out of range. Any argument beside a captured tensor counts as an index,
+    because an op of a mod takes a whole captured tensor only to read from it.
     """
     found: set[Any] = set()
     for module, values, leading in ((call.score_mod, call.score_captured, 5), (call.mask_mod, call.mask_captured, 4)):

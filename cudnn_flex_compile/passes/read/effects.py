@@ -1,9 +1,10 @@
 """Says which storages a node of a Dynamo graph may write into, and whether it may do anything but make its result.
 
-Knows nothing of attention. It goes by what is known, never by how a write is spelled: by an op's schema; for a function
-of several ops, by the schemas of those that it dispatches to when it is run on the fake tensors that Dynamo recorded;
-for a region, by the nodes inside. A function of torch that cannot be run so may write into whatever it is given, and
-anybody else's into everything. Views of one tensor share its storage, among fake tensors as among real ones.
+The pass asks before it moves or shares work across nodes. The spelling of a write does not matter. An op is judged by
+its schema; a function of several ops by the schemas of the ops that it dispatches to when it runs on the fake tensors
+that Dynamo recorded; a region by the nodes inside. A function of torch that cannot be run so may write into all of its
+arguments, and a function of somebody else into everything. Views of one tensor share its storage, among fake tensors as
+among real ones.
 """
 
 import contextlib
@@ -22,12 +23,12 @@ from cudnn_flex_compile.torch_private import HigherOrderOperator, OpOverload, Op
 
 WITHOUT_SOURCE = HigherOrderOperator, OpOverload, OpOverloadPacket, torch.nn.Module
 WITHOUT_GLOBALS = {"torch", "builtins", "math", ""}  # packages of functions that reach no tensor but their arguments
-# Higher-order ops without a region that have access to what they are given alone.
+# Higher-order ops without a region that have access to their arguments alone.
 SELF_CONTAINED = {"triton_kernel_wrapper_mutation"}
 
 
 class Effect(NamedTuple):
-    """What a node does beside making its result.
+    """The effects of a node beside making its result.
 
     Attributes:
         writes: the storages that it may write into.
@@ -39,8 +40,10 @@ class Effect(NamedTuple):
 
 
 class Writers:
-    """The nodes of graphs that may write, in order, as Dynamo made them: the pass itself adds none. Each is asked once,
-    and only where it is given what somebody wants to share.
+    """The nodes of graphs that may write, in order.
+
+    They are those that Dynamo made: the pass itself adds none. The effect of a node is computed once, and only where
+    the node is given a tensor that somebody wants to share.
 
     Args:
         root: the graph that Dynamo made, with all those nested in it.
@@ -52,7 +55,7 @@ class Writers:
         self._known: dict[Node, Storages] = {}
 
     def above(self, values: Sequence[Any], before: Node) -> tuple[Node, ...]:
-        """The nodes above `before` that may write into one of the tensors, or what it is a view of."""
+        """The nodes above `before` that may write into the storage of one of the tensors."""
         shared = storages([v for v in values if isinstance(v, Node)], missing=EVERYTHING)
         if not shared:
             return ()
@@ -69,8 +72,9 @@ class Writers:
 
     @functools.cached_property
     def _moved(self) -> bool:
-        """Whether a tensor gets another storage anywhere (`x.data = y`). Views from before have the one of before, and
-        Dynamo recorded the tensor with the one of after.
+        """Whether a tensor gets another storage anywhere (`x.data = y`).
+
+        Views made before that have the old storage, while Dynamo recorded the tensor with the new one.
         """
         for module in self._root.modules():
             for node in module.graph.nodes if isinstance(module, GraphModule) else ():
@@ -80,7 +84,8 @@ class Writers:
 
 
 def _candidates(graph: Graph, moved: bool) -> tuple[dict[Node, int], list[tuple[Node, Storages]]]:
-    """The place of every node; those whose target does not tell that they write nothing, and what they may reach."""
+    """The place of every node, and the nodes that may write by their targets, each with the storages that it reaches.
+    """
     places = {node: place for place, node in enumerate(graph.nodes)}
     return places, [(node, _blurred(_reach(node), moved)) for node in places if not _settled(node)]
 
@@ -120,7 +125,7 @@ def effect(node: Node) -> Effect:
 
 
 def _reach(node: Node) -> Storages:
-    """The storages that a node may write into for all that its target tells."""
+    """The storages that a node may write into, judged by its target alone."""
     target = target_of(node)
     marks = marks_of(target)
     if marks is not None:
@@ -133,7 +138,7 @@ def _reach(node: Node) -> Storages:
 
 
 def submodule(graph_module: GraphModule, argument: Any) -> GraphModule | None:
-    """The graph that an argument of a node stands for, if it is one."""
+    """The graph that an argument of a node names, or None."""
     if not isinstance(argument, Node) or argument.op != "get_attr":
         return None
     found: Any = graph_module
@@ -151,7 +156,7 @@ def _regions(node: Node) -> Iterator[GraphModule]:
 
 
 def _inside(node: Node, regions: Sequence[GraphModule]) -> Effect:
-    """A region's. Its inputs have the storages of the node's arguments, or stand for some of them."""
+    """The effect of a node's regions, whose inputs have the storages of the node's arguments, or stand for some."""
     nodes = [inner for region in regions for inner in region.graph.nodes]
     effects = [effect(inner) for inner in nodes]
     written = NOTHING.union(*(e.writes for e in effects))
@@ -162,7 +167,7 @@ def _inside(node: Node, regions: Sequence[GraphModule]) -> Effect:
 
 
 class _Recorder(torch_private.dispatch_mode):
-    """Records what ops write into, and what they make."""
+    """Records the tensors that ops write into, and those that they make."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -178,7 +183,7 @@ class _Recorder(torch_private.dispatch_mode):
 
 
 def _recorded(node: Node, function: Any) -> Effect | None:
-    """What a function does to its arguments' storages, as it is seen to do; None where it cannot be run."""
+    """The effect of a function on its arguments' storages, found by running it; None where it cannot be run."""
     given = storages(node.all_input_nodes)
     found: list[Any] = []
     map_aggregate([torch_private.example_of(n, None) for n in node.all_input_nodes], found.append)
@@ -191,7 +196,7 @@ def _recorded(node: Node, function: Any) -> Effect | None:
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), _alias)  # pyright: ignore
             with recorder:
                 function(*args, **kwargs)
-    except Exception:  # whatever a function of any kind says of tensors without data
+    except Exception:  # a function may raise anything for tensors without data
         return None
     if recorder.written - given - recorder.made:
         return Effect(EVERYTHING, True)
@@ -200,7 +205,7 @@ def _recorded(node: Node, function: Any) -> Effect | None:
 
 @contextlib.contextmanager
 def _aside(mode: Any) -> Generator[None]:
-    """The fake mode, leaving no trace in its symbolic sizes."""
+    """Enters the fake mode so that nothing is left in its symbolic sizes."""
     with contextlib.ExitStack() as stack:
         if mode.shape_env is not None:
             stack.enter_context(mode.shape_env.ignore_fresh_unbacked_symbols())
@@ -210,6 +215,8 @@ def _aside(mode: Any) -> Generator[None]:
 
 
 def _alias(node: Node) -> Any:
-    """What was recorded for a node, as other tensors of the same storages: a function may change their sizes."""
+    """The tensors that were recorded for a node, as other tensors of the same storages, whose sizes a function may
+    change.
+    """
     value = torch_private.example_of(node)
     return map_aggregate(value, lambda each: each.data if isinstance(each, torch.Tensor) else each)

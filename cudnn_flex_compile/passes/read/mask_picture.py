@@ -1,7 +1,7 @@
 """Draws the mask of a call, from the tensors that it captured.
 
-Knows nothing of plans. The mask is evaluated at sampled rows and columns, so that what it takes does not grow with the
-lengths: about a million pairs.
+passes/describe.py asks for it where a report is collected. The mask is evaluated at about a million sampled pairs, so
+that the time does not grow with the lengths.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from cudnn_flex_compile.scoremod.ir import F32, I32, Expr, Program
 from cudnn_flex_compile.scoremod.partition import Hoisted
 from cudnn_flex_compile.scoremod.saturate import exact
 
-CELLS = (64, 128)  # of a picture, rows and columns, at most
+CELLS = (64, 128)  # rows and columns of a picture, at most
 SAMPLES = (128, 8192)  # rows and columns at which the mask is evaluated, evenly spread, at most
 UNKNOWN = "the mask reads tensors that are computed in the graph"
 
@@ -27,7 +27,7 @@ UNKNOWN = "the mask reads tensors that are computed in the graph"
 def sketch(
     call: Call, program: Program, hoisted: Sequence[Hoisted], captures: Captures, real: dict[Node, Any]
 ) -> Picture | str:
-    """The picture of the call that is being compiled, of batch entry 0 and head 0; or why there is none.
+    """The picture of the mask for batch entry 0 and head 0 of the call that is being compiled, or why there is none.
 
     Args:
         hoisted: the operands of the program.
@@ -49,7 +49,7 @@ def sketch(
 
 
 def _value(captured: Any, real: dict[Node, Any]) -> Any:
-    """What was captured, in this call; None if it is not at hand."""
+    """The captured value of this call; None if it is not at hand."""
     value = real.get(captured) if isinstance(captured, Node) else captured
     return value if value is None or isinstance(value, torch.Tensor) else hint(value)
 
@@ -57,7 +57,7 @@ def _value(captured: Any, real: dict[Node, Any]) -> Any:
 def _visible(
     mask: Expr, hoisted: dict[int, Hoisted], values: dict[Expr, Any], lengths: tuple[int, int], device: torch.device
 ) -> torch.Tensor:
-    """[rows, columns], bool: which of the sampled pairs are visible."""
+    """Whether each of the sampled pairs is visible, [rows, columns], bool."""
     rows, columns = (_spread(n, most, device) for n, most in zip(lengths, SAMPLES, strict=True))
     zero = torch.zeros((1, 1), dtype=torch.int32, device=device)
     indices = {"b": zero, "h": zero, "q": rows[:, None], "k": columns[None]}
@@ -76,7 +76,7 @@ def _visible(
 def _outside(
     indices: dict[str, torch.Tensor], values: dict[Expr, Any], device: torch.device
 ) -> Callable[[Expr], torch.Tensor]:
-    """The leaves of what is computed outside of the kernel."""
+    """The leaves of the expressions that are computed outside of the kernel."""
 
     def leaf(node: Expr) -> torch.Tensor:
         if node.kind == "index":

@@ -1,7 +1,8 @@
 """Makes a program of the functions of a call, once for all calls whose functions compute the same.
 
-Knows nothing of devices or of rewriting. Calls share what the canonical text of their functions, the layouts and the
-identity structure of what they captured, and torch's defaults determine; functions without such a text share nothing.
+Calls share a program if they agree in the canonical text of their functions (scoremod/fingerprint.py), in the layouts
+of their captured tensors, in which of these are the same tensor, and in torch's defaults. Functions without such a text
+share nothing. Tracing itself is in scoremod/trace.py.
 """
 
 import hashlib
@@ -28,24 +29,24 @@ from cudnn_flex_compile.scoremod.simplify import normalize
 from cudnn_flex_compile.scoremod.trace import Captured, Untraceable, trace
 
 KEPT = 256
-LONGEST, MOST = 200, 2**15  # ops of a function that follow one another, and all of them: what recursion goes through
+LONGEST, MOST = 200, 2**15  # the longest chain of ops of a function, and their number, as limits for recursion
 _known: "OrderedDict[Hashable, Traced | Reason]" = OrderedDict()
 _lock = new_lock()
 
 
 @dataclass(frozen=True, slots=True)
 class Traced:
-    """What the functions of a call compute.
+    """The program of a call's functions, and related ones.
 
     Attributes:
-        program: of both functions.
+        program: the program of both functions.
         hoisted: its operands.
-        mask: of the mask_mod alone, with which a BlockMask is compared, and its operands, and what it and the score_mod
-            leave visible, over captures; None without a BlockMask.
-        noop: whether the mask_mod is a constant, as BlockMask.from_kv_blocks has it unless told otherwise.
+        mask: the program of the mask_mod alone, with which a BlockMask is compared; its operands; and the masks of
+            mask_mod and score_mod, over captures. None without a BlockMask.
+        noop: whether the mask_mod is a constant, as BlockMask.from_kv_blocks makes it unless it is given one.
         pairwise: the same program with the mask as one predicate of rows and columns, and its operands
             (scoremod/partition.py); None where the score is modified, or the mask reads a captured tensor at pairs.
-        fingerprint: of the functions, for verdicts on plans that were compared with them; None if they have none.
+        fingerprint: the functions' text, for verdicts on plans that were compared with them; None if they have none.
     """
 
     program: Program
@@ -56,14 +57,14 @@ class Traced:
     fingerprint: str | None = None
 
     def checked(self, captures: Captures) -> MaskProgram | None:
-        """The mask, with what one call captured."""
+        """The program of the mask_mod, with the captured inputs of one call."""
         if self.mask is None:
             return None
         return MaskProgram(*self.mask, captures.nodes, captures.ints, captures.floats, self.noop)
 
 
 def traced_of(call: Call, captures: Captures) -> Traced | Reason:
-    """The program of a call, or why there is none."""
+    """The programs of a call, or the reason why there are none."""
     key = _key(call, captures)
     with _lock:
         found = None if key is None else _known.get(key)
@@ -82,7 +83,7 @@ def traced_of(call: Call, captures: Captures) -> Traced | Reason:
 
 
 def clear() -> None:
-    """Traces anew from now on."""
+    """Forgets all programs, so that calls are traced again."""
     with _lock:
         _known.clear()
 
@@ -98,14 +99,14 @@ def _key(call: Call, captures: Captures) -> tuple[Hashable, ...] | None:
 
 
 def _layout(captured: Captured, captures: Captures) -> Hashable:
-    """What tracing reads of a captured value, whose leaf says which other one it is the same as."""
+    """The properties of a captured value that tracing reads; equal leaves stand for the same value."""
     leaf, tensor = captured.leaf, captured.tensor
     layout = None if tensor is None else (tuple(map(hint, tensor.shape)), tensor.dtype, tensor.device)
     return leaf.kind, leaf.dtype, leaf.value, layout, leaf in captures.learned
 
 
 def _digest(key: tuple[Hashable, ...]) -> str:
-    """The same in every process, and on all devices of a kind."""
+    """A digest that is the same in every process, and on all devices of a kind."""
     return hashlib.blake2b(repr((*key[:-1], key[-1].type)).encode(), digest_size=20).hexdigest()  # pyright: ignore
 
 

@@ -1,6 +1,6 @@
-"""Says what the schema of a node's target tells of its arguments: which are written into.
+"""Says which arguments of a node are written into, by the schema of the node's target.
 
-Knows nothing of tensors. Functions and methods that are bindings of one op count as that op.
+effects.py asks it. Functions and methods that are bindings of one op count as that op.
 """
 
 import functools
@@ -53,7 +53,7 @@ def module_of(function: Any) -> str:
 
 
 class Marks(NamedTuple):
-    """What the schemas of an op's overloads say of its arguments.
+    """The facts that the schemas of an op's overloads state of its arguments.
 
     Attributes:
         positions, names: the arguments that are written into.
@@ -71,7 +71,7 @@ class Marks(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def marks_of(target: Any) -> Marks | None:
-    """None for what is not one op, and for one with an object of hidden state among its arguments."""
+    """The marks of a target; None if it is not one op, or if an argument is an object with hidden state."""
     if target in OPERATORS or target in OF_NUMBERS:
         return Marks(frozenset({0} if target in WRITING_OPERATORS else ()), frozenset(), False)
     if isinstance(target, HigherOrderOperator):
@@ -87,7 +87,7 @@ def marks_of(target: Any) -> Marks | None:
 
 
 def _written(argument: Any) -> bool:
-    """Whether an argument is written into. Schemas of batch_norm and its kind do not say so of running statistics."""
+    """Whether an argument is written into. The schemas of batch_norm and its kind omit it for running statistics."""
     return argument.is_write or argument.name.startswith("running_")
 
 

@@ -1,6 +1,6 @@
-"""The functions of a call as the user wrote them: their source text.
+"""The functions of a call as the user wrote them: their source text, for reports.
 
-Knows nothing of what they compute. Dynamo records for each node of a traced function where it came from.
+Dynamo records for each node of a traced function the line that it came from.
 """
 
 import ast
@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 FRAME = re.compile(r'File "(.+?)", line (\d+), in (\S+)')
 FLEX_ATTENTION = "torch/nn/attention/flex_attention.py"
-LINES = 12  # of one function, at most
+LINES = 12  # lines of one function, at most
 
 
 def source_of(module: GraphModule) -> str:
@@ -27,7 +27,7 @@ def source_of(module: GraphModule) -> str:
 
 
 def _frames(trace: str) -> list[tuple[str, int, str]]:
-    """Those below flex_attention's, but for torch's own helpers such as and_masks."""
+    """The frames below flex_attention's, without those of torch's own helpers such as and_masks."""
     frames = [(path, int(line), name) for path, line, name in FRAME.findall(trace)]
     inside = [i for i, (path, _, name) in enumerate(frames) if (path[-len(FLEX_ATTENTION) :], name) == FLEX_CALL]
     below = frames[inside[-1] + 1 :] if inside else []
@@ -39,7 +39,7 @@ FLEX_CALL = (FLEX_ATTENTION, "flex_attention")
 
 @functools.lru_cache(256)
 def _function(path: str, line: int, name: str) -> str:
-    """The innermost function of that name around a line; the line itself if there are several lambdas in it."""
+    """The innermost function of this name around a line; the line itself if several lambdas are in it."""
     lines = linecache.getlines(path)
     if not lines:
         return ""

@@ -1,6 +1,6 @@
 """Says which storages the tensors of a Dynamo graph have: views of one tensor share its storage.
 
-Knows nothing of what nodes do. Fake tensors, which Dynamo recorded, share storages as the real ones do.
+Dynamo recorded fake tensors, which share storages as the real ones do. effects.py says which nodes write into them.
 """
 
 from typing import Any
@@ -18,10 +18,10 @@ NUMBERS = (str, int, float, bool, type(None), torch.SymInt, torch.SymFloat, torc
 
 
 def storages(value: Any, missing: Storages = NOTHING) -> Storages:
-    """The storages of all tensors in a nested structure; of nodes, by what Dynamo recorded.
+    """The storages of all tensors in a nested structure. A node's tensors are those that Dynamo recorded for it.
 
     Args:
-        missing: what a node stands for of which nothing was recorded: that is no tensor, but for a region's inputs.
+        missing: the storages of a node for which nothing was recorded: no tensor, or an input of a region.
     """
     if isinstance(value, torch.Tensor):
         return _storages_of(value)
@@ -52,5 +52,5 @@ def _storages_of(tensor: torch.Tensor) -> Storages:
 
 
 def meet(written: Storages, shared: Storages) -> bool:
-    """Whether a write into some storages may change what has others."""
+    """Whether a write into some storages may change tensors that have others."""
     return bool(written) and (UNKNOWN in written or UNKNOWN in shared or not written.isdisjoint(shared))

@@ -1,7 +1,4 @@
-"""What an eager call does as well as a compiled one: views, and single copies.
-
-Knows nothing of attention.
-"""
+"""Functions that an eager call runs as well as a compiled one: views, and single copies."""
 
 import torch
 from torch.fx import Node
