@@ -25,8 +25,8 @@ COUNTS = (
 )  # fmt: skip
 # lower: our whole pass, with the next phases as far as they happen while compiling, but inner. trace: from functions to
 # expressions; solve: masks, and the division of programs; restore, keep: verdicts in the cache folder; build, certify:
-# plans; autotune: timing of plans and of Inductor's kernel; inner: the inner backend (without Inductor's backward, which
-# comes later).
+# plans; autotune: timing of plans and of Inductor's kernel; inner: the inner backend. (Inductor's backward comes later,
+# and is not in it.)
 PHASES = ("lower", "trace", "solve", "restore", "build", "certify", "autotune", "keep", "inner")
 
 
