@@ -1,6 +1,6 @@
-"""Verdicts as bytes: the plans that were certified, or the reason why there is none.
+"""Encodes verdicts as bytes: the plans that were certified, or the reason why there is none.
 
-Knows nothing of files or of cuDNN. JSON, which keeps floats exactly, and the plans' own bytes.
+verdicts.py stores these bytes. They are JSON, which keeps floats exactly, and the plans' own bytes.
 """
 
 import json
@@ -19,9 +19,9 @@ class StoredPlan:
     """One plan.
 
     Attributes:
-        problem: what it is for, as text: that of the verdict, or of a part of it.
+        problem: the text of its problem, which is the verdict's or a part of that.
         workspace: bytes that each run needs.
-        data: its graph.
+        data: the serialised graph.
     """
 
     problem: str
@@ -58,7 +58,7 @@ def encode(verdict: Verdict) -> bytes:
 
 
 def decode(data: bytes) -> Verdict:
-    """What encode was given. Raises ValueError for anything else."""
+    """The verdict that `encode` got. Raises ValueError for other bytes."""
     try:
         (size,) = LENGTH.unpack_from(data)
         head, rest = json.loads(data[LENGTH.size : LENGTH.size + size]), data[LENGTH.size + size :]

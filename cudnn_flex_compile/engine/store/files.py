@@ -1,9 +1,9 @@
-"""Entries in a folder, by key: what outlives the process.
+"""Stores entries in a folder, by key, so that they outlive the process.
 
-Knows nothing of plans or of cuDNN. A reader never waits, and gets what was written under just its key, or nothing: an
-entry that is truncated, corrupt, of another format or of another key is a miss. Writers replace whole files, so that
-any number of processes may share a folder, and one that dies in the midst of a write leaves at most a file that nobody
-reads. Where the folder cannot be written, nothing is kept, and one log line says so.
+Keys and values are text and bytes; verdicts.py gives them their meaning. A reader never waits, and gets the value that
+was written under its very key, or nothing: an entry that is truncated, corrupt, of another format or of another key is
+a miss. Writers replace whole files, so any number of processes may share a folder, and one that dies during a write
+leaves at most a file that nobody reads. Where the folder cannot be written, nothing is kept, and one log line says so.
 """
 
 import contextlib
@@ -28,9 +28,9 @@ FORMAT = 1
 DIGEST = 32
 HEADER = struct.Struct(f"<8sIIQ{DIGEST}s")  # magic, format, bytes of the key, bytes of the value, digest of both
 SUFFIX, UNFINISHED = ".plan", ".part"
-ABANDONED = 3600.0  # seconds after which an unfinished file is nobody's
-SHARE = 16  # the folder is measured anew after each such share of the bound that this process writes
-LOW = 7 / 8  # of the bound is left after an eviction, lest the next write evict again
+ABANDONED = 3600.0  # seconds after which an unfinished file counts as abandoned
+SHARE = 16  # the folder is measured again after this process has written each such share of the bound
+LOW = 7 / 8  # the share of the bound that is left after an eviction, so that the next write does not evict again
 
 
 class _File(NamedTuple):
@@ -43,9 +43,9 @@ class Store:
     """Maps texts to bytes. Any thread may use it.
 
     Args:
-        folder: made when it is first written to, for this user only. What it holds is trusted: plans are code.
-        bound: bytes that all entries together may take; the least recently used go first. Several processes may exceed
-            it by a sixteenth each.
+        folder: made when it is first written to, for this user only. Its contents are trusted: plans are code.
+        bound: bytes that all entries together may take; the least recently used are dropped first. Several processes
+            may exceed it by a sixteenth each.
     """
 
     def __init__(self, folder: Path, bound: int) -> None:
@@ -55,11 +55,11 @@ class Store:
         self._writable = True
 
     def read(self, key: str) -> bytes | None:
-        """What was written under this key, which it renews."""
+        """The value that was written under this key, which counts as used now; None without one."""
         path = self._path(key)
         try:
             data = path.read_bytes()
-        except OSError:  # there is none, or it is not ours to read
+        except OSError:  # there is none, or this user may not read it
             return None
         value = _unpacked(data, key.encode())
         if value is None:
@@ -70,7 +70,7 @@ class Store:
         return value
 
     def write(self, key: str, value: bytes) -> None:
-        """Keeps a value, in place of what this key had."""
+        """Keeps a value, in place of an older one of this key."""
         data = _packed(key.encode(), value)
         if not self._writable or len(data) > self.bound:
             return
@@ -83,7 +83,7 @@ class Store:
             log.warning("cudnn_flex: plans are not kept beyond this process: %s", error)
 
     def size(self) -> tuple[int, int]:
-        """How many entries there are, and their bytes together."""
+        """The number of entries, and their bytes together."""
         try:
             sizes = [file.size for file in self._files()]
         except OSError:  # no such folder yet
@@ -114,9 +114,9 @@ class Store:
             self._room -= size
 
     def _evict(self, size: int) -> int:
-        """Drops the least recently used until `size` more bytes fit; the bytes that are left.
+        """Drops the least recently used entries until `size` more bytes fit, and returns the bytes that are left.
 
-        One process at a time: whoever comes meanwhile writes all the same.
+        One process evicts at a time; others write meanwhile.
         """
         try:
             with FileLock(self.folder / "evict.lock", timeout=0):
@@ -136,7 +136,7 @@ class Store:
         return total
 
     def _files(self) -> Iterator[_File]:
-        """All entries, and what dead writers left, which counts as never used."""
+        """All entries, and the files that dead writers left, which count as never used."""
         now = time.time()
         with os.scandir(self.folder) as found:
             for entry in found:
@@ -155,7 +155,7 @@ def _packed(key: bytes, value: bytes) -> bytes:
 
 
 def _unpacked(data: bytes, key: bytes) -> bytes | None:
-    """The value, if the data are a whole entry of this very key."""
+    """The value, if the data is a whole entry of this very key."""
     if len(data) < HEADER.size:
         return None
     magic, version, key_size, size, digest = HEADER.unpack_from(data)

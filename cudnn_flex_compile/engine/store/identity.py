@@ -1,7 +1,7 @@
-"""What a verdict depends on, as text: the problem, the user's functions, our code, the libraries and the device.
+"""The key of a stored verdict: a text of the problem, the user's functions, our code, the libraries and the device.
 
-Knows nothing of what verdicts are, nor of where they are kept. Equal texts mean that a verdict on one is a verdict on
-the other.
+Equal texts mean that a verdict on one is a verdict on the other. A new dependence of verdicts is a field of `Problem`,
+or a line of `environment`.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from cudnn_flex_compile.engine.problem import Problem, TensorSpec
 from cudnn_flex_compile.engine.versions import versions
 
 PACKAGE = Path(__file__).parents[2]
-CODE = ("engine", "passes", "scoremod")  # what makes programs of functions and plans of programs, and judges them
+CODE = ("engine", "passes", "scoremod")  # these make programs of functions and plans of programs, and judge plans
 DRIVER = Path("/proc/driver/nvidia/version")
 
 
@@ -27,15 +27,15 @@ def key_of(problem: Problem, fingerprint: str, tuned: bool = False) -> str:
     """The key of a verdict on plans of this problem.
 
     Args:
-        fingerprint: of what the plans were compared with.
-        tuned: whether they were the fastest, by measurement, not the first that were right.
+        fingerprint: the text of the functions that the plans were compared with.
+        tuned: whether the plans are the fastest by measurement, and not the first that were right.
     """
     rule = ["the fastest"] if tuned else []
     return "\n".join([*environment(problem.device), *rule, f"reference {fingerprint}", problem_text(problem)])
 
 
 def problem_text(problem: Problem) -> str:
-    """All of a problem but the index of its device, and how it is launched: one field a line, the program last."""
+    """A problem without the index of its device and the way of its launch: one field a line, the program last."""
     names = [f.name for f in fields(problem) if f.name not in ("device", "program", "replay")]
     return "\n".join([*(f"{name} {_text(getattr(problem, name))}" for name in names), f"program {problem.program}"])
 
@@ -66,14 +66,14 @@ def environment(device: int) -> tuple[str, ...]:
 
 
 def compiler() -> str:
-    """The version of what compiles the interval kernels, if it is there."""
+    """The version of the compiler of the interval kernels, if it is there."""
     with contextlib.suppress(metadata.PackageNotFoundError):
         return metadata.version("nvidia-cutlass-dsl")
     return "none"
 
 
 def driver() -> str:
-    """The CUDA version of the driver, and its own where the system tells it."""
+    """The CUDA version of the driver, and the driver's own version where the system tells it."""
     number = ctypes.c_int(0)
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
@@ -83,7 +83,7 @@ def driver() -> str:
 
 @functools.cache
 def code_digest() -> str:
-    """Of the source files that make plans and judge them, whatever version they claim to be."""
+    """A digest of the source files that make plans and judge them, whatever version they claim to be."""
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted(p for folder in CODE for p in (PACKAGE / folder).rglob("*.py")):
         data = path.read_bytes()

@@ -1,6 +1,6 @@
-"""Bounded, thread-safe maps: of what was put last, and of plans and refusals, least recently used first out, counted.
+"""Bounded, thread-safe maps: `Recent` keeps the last values put, and `Cache` the values used last, with counters.
 
-Knows nothing of what a key or a plan is.
+engine/state.py holds the maps of the process. Keys and values are opaque here.
 """
 
 import threading
@@ -51,7 +51,7 @@ class Recent(Generic[Value]):
             return self._entries.get(key)
 
     def put(self, key: Hashable, value: Value) -> Value:
-        """Stores the value in place of an older one, and gives it back."""
+        """Stores the value in place of an older one, and returns it."""
         with self._lock:
             self._entries[key] = value
             self._entries.move_to_end(key)
@@ -99,7 +99,7 @@ class Cache(Generic[Value]):
             return self._entries.get(key)
 
     def put(self, key: Hashable, value: Value) -> Value:
-        """Stores the value, unless another thread was first; gives back what is stored."""
+        """Stores the value, unless another thread was first, and returns the stored one."""
         bound = self._bound()
         with self._lock:
             value = self._entries.setdefault(key, value)
