@@ -1,6 +1,6 @@
 """Builds the cuDNN graph of one problem under one lowering: an SDPA node, its callbacks, inputs and outputs.
 
-Knows nothing of caches, of execution or of which lowering is best.
+engine/plans/graph_plan.py calls it; the strategies (strategies/) give the lowering.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class AttentionGraph:
         roles: the graph tensor of each device tensor: query, key, value, out, stats, grad_out, minus_lse, grad_lse, dq,
             dk, dv, dbias.
         inputs: operands, scalars and constants.
-        callbacks: what the graph's callbacks need while it is built.
+        callbacks: the state of the graph's callbacks while it is built.
     """
 
     graph: Any
@@ -127,4 +127,4 @@ def _backward(graph: Any, problem: Problem, callbacks: Callbacks, roles: dict[st
         roles[name] = _output(tensor, specs[name])
 
 
-GRADIENTS = ("dq", "dk", "dv", "dbias")  # the last only where an operand is learned
+GRADIENTS = ("dq", "dk", "dv", "dbias")  # dbias only where an operand is learned

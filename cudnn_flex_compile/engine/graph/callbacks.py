@@ -1,6 +1,6 @@
 """The functions that cuDNN's frontend calls while it writes a score_mod's nodes into a graph.
 
-Knows nothing of which graph that is, nor of how it is built.
+build.py makes them for each graph, and clears them once it is built.
 """
 
 from dataclasses import dataclass, field
@@ -14,13 +14,15 @@ from cudnn_flex_compile.engine.problem import Problem
 
 @dataclass(slots=True)
 class Callbacks:
-    """What the score_mod callbacks read. Cleared once the graph is built, or refused: the graph owns the callbacks, and
-    a callback that led back to the graph would keep both alive for ever (the cycle runs through C++).
+    """The state that the score_mod callbacks read.
+
+    It is cleared once the graph is built, or refused: the graph owns the callbacks, and a callback that led back to the
+    graph would keep both alive for ever (the cycle runs through C++).
 
     Attributes:
-        building: what is built, empty afterwards.
-        links: of the graph (frontend.py).
-        emitters: of each score_mod.
+        building: the problem, lowering and inputs of the graph while it is built, empty afterwards.
+        links: the graph's links (frontend.py).
+        emitters: the emitter of each score_mod.
     """
 
     building: list[tuple[Inputs, Lowering]]
@@ -43,13 +45,13 @@ class Callbacks:
         inputs, lowering = self.building[0]
         if lowering.score_mod_bprop is None:
             return grad
-        emitter = self.emitters[-1]  # the forward's nodes are in the same graph: what it computed is reused
+        emitter = self.emitters[-1]  # the forward's nodes are in the same graph, and are reused
         emitter.grad = _shaped(grad, inputs.problem)
         return lowering.score_mod_bprop(emitter)
 
 
 def _shaped(grad: Any, problem: Problem) -> Any:
-    """The gradient arrives without a shape, and a node would take that of its other input, a scalar maybe."""
+    """The gradient with its shape. It arrives without one, and a node would take the shape of its other input."""
     batch, heads, rows = problem.lse_shape
     columns = problem.key.shape[2]
     return grad.set_dim([batch, heads, rows, columns]).set_stride([heads * rows * columns, rows * columns, columns, 1])

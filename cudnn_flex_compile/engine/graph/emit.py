@@ -1,6 +1,6 @@
-"""Emits legal expressions as nodes of a cuDNN graph, one pointwise node per op.
+"""Emits legal expressions as nodes of a cuDNN graph, one pointwise node for each op.
 
-Knows nothing of attention strategies or of plans. The dialect's rules that are about expressions are in
+Strategies write their scores and masks by an `Emitter`. The dialect's rules about expressions are in
 scoremod/legalize.py; those about node types and operand layouts are here.
 """
 
@@ -38,9 +38,9 @@ def typed(tensor: Any, dtype: Any) -> Any:
 class Inputs:
     """The graph tensors that expressions read: operands by position, scalars and constants by value.
 
-    `expanded` is the lowering's; `rows` has the tensors of ir.ROWS, where the problem takes a gradient of the
-    log-sum-exp; `filled` has int32 [B, 1, 1, 1] device tensors of one number; `hosts` has a host
-    buffer for each pass-by-value tensor; `operands`, `ints` and `floats` the tensors that get their value at each call.
+    `expanded` is the lowering's. `rows` has the tensors of ir.ROWS, where the problem takes a gradient of the
+    log-sum-exp. `filled` has int32 [B, 1, 1, 1] device tensors of one number, and `hosts` a host buffer for each
+    pass-by-value tensor. `operands`, `ints` and `floats` have the tensors that get their value at each call.
     """
 
     graph: Any
@@ -94,7 +94,7 @@ class Inputs:
 
 
 def operand_view(node: Expr, problem: Problem, expanded: bool = False) -> TensorSpec:
-    """The dims and strides under which cuDNN reads an operand right (facts: "Operand tensors").
+    """The dims and strides under which cuDNN reads an operand right.
 
     With `expanded`, all operands have every batch entry and head: some graphs with operands of different dims were
     computed wrongly on 9.19. A stride-0 expansion costs no memory. Along kv alone it is needed in the backward; for
@@ -130,7 +130,7 @@ class Emitter:
         self.done: dict[tuple[Expr, Any], Any] = {}
 
     def emit(self, root: Expr, dtype: Any = None) -> Any:
-        """The tensor of `root`; predicates can be asked for as BOOLEAN (the default) or INT32."""
+        """The tensor of `root`. A predicate is BOOLEAN, or INT32 if `dtype` says so."""
         wanted = dtype or TYPES[root.dtype]
         key = (root, wanted)
         if key not in self.done:

@@ -1,6 +1,7 @@
-"""How a strategy expresses a program: data and two functions that write graph nodes.
+"""`Lowering` is the form in which a strategy expresses a program: data, and two functions that write graph nodes.
 
-Knows nothing of cuDNN's package, so that strategies can be asked (and explained) where it is not installed.
+It imports no cudnn, so that strategies can be asked (and explained) where cuDNN is not installed. build.py makes the
+graph from it.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Lowering:
-    """How a strategy expresses a program.
+    """A program as a strategy expresses it.
 
     Attributes:
         strategy: its name.
@@ -23,9 +24,9 @@ class Lowering:
         score_mod: writes the modified, masked score, given an emitter on the raw score; None without one.
         score_mod_bprop: writes the gradient of the raw score, given the emitter of score_mod and one whose grad
             is set; None where the gradient passes unchanged.
-        bias: the position of the learned operand, [B or 1, H or 1, Sq, Skv]; None without. cuDNN adds it to what
-            score_mod gives, and its gradient is that of the sum.
-        lengths: the position of the operand that holds the number of visible keys, [B, 1, 1, 1]; None without.
+        bias: the position of the learned operand, [B or 1, H or 1, Sq, Skv]; None without one. cuDNN adds it to
+            score_mod's result, and its gradient is that of the sum.
+        lengths: the position of the operand that holds the number of visible keys, [B, 1, 1, 1]; None without one.
         expanded: whether operands are declared for all batch entries and heads, with stride 0 where these share them.
         leaves: every expression whose leaves the callbacks read.
     """

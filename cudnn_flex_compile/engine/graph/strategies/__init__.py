@@ -1,8 +1,8 @@
 """The strategies, in the order in which they are tried.
 
-A strategy is one file with NAME and `lower(program, training, inside) -> Lowering | Reason`. `inside` is None, or in a
-backward that takes a gradient of the log-sum-exp a predicate of the pairs at which this counts: those below the lengths
-of q and kv (tail.ends). None imports cudnn before it writes nodes.
+A strategy is one file with NAME and `lower(program, training, inside) -> Lowering | Reason`. In a backward that takes a
+gradient of the log-sum-exp, `inside` is a predicate of the pairs at which this gradient counts: those below the lengths
+of q and kv (guards.ends). Elsewhere it is None. No strategy imports cudnn before it writes nodes.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Lower(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
-    """name: as reports have it. lower: see above."""
+    """name: the name in reports. lower: see above."""
 
     name: str
     lower: Lower

@@ -1,7 +1,7 @@
-"""Any score_mod under integer bounds: one select per bound, last in the chain, which cuDNN skips tiles by.
+"""Lowers any score_mod under integer bounds: one select for each bound ends the chain, and cuDNN skips tiles by it.
 
-Knows nothing of residual predicates. cuDNN recognises a bound only as a select whose indices are fresh nodes
-taken from the running tensor; in any other form the mask is right but dense.
+A mask with a residual predicate is for dense.py. cuDNN recognises a bound only as a select whose indices are fresh
+nodes taken from the running tensor; in any other form the mask is right, but no tile is skipped.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -62,7 +62,7 @@ def _select(emitter: "Emitter", running: Any, bound: Bound) -> Any:
     right = emitter.index(far, running) if far else None
     shift = _shift(bound)
     strict = bound.side == "end" and shift == 1  # kv < end, in one node
-    turned = bound.side == "upper" and on("diagonal turned")  # a plain kv >= q is taken for causal
+    turned = bound.side == "upper" and on("diagonal turned")  # cuDNN takes a plain kv >= q for causal
     if (shift or turned) and not strict:
         left = emitter.node("add", I32, left, inputs.constants[ir.const(shift, I32)])
     sign_on_left = -1 if bound.side == "end" else 1

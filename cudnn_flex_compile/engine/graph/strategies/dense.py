@@ -1,6 +1,6 @@
-"""Any score_mod under any legal predicate: one select by the whole mask; every tile is computed.
+"""Lowers any score_mod under any legal predicate: one select by the whole mask, and every tile is computed.
 
-Knows nothing of bounds: chained before dense in one graph has dropped an `or`, so all of the mask is one predicate.
+All of the mask is one predicate, its bounds included: a graph with selects of both strategies has dropped an `or`.
 """
 
 from typing import TYPE_CHECKING, Any

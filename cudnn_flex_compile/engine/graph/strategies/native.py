@@ -1,7 +1,7 @@
-"""Plain scores under a causal mask, a causal window, a length for each batch entry or none: cuDNN's own arguments.
+"""Lowers plain scores to cuDNN's own arguments: without a mask, or under a causal mask, a causal window or lengths.
 
-A learned bias may be added, which is an argument, too; then any band around the diagonal is native, for a score_mod
-would mask before the bias is added, and cuDNN skips no tiles by that. Knows nothing of score_mods.
+A learned bias may be added, which is an argument, too. Then any band around the diagonal is native: a score_mod would
+mask before the bias is added, and cuDNN would skip no tiles.
 """
 
 from typing import Any

@@ -1,7 +1,4 @@
-"""What the score_mod strategies share: legal score and backward expressions of a program.
-
-Knows nothing of masks.
-"""
+"""The legal score and backward expressions of a program, which chained.py and dense.py share."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -21,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def legal(root: Expr) -> Expr | Reason:
-    """`root` in legal forms, or which op has none."""
+    """`root` in legal forms, or a reason that names the op that has none."""
     try:
         done = legalize(root)
     except Illegal as error:
@@ -31,7 +28,7 @@ def legal(root: Expr) -> Expr | Reason:
 
 
 def biased(program: Program) -> Expr | Reason:
-    """The legal score less the learned operand, with the mask's biases added: what is hidden becomes -inf."""
+    """The legal score without the learned operand, with the mask's biases added, so that hidden pairs are -inf."""
     score, _ = without_bias(program.score)
     return legal(split(program.mask).added_to(score))
 
@@ -40,8 +37,8 @@ def legal_backward(program: Program, inside: Expr | None = None) -> Expr | Reaso
     """The gradient of the raw score; GRAD itself where it passes unchanged.
 
     Args:
-        inside: None, or a predicate of the pairs at which a gradient of the log-sum-exp counts. None is taken beside a
-            learned bias: cuDNN's dBias is the gradient before this is added (the frontend's sources, 1.32).
+        inside: None, or a predicate of the pairs at which a gradient of the log-sum-exp counts. Beside a learned bias
+            it is refused: cuDNN's dBias is the gradient before that one is added (the frontend's sources, 1.32).
     """
     if inside is not None and position(program) is not None:
         return Reason(Code.UNSUPPORTED_CALL, "a score_mod's backward gives a bias no gradient of the log-sum-exp")
@@ -60,13 +57,13 @@ def legal_backward(program: Program, inside: Expr | None = None) -> Expr | Reaso
 
 
 def _of_the_lse(program: Program, inside: Expr) -> Expr:
-    """exp(S - LSE) * dLSE where a pair is visible, else 0: what a gradient of the log-sum-exp adds to GRAD.
+    """The term that a gradient of the log-sum-exp adds to GRAD: exp(S - LSE) * dLSE at visible pairs, else 0.
 
-    Wider values (engine/plans/widened_values.py) have cuDNN add it up itself, but cost copies of three tensors, and
-    more of each product; this costs two reads a row and an exp a pair. It reads the score before it is masked, and is
-    masked by a select of its own: a gradient that reads the score_mod's very result is computed wrongly
-    (engine/guards.py). The select comes last, so that what the rows hold beyond their end, or an exp that overflows
-    at a hidden pair, reaches nothing.
+    It costs two reads for each row and an exp for each pair. (Wider values, engine/plans/widened_values.py, let cuDNN
+    add it up itself, but cost copies of three tensors, and more of each product.) It reads the score before it is
+    masked, and is masked by a select of its own: a gradient that reads the score_mod's very result is computed wrongly
+    (engine/guards.py). The select comes last, so that an exp that overflows at a hidden pair, and entries of the rows
+    beyond their end, reach nothing.
     """
     form = split(program.mask)
     score = form.added_to(program.score)
