@@ -1,6 +1,6 @@
-"""Chooses the plan of a problem among its attempts: the first that is certified, or of all that are the fastest.
+"""Chooses the plan of a problem among its attempts: the first that is certified, or the fastest of all certified ones.
 
-Knows nothing of how plans are built or kept.
+find_plan.py calls it when no plan is known; candidates.py lists the attempts, and engine/certify checks them.
 """
 
 import functools
@@ -60,10 +60,11 @@ def choose(problem: Problem, forward: Plan | None, reference: Reference, policy:
 def certified(
     plan: Plan, forward: Plan, reference: Reference, policy: Policy, variant: tuple[Hashable, ...] | None = None
 ) -> Reason | None:
-    """What is wrong with a plan, or None.
+    """Certifies a plan: the reason against it, or None.
 
     Args:
-        variant: of its attempt. Where there is one, and the kind is known (kinds.py), the plan is checked on less.
+        variant: the attempt's. Where there is one, and plans of its class were certified in full (coverage.py), the
+            plan is checked on fewer regimes.
     """
     from cudnn_flex_compile.engine.certify.certify import certify
 
@@ -92,7 +93,7 @@ def _fastest(right: Sequence[Plan], forward: Plan | None, reference: Reference) 
 
 
 def run_of(plan: Plan, forward: Plan, reference: Reference) -> Callable[[], None]:
-    """Runs a plan on made-up data of its problem."""
+    """A function that runs a plan on made-up data of its problem."""
     problem = plan.problem
     generator = torch.Generator(plan.device).manual_seed(SEED)
     t, sample = drawn(problem, generator), reference.sample(problem, generator)

@@ -1,6 +1,7 @@
 """Finds the plan of a call: in this process, in the cache folder, or by choosing one now; and remembers it.
 
-Knows nothing of FX graphs or of the op that runs plans, nor of how a plan is chosen.
+The pass asks it while compiling, and kernels/cuda.py at run time for a shape that has no plan yet. choose.py chooses;
+nothing here depends on FX graphs or on the ops.
 """
 
 import logging
@@ -34,13 +35,14 @@ def cache_info() -> CacheInfo:
 
 
 def cache_clear() -> None:
-    """Drops all plans and zeroes the counters; what is kept in the cache folder stays there, and so do plans that a
-    CUDA graph captured."""
+    """Drops all plans but those that a CUDA graph captured, and zeroes the counters. The cache folder keeps its
+    verdicts.
+    """
     engine.clear()
 
 
 def remember_reference(problem: Problem, reference: Reference) -> None:
-    """The user's own functions, for certifying plans of this program at this shape."""
+    """Keeps the user's own functions, for certifying plans of this program at this shape."""
     engine.references.put(_reference_key(problem), reference)
 
 
@@ -55,12 +57,12 @@ def _reference(problem: Problem) -> Reference:
 def find_plan(
     call: Key, reference: Callable[[], Reference] | None = None, fingerprint: str | None = None
 ) -> CachedPlan | Reason:
-    """The certified plan of a call, from the cache or built now; or why there is none.
+    """The certified plan of a call, from the cache or built now, or the reason why there is none.
 
     Args:
-        reference: gives the user's own functions, where they are at hand. A plan that was compared with others is
-            compared with these, too, though they became the same program: a fault of ours would show.
-        fingerprint: of the reference.
+        reference: gives the user's own functions, where they are at hand. A plan that was compared with other functions
+            is compared with these, too, although they became the same program, so that a fault of our tracing shows.
+        fingerprint: the reference's.
 
     Raises:
         RuntimeError: a plan must be built while a CUDA graph is being captured.
@@ -76,12 +78,12 @@ def find_plan(
     if torch.cuda.is_current_stream_capturing():
         detail = "the plan cannot be compared with these functions while a CUDA graph is being captured"
         return Reason(Code.CERTIFICATION, detail, lasting=False)
-    functions = reference()  # in this thread, for what they take of autograd
+    functions = reference()  # in this thread, because they read its autograd state
     return run_clean(lambda: _or_why_not(lambda: _compared(call, found, functions)), Call(*call).device)
 
 
 def _compared(call: Key, found: CachedPlan, reference: Reference) -> CachedPlan | Reason:
-    """The plan, if it is right for these functions as well."""
+    """The plan, if it is right for these functions as well, else the reason against it."""
     before = _forward(call) if Call(*call).direction == BACKWARD else found
     if isinstance(before, Reason):
         return before
@@ -93,7 +95,7 @@ def _compared(call: Key, found: CachedPlan, reference: Reference) -> CachedPlan 
 
 
 def _forward(call: Key) -> CachedPlan | Reason:
-    """Of a backward call, also where the cache has dropped it."""
+    """The forward plan of a backward call, found again where the cache has dropped it."""
     key = forward_of(call)
     return engine.plans.peek(key) or engine.plans.put(key, _make(key))
 
@@ -132,7 +134,7 @@ Found = TypeVar("Found")
 
 
 def _or_why_not(find: Callable[[], Found]) -> Found | Reason:
-    """What `find` gives, or that memory is short, or what went wrong."""
+    """The result of `find`, or a reason that says that memory is short, or which error came up."""
     try:
         return find()
     except torch.OutOfMemoryError as error:

@@ -1,4 +1,4 @@
-"""Every private name of cuDNN's frontend (the package `cudnn`) that is used, once, and what is done without it.
+"""Every private name of cuDNN's frontend (the package `cudnn`) that is used, once, and the way to do without it.
 
 This file may import the frontend, and nothing of attention. The names were seen in nvidia-cudnn-frontend 1.32; those
 that a later one has in their place come first. `missing()` lists what this one lacks.
@@ -26,7 +26,7 @@ Launch = Callable[[Sequence[int], int, Any], None]  # addresses, in the order of
 log = logging.getLogger("cudnn_flex_compile")
 
 
-# Launching. `pygraph.execute` looks at every buffer anew at each call. Whatever is quicker is private.
+# Launching. `pygraph.execute` looks at every buffer at each call. All faster ways are private.
 def prepared_launch(graph: Any, uids: Sequence[int]) -> Launch | None:
     """A launch by `_prepare_backend_execution`, which later frontends have for this; None where it is missing."""
     prepare = getattr(graph, "_prepare_backend_execution", None)
@@ -49,7 +49,7 @@ def prepared_launch(graph: Any, uids: Sequence[int]) -> Launch | None:
 
 
 def raw_launch(graph: Any, uids: Sequence[int]) -> Launch | None:
-    """A launch by what frontend 1.32's `execute` itself calls in the end; None where that is missing."""
+    """A launch by the functions that frontend 1.32's `execute` itself calls; None where one is missing."""
     try:
         lowered = graph._lowered_graph
         run: Any = lowered._execute_with_raw_ptrs
@@ -88,7 +88,9 @@ def public_launch(graph: Any, uids: Sequence[int]) -> Launch:
 
 
 def _picker(order: Sequence[int], uids: Sequence[int]) -> Callable[[Sequence[int]], tuple[int, ...]] | None:
-    """What takes the addresses of `uids` in another order; None where that names others, or too few to be a graph's."""
+    """A function that takes the addresses of `uids` and returns them in another order; None where the order names other
+    uids, or too few to be a graph's.
+    """
     if len(order) < 2 or not set(order) <= set(uids):
         return None
     return operator.itemgetter(*[uids.index(uid) for uid in order])
@@ -101,7 +103,7 @@ def _picker(order: Sequence[int], uids: Sequence[int]) -> Callable[[Sequence[int
 # closure, and the link is cut once the graph is built or refused. It may go when the wrapper lets go of the graph by
 # itself; there is no issue upstream yet. Without the name, nothing is replaced, and graphs may stay.
 class Link:
-    """A function that can be let go of by whoever made the link."""
+    """A function that the maker of the link can release."""
 
     __slots__ = ("_function",)
 
@@ -121,10 +123,10 @@ _lowering = new_lock()
 
 
 class Graph(cudnn.pygraph):
-    """A graph, whose callbacks hold it no longer than until its links are cut.
+    """A graph, whose callbacks hold it only until its links are cut.
 
     Attributes:
-        links: what leads from its callbacks to what it was lowered to.
+        links: the links from its callbacks to the graph to which it was lowered.
     """
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
@@ -196,12 +198,12 @@ _compiling: list[int] = []  # threads, each as often as it is in `quiet`
 
 
 # Note [Where interval kernels are kept]. Compiling one takes seconds. Frontend 1.32 keeps them in a folder if
-# variables of the environment say so when it is imported; the environment belongs to the user, and to the processes
-# that he starts. So each cache of the frontend that is in memory alone is replaced, once, by one of its own class for
-# a folder. It may go when a folder can be passed; there is no issue upstream yet. Without these names kernels are not
-# kept.
+# variables of the environment say so when it is imported; the environment belongs to the user and to processes that
+# the user starts. So each cache of the frontend that is in memory alone is replaced, once, by one of the frontend's own
+# class for a folder. It may go when a folder can be passed; there is no issue upstream yet. Without these names kernels
+# are not kept.
 def keep_kernels(folder: Path) -> None:
-    """Has the frontend keep the interval kernels that it compiles, unless it already does."""
+    """Makes the frontend keep the interval kernels that it compiles in a folder, unless it already does."""
     caches: Any = importlib.import_module(f"{INTERVALS}.runtime.compile_cache")
     if getattr(caches, "CUTE_DSL_CACHE_ENABLED", True):  # the user says where
         return
@@ -216,7 +218,7 @@ def keep_kernels(folder: Path) -> None:
 
 
 def _caches_of(module: Any, memory: type) -> list[tuple[Any, str, str]]:
-    """Each cache that is in memory alone: whose attribute it is, and a name for it."""
+    """Each cache that is in memory alone: the object that has it, the attribute, and a name for it."""
     names = list(vars(module).items())
     found = [(module, name, name.strip("_").lower()) for name, value in names if type(value) is memory]
     functions = [(name, value) for name, value in names if callable(value)]
@@ -225,7 +227,7 @@ def _caches_of(module: Any, memory: type) -> list[tuple[Any, str, str]]:
 
 
 def compiled_kernel(compiler: Any) -> Any:
-    """Gives the kernel that FlexAttentionFwd or FlexAttentionBwd compiled: their own call checks all at each launch.
+    """The kernel that FlexAttentionFwd or FlexAttentionBwd compiled. Their own call checks everything at each launch.
 
     Raises AttributeError where it is missing: then there is no plan by tiles.
     """
@@ -241,7 +243,7 @@ def tile_builder() -> Any:
 
 
 def backward_topology(config: Any) -> Any:
-    """Tells the backward's stage its tiles."""
+    """The tiles of the backward's stage."""
     return tile_builder()._ResolvedSm90BwdTopologyConfig(config)
 
 

@@ -1,17 +1,18 @@
 """Guards programs against three ways in which cuDNN's backward computes a score_mod wrongly.
 
-Knows nothing of plans. Measured on an H200 with cuDNN 9.19:
+candidates.py builds guarded programs where `needs_guard` says so, or where the plain ones fail. The faults were
+measured on an H200 with cuDNN 9.19:
 
-- In the tile rows and columns beyond the last query and key the raw score is -inf, and goes through the score_mod:
-  where that gives no -inf, or a derivative that is not finite, the backward multiplies it with a zero, and the NaN
-  spreads over whole rows of dQ and dK (x * x, -x, sin(x), silu(x) at length 1000; right at 1024). A captured
-  tensor along kv has rows of very low scores fail the same way at lengths that are 64 modulo 128.
-- There, too, a captured tensor is read beyond its end, and whatever is in that memory goes through the score_mod; and
-  weights of rows beyond the last query are multiplied with zeros, whatever they are. So a NaN in that memory, or a
-  score that grows there until its weight overflows (slopes[h] * (kv - q), where the score_mod sees 0), makes dV NaN.
-  Scores of -inf have weights of 0.
-- Where the gradient reads the score_mod's very result (sigmoid(x), |x|), dV is off by 200x. A select behind the
-  result mends it. A gradient of the log-sum-exp reads the result of every score_mod that no mask is behind of.
+- In the tile rows and columns beyond the last query and key the raw score is -inf, and goes through the score_mod.
+  Where its result is not -inf, or its derivative is not finite, the backward multiplies it with a zero, and the NaN
+  spreads over whole rows of dQ and dK (x * x, -x, sin(x), silu(x) at length 1000; right at 1024). With a captured
+  tensor along kv, rows of very low scores fail the same way at lengths that are 64 modulo 128.
+- There, too, a captured tensor is read beyond its end, and the contents of that memory go through the score_mod.
+  Weights of rows beyond the last query are multiplied with zeros. So a NaN in that memory, or a score that grows there
+  until its weight overflows (slopes[h] * (kv - q), where the score_mod sees 0), makes dV NaN. Scores of -inf have
+  weights of 0.
+- Where the gradient reads the score_mod's very result (sigmoid(x), |x|), dV is off by 200x. A select after the result
+  mends it. A gradient of the log-sum-exp reads the result of every score_mod that no mask follows.
 """
 
 import math
@@ -31,7 +32,7 @@ TILE = 128
 
 
 def ends(lengths: tuple[int, int]) -> Expr:
-    """Whether a pair is below `lengths` of q and kv, as all pairs are that tiles which end there hold."""
+    """A predicate: whether a pair is below `lengths` of q and kv. It is true where tiles end at these lengths."""
     if all(n % TILE == 0 for n in lengths):
         return TRUE
     rows, columns = _below(lengths)
@@ -56,7 +57,7 @@ def guarded(program: Program, lengths: tuple[int, int]) -> Program:
 
 
 def _is_read_beyond(node: Expr) -> bool:
-    """Whether a node reads what may be NaN beyond the lengths; integers there do no harm."""
+    """Whether a node reads memory beyond the lengths that may hold NaNs; integers there do no harm."""
     return node.kind == "operand" and node.dtype == F32 and bool({"q", "k"} & set(node.dims))
 
 
@@ -82,7 +83,7 @@ def needs_guard(program: Program, gradient: Expr, lengths: tuple[int, int]) -> b
 
 
 def _at_the_end(root: Expr) -> torch.Tensor:
-    """The value at a raw score of -inf and a gradient of 0; everything else is 1."""
+    """The value of an expression at a raw score of -inf and a gradient of 0, where every other leaf is 1."""
 
     def leaf(node: Expr) -> torch.Tensor:
         if node.kind == "const":

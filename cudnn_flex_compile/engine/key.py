@@ -1,7 +1,7 @@
-"""The key of a call, as cheap to make as can be, and the problem that it stands for.
+"""The key of a call, which the host makes at every call, and the problem that it stands for.
 
-Knows nothing of plans. Two calls with equal keys have the same problem, and the same policy by which its plan is found;
-the key is made at every call, the problem only when a plan must be built.
+Two calls with equal keys have the same problem, and the same policy by which its plan is found. A key must be cheap;
+the problem is made only when a plan must be built.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ class Call(NamedTuple):
     Attributes:
         operands: shape, stride and dtype of each.
         policy: text (config.Policy).
-        grad_stride, lse_gradient: of a backward.
+        grad_stride, lse_gradient: a backward's.
     """
 
     direction: str
@@ -57,7 +57,7 @@ def forward_key(
     tiled: bool = False,
     policy: str = "",
 ) -> Key:
-    """From tensors, or anything with shape, stride(), dtype and device."""
+    """The key of a forward call of tensors, or of anything with shape, stride(), dtype and device."""
     return (
         FORWARD, program, query.shape, query.stride(), query.dtype, key.shape, key.stride(), key.dtype,
         value.shape, value.stride(), value.dtype, query.device.index, scale, stats,
@@ -67,13 +67,16 @@ def forward_key(
 
 
 def backward_key(forward: Key, grad: Any, lse_gradient: bool = False) -> Key:
-    """The backward of a forward call, for a gradient in the layout of `grad`, and one of the log-sum-exp or not."""
+    """The key of a forward call's backward, for a gradient in the layout of `grad`, with one of the log-sum-exp or not.
+    """
     return (BACKWARD, *forward[1:], grad.stride(), lse_gradient)
 
 
 def problem_of(key: Key) -> Problem:
-    """The problem: layouts that cuDNN cannot read are replaced by dense ones in the same order, into which the op
-    copies. The gradients have the layouts that those of the call's own tensors have.
+    """The problem of a call.
+
+    Layouts that cuDNN cannot read are replaced by dense ones in the same order, into which the op copies. The gradients
+    have the layouts of the gradients of the call's own tensors.
     """
     call = Call(*key)
     given = given_layouts(call)
@@ -109,7 +112,7 @@ def given_layouts(call: Call) -> tuple[TensorSpec, TensorSpec, TensorSpec]:
 
 
 def policy_of(key: Key) -> Policy:
-    """By what its plan is found. Raises ValueError for a text that is no policy's."""
+    """The policy by which the call's plan is found. Raises ValueError for a text that is no policy's."""
     return policy_from(Call(*key).policy)
 
 

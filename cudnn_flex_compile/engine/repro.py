@@ -1,7 +1,7 @@
-"""Tells the user of plans that certification rejected: one warning, and a script that shows it again.
+"""Tells the user of plans that certification rejected, by one warning and a script that builds the plan again.
 
-Knows nothing of how plans are built or checked, but where to ask for that. A rejected plan that another variant of the
-same strategy replaces (guarded, expanded) is no news: that is logged at level INFO.
+choose.py calls it. A rejected plan that another variant of the same strategy replaces (guarded, expanded) costs the
+user nothing, and is logged at level INFO.
 """
 
 import functools
@@ -45,7 +45,7 @@ sys.exit(rerun(PROBLEM, attempt={attempt}))
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
-    """attempt: its number among attempts.attempts. strategy: of the plan. verdict: what was wrong with it."""
+    """attempt: its number among candidates.attempts. strategy: the plan's. verdict: certification's reason."""
 
     attempt: int
     strategy: str
@@ -60,9 +60,8 @@ def warned(program: str) -> bool:
 def warn_of(
     rejected: Sequence[Rejection], problem: Problem, reference: Reference, used: str | None
 ) -> None:  # fmt: skip
-    """Once for each program, direction and shape, if the call is kept (`used` is None) or runs on another strategy.
-
-    One warning has it all: the first rejected plan, which is the one that was wanted most.
+    """Warns once for each program, direction and shape, if the call is kept (`used` is None) or runs on another
+    strategy. The warning is about the first rejected plan, which was wanted most.
     """
     if not rejected:
         return
@@ -82,7 +81,7 @@ def warn_of(
 
 @functools.cache
 def folder() -> Path:
-    """Of this process's scripts. Raises OSError."""
+    """The folder of this process's scripts. Raises OSError."""
     return Path(tempfile.mkdtemp(prefix="cudnn_flex_repro_"))
 
 
@@ -105,7 +104,7 @@ def _versions() -> str:
 
 
 def _write(rejection: Rejection, problem: Problem, source: str) -> str:
-    """Where the script is, or why there is none: a full or read-only disk must not stop a model."""
+    """Writes the script, and says where it is, or why there is none: a full or read-only disk must not stop a model."""
     source_code = script(rejection, problem, source)
     try:
         path = folder() / f"{hashlib.sha256(source_code.encode()).hexdigest()[:12]}.py"
@@ -116,7 +115,7 @@ def _write(rejection: Rejection, problem: Problem, source: str) -> str:
 
 
 def rerun(problem: Problem, attempt: int) -> int:
-    """What a script does: builds an attempt of a problem and certifies it. 1 if it is wrong, else 0."""
+    """Builds an attempt of a problem and certifies it, for a script: 1 if it is wrong, else 0."""
     from cudnn_flex_compile.engine.worker import run_clean
 
     wrong = run_clean(lambda: _wrong(problem, attempt), problem.device)

@@ -1,7 +1,7 @@
 """The self-test of `cudnn-flex doctor`: a fixed set of programs, planned and certified on this machine.
 
-Knows nothing of how results are shown. A program fails where no plan of either direction is right: calls like it would
-be kept.
+cli.py runs it and shows the results. A program fails where one direction has no right plan: calls like it would be
+kept. A new program is one row here.
 """
 
 import time
@@ -72,7 +72,7 @@ PROGRAMS = (
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Of one program: the strategies of forward and backward, or why there is no right plan."""
+    """The result of one program: the strategies of forward and backward, or the reason why there is no right plan."""
 
     name: str
     strategies: tuple[str, ...]

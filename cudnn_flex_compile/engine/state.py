@@ -1,7 +1,7 @@
-"""What this process knows of plans, in one object.
+"""`engine` holds everything that this process remembers of plans, so that one lock and one reset serve all of it.
 
-Knows nothing of how plans are found or run. Compiles share it, so nothing in it is what one of them asked for: that is
-in the keys of its plans (config.Policy).
+find_plan.py, certification and autotune keep their maps here. All compiles share it, so options of one compile are not
+in it: they are in the keys of its plans (config.Policy).
 """
 
 import atexit
@@ -19,20 +19,20 @@ from cudnn_flex_compile.reasons import Reason
 from cudnn_flex_compile.settings import forget as forget_settings
 from cudnn_flex_compile.settings import settings
 
-REFERENCES, COVERAGE, TIMES = 256, 1024, 1024  # that are remembered, the last ones
+REFERENCES, COVERAGE, TIMES = 256, 1024, 1024  # the number of entries that are remembered, the last ones
 
 
 class Engine:
     """Any thread may use it.
 
     Attributes:
-        lock: of the maps below, held for moments.
+        lock: guards the maps below, and is held for moments.
         building: held while a plan is found, which may take seconds.
-        plans: the certified plans, and why there is none, by the keys of calls (engine/key.py).
+        plans: the certified plan, or the reason why there is none, by the keys of calls (engine/key.py).
         references: the users' functions that plans are compared with, by program and sizes (engine/find_plan.py).
-        coverage: the kinds of plans that were certified in full, so that a new shape of one takes less
+        coverage: the classes of plans that were certified in full, so that a new shape of one takes fewer regimes
             (engine/certify/coverage.py).
-        times: what autotuning measured of calls, by all that it depends on (passes/decide/autotune.py).
+        times: the times of calls that autotune measured, by everything that they depend on (passes/decide/autotune.py).
         graph_pool: the launches that are replayed.
     """
 
@@ -47,7 +47,7 @@ class Engine:
 
     @property
     def store(self) -> Store | None:
-        """Where verdicts are kept beyond the process, if anywhere; the same one while the settings stay."""
+        """The store of verdicts beyond the process, or None; the same one while the settings stay."""
         given = settings()
         wanted = given.folder, given.cache_mb
         with self.lock:
@@ -56,7 +56,7 @@ class Engine:
             return self._store[1]
 
     def clear(self) -> None:
-        """Drops all plans but those that a CUDA graph captured, and what spares plans checks; zeroes all counts."""
+        """Drops all plans but those that a CUDA graph captured, and the coverage; zeroes all counts."""
         self.plans.clear()
         self.coverage.clear()
 
@@ -71,11 +71,12 @@ class Engine:
             self._store = (), None
 
     def release(self) -> None:
-        """Frees all plans, while CUDA and cuDNN are there: what modules hold may be freed after they are gone."""
+        """Frees all plans while CUDA and cuDNN are loaded: objects that modules hold may be freed after these are gone.
+        """
         self.plans.release()
 
     def forsake(self) -> None:
-        """In the child of a fork: it has no part in its parent's CUDA context, and frees nothing of it."""
+        """Drops everything in the child of a fork. It frees nothing there, in the CUDA context of the parent."""
         for table in (self.plans, self.references, self.coverage, self.times):
             table.forsake()
 

@@ -1,8 +1,8 @@
-"""The support table: what is refused, or written in another form, because cuDNN computes it wrongly; with evidence.
+"""The support table: the calls that are refused, and the forms that are rewritten, because cuDNN gets them wrong.
 
-Knows nothing of how plans are built. A rule that applies names the reason why no plan is tried; no rule means that
-cuDNN and then certification decide. A rewrite is made wherever its form comes up, on every version: the form that it
-gives is right on all. tests/gpu/test_wrong_classes.py builds each wrong form, and has certification judge it.
+Each row has its evidence. A rule that applies names the reason why no plan is tried; without one, cuDNN and then
+certification decide. A rewrite is made wherever its form comes up, on every version: the new form is right on all.
+tests/gpu/test_wrong_classes.py builds each wrong form, and has certification judge it.
 """
 
 import math
@@ -28,8 +28,8 @@ FAR_SCORE = 2.0**16  # from here on a float32 log-sum-exp is rounded by as much 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """code: the reason. applies: what is wrong with this problem, or None. evidence: how it was measured, and where.
-    of_plans: whether it holds for plans of cuDNN alone, and not for the CPU's kernel.
+    """code: the reason. applies: the detail of the reason for this problem, or None. evidence: how it was measured, and
+    where. of_plans: whether it holds for plans of cuDNN alone, and not for the CPU's kernel.
     """
 
     code: Code
@@ -60,7 +60,7 @@ def _single(problem: Problem, program: Program) -> str | None:
 
 
 def _two_operands(problem: Problem, program: Program) -> str | None:
-    if problem.tiled:  # no kernel computes the mask then
+    if problem.tiled:  # then no kernel computes the mask
         return None
     computed = without_bias(program.score)[0], split(program.mask).residual  # bounds have an index, biases are added
     for node in ir.walk(*computed):
@@ -112,7 +112,7 @@ RULES: tuple[Rule, ...] = (
 
 
 def refused(problem: Problem, program: Program, on_cpu: bool = False) -> Reason | None:
-    """The first rule that applies, as a reason; `on_cpu`, where the CPU's kernel runs the program."""
+    """The first rule that applies, as a reason. `on_cpu`: whether the CPU's kernel runs the program."""
     for rule in RULES:
         if on_cpu and rule.of_plans:
             continue
@@ -133,14 +133,15 @@ class Rewrite:
     """A form that cuDNN's graphs are never given.
 
     Attributes:
-        name: what rewrites_off takes, where `switched`.
+        name: the name that rewrites_off takes, if `switched`.
         form: before -> after.
-        before: what becomes of the form: WRONG numbers, REFUSED, FATAL (reads illegal memory) or SLOW.
-        versions: of cuDNN on which that was seen. Others were right, or were not tried: the rewrite is made on all.
-        where: what makes it.
+        before: the effect of the form: WRONG numbers, REFUSED, FATAL (reads illegal memory) or SLOW.
+        versions: the versions of cuDNN that showed it. Others were right, or were not tried: the rewrite is made on
+            all.
+        where: the function that makes it.
         evidence: how it shows.
-        switched: whether a test can switch it off; others are how programs are built in the first place.
-        measured: on what. The rewrite is made on every architecture.
+        switched: whether a test can switch it off; other rewrites are how programs are built in the first place.
+        measured: the device. The rewrite is made on every architecture.
     """
 
     name: str
@@ -201,8 +202,8 @@ REWRITES: tuple[Rewrite, ...] = (
 def rewrites_off(*names: str) -> Generator[None]:
     """For tests alone: plans that are built within have the wrong forms, which certification must reject.
 
-    In the whole process. Build such plans by attempts.attempts or plan.build: the plan cache (find_plan) would keep
-    what it is told then. Raises ValueError for a name that is no switched rewrite.
+    It holds in the whole process. Build such plans by candidates.attempts or graph_plan.build: the plan cache
+    (find_plan) would keep them. Raises ValueError for a name that is no switched rewrite.
     """
     valid = {rewrite.name for rewrite in REWRITES if rewrite.switched}
     if not set(names) <= valid:

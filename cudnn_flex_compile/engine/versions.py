@@ -1,6 +1,6 @@
 """Versions of the libraries, and whether they can run anything at all here.
 
-Knows nothing of programs. Imports cudnn lazily: a machine without it can still compile and explain.
+It imports cudnn lazily: a machine without it can still compile and explain.
 """
 
 import functools
@@ -16,7 +16,7 @@ MINIMUM_CAPABILITY = (8, 0)
 
 @functools.cache
 def cudnn_missing() -> str | None:
-    """Why cudnn cannot be used, or None. The frontend imports without its library, and finds out when it is called."""
+    """Why cudnn cannot be used, or None. The frontend imports without its library, and fails when it is called."""
     try:
         importlib.import_module("cudnn").backend_version()
         return None
@@ -26,7 +26,7 @@ def cudnn_missing() -> str | None:
 
 @functools.cache
 def cudnn_version() -> int:
-    """E.g. 91900 for 9.19.0."""
+    """The version of the cuDNN library, as 91900 for 9.19.0."""
     import cudnn
 
     return int(cudnn.backend_version())
@@ -34,7 +34,7 @@ def cudnn_version() -> int:
 
 @functools.cache
 def versions() -> tuple[str, ...]:
-    """What a plan depends on besides its problem."""
+    """The versions and the architecture that a plan depends on besides its problem."""
     import cudnn
 
     return (torch.__version__, cudnn.__version__, str(cudnn_version()))

@@ -1,7 +1,7 @@
 """Runs a function free of the caller's torch state: modes, autograd exclusions, autocast, inference mode.
 
-A compile happens under Dynamo's modes and a kernel runs below autograd; building and certifying a plan needs
-neither. All of that state belongs to a thread, so a thread of ours has none of it.
+find_plan.py builds and certifies plans by it. A compile happens under Dynamo's modes, and a kernel runs below autograd;
+a plan must be certified under neither. All of that state belongs to a thread, so a new thread has none of it.
 """
 
 import os
@@ -38,8 +38,9 @@ def run_clean(function: Callable[[], Result], device: int) -> Result:
 def any_algorithm() -> Generator[None]:
     """Lets ops run that torch.use_deterministic_algorithms(True) forbids: cuBLAS without CUBLAS_WORKSPACE_CONFIG.
 
-    A certification compares by a tolerance, and nothing of it reaches the user. That mode belongs to the process, so it
-    stays on (and plans stay deterministic, whichever thread asks); it only warns meanwhile, and the warnings are ours.
+    A certification compares by a tolerance, and none of its numbers reach the user. The mode belongs to the process, so
+    it stays on (and plans stay deterministic, whichever thread asks), but it only warns meanwhile, and these warnings
+    are dropped.
     """
     if not torch.are_deterministic_algorithms_enabled() or torch.is_deterministic_algorithms_warn_only_enabled():
         yield
