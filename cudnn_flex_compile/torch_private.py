@@ -121,6 +121,14 @@ set_deterministic: Callable[..., None] = _now(
 _excluded = _now("torch:_C._dispatch_tls_local_exclude_set", "autograd below an op", "`above_autograd` says it", None)
 _included = _now("torch:_C._dispatch_tls_local_include_set", "autograd below an op", "`above_autograd` says it", None)
 _dispatching = _now("torch:_C._ForceDispatchKeyGuard", "autograd below an op", "`above_autograd` says it", None)
+_function_modes: Callable[[], int] = _now(
+    "torch.overrides:_len_torch_function_stack", "how many function modes are on",
+    "a kernel of Inductor's may be compiled anew where a default device is set", lambda: 0,
+)  # fmt: skip
+_without_mode: Callable[[], Any] = _now(
+    "torch.overrides:_pop_mode_temporarily", "takes away a function mode, as that of a default device",
+    "a kernel of Inductor's may be compiled anew where a default device is set", contextlib.nullcontext,
+)  # fmt: skip
 
 
 # The dispatcher passes over the first line of these below autograd, and over all of them below a TorchDispatchMode,
@@ -137,6 +145,9 @@ PASSED_OVER = (
 def above_autograd() -> Generator[None]:
     """Lets a kernel, which runs below autograd, use autograd and torch.compile themselves, in its own thread.
 
+    It runs outside of function modes, on which Dynamo guards: torch has one on as it runs the backward of a graph for
+    the first time, and none as it records that in a CUDA graph, where nothing can be compiled.
+
     Raises RuntimeError where a name is missing: a shape that has no plan and came up at run time does not run then.
     """
     if None in (_excluded, _included, _dispatching):
@@ -148,8 +159,11 @@ def above_autograd() -> Generator[None]:
     exclude = _excluded()
     for name in PASSED_OVER:
         exclude = exclude.remove(getattr(keys, name))
-    with _dispatching(_included(), exclude), torch.inference_mode(False), torch.enable_grad():
-        yield
+    with contextlib.ExitStack() as without_modes:
+        for _ in range(_function_modes()):
+            without_modes.enter_context(_without_mode())
+        with _dispatching(_included(), exclude), torch.inference_mode(False), torch.enable_grad():
+            yield
 
 
 # A backward that runs.

@@ -117,10 +117,10 @@ def test_launches_are_replayed_for_the_model_that_did_not_refuse_it():
     models, qkv = {name: compiled(options) for name, options in (("on", CHECKED), ("off", UNCHECKED))}, inputs(256)
     replays = {}
     for name in ("on", "off", "on"):
-        before = engine.shelf.replays
+        before = engine.graph_pool.replays
         for _ in range(3 * RECORD_AFTER):
             models[name](qkv)
-        replays[name] = engine.shelf.replays - before
+        replays[name] = engine.graph_pool.replays - before
     assert replays["on"] > 0
     assert replays["off"] == 0
     assert all(not hasattr(plan, "_replays") or plan._replays is None for plan in plans_of(replay=False))

@@ -1,6 +1,7 @@
 """torch has the private names that the package uses, and one that it has not costs a feature, never the model."""
 
 import ast
+import contextlib
 import json
 import os
 import re
@@ -114,3 +115,18 @@ def test_a_kernel_compiles_attention_under_a_dispatch_mode(training):
         with Through():
             found = torch.ops.cudnn_flex_test.attention(x)
     torch.testing.assert_close(found, expected)
+
+
+def test_a_kernel_is_compiled_once_whether_a_default_device_is_set_or_not():
+    """As torch has it where the backward of a graph runs for the first time, and not where a CUDA graph records it."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(lambda x: x.sin() + 1, backend=counter, fullgraph=True)
+    x = torch.randn(4)
+    for device in (torch.device("cpu"), contextlib.nullcontext()):
+        with device:
+            modes = torch.overrides._get_current_function_mode_stack()
+            with torch_private.above_autograd():
+                compiled(x)
+            assert torch.overrides._get_current_function_mode_stack() == modes
+    assert counter.frame_count == 1
