@@ -1,7 +1,4 @@
-"""The Dynamo backend: runs the pass, then the inner backend on what is left.
-
-Knows nothing of how calls are lowered.
-"""
+"""The Dynamo backend: runs the pass (passes/lower_graph.py), then the inner backend on the rest of the graph."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -33,10 +30,10 @@ def cudnn_flex(
         graph_module: Dynamo's graph, before autograd.
         example_inputs: the inputs of the call that is being compiled.
         options: see config.Options.
-        mode: of the inner backend.
+        mode: the inner backend's mode.
 
     Raises:
-        ValueError, TypeError: an unknown option, or a value that it does not take; or such an environment variable.
+        ValueError, TypeError: an unknown option or a wrong value, also in an environment variable.
     """
     chosen = options_from(options, mode)
     lower(graph_module, example_inputs, chosen)
@@ -52,7 +49,7 @@ def lower(graph_module: GraphModule, example_inputs: Sequence[Any], options: Opt
     """
     from cudnn_flex_compile.passes.lower_graph import lower_calls
 
-    settings()  # a wrong one is an error here, not in the midst of a compile
+    settings()  # a wrong setting is an error here, and not in the midst of a compile
     with phase("lower"):
         calls = lower_calls(graph_module, example_inputs, options)
     publish(calls)

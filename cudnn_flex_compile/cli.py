@@ -1,7 +1,7 @@
-"""The command `cudnn-flex`: whether plans run right here (doctor), what the backend does with a script (explain), a
-script with its calls lowered (run), and how fast attention is here (bench).
+"""The command `cudnn-flex`. `doctor` says whether plans run right on this machine, `explain` how the calls of a script
+are lowered, `run` runs a script with its calls lowered, and `bench` measures attention.
 
-Knows nothing of how reports are laid out. Exit codes: 0 yes, 1 no (no plan can run here, or the self-test failed; the
+Tables are laid out in report/render.py. Exit codes: 0 yes, 1 no (no plan can run here, or the self-test failed; the
 script failed or compiled no flex_attention call), 2 wrong usage; a script's own exit code passes through.
 """
 
@@ -92,7 +92,7 @@ def _doctor(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 
 def _self_test() -> list[dict[str, Any]]:
-    """Of each program of engine/selftest.py, on the current device."""
+    """The result of each program of engine/selftest.py, on the current device."""
     import torch
 
     from cudnn_flex_compile.engine import selftest
@@ -128,7 +128,7 @@ def _facts() -> dict[str, Any]:
 
 
 def _cache_folder() -> str:
-    """Where plans are kept, by the environment, and how much there is."""
+    """The folder in which plans are kept, by the environment, with the number of entries and their size."""
     from cudnn_flex_compile.engine.store.files import Store
     from cudnn_flex_compile.settings import settings
 
@@ -155,7 +155,7 @@ def _device(index: int) -> str:
 
 
 def _dotted(version: int) -> str:
-    """9.19.0 for 91900."""
+    """A version of cuDNN as text: 9.19.0 for 91900."""
     return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
 
 
@@ -201,7 +201,7 @@ def _explain(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 
 def _show(report: "Report", script: str) -> None:
-    """In colour and as wide as the terminal, if it is one."""
+    """Prints a report, in colour and as wide as the terminal, if it is one."""
     print(f"\ncudnn-flex explain {script}")
     if not sys.stdout.isatty():
         print(report)
@@ -212,7 +212,7 @@ def _show(report: "Report", script: str) -> None:
 
 
 def _plotted(report: "Report", path: str) -> bool:
-    """Whether the masks could be drawn; says how many, or why not."""
+    """Draws the masks into a file, prints their number or an error, and returns whether it worked."""
     try:
         count = report.plot(path)
     except (OSError, ValueError) as error:

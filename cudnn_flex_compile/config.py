@@ -1,6 +1,7 @@
 """Options of one compile, from `torch.compile(..., options={...})` and from environment variables.
 
-Knows nothing of graphs. What all compiles of a process share is in settings.py.
+The backend and `install` read options here; the pass has them as `context.options`. Settings that all compiles of a
+process share are in settings.py.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ CERTIFY = ("once", "always", "off")
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """Says what a compile asks of its plans, also of those that are found when its graph runs.
+    """The options by which the plans of a compile are found, also those that are found when its graph runs.
 
     Its text is an argument of the ops, so that a graph carries it wherever it goes, and part of each plan's key, so
     that no compile runs a plan that was made by another one's rules.
@@ -31,7 +32,7 @@ class Policy:
 
     @property
     def text(self) -> str:
-        """The fields that are not the defaults, such as "certify=always replay=False": equal for equal policies."""
+        """The fields without the defaults, as "certify=always replay=False". Equal policies have equal texts."""
         values = [(f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self)]
         return " ".join(f"{name}={value}" for name, value, default in values if value != default)
 
@@ -49,7 +50,7 @@ def policy_from(text: str) -> Policy:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """Holds what a user can set for one compile. No other compile notices.
+    """The options that a user can set for one compile. They change no other compile.
 
     Attributes:
         inner_backend: the backend for everything but attention: any name that torch._dynamo knows.
@@ -86,7 +87,7 @@ class Options:
 
     @property
     def policy(self) -> Policy:
-        """Gives the part of the options by which plans are found."""
+        """The part of the options by which plans are found."""
         return Policy(self.certify, self.autotune, self.replay)
 
     @property
@@ -96,7 +97,7 @@ class Options:
 
 
 FORMER = {"intervals": "tile_lists"}  # names that options once had
-# By the name of a field, of Options or of settings.Settings.
+# The tables below are by the name of a field, of Options or of settings.Settings.
 LEAST = {"plan_cache_size": 1, "cache_mb": 1, "bias_budget_mb": 0}
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "mode": (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
@@ -121,7 +122,7 @@ KINDS: dict[str, type] = {
 
 
 def check(given: Any, what: str) -> None:
-    """Checks all fields of a dataclass by the tables above. `what` they are, for the message.
+    """Checks all fields of a dataclass by the tables above. `what` names the fields in messages.
 
     Raises:
         ValueError, TypeError: a wrong value (the valid ones are listed) or type.
@@ -137,7 +138,7 @@ def check(given: Any, what: str) -> None:
 
 
 def options_from(given: Mapping[str, Any] | None, mode: str | None = None) -> Options:
-    """Options from what torch.compile passes on, over those of the environment.
+    """Options from the arguments of torch.compile, over those of the environment.
 
     Raises:
         ValueError, TypeError: unknown key (the valid ones are listed), wrong type or value.
@@ -160,7 +161,7 @@ def options_from(given: Mapping[str, Any] | None, mode: str | None = None) -> Op
 
 
 def _by_present_names(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options, each by the name of its field. Raises ValueError for one that is given by two names."""
+    """The options, each by the name of its field. Raises ValueError for an option that is given by two names."""
     twice = sorted(name for name in given if FORMER.get(name) in given)
     if twice:
         raise ValueError(f"option {twice[0]!r} is now {FORMER[twice[0]]!r}, and both are given; give the latter alone")
@@ -168,7 +169,8 @@ def _by_present_names(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_environment(kind: type) -> dict[str, Any]:
-    """The fields of a dataclass that environment variables set. Raises ValueError for a text that is no value."""
+    """The fields of a dataclass that environment variables set. Raises ValueError for a text that stands for no value.
+    """
     found: dict[str, Any] = {}
     former = {name: before for before, name in FORMER.items()}
     for f in dataclasses.fields(kind):

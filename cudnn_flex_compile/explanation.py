@@ -1,6 +1,6 @@
-"""Shows what the backend does with a model: compiles it and runs it once, in a state of its own.
+"""`explain` shows how the backend lowers a model: it compiles the model and runs it once, in a state of its own.
 
-Knows nothing of how calls are lowered, nor of how a report looks (rendering.py).
+It calls torch.compile and collects the report; report/render.py lays it out.
 """
 
 import inspect
@@ -23,14 +23,14 @@ _fresh_names = (f"explain_{i}" for i in itertools.count())
 def explain(
     model: Callable[..., Any], /, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any
 ) -> Report:
-    """What `torch.compile(model, backend="cudnn_flex")` does with each flex_attention call of `model(*args, **kwargs)`.
+    """Reports how the backend lowers the flex_attention calls of `model(*args, **kwargs)`, or why it keeps them.
 
-    Compiles and runs the model once, as if it had never been compiled; what is compiled already stays so. Gradients
-    are planned for if the model runs with grad mode on and parameters or inputs that require it.
+    It compiles and runs the model once, as if it had never been compiled; code that is compiled already stays so.
+    Gradients are planned for if the model runs with grad mode on and parameters or inputs that require it.
 
     Args:
         model: a module or a function.
-        options: of the backend, see Options.
+        options: the backend's options, see Options.
 
     Returns:
         The report: `print` it, or read `report.lowered`, `report.kept`, `report.to_dict()`.
@@ -53,7 +53,8 @@ def explain(
 
 
 def _never_compiled(model: Callable[..., Any]) -> Callable[..., Any]:
-    """A function with a code object of its own: Dynamo keeps compiled graphs, and the sizes it saw, by code object."""
+    """A copy of a function with its own code object: Dynamo keeps compiled graphs and the sizes it saw by code object.
+    """
     model = _without_compile(model)
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -64,7 +65,7 @@ def _never_compiled(model: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _without_compile(model: Callable[..., Any]) -> Callable[..., Any]:
-    """What torch.compile was given, if `model` is its result."""
+    """The argument of torch.compile, if `model` is its result; else the model."""
     if isinstance(model, types.FunctionType):
         return torch_private.original_function(model)
     return torch_private.original_of(model)
@@ -72,7 +73,7 @@ def _without_compile(model: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def _compiled_in_place_off(model: Callable[..., Any]) -> Generator[None]:
-    """Sets aside what `module.compile()` has compiled."""
+    """Sets the graphs that `module.compile()` has compiled aside."""
     modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
     calls = ((module, torch_private.compiled_call(module)) for module in modules)
     compiled = [(module, call) for module, call in calls if call is not None]

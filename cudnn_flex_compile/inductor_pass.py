@@ -1,6 +1,6 @@
 """The pass that `install` gives Inductor: lowers the flex_attention calls of each graph that Inductor compiles.
 
-Knows nothing of how calls are lowered, nor of when it is installed.
+installation.py puts it in; it calls the backend's `lower`.
 """
 
 from dataclasses import replace
@@ -20,8 +20,8 @@ class LowerFlexAttention(torch_private.custom_graph_pass()):
     """Runs on the graph of a model, and on each graph nested in it before that.
 
     Args:
-        options: of the backend.
-        before: what was in its place, which runs first: a pass, several, or None.
+        options: the backend's options.
+        before: the passes that were in its place, which run first: one, several, or None.
         timing: when Inductor ran passes before, which uninstalling sets again; None where torch has no choice.
     """
 
@@ -41,15 +41,17 @@ class LowerFlexAttention(torch_private.custom_graph_pass()):
         lower(module, (), replace(self.options, mode=mode))
 
     def uuid(self) -> Any | None:
-        """Differs wherever the compiled graph may: it has our code, the options, and the uuids of the passes before;
-        None if one of these has none.
+        """An identity for Inductor's caches, which differs wherever the compiled graph may.
+
+        It has our code, the options, and the uuids of the passes before; it is None if one of these has none.
         """
         others = inductor_seam.identity(self.before)
         return None if others is None else ("cudnn_flex", __version__, code_digest(), repr(self.options), *others)
 
 
 def _nested(module: GraphModule) -> bool:
-    """Whether it is the graph of a region, such as a checkpointed one: the graph around it, which says when its calls
-    run and what they share, comes later, and its calls are lowered then. Dynamo marks the outermost graph.
+    """Whether a module is the graph of a region, such as a checkpointed one, whose calls are lowered later.
+
+    The graph around it comes later, and shows when its calls run and what they share. Dynamo marks the outermost graph.
     """
     return torch_private.compiling() and "dynamo_compile_id" not in module.meta

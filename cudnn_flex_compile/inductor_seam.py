@@ -1,6 +1,7 @@
-"""Inductor's `pre_grad_custom_pass`, where a pass of ours is put, taken out again, or left out for a while.
+"""Puts a pass of ours into Inductor's `pre_grad_custom_pass`, takes it out again, or leaves it out for a while.
 
-Knows nothing of what the pass does. The option is documented, in torch/_inductor/config.py.
+The option is documented, in torch/_inductor/config.py. installation.py and outside.py use it, and whoever compiles a
+kernel of Inductor's own leaves the pass out.
 """
 
 from collections.abc import Callable, Generator
@@ -16,8 +17,8 @@ STOCK: dict[str, Any] = {PASS: None}  # options of a torch.compile that compiles
 
 
 class Pass(Protocol):
-    """A pass of ours. `before`: what was in its place, a pass, several or None. `timing`: when passes ran then, None
-    where torch has no choice. `options`: whatever it was made with.
+    """A pass of ours. `before`: the passes that were in its place: one, several or None. `timing`: when passes ran
+    then, None where torch has no choice. `options`: the options that it was made with.
     """
 
     lowers_flex_attention: bool
@@ -48,15 +49,16 @@ def passes(found: Any) -> tuple[Callable[..., Any], ...]:
 
 
 def identity(found: Any) -> tuple[Any, ...] | None:
-    """The uuids of the passes that the option holds; None if one has none, for then nothing may be cached."""
+    """The uuids of the passes that the option holds; None if one has none, because nothing may be cached then."""
     uuids = tuple(getattr(each, "uuid", lambda: None)() for each in passes(found))
     return None if None in uuids else uuids
 
 
 def put(make: Callable[[Any, str | None], Pass]) -> None:
-    """Puts a pass in, given what it takes the place of. Passes run before Inductor's caches are asked from then on,
-    whose keys so hold the graph that was rewritten: a cache that is asked before would hide calls from reports, and
-    plans from the checks that come with lowering.
+    """Puts a pass in. `make` gets the passes that it replaces, and the time at which these ran.
+
+    From then on passes run before Inductor asks its caches, whose keys so hold the rewritten graph. A cache that is
+    asked first would hide calls from reports, and plans from the checks that come with lowering.
     """
     options = config()
     timing = getattr(options, TIMING, None)
@@ -66,7 +68,7 @@ def put(make: Callable[[Any, str | None], Pass]) -> None:
 
 
 def take_out() -> None:
-    """Sets again what was there before, if a pass of ours is in."""
+    """Restores the passes that were there before, if a pass of ours is in."""
     found = installed()
     if found is None:
         return
@@ -77,7 +79,7 @@ def take_out() -> None:
 
 @contextmanager
 def stock() -> Generator[None]:
-    """Has Inductor compile what is compiled within as if no pass of ours were in."""
+    """Makes Inductor compile as if no pass of ours were in, within the block."""
     found = installed()
     if found is None:
         yield

@@ -1,7 +1,7 @@
-"""Lowers flex_attention wherever Inductor compiles it, whoever asked Inductor to.
+"""`install` lowers flex_attention wherever Inductor compiles it, whoever asked Inductor to.
 
 Trainers compile flex_attention by itself, or block by block, always with Inductor, so that a backend of ours never sees
-the call: `install()` gives Inductor a pass of ours. This module must not know how calls are lowered.
+the call. `install()` gives Inductor a pass of ours (inductor_pass.py).
 """
 
 import logging
@@ -31,15 +31,15 @@ class Installed:
 
 
 def install(**options: Any) -> Installed:
-    """Has the flex_attention calls lowered of whatever Inductor compiles in this process from now on.
+    """Lowers the flex_attention calls in all graphs that Inductor compiles in this process from now on.
 
     `torch.compile(...)` keeps its own mode and options. A pass that the user has set in
     `torch._inductor.config.pre_grad_custom_pass` before runs first; one that is set later, or in the options of one
     torch.compile, takes the place of ours. Graphs that are compiled already stay as they are.
 
     Args:
-        options: of the backend (see Options), but those that the user's own torch.compile has: inner_backend,
-            inner_options and mode.
+        options: the backend's options (see Options), without those that the user's own torch.compile has:
+            inner_backend, inner_options and mode.
 
     Returns:
         A context manager that uninstalls; it need not be used.
@@ -65,15 +65,17 @@ def install(**options: Any) -> Installed:
 
 
 def uninstall() -> None:
-    """Takes back what `install` did, if it did. Graphs that are compiled already stay as they are."""
+    """Undoes `install`, if it was called. Graphs that are compiled already stay as they are."""
     from cudnn_flex_compile import inductor_seam
 
     inductor_seam.take_out()
 
 
 def install_if_asked() -> None:
-    """Installs where the environment says CUDNN_FLEX_INSTALL=1. `import torch` calls it, by the entry point that torch
-    has for device backends, so that it reaches processes whose code can't be edited.
+    """Installs where the environment says CUDNN_FLEX_INSTALL=1.
+
+    `import torch` calls it, by the entry point that torch has for device backends, so that it reaches processes whose
+    code can't be edited.
     """
     asked = os.environ.get(VARIABLE, "0")
     if asked == "0":

@@ -1,7 +1,7 @@
 """Locks that the child of a fork can take, whoever held them in the parent: no other thread lives on in the child.
 
-Knows nothing of what is locked: whoever changes something in several steps under a lock must not be forked amid them
-and then be read by the child.
+The lock alone is made free in the child. Data that was being changed in several steps under it may be half changed
+there, so the child must not read it.
 """
 
 import os

@@ -1,6 +1,6 @@
-"""Finds flex_attention calls that no graph of ours has: what Inductor compiles by itself, and what runs eagerly.
+"""Finds flex_attention calls that are in no graph of this backend: those that Inductor compiles, and eager ones.
 
-Knows nothing of what is done with calls. It listens only while somebody asks, and leaves nothing behind.
+`explain` and the command `cudnn-flex explain` listen by it, and it leaves nothing behind when they end.
 """
 
 from collections import Counter
@@ -26,7 +26,7 @@ def listening(found: Counter[Outside]) -> Generator[None]:
 class _Observe(torch_private.custom_graph_pass()):
     """Sees what Inductor compiles, and changes nothing."""
 
-    lowers_flex_attention = True  # left out where Inductor compiles what a backend of ours kept
+    lowers_flex_attention = True  # left out where Inductor compiles calls that this backend kept
 
     def __init__(self, found: Counter[Outside], before: Any, timing: str | None) -> None:
         self._found, self.before, self.timing, self.options = found, before, timing, None
@@ -44,7 +44,7 @@ class _Observe(torch_private.custom_graph_pass()):
 
 @contextmanager
 def _inductor(found: Counter[Outside]) -> Generator[None]:
-    if inductor_seam.installed() is not None:  # then they are in graphs of ours
+    if inductor_seam.installed() is not None:  # then the calls are in graphs of this backend
         yield
         return
     inductor_seam.put(lambda before, timing: _Observe(found, before, timing))
@@ -56,7 +56,7 @@ def _inductor(found: Counter[Outside]) -> Generator[None]:
 
 @contextmanager
 def _eager(found: Counter[Outside]) -> Generator[None]:
-    """Stands before what runs the op eagerly, on tensors with data."""
+    """Counts calls of the function that runs the op eagerly, on tensors with data."""
     kernel = torch_private.eager_kernel(FLEX_ATTENTION)
     if kernel is None:
         yield

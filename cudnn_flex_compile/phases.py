@@ -1,6 +1,6 @@
-"""What happens while models compile, for whoever listens: how often, and for how many seconds.
+"""Counts events and times phases while models compile, for everyone who listens.
 
-Knows nothing of what is counted, nor of reports.
+Any module may call `count` and `phase`; reports listen. The names are listed in report/report.py.
 """
 
 import time
@@ -13,7 +13,7 @@ from cudnn_flex_compile.locks import new_lock
 
 @dataclass(slots=True)
 class Tally:
-    """What happened while it listened.
+    """The events and phases that happened while it listened.
 
     Attributes:
         counts: events by name, such as "builds".
@@ -30,7 +30,7 @@ _lock = new_lock()
 
 @contextmanager
 def listen(tally: Tally) -> Generator[Tally]:
-    """Adds to the tally what happens within, in any thread."""
+    """Adds the events within the block to the tally, from any thread."""
     with _lock:
         _listening.append(tally)
     try:
@@ -41,7 +41,7 @@ def listen(tally: Tally) -> Generator[Tally]:
 
 
 def count(what: str, number: float = 1) -> None:
-    """Something happened."""
+    """Adds to the count of an event, in every tally that listens."""
     with _lock:
         for tally in _listening:
             tally.counts[what] = tally.counts.get(what, 0) + number

@@ -1,6 +1,6 @@
 """Why a call was kept by the inner backend: one code each, with a remedy in one line.
 
-Knows nothing of graphs or of cuDNN.
+Every part of the package returns a `Reason` where a call cannot be lowered; reports show it.
 """
 
 import enum
@@ -51,7 +51,7 @@ class Reason:
     Attributes:
         code: the class of reason, with its remedy.
         detail: what exactly, in this call.
-        lasting: whether it would be the same another time: not where memory was short, for one.
+        lasting: whether it would be the same another time, which is not so where memory was short.
     """
 
     code: Code
@@ -60,7 +60,7 @@ class Reason:
 
     @property
     def remedy(self) -> str:
-        """What the user can do, in one line."""
+        """The change that a user can make, in one line."""
         return self.code.value
 
     @property
@@ -69,7 +69,7 @@ class Reason:
         return f"{self.remedy} ({self.code.page})"
 
     def to_dict(self) -> dict[str, str]:
-        """Everything that reports show, as JSON takes it."""
+        """The reason, as JSON takes it."""
         return {"code": self.code.name, "detail": self.detail, "remedy": self.remedy, "page": self.code.page}
 
     def __str__(self) -> str:

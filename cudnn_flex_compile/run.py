@@ -3,8 +3,7 @@
     torchrun --nproc-per-node 8 -m cudnn_flex_compile.run train.py ...
     torchrun --nproc-per-node 8 -m cudnn_flex_compile.run -m torchtitan.train ...
 
-Knows nothing of how calls are lowered. Options are taken from the environment (CUDNN_FLEX_...). The first process of
-a job shows its report, on stderr.
+Options are taken from the environment (CUDNN_FLEX_...). The first process of a job shows its report, on stderr.
 """
 
 import argparse
@@ -26,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    """Runs the script; its exit code."""
+    """Runs the script, and returns its exit code."""
     if not given.module and not Path(given.script).is_file():
         parser.exit(USAGE_ERROR, f"{parser.prog}: {given.script!r} is no file; give the path of a Python script\n")
     from cudnn_flex_compile import install

@@ -1,7 +1,4 @@
-"""Runs a script or a module as `python` does, for the commands that look at what it compiles.
-
-Knows nothing of what they look for.
-"""
+"""Runs a script or a module as `python` does, for the commands `cudnn-flex explain` and `cudnn-flex run`."""
 
 import runpy
 import sys
@@ -14,7 +11,7 @@ INTERRUPTED = 130
 
 
 def run_script(script: str, arguments: Sequence[str], module: bool = False) -> int:
-    """Runs `python script ...`, or `python -m script ...`; its exit code.
+    """Runs `python script ...`, or `python -m script ...`, and returns its exit code.
 
     An error of the script is shown as Python shows it, and gives 1.
     """
@@ -38,7 +35,7 @@ def run_script(script: str, arguments: Sequence[str], module: bool = False) -> i
 
 
 def _exit_code(code: Any) -> int:
-    """What Python makes of `sys.exit(code)`."""
+    """The exit code that Python gives for `sys.exit(code)`."""
     if code is None or isinstance(code, int):
         return code or 0
     print(code, file=sys.stderr)

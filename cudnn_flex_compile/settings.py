@@ -1,6 +1,7 @@
 """Settings that all compiles of a process share: from environment variables, or from `configure`.
 
-Knows nothing of plans. A value that was set stays: a second one would change models that are compiled already.
+The engine reads them: the cache folder, and the sizes of caches. A value that was set stays: a second one would change
+models that are compiled already. Options of one compile are in config.py.
 """
 
 import functools
@@ -20,13 +21,14 @@ _lock = new_lock()
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What holds for the process.
+    """The settings of the process.
 
     Attributes:
         cache: whether plans and verdicts are kept beyond the process, in the cache folder.
-        cache_dir: that folder; empty for the user's own (platformdirs). Whoever may write to it decides what runs.
-        cache_mb: MiB that it may take (least recently used first out).
-        plan_cache_size: how many plans are kept in memory (least recently used first out).
+        cache_dir: that folder; empty for the user's own (platformdirs). Its files are code: only those who may run code
+            as this user should be able to write to it.
+        cache_mb: MiB that the folder may take (least recently used first out).
+        plan_cache_size: the number of plans that are kept in memory (least recently used first out).
     """
 
     cache: bool = True
@@ -39,7 +41,7 @@ class Settings:
 
     @property
     def folder(self) -> Path | None:
-        """Where plans and verdicts are kept, if anywhere."""
+        """The folder in which plans and verdicts are kept, or None."""
         if not self.cache:
             return None
         return Path(self.cache_dir).expanduser() if self.cache_dir else platformdirs.user_cache_path(PACKAGE, False)
@@ -55,7 +57,7 @@ def configure(
     *, cache: bool | None = None, cache_dir: str | os.PathLike[str] | None = None, cache_mb: int | None = None,
     plan_cache_size: int | None = None,
 ) -> Settings:  # fmt: skip
-    """Sets settings of the process, at any time, and returns all of them. What is not given stays as it is.
+    """Sets settings of the process, at any time, and returns all of them. Settings that are not given stay.
 
     Args:
         cache, cache_dir, cache_mb, plan_cache_size: see Settings.
@@ -83,14 +85,14 @@ def configure(
 
 
 def forget() -> None:
-    """Forgets what was set: the environment is read anew. For tests."""
+    """Forgets the values that were set, and reads the environment again. For tests."""
     with _lock:
         _values.cache_clear()
 
 
 @functools.cache
 def _values() -> dict[str, tuple[Any, str]]:
-    """The values that were set, each with what set it. The environment is read once."""
+    """The values that were set, each with the function or variable that set it. The environment is read once."""
     found = from_environment(Settings)
     return {name: (value, f"the environment variable {_variable(name)}") for name, value in found.items()}
 

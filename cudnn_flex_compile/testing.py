@@ -1,6 +1,6 @@
-"""For the tests of models: what compiling did, as a pytest fixture.
+"""A pytest fixture for tests of models: the report of everything that was compiled during a test.
 
-Knows nothing of models. In a conftest.py:
+In a conftest.py:
 
     pytest_plugins = ["cudnn_flex_compile.testing"]
 
@@ -28,6 +28,6 @@ __all__ = ["Report", "collect", "flex_report"]
 
 @pytest.fixture
 def flex_report() -> Generator[Report]:
-    """The report of all that is compiled during the test."""
+    """The report of all graphs that are compiled during the test."""
     with collect() as report:
         yield report

@@ -1,4 +1,4 @@
-"""Every private name of torch that the package uses, each once: what it is for, and what is done without it.
+"""Every private name of torch that the package uses, each once, with its use and the way to do without it.
 
 This file may import torch alone. A name is looked up where it has moved least; one that has moved costs what its row
 says, and never the import of the backend. `missing()` lists those of this torch.
@@ -24,8 +24,8 @@ class Name:
 
     Attributes:
         where: the module, a colon, and the attribute.
-        use: what the package needs it for.
-        without: what happens where it is missing.
+        use: the package's use of it.
+        without: the consequence where it is missing.
         cuda: whether only builds with CUDA have it.
     """
 
@@ -35,7 +35,7 @@ class Name:
     cuda: bool = False
 
     def value(self) -> Any:
-        """The value, or None where it is missing, whatever looking for it raises."""
+        """The value, or None where it is missing, even if the look-up raises."""
         try:
             return pkgutil.resolve_name(self.where)
         except Exception:
@@ -131,8 +131,8 @@ _without_mode: Callable[[], Any] = _now(
 )  # fmt: skip
 
 
-# The dispatcher passes over the first line of these below autograd, and over all of them below a TorchDispatchMode,
-# under which AOTAutograd runs the first call of each graph. Dynamo traces no vmap then, and so no flex_attention.
+# The dispatcher skips the first line of these keys below autograd, and all of them below a TorchDispatchMode, under
+# which AOTAutograd runs the first call of each graph. Dynamo traces no vmap then, and so no flex_attention.
 PASSED_OVER = (
     "AutogradCUDA", "AutogradCPU", "AutogradFunctionality", "ADInplaceOrView",
     "AutogradOther", "AutogradNestedTensor", "Functionalize", "Conjugate", "Negative", "ZeroTensor", "PreDispatch",
@@ -182,7 +182,7 @@ _compiled_autograd = _later(
 
 
 def traces_backwards() -> bool:
-    """Whether compiled autograd is on, in which a hook would be traced; true where that is not known."""
+    """Whether compiled autograd is on, which would trace a hook; true where that is not known."""
     if _compiled_autograd() is None:
         return True
     from torch._dynamo import compiled_autograd
@@ -198,7 +198,7 @@ enter_inference_mode, exit_inference_mode = (
     _now(f"torch.autograd.grad_mode:{name}", "calls in an inference mode of the graph", "these calls fail", None)
     for name in ("_enter_inference_mode", "_exit_inference_mode")
 )
-OpOverload: type = type(torch.ops.aten.add.Tensor)  # what torch._ops.OpOverload names
+OpOverload: type = type(torch.ops.aten.add.Tensor)  # the class torch._ops.OpOverload
 OpOverloadPacket: type = type(torch.ops.aten.add)
 HigherOrderOperator: Any = _now(
     "torch._ops:HigherOrderOperator", "what a node with regions writes into",
@@ -243,7 +243,7 @@ def example_of(node: Any, *default: Any) -> Any:
 
 
 def set_example(node: Any, value: Any) -> None:
-    """Records it for a node that we wrote, for later passes."""
+    """Records the example of a node that the pass wrote, for later passes."""
     node.meta["example_value"] = value
 
 
@@ -263,7 +263,7 @@ def storage_of(tensor: torch.Tensor) -> int:
 
 
 def hint_of(size: Any) -> Any:
-    """A symbolic size as it is in the call that is being compiled, without a guard; None if it depends on data."""
+    """The value of a symbolic size in the call that is being compiled, without a guard; None if it depends on data."""
     return size.node.hint
 
 
@@ -310,29 +310,29 @@ def compiling() -> bool:
 
 
 def recompiles() -> bool:
-    """Whether what is being compiled was compiled before, for other inputs."""
+    """Whether Dynamo is compiling code that it compiled before, for other inputs."""
     context = _compile_context()
     compiling = None if context is None else context.current_compile_id()
     return compiling is not None and bool(compiling.frame_compile_id)
 
 
 def original_of(model: Any) -> Any:
-    """What torch.compile was given, if `model` is a module that it gave back; else the model."""
+    """The argument of torch.compile, if `model` is the module that it returned; else the model."""
     return getattr(model, "_orig_mod", model) if isinstance(model, compiled_module()) else model
 
 
 def original_function(function: Any) -> Any:
-    """The same of a function."""
+    """The argument of torch.compile, if `function` is the function that it returned; else the function."""
     return getattr(function, "_torchdynamo_orig_callable", function)
 
 
 def compiled_call(module: torch.nn.Module) -> Any:
-    """What `module.compile()` made, or None."""
+    """The function that `module.compile()` set, or None."""
     return getattr(module, "_compiled_call_impl", None)
 
 
 def set_compiled_call(module: torch.nn.Module, call: Any) -> None:
-    """Sets it, or None in its place."""
+    """Sets the function of `module.compile()`, or None."""
     module._compiled_call_impl = call
 
 
@@ -342,7 +342,7 @@ def context_fn_of(region: torch.fx.GraphModule) -> Any:
 
 
 def set_context_fn(region: torch.fx.GraphModule, context_fn: Any) -> None:
-    """Sets it."""
+    """Sets the context_fn of a checkpointed region."""
     region.meta["_checkpoint_context_fn"] = context_fn
 
 
@@ -352,7 +352,7 @@ def eager_kernel(op: Any) -> Any:
 
 
 def set_eager_kernel(op: Any, kernel: Any) -> None:
-    """Sets it.
+    """Sets the function that runs a higher-order op on tensors with data.
 
     Note [Listening to eager calls]. torch has no hook for calls of a higher-order op. This is done while `explain`
     runs, by a function that calls the one that was there, and taken back at its end.
@@ -417,7 +417,7 @@ def keep_buffers() -> None:
 
 
 def call_from_inductor(op: Any, name: str) -> None:
-    """Has Inductor's Python code call a function where it would call an op.
+    """Makes Inductor's Python code call a function where it would call an op.
 
     Note [Inductor's name of an op's kernel]. This registers a lowering for our own op, which does what a missing one
     does, and then sets the name that the generated code calls: Inductor has no public way to do so (its own
