@@ -13,6 +13,8 @@ from typing import Any
 
 PREFIX = "CUDNN_FLEX_"
 CERTIFY = ("once", "always", "off")
+GRAPHS = ("native", "chained", "dense", "parts")  # how a graph of cuDNN's is written
+FORCED = ("inductor", "tile_lists", "graphs", *GRAPHS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +26,13 @@ class Policy:
 
     Attributes:
         certify, autotune, replay: see Options.
+        strategy: the one of GRAPHS that is forced, or nothing.
     """
 
     certify: str = "once"
     autotune: bool = False
     replay: bool = True
+    strategy: str = ""
 
     @property
     def text(self) -> str:
@@ -42,7 +46,8 @@ def policy_from(text: str) -> Policy:
     """The policy whose text this is. Raises ValueError for any other text."""
     words = text.split(" ")
     certify = next((rule for rule in CERTIFY if f"certify={rule}" in words), "once")
-    policy = Policy(certify, "autotune=True" in words, "replay=False" not in words)
+    strategy = next((name for name in GRAPHS if f"strategy={name}" in words), "")
+    policy = Policy(certify, "autotune=True" in words, "replay=False" not in words, strategy)
     if policy.text != text:
         raise ValueError(f"policy={text!r} is not what config.Policy(...).text gives, such as '' or 'certify=always'")
     return policy
@@ -60,6 +65,7 @@ class Options:
         certify: when plans are checked before they run user data. "once" trusts a verdict that is stored for this
             machine, driver and versions; "always" checks in each process anew; "off" is for debugging only.
         lower: "when_faster" keeps calls that measurements say are slower on cuDNN; "always" lowers all it can.
+        strategy: how every call runs that can, whether that is the fastest or not, for experiments; others are kept.
         autotune: which calls are lowered, and how, is measured when they are compiled (passes/decide/autotune.py), in
             place of the rules.
         tile_lists: masks of few runs of keys for each row, such as packed documents, may run on kernels of
@@ -76,6 +82,7 @@ class Options:
     mode: str | None = None
     certify: str = "once"
     lower: str = "when_faster"
+    strategy: str | None = None
     autotune: bool = False
     tile_lists: bool = True
     replay: bool = True
@@ -88,7 +95,13 @@ class Options:
     @property
     def policy(self) -> Policy:
         """The part of the options by which plans are found."""
-        return Policy(self.certify, self.autotune, self.replay)
+        graph = self.strategy if self.strategy in GRAPHS else ""
+        return Policy(self.certify, self.autotune, self.replay, graph or "")
+
+    @property
+    def lists_tiles(self) -> bool:
+        """Whether calls may run by tile lists."""
+        return self.tile_lists or self.strategy == "tile_lists"
 
     @property
     def captures_graphs(self) -> bool:
@@ -103,6 +116,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "mode": (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
     "certify": CERTIFY,
     "lower": ("when_faster", "always"),
+    "strategy": (None, *FORCED),
 }
 SWITCH = {
     "": False,

@@ -24,7 +24,7 @@ class Code(enum.Enum):
     CAPTURED_GRADIENT = "only add it to the score, as in `score + table[h, q - kv]`, or detach it"
     LSE_GRADIENT = "detach the LSE where it takes part in no loss, or try options={'lower': 'always'}"
     MAX_SCORES = "ask for the LSE only"
-    FORCED_BACKEND = "drop the option that is named from kernel_options"
+    FORCED_BACKEND = "drop the option that is named, from kernel_options or from the options of the compile"
     DATA_DEPENDENT = "give sizes that are known before the call: pad to a length, and mask what is padding"
     TOO_LARGE = "write score_mod and mask_mod in fewer steps, or read a captured tensor of what they compute"
     BLOCK_MASK = "build the BlockMask with create_block_mask from the same mask_mod"

@@ -23,9 +23,9 @@ from cudnn_flex_compile.scoremod.optable import TABLE, make
 from cudnn_flex_compile.scoremod.text import HEADER, SEPARATOR, text
 
 # What the version stands for. A test that fails prints what belongs here.
-VERSION = "cudnn_flex 9"
+VERSION = "cudnn_flex 10"
 DIGESTS = {
-    "schemas of ops": "830faa1c06de",
+    "schemas of ops": "5d9187aa2156",
     "functions that code calls": "8abb9b460947",
     "text of programs": "4696a37780aa",
     "names in programs": "a2abfd3a7b52",

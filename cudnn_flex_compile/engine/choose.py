@@ -22,7 +22,7 @@ from cudnn_flex_compile.engine.repro import Rejection, warn_of
 from cudnn_flex_compile.engine.state import engine
 from cudnn_flex_compile.engine.store.plan_cache import Plan
 from cudnn_flex_compile.phases import phase
-from cudnn_flex_compile.reasons import Reason
+from cudnn_flex_compile.reasons import Code, Reason
 
 OF_SHAPES = tuple(regime for regime in REGIMES if regime.shapes)
 
@@ -39,6 +39,9 @@ def choose(problem: Problem, forward: Plan | None, reference: Reference, policy:
     right: list[Plan] = []
     for number, attempt in enumerate(attempts(problem)):
         if right and attempt.last_resort:
+            continue
+        if policy.strategy not in ("", *(attempt.variant or ("parts",))):
+            reasons.append(Reason(Code.FORCED_BACKEND, f"options have strategy={policy.strategy!r}"))
             continue
         plan = attempt()
         if isinstance(plan, Reason):

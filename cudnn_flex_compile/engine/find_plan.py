@@ -13,7 +13,7 @@ import torch
 from cudnn_flex_compile.config import Policy
 from cudnn_flex_compile.engine.certify.reference import ProgramReference, Reference
 from cudnn_flex_compile.engine.choose import certified, choose
-from cudnn_flex_compile.engine.key import Call, Key, forward_of, given_layouts, policy_of, problem_of
+from cudnn_flex_compile.engine.key import Call, Key, by_list, forward_of, given_layouts, policy_of, problem_of
 from cudnn_flex_compile.engine.problem import BACKWARD, Problem
 from cudnn_flex_compile.engine.state import engine
 from cudnn_flex_compile.engine.store.lru import CacheInfo
@@ -95,9 +95,14 @@ def _compared(call: Key, found: CachedPlan, reference: Reference) -> CachedPlan 
 
 
 def _forward(call: Key) -> CachedPlan | Reason:
-    """The forward plan of a backward call, found again where the cache has dropped it."""
+    """Gives a forward of a backward call, also where the cache has dropped it. By a list or not, its outputs are the
+    same: where each direction runs in its own way, the one that is there does.
+    """
     key = forward_of(call)
-    return engine.plans.peek(key) or engine.plans.put(key, _make(key))
+    found, other = engine.plans.peek(key), engine.plans.peek(by_list(key, not Call(*key).tiled))
+    if isinstance(other, CachedPlan) and not isinstance(found, CachedPlan):
+        return other
+    return found or engine.plans.put(key, _make(key))
 
 
 def _build(call: Key) -> CachedPlan | Reason:

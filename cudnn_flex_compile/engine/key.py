@@ -20,6 +20,7 @@ class Call(NamedTuple):
 
     Attributes:
         operands: shape, stride and dtype of each.
+        tiled: whether this direction runs by a list of tiles.
         policy: text (config.Policy).
         grad_stride, lse_gradient: a backward's.
     """
@@ -125,6 +126,11 @@ def forward_of(key: Key) -> Key:
     """The forward call, with stats, whose outputs this backward call consumes."""
     call = Call(*key)._replace(direction=FORWARD, stats=True)
     return tuple(call[: Call._fields.index("grad_stride")])
+
+
+def by_list(key: Key, tiled: bool) -> Key:
+    """Makes the key of the same call by a list of tiles, or without one."""
+    return tuple(Call(*key)._replace(tiled=tiled))[: len(key)]
 
 
 class Meta:

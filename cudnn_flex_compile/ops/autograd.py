@@ -28,7 +28,7 @@ class Attention(torch.autograd.Function):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, operands: list[Tensor],
         ints: list[int], floats: list[Tensor], program: str, scale: float, return_lse: bool, stock: list[Tensor],
-        layout: list[int], by_blocks: str, tiles: Tensor | None, policy: str,
+        layout: list[int], by_blocks: str, tiles: Tensor | None, backward_tiles: Tensor | None, policy: str,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """`bias` is the learned operand: autograd sees no tensors in lists."""
         rest = (program, scale, True, stock, layout, by_blocks, tiles, policy)
@@ -36,7 +36,7 @@ class Attention(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if not return_lse:
             ctx.mark_non_differentiable(stats)
-        ctx.save_for_backward(query, key, value, out, stats, tiles, *operands, *floats, *stock)
+        ctx.save_for_backward(query, key, value, out, stats, backward_tiles, *operands, *floats, *stock)
         ctx.floats, ctx.layout, ctx.by_blocks = len(operands) + len(floats), layout, by_blocks
         ctx.operands, ctx.ints, ctx.program, ctx.scale, ctx.policy = len(operands), ints, program, scale, policy
         ctx.learned = bias is not None
@@ -48,7 +48,7 @@ class Attention(torch.autograd.Function):
     ) -> Any:
         query, key, value, out, stats, tiles, *rest = ctx.saved_tensors
         if grad_out is None and grad_stats is None:
-            return (None,) * 15
+            return (None,) * 16
         with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
             gradients = backward(
                 torch.zeros_like(out) if grad_out is None else grad_out,
@@ -57,7 +57,7 @@ class Attention(torch.autograd.Function):
                 *(rest[ctx.floats :], ctx.layout, ctx.by_blocks, tiles, ctx.policy),
             )
         *main, dbias = _once(gradients)
-        return (*main, dbias if ctx.learned else None, *(None,) * 11)
+        return (*main, dbias if ctx.learned else None, *(None,) * 12)
 
 
 class _Once(torch.autograd.Function):
@@ -86,28 +86,29 @@ def _once(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
 def attention(
     query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], ints: list[int], floats: list[Tensor],
     program: str, scale: float, return_lse: bool, stats: bool, stock: list[Tensor], layout: list[int], by_blocks: str,
-    tiles: Tensor | None = None, policy: str = "",
+    tiles: Tensor | None = None, backward_tiles: Tensor | None = None, policy: str = "",
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
     """As the op, without dispatch: out, the log-sum-exp in base 2, and the natural one (with a gradient)."""
     position = position_in(program) if operands else None
     bias = None if position is None else operands[position]
     learned = bias is not None and bias.requires_grad
-    rest, kept = (operands, ints, floats, program, scale), (stock, layout, by_blocks, tiles, policy)
+    rest, blocks = (operands, ints, floats, program, scale), (stock, layout, by_blocks)
+    by = tiles, backward_tiles, policy
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad or learned):
-        out, natural = Attention.apply(query, key, value, bias, *rest, return_lse, *kept)  # pyright: ignore
+        out, natural = Attention.apply(query, key, value, bias, *rest, return_lse, *blocks, *by)  # pyright: ignore
     else:
-        out, natural = forward(query, key, value, *rest, stats or return_lse, *kept)
+        out, natural = forward(query, key, value, *rest, stats or return_lse, *blocks, tiles, policy)
     return out, natural * LOG2E if return_lse else None, natural
 
 
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], ints: list[int], floats: list[Tensor],
     program: str, scale: float, return_lse: bool, stats: bool, stock: list[Tensor], layout: list[int], by_blocks: str,
-    tiles: Tensor | None = None, policy: str = "",
+    tiles: Tensor | None = None, backward_tiles: Tensor | None = None, policy: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """What compilers decompose: below it there is no autograd, whose bookkeeping a compiled graph need not pay."""
-    arguments = (query, key, value, operands, ints, floats, program, scale)
-    out, lse, natural = attention(*arguments, return_lse, stats, stock, layout, by_blocks, tiles, policy)
+    arguments = (query, key, value, operands, ints, floats, program, scale, return_lse, stats)
+    out, lse, natural = attention(*arguments, stock, layout, by_blocks, tiles, backward_tiles, policy)
     lse = new_stats(query, False) if lse is None else lse
     return out, lse, natural.detach() if stats else new_stats(query, False)
 

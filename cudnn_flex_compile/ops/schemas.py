@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 # stock, layout, by_blocks: the call as stock flex_attention runs it, by the blocks of a BlockMask (kernels/stock.py);
-# empty without one.
+# empty without one. tiles: the list by which a direction runs, if it does; `attention` takes one for each direction.
 SCHEMAS = {
     "attention": (
         "(Tensor query, Tensor key, Tensor value, Tensor[] operands, SymInt[] ints, Tensor[] floats, str program,"
         " float scale, bool return_lse, bool stats, Tensor[] stock, SymInt[] layout, str by_blocks, Tensor? tiles=None,"
-        " str policy='') -> (Tensor out, Tensor lse, Tensor stats)"
+        " Tensor? backward_tiles=None, str policy='') -> (Tensor out, Tensor lse, Tensor stats)"
     ),
     "attention_forward": (
         "(Tensor query, Tensor key, Tensor value, Tensor[] operands, SymInt[] ints, Tensor[] floats, str program,"

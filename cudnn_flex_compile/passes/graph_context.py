@@ -49,7 +49,7 @@ class Context:
     @property
     def only_faster(self) -> bool:
         """Whether calls that are slower on cuDNN are kept."""
-        return self.options.lower == "when_faster"
+        return self.options.lower == "when_faster" and self.options.strategy is None
 
     def once(self, key: tuple[Any, ...], find: Callable[[], Found]) -> Found:
         if key not in self.known:

@@ -3,9 +3,13 @@
 Knows nothing of the other calls of a graph but what they share (context.py).
 """
 
+from collections.abc import Sequence
+
+from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD
 from cudnn_flex_compile.passes.decide import autotune, cost_model, eligibility
 from cudnn_flex_compile.passes.decide.candidate import Candidate, Lowered, plan_or_reason
 from cudnn_flex_compile.passes.decide.key_compaction import COUNTS, compacted
+from cudnn_flex_compile.passes.decide.tile_speed import faster_by_tiles
 from cudnn_flex_compile.passes.describe import describe_mask
 from cudnn_flex_compile.passes.graph_context import (
     Context,
@@ -16,9 +20,9 @@ from cudnn_flex_compile.passes.graph_context import (
     real_values,
     slower,
 )  # fmt: skip
-from cudnn_flex_compile.passes.read.call import Call, requires_grad
+from cudnn_flex_compile.passes.read.call import Call, example, requires_grad
 from cudnn_flex_compile.passes.read.captures import read_captures
-from cudnn_flex_compile.passes.read.programs import traced_of
+from cudnn_flex_compile.passes.read.programs import Traced, traced_of
 from cudnn_flex_compile.passes.write import tile_lists
 from cudnn_flex_compile.passes.write.block_mask_guards import MaskProgram
 from cudnn_flex_compile.passes.write.replace_call import replace, with_batch
@@ -27,11 +31,14 @@ from cudnn_flex_compile.report.call import CallReport
 from cudnn_flex_compile.scoremod.masks.form import split
 from cudnn_flex_compile.scoremod.text import text
 
-TRY_TILES = (Code.SLOWER, Code.BIAS_BUDGET)  # why a call is not run by plans, but may be by a tile list
+# Why a call is not run by plans, but may be by a tile list.
+TRY_TILES = (
+    Code.SLOWER, Code.BIAS_BUDGET, Code.LSE_GRADIENT, Code.SHAPE_REFUSED, Code.ILLEGAL_OP, Code.CERTIFICATION,
+)  # fmt: skip
 
 
 def lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason | None:
-    refused = eligibility.unsuitable(call)
+    refused = eligibility.unsuitable(call) or _forced_away(context)
     if refused is not None:
         return refused
     captures = read_captures(call)
@@ -56,23 +63,48 @@ def lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason 
         compacted(program, hoisted), traced.fingerprint,
     )  # fmt: skip
 
-    def by_plans() -> Reason | None:
-        return large or _lower_by_plans(candidate, checked, context, report)
+    plans = tiles = None
+    for way, faster in _contenders(candidate, traced, context):
+        if way.tiled:
+            tiles = why = _lower_by_tiles(way, faster, checked, context, report)
+        else:
+            plans = why = large or _lower_by_plans(way, checked, context, report)
+        if why is None:
+            return None
+        if not way.tiled and why.code not in TRY_TILES:
+            return why
+    forced = Reason(Code.FORCED_BACKEND, "options have strategy='tile_lists', and no list serves this score or mask")
+    needed = plans is None or (plans.code in TRY_TILES and tiles is not None and tiles.code is Code.TILE_LISTS)
+    return (tiles or forced) if needed else plans
 
-    tiled = tile_lists.tiled(candidate, traced)
-    if tiled is None:
-        return by_plans()
-    other = None
-    if not split(program.mask).reads_pairs:
-        other = by_plans()
-        if other is None or other.code not in TRY_TILES:
-            return other
-    missing = _lower_by_tiles(tiled, checked, context, report)
-    if missing is None:
+
+def _forced_away(context: Context) -> Reason | None:
+    forced = context.options.strategy == "inductor"
+    return Reason(Code.FORCED_BACKEND, "options have strategy='inductor'") if forced else None
+
+
+def _contenders(candidate: Candidate, traced: Traced, context: Context) -> Sequence[tuple[Candidate, bool]]:
+    """What may run the call, in the order of trial, each with whether it surely is faster than Inductor's kernel."""
+    forced, plans = context.options.strategy, [(candidate, False)]
+    listed = tile_lists.tiled(candidate, traced, candidate.directions)
+    tiles = [] if listed is None else [(listed, False)]
+    if forced is not None:
+        return tiles if forced == "tile_lists" else plans
+    if split(candidate.program.mask).reads_pairs:
+        return [*tiles, *plans]
+    faster = _faster_by_tiles(candidate, traced, context)
+    return [*plans, *tiles] if faster is None else [(faster, True), *plans]
+
+
+def _faster_by_tiles(candidate: Candidate, traced: Traced, context: Context) -> Candidate | None:
+    """The call by a list in the directions in which that is faster than plans which are not slower than Inductor's."""
+    apart = tile_lists.tiled(candidate, traced, ()) is not None
+    if context.tiles is None or context.options.autotune or tile_lists.unusable(example(candidate.call.query).device):
         return None
-    other = other or by_plans()
-    needed = other is not None and other.code in TRY_TILES and missing.code is Code.TILE_LISTS
-    return missing if needed else other
+    if context.only_faster and slower(candidate, context) is not None:
+        return None
+    directions = faster_by_tiles(cost_inputs_of(candidate, context), apart)
+    return tile_lists.tiled(candidate, traced, directions) if directions else None
 
 
 def _lower_by_plans(
@@ -96,13 +128,13 @@ def _lower_by_plans(
 
 
 def _lower_by_tiles(
-    candidate: Candidate, checked: MaskProgram | None, context: Context, report: CallReport
+    candidate: Candidate, faster: bool, checked: MaskProgram | None, context: Context, report: CallReport
 ) -> Reason | None:
-    """Rewrites the call to run by a list of its mask's tiles, or says why it does not."""
+    """Rewrites the call to run by a list of its mask's tiles, in some directions or both, or says why it does not."""
     call = candidate.call
     if context.tiles is None:
         return Reason(Code.UNSUPPORTED_CALL, "tile lists are not asked for, or CUDA graphs are captured")
-    why = slower(candidate, context) if context.only_faster else None
+    why = slower(candidate, context) if context.only_faster and not faster else None
     if why is not None:
         return why
 
@@ -110,8 +142,8 @@ def _lower_by_tiles(
         values = real_values(call, candidate.captures, candidate.hoisted, context)
         return tile_lists.unsuitable(candidate, values, context.options.bias_budget_mb)
 
-    known = ("unsuitable", *given_to(call), candidate.program, candidate.hoisted, *candidate.captures.nodes.values())
-    verdict = context.once(known, unsuitable) or plan_or_reason(candidate)
+    known = candidate.tiled, candidate.program, candidate.hoisted, *candidate.captures.nodes.values()
+    verdict = context.once(("unsuitable", *given_to(call), *known), unsuitable) or plan_or_reason(candidate)
     if isinstance(verdict, Reason):
         return verdict
     _accept(candidate, verdict, context, report)
@@ -137,6 +169,8 @@ def _rewrite(candidate: Candidate, checked: MaskProgram | None, context: Context
     program, hoisted = candidate.running
     operands = [writer.write(h, nodes, call.query, call.key, call.node) for h in hoisted]
     tiles = context.tiles.write(candidate, operands, ints, floats) if candidate.tiled and context.tiles else None
-    blocks = context.guards.write(call, checked, program.score, slots, tiles)
-    made = (operands, ints, floats, text(program), candidate.training, blocks, tiles, candidate.policy)
+    guard = tiles if candidate.tiled == candidate.directions else None
+    blocks = context.guards.write(call, checked, program.score, slots, guard)
+    by_direction = [tiles if way in candidate.tiled else None for way in (FORWARD, BACKWARD)]
+    made = (operands, ints, floats, text(program), candidate.training, blocks, by_direction, candidate.policy)
     replace(call, key, value, *made)

@@ -210,7 +210,7 @@ def test_a_loss_of_the_lse_runs_by_intervals_only_if_that_is_certified(monkeypat
     asked = []
 
     def judge(target, judge=lower_call.plan_or_reason):
-        asked.append((target.tiled, target.lse_gradient))
+        asked.append((bool(target.tiled), target.lse_gradient))
         return judge(target) if right or not target.tiled else Reason(Code.CERTIFICATION, "of the LSE's gradient")
 
     monkeypatch.setattr(lower_call, "plan_or_reason", judge)
@@ -230,7 +230,7 @@ def test_what_plans_are_slower_for_is_tried_by_intervals(monkeypatch):
     for reasons, strategies in (
         ((slower, None), ("tile_lists",)), ((None, None), ("chained",)), ((slower, slower), ()),
     ):  # fmt: skip
-        monkeypatch.setattr(keep_rules, "slower", lambda facts, reasons=reasons: reasons[facts.tiled])
+        monkeypatch.setattr(keep_rules, "slower", lambda facts, reasons=reasons: reasons[bool(facts.tiled)])
         torch._dynamo.reset()
         with collect() as report:
             compiled(rows, lower="when_faster")(*given)

@@ -166,7 +166,7 @@ def uuid(**options):
         return inductor_seam.installed().uuid()
 
 
-OTHER = {"certify": "always", "lower": "always"}
+OTHER = {"certify": "always", "lower": "always", "strategy": "graphs"}
 
 
 def test_the_uuid_says_all_that_the_graph_depends_on(monkeypatch):

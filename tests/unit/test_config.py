@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 
-from cudnn_flex_compile.config import CERTIFY, PREFIX, Options, Policy, options_from, policy_from
+from cudnn_flex_compile.config import CERTIFY, FORCED, GRAPHS, PREFIX, Options, Policy, options_from, policy_from
 from cudnn_flex_compile.settings import Settings
 
 
@@ -68,7 +68,7 @@ def test_what_is_the_processs_is_no_option(name: str) -> None:
     assert PREFIX + name.upper() in str(error.value)
 
 
-POLICIES = [Policy(*fields) for fields in itertools.product(CERTIFY, (False, True), (False, True))]
+POLICIES = [Policy(*fields) for fields in itertools.product(CERTIFY, (False, True), (False, True), ("", *GRAPHS))]
 
 
 def test_a_policys_text_is_its_own() -> None:
@@ -76,6 +76,13 @@ def test_a_policys_text_is_its_own() -> None:
     assert len({policy.text for policy in POLICIES}) == len(POLICIES)
     assert [policy_from(policy.text) for policy in POLICIES] == POLICIES
     assert Options(certify="always", autotune=True, replay=False).policy == Policy("always", True, False)
+
+
+def test_a_forced_strategy_is_of_the_policy_where_it_is_of_a_plan() -> None:
+    by_plans = {name: Options(strategy=name).policy.strategy for name in FORCED}
+    assert by_plans == {name: name if name in GRAPHS else "" for name in FORCED}
+    with pytest.raises(ValueError, match="valid values: None, 'inductor', 'tile_lists', 'graphs', 'native'"):
+        options_from({"strategy": "fast"})
 
 
 @pytest.mark.parametrize(

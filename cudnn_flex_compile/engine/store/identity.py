@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from cudnn_flex_compile import __version__
+from cudnn_flex_compile.config import Policy
 from cudnn_flex_compile.engine.problem import Problem, TensorSpec
 from cudnn_flex_compile.engine.versions import versions
 
@@ -23,14 +24,15 @@ CODE = ("engine", "passes", "scoremod")  # these make programs of functions and 
 DRIVER = Path("/proc/driver/nvidia/version")
 
 
-def key_of(problem: Problem, fingerprint: str, tuned: bool = False) -> str:
+def key_of(problem: Problem, fingerprint: str, policy: Policy) -> str:
     """The key of a verdict on plans of this problem.
 
     Args:
         fingerprint: the text of the functions that the plans were compared with.
-        tuned: whether the plans are the fastest by measurement, and not the first that were right.
+        policy: the rule by which one of them was kept: the first that was right, or the fastest by measurement.
     """
-    rule = ["the fastest"] if tuned else []
+    rule = ["the fastest"] if policy.autotune else []
+    rule += [f"only {policy.strategy}"] if policy.strategy else []
     return "\n".join([*environment(problem.device), *rule, f"reference {fingerprint}", problem_text(problem)])
 
 

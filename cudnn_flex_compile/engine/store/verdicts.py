@@ -54,7 +54,7 @@ def recall(problem: Problem, reference: Reference, policy: Policy) -> Plan | Rea
     if store is None or fingerprint is None or not USES[policy.certify].trusted:
         return None
     with phase("restore"):
-        data = store.read(key_of(problem, fingerprint, policy.autotune))
+        data = store.read(key_of(problem, fingerprint, policy))
         if data is None:
             return None
         try:
@@ -82,7 +82,7 @@ def keep(problem: Problem, reference: Reference, policy: Policy, found: Plan | R
         except ValueError as error:
             log.info("cudnn_flex: a plan is not kept beyond this process: %s", error)
             return
-        store.write(key_of(problem, fingerprint, policy.autotune), data)
+        store.write(key_of(problem, fingerprint, policy), data)
 
 
 def recall_text(key: str) -> str | None:

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.fx import Node
 
+from cudnn_flex_compile.config import policy_from
 from cudnn_flex_compile.engine.certify.reference import CapturedValue, SubgraphReference
 from cudnn_flex_compile.engine.graph.strategies import STRATEGIES
 from cudnn_flex_compile.engine.guards import ends
-from cudnn_flex_compile.engine.key import Key, Meta, backward_key, forward_key, problem_of
+from cudnn_flex_compile.engine.key import Key, Meta, backward_key, by_list, forward_key, problem_of
 from cudnn_flex_compile.engine.plans.folded_output import FoldedPlan
-from cudnn_flex_compile.engine.problem import Error, Problem, TensorSpec, dense
+from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Error, Problem, TensorSpec, dense
 from cudnn_flex_compile.engine.support import refused
 from cudnn_flex_compile.engine.tiles.tile_list import NAME as TILE_LISTS
 from cudnn_flex_compile.passes.decide.key_compaction import COUNTS, Compact, counts_of, order_of, slots_of
@@ -47,7 +48,7 @@ class Candidate:
         policy: text (config.Policy).
         compact: the program over permuted keys that runs in place of `program`, if there is one.
         fingerprint: of the call's functions (passes/read/programs.py).
-        tiled: whether it runs by a list of the mask's tiles (passes/write/tile_lists.py).
+        tiled: the directions that run by a list of the mask's tiles (passes/write/tile_lists.py).
     """
 
     call: Call
@@ -59,12 +60,17 @@ class Candidate:
     policy: str
     compact: Compact | None = None
     fingerprint: str | None = None
-    tiled: bool = False
+    tiled: tuple[str, ...] = ()
 
     @property
     def lse_gradient(self) -> bool:
         """Whether a gradient of the log-sum-exp may be asked for, too."""
         return self.training and self.call.uses(1) and self.call.differentiates(1)
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        """Gives those that may run."""
+        return (FORWARD, BACKWARD) if self.training else (FORWARD,)
 
     @property
     def running(self) -> tuple[Program, tuple[Hoisted, ...]]:
@@ -91,14 +97,19 @@ def plan_or_reason(candidate: Candidate) -> Lowered | Reason:
     reason = refused(asked, program, on_cpu=True)
     if reason is not None:
         return reason
-    if candidate.tiled:
+    if candidate.tiled == candidate.directions:
         return Lowered((TILE_LISTS,))
     inside = ends(problem.lengths) if candidate.lse_gradient and not FoldedPlan.takes(problem) else None
     reasons: list[Reason] = []
+    forced = policy_from(candidate.policy).strategy
     for strategy in STRATEGIES:
+        if forced not in ("", "parts", strategy.name):
+            reasons.append(Reason(Code.FORCED_BACKEND, f"options have strategy={forced!r}"))
+            continue
         lowering = strategy.lower(program, candidate.training, inside)
         if not isinstance(lowering, Reason):
-            return Lowered((strategy.name,))
+            names = [TILE_LISTS if way in candidate.tiled else strategy.name for way in candidate.directions]
+            return Lowered(tuple(names) if candidate.tiled else (strategy.name,))
         reasons.append(lowering)
     return next((r for r in reasons if r.code is not Code.UNSUPPORTED_CALL), reasons[-1])
 
@@ -113,10 +124,11 @@ def _certified(candidate: Candidate, call: Key, problem: Problem) -> Lowered | R
         return found
     if not candidate.training:
         return _accepted(found)
-    backward = find_plan(backward_call(call), *asked)
+    tiled = BACKWARD in candidate.tiled
+    backward = find_plan(backward_call(call, tiled), *asked)
     # Which of both runs, the loss says, maybe at each step.
     if isinstance(backward, CachedPlan) and candidate.lse_gradient:
-        backward = find_plan(backward_call(call, lse_gradient=True), *asked)
+        backward = find_plan(backward_call(call, tiled, lse_gradient=True), *asked)
         if isinstance(backward, Reason):
             return Reason(Code.LSE_GRADIENT, f"with a gradient of the LSE: {backward}", backward.lasting)
     return backward if isinstance(backward, Reason) else _accepted(found, backward)
@@ -127,10 +139,10 @@ def _accepted(*found: "CachedPlan") -> Lowered:
     return Lowered(tuple(ready.plan.strategy for ready in found), errors)
 
 
-def backward_call(forward: Key, lse_gradient: bool = False) -> Key:
-    """Of a forward call, for a gradient that is laid out like the output."""
+def backward_call(forward: Key, tiled: bool = False, lse_gradient: bool = False) -> Key:
+    """Makes the key of a forward call's backward, by a list or not, for a gradient that is laid out like the output."""
     problem = problem_of(forward)
-    return backward_key(forward, Meta(problem.out, torch.device("cuda", problem.device)), lse_gradient)
+    return backward_key(by_list(forward, tiled), Meta(problem.out, torch.device("cuda", problem.device)), lse_gradient)
 
 
 def forward_call(candidate: Candidate, running: tuple[Program, tuple[Hoisted, ...]], device: torch.device) -> Key:
@@ -147,7 +159,7 @@ def forward_call(candidate: Candidate, running: tuple[Program, tuple[Hoisted, ..
         key, value = (Meta(dense(TensorSpec(t.shape, t.stride(), t.dtype)), device) for t in (key, value))
     operands = [Meta(_operand_spec(h, sizes), device) for h in hoisted]
     stats = candidate.training or call.uses(1)
-    rest = (operands, scale_of(call) or 0.0, stats, candidate.tiled, candidate.policy)
+    rest = (operands, scale_of(call) or 0.0, stats, FORWARD in candidate.tiled, candidate.policy)
     return forward_key(text(program), query, key, value, *rest)
 
 

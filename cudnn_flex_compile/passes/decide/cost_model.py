@@ -96,7 +96,7 @@ class CostInputs:
         lse_gradient: whether one of the log-sum-exp may be, too.
         share: of the blocks, that its BlockMask lists; None without one, or if that is not known.
         around: None where the host's time for the call does not count: attention alone, or under CUDA graphs.
-        tiled: whether it would run by a list of its mask's tiles (passes/write/tile_lists.py).
+        tiled: the directions that would run by a list of its mask's tiles (passes/write/tile_lists.py).
         sharing: how many calls of the graph have its mask.
     """
 
@@ -107,7 +107,7 @@ class CostInputs:
     lse_gradient: bool
     share: float | None
     around: Workload | None
-    tiled: bool = False
+    tiled: tuple[str, ...] = ()
     sharing: int = 1
 
     @property

@@ -192,7 +192,7 @@ RULES = (
 def slower(inputs: CostInputs) -> Reason | None:
     """The reason of the first row that applies, or None."""
     for row in RULES:
-        if row.tiled not in (None, inputs.tiled):
+        if row.tiled not in (None, bool(inputs.tiled)):
             continue
         detail = row.applies(inputs)
         if detail is not None:

@@ -17,7 +17,7 @@ from cudnn_flex_compile.passes.write.nodes import size_of
 
 def replace(
     call: Call, key: Node, value: Node, operands: Sequence[Node], ints: Sequence[Any], floats: Sequence[Node],
-    program: str, training: bool, blocks: BlockMaskArguments, tiles: Node | None, policy: str,
+    program: str, training: bool, blocks: BlockMaskArguments, tiles: Sequence[Node | None], policy: str,
 ) -> None:  # fmt: skip
     """Rewrites the call's users to the op's outputs; the node itself goes.
 
@@ -29,7 +29,7 @@ def replace(
         program: canonical text.
         training: whether a gradient may be asked for.
         blocks: what the op takes of the BlockMask.
-        tiles: the list of the mask's tiles, where the call runs by one.
+        tiles: the list of the mask's tiles for each direction that runs by one.
         policy: text (config.Policy).
     """
     graph, node = call.node.graph, call.node
@@ -38,7 +38,7 @@ def replace(
         arguments = (
             call.query, key, value, list(operands), list(ints), list(floats), program, scale_of(call) or 0.0,
             call.uses(1), training, list(blocks.tensors), list(blocks.layout), blocks.program,
-            tiles, policy,
+            *tiles, policy,
         )  # fmt: skip
         op = graph.call_function(ops.attention, arguments)
         op.meta.update(node.meta)

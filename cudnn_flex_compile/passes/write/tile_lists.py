@@ -13,6 +13,7 @@ import torch
 from torch.fx import Node
 
 from cudnn_flex_compile import ops, torch_private
+from cudnn_flex_compile.engine.problem import BACKWARD
 from cudnn_flex_compile.engine.tiles.tile_list import Geometry, tiler_of
 from cudnn_flex_compile.kernels.block_mask import agree_with_endpoints
 from cudnn_flex_compile.passes.decide.candidate import Candidate
@@ -23,19 +24,28 @@ from cudnn_flex_compile.passes.write.operands import Writer
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.interpret import visible_rows
-from cudnn_flex_compile.scoremod.ir import TRUE
+from cudnn_flex_compile.scoremod.ir import SCORE
+from cudnn_flex_compile.scoremod.masks.form import split
 from cudnn_flex_compile.scoremod.masks.intervals import NARROW, most_endpoints
 from cudnn_flex_compile.scoremod.text import text
 
 ITEMSIZE, MIB = 4, 2**20
 
 
-def tiled(candidate: Candidate, traced: Traced) -> Candidate | None:
-    """The call by a tile list; None where nothing is hidden, or `traced.pairwise` is None."""
-    if traced.pairwise is None or traced.program.mask is TRUE:
+def tiled(candidate: Candidate, traced: Traced, directions: tuple[str, ...]) -> Candidate | None:
+    """The call by a tile list in these directions; None where no list serves it.
+
+    A list serves plain scores. Where plans would permute keys or read a bias over pairs, it is of another program than
+    theirs, with the mask as one predicate of rows and columns, and serves all directions or none.
+    """
+    if traced.program.score is not SCORE:
+        return None
+    if candidate.compact is None and not split(candidate.program.mask).reads_pairs:
+        return replace(candidate, tiled=directions)
+    if traced.pairwise is None or directions != candidate.directions:
         return None
     program, hoisted = traced.pairwise
-    return replace(candidate, program=program, hoisted=hoisted, compact=None, tiled=True)
+    return replace(candidate, program=program, hoisted=hoisted, compact=None, tiled=directions)
 
 
 def unsuitable(candidate: Candidate, values: tuple[Any, Any, Any] | None, budget: int) -> Reason | None:
@@ -93,7 +103,7 @@ def _geometry(candidate: Candidate) -> Geometry:
     by_head = "h" in ir.axes_of(candidate.program.mask)
     return Geometry(
         batch=query[0], heads=query[1], kv_heads=key[1], rows=query[2], columns=key[2], dim=query[3],
-        value_dim=value[3], mask_heads=query[1] if by_head else 1, training=candidate.training,
+        value_dim=value[3], mask_heads=query[1] if by_head else 1, training=BACKWARD in candidate.tiled,
         dtype=example(call.query).dtype,
     )  # fmt: skip
 

@@ -7,9 +7,15 @@ from cudnn_flex_compile.engine import choose
 from cudnn_flex_compile.engine.certify.regimes import REGIMES
 from cudnn_flex_compile.engine.choose import OF_SHAPES
 from cudnn_flex_compile.engine.find_plan import cache_clear, find_plan
+from cudnn_flex_compile.engine.key import backward_key, by_list, forward_key
 from cudnn_flex_compile.engine.launch import timing
+from cudnn_flex_compile.engine.problem import Binding
 from cudnn_flex_compile.engine.store import identity
+from cudnn_flex_compile.engine.tiles import plan
 from cudnn_flex_compile.reasons import Code, Reason
+from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod.optable import make
+from cudnn_flex_compile.scoremod.text import text
 from tests.support import stand_in
 from tests.support.stand_in import call
 
@@ -69,6 +75,44 @@ def test_the_choice_is_kept_beside_that_of_the_rules(backend, times):
         found.append(find_plan(call(policy=policy)).plan.strategy)
     assert found == ["chained", "dense"] * 2
     assert (len(backend.built), len(backend.restored), len(times["timed"])) == (3, 2, 1)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("name", ["chained", "dense", "native", "parts"])
+def test_a_strategy_that_is_forced_is_the_only_one(backend, name, backward):
+    """And its verdict is not that of another policy."""
+    found = find_plan(call(backward=backward, policy=Policy(strategy=name).text))
+    if name in ("chained", "dense"):
+        assert found.plan.strategy == name
+        assert set(backend.built) == {name}
+    else:
+        assert isinstance(found, Reason), "a soft cap is not native, and causal no parts"
+        assert not backend.built
+    assert find_plan(call(backward=backward)).plan.strategy == "chained"
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["the graph's first", "the list's first"])
+def test_each_direction_in_its_own_way_takes_the_forward_that_is_there(backend, monkeypatch, first):
+    """Whose outputs a backward is certified on; none is built that will not run."""
+    built = []
+
+    def by_tiles(problem):
+        built.append(problem.direction)
+        return stand_in.StandIn(problem, Binding("tile_lists", ()), b'{"workspace": 0}')
+
+    monkeypatch.setattr(plan, "build", by_tiles)
+    forward, backward = plain(), plain(backward=True)
+    assert find_plan(by_list(forward, first)).plan.strategy == ("tile_lists" if first else "native")
+    assert find_plan(by_list(backward, not first)).plan.strategy == ("native" if first else "tile_lists")
+    assert (built, backend.built) == ((["forward"], ["native"]) if first else (["backward"], ["native"]))
+
+
+def plain(backward=False):
+    """The key of a causal call."""
+    query, key = stand_in.tensor(4, 256), stand_in.tensor(2, 256)
+    program = text(ir.program(mask=make("ge", stand_in.Q, stand_in.KV)))
+    found = forward_key(program, query, key, key, [], 0.125, True)
+    return backward_key(found, query) if backward else found
 
 
 def test_another_environment_measures_anew(backend, times, monkeypatch):

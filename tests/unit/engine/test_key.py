@@ -1,11 +1,12 @@
 """Call keys: equal for equal calls, different for calls that differ in anything, and enough to make the problem."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
-from cudnn_flex_compile.engine.key import Meta, backward_key, forward_key, forward_of, problem_of
+from cudnn_flex_compile.engine.key import Meta, backward_key, by_list, forward_key, forward_of, problem_of
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, TensorSpec
 
 CUDA = torch.device("cuda", 0)
@@ -92,6 +93,14 @@ def test_the_forward_of_a_backward(stats: bool, lse_gradient: bool) -> None:
 @pytest.mark.parametrize("change", CHANGES[:-1], ids=[f"{next(iter(c))}{i}" for i, c in enumerate(CHANGES[:-1])])
 def test_the_forward_of_any_backward(change: dict[str, object]) -> None:
     assert forward_of(backward_key(key(**change), tensor(2, 4, 16, 32))) == key(**change)
+
+
+def test_a_call_by_a_list_differs_in_that_alone() -> None:
+    for given in (key(), backward_key(key(), tensor(2, 4, 16, 32), True)):
+        tiled = by_list(given, True)
+        assert tiled != given
+        assert by_list(tiled, False) == given
+        assert problem_of(tiled) == replace(problem_of(given), tiled=True)
 
 
 def test_the_problem_is_the_call() -> None:

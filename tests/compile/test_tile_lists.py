@@ -1,0 +1,150 @@
+"""Plain scores by tile lists, end to end on the CPU: which calls and directions, the graphs, numbers and BlockMasks."""
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import flex_attention
+
+from cudnn_flex_compile import ops
+from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD
+from cudnn_flex_compile.passes import lower_call
+from cudnn_flex_compile.passes.write import tile_lists
+from cudnn_flex_compile.reasons import Code
+from cudnn_flex_compile.report.report import collect
+from tests.support.plain_masks import MASKS, assert_right, attend, block_mask, inputs
+
+BATCH, LENGTH = 2, 160
+BOTH = FORWARD, BACKWARD
+SEEN = []  # the graphs that the inner backend was given
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(trainable, monkeypatch):
+    """As if there were kernels by tile lists for the CPU."""
+    monkeypatch.setattr(tile_lists, "unusable", lambda device: None)
+    SEEN.clear()
+
+
+def see(graph_module, example_inputs):
+    SEEN.append(graph_module.graph)
+    return graph_module
+
+
+torch._dynamo.register_backend(name="see_tile_lists")(see)
+
+
+def compiled(function=attend, **options):
+    given = {"inner_backend": "see_tile_lists", **options}
+    return torch.compile(function, backend="cudnn_flex", dynamic=False, options=given)
+
+
+def call(name):
+    """The arguments of a call, a gradient, and its mask."""
+    qkv, grad = inputs(BATCH, LENGTH, 4, 2, 16, torch.bfloat16, "cpu")
+    mask_mod = MASKS[name](BATCH, LENGTH, "cpu")
+    return (*qkv, block_mask(mask_mod, BATCH, LENGTH, "cpu", 32)), grad, mask_mod
+
+
+def lists_of_calls():
+    """Of each attention op, whether its forward and its backward have a list."""
+    (graph,) = SEEN
+    return [[n.args[i] is not None for i in (13, 14)] for n in graph.nodes if n.target is ops.attention]
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_all_plain_masks_run_by_a_list(name):
+    arguments, grad, mask_mod = call(name)
+    with collect() as report:
+        out = compiled(strategy="tile_lists")(*arguments)
+    assert [c.strategies for c in report.calls] == [("tile_lists",)], report.calls[0].reason
+    assert lists_of_calls() == [[True, True]]
+    assert_right(out, arguments[:3], grad, mask_mod)
+
+
+@pytest.mark.parametrize("directions", [(FORWARD,), (BACKWARD,), BOTH, ()], ids=" and ".join)
+@pytest.mark.parametrize("name", ["causal", "full", "right padding"])
+def test_each_direction_runs_in_its_own_way(monkeypatch, name, directions):
+    asked = []
+
+    def chosen(inputs, apart):
+        asked.append(apart)
+        return directions if apart or len(directions) == 2 else ()
+
+    monkeypatch.setattr(lower_call, "faster_by_tiles", chosen)
+    arguments, grad, mask_mod = call(name)
+    with collect() as report:
+        out = compiled(lower="always")(*arguments)
+    (found,) = lists_of_calls()
+    assert found == [way in directions for way in BOTH]
+    assert asked == [True]
+    graph = "native"
+    expected = [("tile_lists" if way in directions else graph) for way in BOTH]
+    assert report.calls[0].strategies in (tuple(expected), tuple(expected[:1]))
+    compared = [n for n in SEEN[0].nodes if n.target is ops.check_block_mask]
+    assert len(compared) == (name != "full" and directions != BOTH), "a list is the guard of calls by it alone"
+    assert_right(out, arguments[:3], grad, mask_mod)
+
+
+def test_without_gradients_the_forward_is_all(monkeypatch):
+    monkeypatch.setattr(lower_call, "faster_by_tiles", lambda inputs, apart: (FORWARD,))
+    arguments, _, _ = call("causal")
+    with collect() as report, torch.no_grad():
+        compiled(lower="always")(*arguments)
+    assert report.calls[0].strategies == ("tile_lists",)
+    assert not [n for n in SEEN[0].nodes if n.target is ops.check_block_mask]
+
+
+def test_keys_that_plans_would_permute_are_all_or_nothing(monkeypatch):
+    asked = []
+    monkeypatch.setattr(lower_call, "faster_by_tiles", lambda inputs, apart: asked.append(apart) or BOTH)
+    arguments, grad, mask_mod = call("scattered padding")
+    with collect() as report:
+        out = compiled(lower="always")(*arguments)
+    assert asked == [False]
+    assert report.calls[0].strategies == ("tile_lists",)
+    assert_right(out, arguments[:3], grad, mask_mod)
+
+
+def test_short_calls_do_not():
+    arguments, _, _ = call("causal")
+    with collect() as report:
+        compiled(lower="always")(*arguments)
+    assert report.calls[0].strategies == ("native",)
+
+
+def test_what_is_faster_by_plans_than_by_inductor_is_what_may_be_faster_by_a_list(monkeypatch):
+    """A rule that compares a list with plans says nothing of Inductor's kernel."""
+    monkeypatch.setattr(lower_call, "faster_by_tiles", lambda inputs, apart: pytest.fail("asked"))
+    monkeypatch.setattr(lower_call, "slower", lambda *given: lower_call.Reason(Code.SLOWER, "than Inductor's"))
+    arguments, _, _ = call("causal")
+    with collect() as report:
+        compiled()(*arguments)
+    assert report.calls[0].reason.detail == "than Inductor's"
+
+
+def soft_cap(score, b, h, q, kv):
+    return torch.tanh(score / 20) * 20
+
+
+FORCED = {
+    "inductor": ((), ()), "graphs": (("native",), ("chained",)), "native": (("native",), ()),
+    "chained": (("chained",), ("chained",)), "tile_lists": (("tile_lists",), ()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("strategy", FORCED)
+def test_a_way_can_be_forced(strategy):
+    arguments, _, _ = call("causal")
+
+    def two(q, k, v, mask):
+        return attend(q, k, v, mask) + flex_attention(q, k, v, soft_cap, mask, enable_gqa=True)
+
+    with collect() as report:
+        compiled(two, strategy=strategy)(*arguments)
+    assert [c.strategies for c in report.calls] == list(FORCED[strategy])
+    for found in report.calls:
+        assert found.strategies or f"strategy={strategy!r}" in found.reason.detail, found.reason
+
+
+def test_an_unknown_way_is_answered_by_a_list_of_all():
+    with pytest.raises(Exception, match="'inductor', 'tile_lists', 'graphs', 'native', 'chained', 'dense', 'parts'"):
+        compiled(strategy="fast")(*call("causal")[0])
