@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="cudnn-flex", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--version", action="version", version=f"cudnn-flex {cudnn_flex_compile.__version__}")
-    commands = parser.add_subparsers(required=True, metavar="doctor | explain | run | bench")
+    commands = parser.add_subparsers(required=True, metavar="doctor | explain | run | bench | calibrate")
     doctor = commands.add_parser("doctor", help="show versions and devices, and test whether plans run right here")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(run=_doctor)
@@ -62,6 +62,12 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="measure attention on this machine", description=DESCRIPTION)
     add_arguments(bench)
     bench.set_defaults(run=_bench)
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="measure how fast each way to run attention is on this kind of device, by which calls are lowered or kept",
+    )
+    calibrate.add_argument("--write", type=Path, metavar="FILE", help="where to (the cache folder, where it is read)")
+    calibrate.set_defaults(run=_calibrate)
     return parser
 
 
@@ -69,6 +75,22 @@ def _bench(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from cudnn_flex_compile.bench.command import run
 
     return run(given)
+
+
+def _calibrate(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    reason = _why_not()
+    if reason is not None:
+        print(f"nothing to calibrate: {reason}", file=sys.stderr)
+        return 1
+    from cudnn_flex_compile.calibrate.command import write
+    from cudnn_flex_compile.passes.decide.device_times import own_file
+
+    path = given.write or own_file()
+    if path is None:
+        parser.error("there is no cache folder (CUDNN_FLEX_CACHE=0): give --write FILE")
+    write(path)
+    print(path)
+    return 0
 
 
 def _doctor(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
