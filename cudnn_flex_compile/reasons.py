@@ -4,7 +4,8 @@ Every part of the package returns a `Reason` where a call cannot be lowered; rep
 """
 
 import enum
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 
 class Code(enum.Enum):
@@ -74,3 +75,13 @@ class Reason:
 
     def __str__(self) -> str:
         return f"{self.code.name}: {self.detail}" if self.detail else self.code.name
+
+
+# The codes that say most about why nothing works, first.
+TELLING = (Code.CERTIFICATION, Code.NO_BACKWARD, Code.ILLEGAL_OP, Code.SHAPE_REFUSED)
+
+
+def most_telling(reasons: Sequence[Reason]) -> Reason:
+    """One for all of them; lasting if all are."""
+    by_code = (reason for code in TELLING for reason in reasons if reason.code is code)
+    return replace(next(by_code, reasons[-1]), lasting=all(reason.lasting for reason in reasons))

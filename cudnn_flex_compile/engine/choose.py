@@ -10,19 +10,19 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 
 from cudnn_flex_compile.config import Policy
-from cudnn_flex_compile.engine.candidates import attempts, most_telling
+from cudnn_flex_compile.engine.candidates import attempts
 from cudnn_flex_compile.engine.certify.coverage import class_of
 from cudnn_flex_compile.engine.certify.reference import Reference
 from cudnn_flex_compile.engine.certify.regimes import REGIMES, drawn
 from cudnn_flex_compile.engine.certify.samples import SEED
 from cudnn_flex_compile.engine.launch import timing
 from cudnn_flex_compile.engine.plans.lse_rows import rows_of
+from cudnn_flex_compile.engine.plans.plan import Plan
 from cudnn_flex_compile.engine.problem import BACKWARD, Problem
 from cudnn_flex_compile.engine.repro import Rejection, warn_of
 from cudnn_flex_compile.engine.state import engine
-from cudnn_flex_compile.engine.store.plan_cache import Plan
 from cudnn_flex_compile.phases import phase
-from cudnn_flex_compile.reasons import Code, Reason
+from cudnn_flex_compile.reasons import Code, Reason, most_telling
 
 OF_SHAPES = tuple(regime for regime in REGIMES if regime.shapes)
 

@@ -14,10 +14,11 @@ from cudnn_flex_compile.config import Policy
 from cudnn_flex_compile.engine.certify.reference import ProgramReference, Reference
 from cudnn_flex_compile.engine.choose import certified, choose
 from cudnn_flex_compile.engine.key import Call, Key, by_list, forward_of, given_layouts, policy_of, problem_of
+from cudnn_flex_compile.engine.plans.plan import Plan
 from cudnn_flex_compile.engine.problem import BACKWARD, Problem
 from cudnn_flex_compile.engine.state import engine
 from cudnn_flex_compile.engine.store.lru import CacheInfo
-from cudnn_flex_compile.engine.store.plan_cache import CachedPlan, Plan
+from cudnn_flex_compile.engine.store.plan_cache import CachedPlan
 from cudnn_flex_compile.engine.store.verdicts import keep, recall
 from cudnn_flex_compile.engine.support import refused
 from cudnn_flex_compile.engine.versions import unusable_device

@@ -4,7 +4,7 @@ Knows nothing of how plans are built. Two problems are equal exactly when one pl
 """
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -95,6 +95,22 @@ class Problem:
     def backward(self, lse_gradient: bool = False) -> "Problem":
         """The backward of this forward, for a gradient laid out like the output."""
         return replace(self, direction=BACKWARD, grad=self.out, stats=True, lse_gradient=lse_gradient)
+
+
+def problem_text(problem: Problem) -> str:
+    """A problem without the index of its device and the way of its launch: one field a line, the program last."""
+    names = [f.name for f in fields(problem) if f.name not in ("device", "program", "replay")]
+    return "\n".join([*(f"{name} {_text(getattr(problem, name))}" for name in names), f"program {problem.program}"])
+
+
+def _text(value: object) -> str:
+    if isinstance(value, float):
+        return value.hex()
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_text, value))})"  # pyright: ignore[reportUnknownArgumentType]
+    if isinstance(value, TensorSpec):
+        return f"{list(value.shape)} by {list(value.stride)} of {value.dtype}"
+    return repr(value)
 
 
 class Error(NamedTuple):

@@ -133,8 +133,8 @@ def _wrong(problem: Problem, attempt: int) -> str | None:
         return f"not built: {plan}"
     forwards = (make() for make in attempts(problem.forward())) if problem.direction == BACKWARD else (plan,)
     for forward in forwards:
-        if problem.direction == BACKWARD and (isinstance(forward, Reason) or certify(forward, forward, reference)):
+        if isinstance(forward, Reason) or (forward is not plan and certify(forward, forward, reference)):
             continue
-        verdict = certify(plan, forward, reference)  # pyright: ignore[reportArgumentType]
+        verdict = certify(plan, forward, reference)
         return None if verdict is None else f"wrong: {verdict}"
     return "not built: there is no forward whose results this backward needs"

@@ -164,7 +164,7 @@ REWRITES: tuple[Rewrite, ...] = (
     Rewrite("integers expanded", "int32 [B, 1, 1, 1] in a compare -> [B, 1, Sq, 1] with stride 0", WRONG, BOTH,
             "engine/graph/emit.py", "kv < length[b], both directions"),
     Rewrite("every head", "operands of different dims -> all [B, H, ., .], where the plain plan fails", WRONG, (V919,),
-            "engine/candidates.py", "a last resort: tried only where certification rejects the plain plan"),
+            "engine/plans/variants.py", "a last resort: tried only where certification rejects the plain plan"),
     Rewrite("ends guarded", "score_mod(x) -> score_mod(where(inside, x, 0)), -inf beyond the ends", WRONG, BOTH,
             "engine/guards.py", "backward: dQ and dK are NaN for x * x at length 1000; on 9.19 also for a pair operand "
             "at Skv % 128 == 64 where the LSE is below -88.7"),

@@ -61,7 +61,8 @@ def forward(
     inputs = _aligned((query, key, value))
     outputs = (out, lse) if stats else (out,)
     try:
-        _run(found, (*inputs, *outputs), operands, fitting or (), floats, tiles)
+        operands = _aligned(operands) if operands and tiles is None else operands
+        found.plan.run((*inputs, *outputs), operands, fitting or (), floats, tiles)
     except torch.OutOfMemoryError as error:
         _explain(program, _no_workspace(found, error))
         del out, outputs
@@ -106,7 +107,8 @@ def backward(
     gradients = (dq, dk, dv, dbias) if bias_layout else (dq, dk, dv)
     inputs = _aligned((query, key, value, out, stats, grad_out, *rows_of(stats, grad_lse)))
     try:
-        _run(found, (*inputs, *gradients), operands, fitting or (), floats, tiles)
+        operands = _aligned(operands) if operands and tiles is None else operands
+        found.plan.run((*inputs, *gradients), operands, fitting or (), floats, tiles)
     except torch.OutOfMemoryError as error:
         _explain(program, _no_workspace(found, error))
         del dq, dk, dv, dbias, gradients
@@ -120,16 +122,6 @@ def _hold_if_captured(found: CachedPlan) -> None:
     """A CUDA graph that is replayed reads the plan's kernels and constants, whether the plan is still cached or not."""
     if torch.cuda.is_current_stream_capturing():
         _plans.hold(found)
-
-
-def _run(
-    found: CachedPlan, tensors: Sequence[Tensor], operands: Sequence[Tensor], ints: Sequence[int],
-    floats: Sequence[Tensor], tiles: Tensor | None,
-) -> None:  # fmt: skip
-    if tiles is None:
-        found.plan.run(tensors, _aligned(operands) if operands else operands, ints, floats)
-    else:
-        found.plan.launch(tensors, tiles)  # pyright: ignore  # by its key, the plan is one of tiles
 
 
 def _no_workspace(found: CachedPlan, error: torch.OutOfMemoryError) -> Reason:

@@ -133,7 +133,7 @@ def test_every_box_has_a_plan(name, direction, sm):
         whole = problem(program, direction, lengths=(4096, 4096))
         found = boxes(split(program.mask), whole.lengths)
         found = unshifted(found) if direction == BACKWARD else found
-        plan = assemble_boxes(whole, program, found, output_specs(whole), lambda p, part: Accepted(p, part, sm))
+        plan = assemble_boxes(whole, program, found, lambda p, part: Accepted(p, part, sm))
         assert isinstance(plan, BoxPlan)
         assert len(plan.strategy.split(",")) == len(found)
 

@@ -31,7 +31,7 @@ ENVIRONMENT = ("code 1", "torch 2", "cudnn 3", "driver 4", "device 5")
 ERRORS = (Error("out", 2e-3, 1.5e-3),)
 
 
-class StandIn:
+class StandIn(plan.GraphPlan):
     """A plan that writes nothing."""
 
     device = torch.device("cpu")
@@ -104,7 +104,7 @@ def install(patch: pytest.MonkeyPatch, folder: Path | None = None, **how: object
     """In place of cuDNN, certification and the device; as in a new process that keeps verdicts in a folder, or not."""
     backend = Backend(**how)  # pyright: ignore
     patch.setattr(plan, "build", backend.build)
-    patch.setattr(plan, "restore", backend.restore)
+    patch.setattr(plan, "restored", backend.restore)
     patch.setattr(certify, "certify", backend.certify)
     patch.setattr(find_plan, "unusable_device", lambda device: None)
     patch.setattr(find_plan, "run_clean", lambda function, device: function())

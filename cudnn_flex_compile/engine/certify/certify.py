@@ -9,7 +9,6 @@ enqueued before anything is read back. Memory is that of the problem's own tenso
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 import torch
 
@@ -28,23 +27,9 @@ from cudnn_flex_compile.engine.certify.regimes import (
 )
 from cudnn_flex_compile.engine.certify.samples import SEED, SamplePlan, sample_plan
 from cudnn_flex_compile.engine.plans.lse_rows import rows_of
-from cudnn_flex_compile.engine.problem import BACKWARD, Error, Problem, TensorSpec
+from cudnn_flex_compile.engine.plans.plan import Plan
+from cudnn_flex_compile.engine.problem import BACKWARD, Problem
 from cudnn_flex_compile.reasons import Code, Reason
-
-
-class Runnable(Protocol):
-    """A plan, or a stand-in for one, that is certified."""
-
-    problem: Problem
-    strategy: str
-    outputs: tuple[TensorSpec, ...]
-    device: torch.device
-    errors: tuple[Error, ...]
-
-    def run(
-        self, tensors: Sequence[torch.Tensor], operands: Sequence[torch.Tensor], ints: Sequence[int],
-        floats: Sequence[torch.Tensor],
-    ) -> None: ...  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +63,7 @@ class Outputs:
 
 
 def certify(
-    plan: Runnable, forward: Runnable, reference: Reference, regimes: Sequence[Regime] = REGIMES
+    plan: Plan, forward: Plan, reference: Reference, regimes: Sequence[Regime] = REGIMES
 ) -> Reason | None:  # fmt: skip
     """Certifies a plan: None if it is right on every sample, and its `errors` are set; else the reason against it.
 
@@ -122,7 +107,7 @@ def _varies(sample: Sample) -> bool:
     return bool(sample.operands or sample.ints or sample.floats)
 
 
-def _written(plan: Runnable, tensors: Tensors) -> Outputs:
+def _written(plan: Plan, tensors: Tensors) -> Outputs:
     if plan.problem.direction == BACKWARD:
         gradients = (poisoned(spec, plan.device) for spec in plan.outputs)
         return Outputs(dict(zip(("dQ", "dK", "dV", "dBias"), gradients, strict=False)))
@@ -140,7 +125,7 @@ def _data(problem: Problem, tensors: Tensors, written: Outputs, sample: Sample) 
     return Data(sample, where, checks_of_forward(problem, sample, where, outputs))
 
 
-def _run(plan: Runnable, forward: Runnable, t: Tensors, written: Outputs, sample: Sample) -> None:
+def _run(plan: Plan, forward: Plan, t: Tensors, written: Outputs, sample: Sample) -> None:
     """Runs a plan on the tensors; for a backward, its forward first."""
     t.out_memory.renew()
     t.stats_memory.renew()

@@ -5,20 +5,23 @@ In the backward every part gets the whole output and log-sum-exp, with which its
 the whole row: the sums over parts are exact.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cudnn_flex_compile.engine.plans.merge import merge
-from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Error, Problem, TensorSpec, dense
+from cudnn_flex_compile.engine.plans.plan import AddressPlan, Attempt, Plan, Record
+from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem, TensorSpec, dense, output_specs
 from cudnn_flex_compile.reasons import Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import Program
-from cudnn_flex_compile.scoremod.masks.boxes import Box, boxes, unshifted
+from cudnn_flex_compile.scoremod.masks.boxes import Box, boxes, pruned, unshifted
 from cudnn_flex_compile.scoremod.masks.form import MaskForm, split
-from cudnn_flex_compile.scoremod.text import text
+from cudnn_flex_compile.scoremod.text import parse, text
 
 # What a further plan costs, a query row, in pairs: launches, merging, and reading and writing of the row. Measured
 # with 10 keys (cudnn-flex bench --mods "sink tokens + small window" --mode reduce-overhead --lower always).
@@ -67,35 +70,58 @@ class BoxPart:
     """One plan. rows_own, columns_own: whether no earlier part writes them, so that this one writes in place."""
 
     box: Box
-    plan: Any
+    plan: AddressPlan
     rows_own: bool
     columns_own: bool
 
 
-class BoxPlan:
-    """Several plans that behave as one (engine/plans/graph_plan.py)."""
+class BoxPlan(Plan):
+    """Several plans that behave as one."""
 
-    __slots__ = ("_bare_columns", "_bare_rows", "_parts", "device", "errors", "outputs", "problem", "strategy")
+    KIND = "boxes"
+    __slots__ = ("_bare_columns", "_bare_rows", "_parts")
 
-    def __init__(self, problem: Problem, parts: Sequence[BoxPart], outputs: tuple[TensorSpec, ...]) -> None:
-        self.problem, self.outputs, self._parts = problem, outputs, tuple(parts)
-        self.strategy = f"parts ({', '.join(part.plan.strategy for part in parts)})"
-        self.device = torch.device("cuda", problem.device)
-        self.errors: tuple[Error, ...] = ()
+    def __init__(self, problem: Problem, parts: Sequence[BoxPart]) -> None:
+        super().__init__(problem, f"parts ({', '.join(part.plan.strategy for part in parts)})")
+        self._parts = tuple(parts)
         own = [[(p.box.top, p.box.bottom) for p in parts if p.rows_own]]
         own.append([(p.box.left, p.box.right) for p in parts if p.columns_own])
         self._bare_rows, self._bare_columns = map(_gaps, own, problem.lengths)
 
+    @classmethod
+    def attempts(cls, problem: Problem, every: Callable[[Problem], list[Attempt]]) -> list[Attempt]:
+        from cudnn_flex_compile.engine.plans.graph_plan import first_built
+
+        program, found = _divided(problem)
+        if not found or problem.tiled:
+            return []
+        return [Attempt(functools.partial(assemble_boxes, problem, program, found, first_built))]
+
     @property
-    def plans(self) -> tuple[Any, ...]:
-        """That of each part, in order."""
+    def parts(self) -> tuple[Plan, ...]:
         return tuple(part.plan for part in self._parts)
 
+    @classmethod
+    def from_record(cls, problem: Problem, record: Record, restore: Callable[[Problem, Record], Plan]) -> Plan:
+        (program, found), records = _divided(problem), iter(record.parts)
+        if len(found) != len(record.parts):
+            raise ValueError(f"it has {len(record.parts)} parts, {len(found)} are wanted")
+
+        def build(_: Program, part: Problem) -> AddressPlan:
+            plan = restore(part, next(records))
+            if not isinstance(plan, AddressPlan):
+                raise ValueError(f"a part is a plan that takes no addresses: {plan.strategy}")
+            return plan
+
+        whole = assemble_boxes(problem, program, found, build)
+        if isinstance(whole, Reason):
+            raise ValueError(str(whole))
+        return whole
+
     def run(
-        self, tensors: Sequence[torch.Tensor], operands: Sequence[torch.Tensor], ints: Sequence[int],
-        floats: Sequence[torch.Tensor],
+        self, tensors: Sequence[Tensor], operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor],
+        tiles: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """As Plan.run."""
         if self.problem.direction == FORWARD:
             self._forward(*tensors, rest=(operands, ints, floats))
         else:
@@ -155,6 +181,12 @@ class BoxPlan:
                 gradient.add_(extra)
 
 
+def _divided(problem: Problem) -> tuple[Program, list[Box]]:
+    """The program without what hides nothing at these lengths, and its boxes; none where one plan is as fast."""
+    program = pruned(parse(problem.program), problem.lengths)
+    return program, divided(program, problem.lengths, problem.direction) or []
+
+
 def _at(tensor: torch.Tensor, row: int) -> int:
     """The address of tensor[:, :, row:], without the cost of a view."""
     return tensor.data_ptr() + row * tensor.stride(2) * tensor.element_size()
@@ -179,15 +211,14 @@ def assemble_boxes(
     problem: Problem,
     program: Program,
     found: Sequence[Box],
-    outputs: tuple[TensorSpec, ...],
-    build: Callable[[Program, Problem], "Any | Reason"],
-) -> "BoxPlan | Reason":
+    build: Callable[[Program, Problem], AddressPlan | Reason],
+) -> BoxPlan | Reason:
     """Builds a plan for each box.
 
     Args:
-        outputs: the layouts of what the whole problem writes.
         build: a plan for a program and a problem.
     """
+    outputs = output_specs(problem)
     parts: list[BoxPart] = []
     for box in found:
         rows_own = all(p.box.bottom <= box.top or box.bottom <= p.box.top for p in parts)
@@ -197,7 +228,7 @@ def assemble_boxes(
         if isinstance(plan, Reason):
             return plan
         parts.append(BoxPart(box, plan, rows_own, columns_own))
-    return BoxPlan(problem, parts, outputs)
+    return BoxPlan(problem, parts)
 
 
 def _cut(

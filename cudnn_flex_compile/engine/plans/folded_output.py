@@ -28,8 +28,7 @@ ROWS = 16  # of one block of threads
 
 
 class FoldedPlan(WrappedPlan):
-    NAME = "folded"
-    FIRST = True
+    KIND = "folded"
 
     @staticmethod
     def takes(problem: Problem) -> bool:
@@ -40,8 +39,9 @@ class FoldedPlan(WrappedPlan):
         return replace(problem, grad=problem.out, lse_gradient=False)
 
     def run(
-        self, tensors: Sequence[Tensor], operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor]
-    ) -> None:
+        self, tensors: Sequence[Tensor], operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor],
+        tiles: Tensor | None = None,
+    ) -> None:  # fmt: skip
         query, key, value, out, stats, grad, _, grad_lse, *gradients = tensors
         given = [self.problem.out.empty(out.device) for _ in range(2)]
         fold(out, grad, grad_lse.view(out.shape[:3]), *given)

@@ -4,11 +4,13 @@ Knows nothing of caches, strategies or certification.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import cudnn
 import torch
+from torch import Tensor
 
 from cudnn_flex_compile.engine.graph.build import AttentionGraph, assemble
 from cudnn_flex_compile.engine.graph.lowering import Lowering
@@ -16,9 +18,15 @@ from cudnn_flex_compile.engine.launch.handles import current_handle, handle_on
 from cudnn_flex_compile.engine.launch.memory import empty
 from cudnn_flex_compile.engine.launch.raw_execute import Launch, launcher
 from cudnn_flex_compile.engine.launch.replay import Replays
-from cudnn_flex_compile.engine.problem import FORWARD, Binding, Error, Problem, output_specs
+from cudnn_flex_compile.engine.plans.plan import AddressPlan, Attempt, Plan, Record
+from cudnn_flex_compile.engine.plans.variants import Variant, variants
+from cudnn_flex_compile.engine.problem import FORWARD, Binding, Problem
 from cudnn_flex_compile.engine.state import engine
-from cudnn_flex_compile.reasons import Code, Reason
+from cudnn_flex_compile.phases import phase
+from cudnn_flex_compile.reasons import Code, Reason, most_telling
+from cudnn_flex_compile.scoremod.ir import Program
+from cudnn_flex_compile.scoremod.masks.boxes import pruned
+from cudnn_flex_compile.scoremod.text import parse
 
 PYTHON_ENGINES = 20_000  # the first id of an engine of the frontend's own (cudnn.engines.engine_ids)
 EXPECTED = (cudnn.cudnnGraphNotSupportedError, RuntimeError, ValueError)  # of a graph that cuDNN does not support
@@ -31,28 +39,25 @@ BACKWARD_ROLES = (
 DTYPES = {int: torch.int32, float: torch.float32}
 
 
-class GraphPlan:
-    """Runs one problem. Immutable once built; any thread may run it.
+class GraphPlan(AddressPlan):
+    """Runs one graph.
 
     Attributes:
-        problem: what it is for.
-        strategy: how it was lowered.
-        device: where it runs.
-        outputs: layouts of out and stats, or of dq, dk, dv, and dbias if an operand is learned.
+        binding: what it reads and writes.
         workspace: bytes that each run needs.
-        errors: what certification measured, once it has.
     """
 
+    KIND = "graph"
     __slots__ = (
         "_constant_addresses", "_constants", "_floats", "_graph", "_ints", "_launch", "_operands", "_replays",
-        "binding", "device", "errors", "outputs", "problem", "strategy", "workspace",
+        "binding", "workspace",
     )  # fmt: skip
 
     def __init__(self, problem: Problem, graph: Any, binding: Binding) -> None:
         """On the current device, which must be the problem's."""
-        self.problem, self.strategy, self._graph, self.binding = problem, binding.strategy, graph, binding
+        super().__init__(problem, binding.strategy)
+        self._graph, self.binding = graph, binding
         self.workspace = int(graph.get_workspace_size())
-        self.device = torch.device("cuda", problem.device)
         shape = (problem.query.shape[0], 1, 1, 1)
         self._constants = [torch.full((1, 1, 1, 1), n, dtype=DTYPES[type(n)]) for n in binding.hosts]
         self._constants += [torch.full(shape, n, dtype=torch.int32, device=self.device) for n in binding.filled]
@@ -63,39 +68,47 @@ class GraphPlan:
         # Scalars are not in device memory: with them, addresses do not tell launches apart.
         replayed = problem.replay and not (binding.ints or binding.floats)
         self._replays = Replays(enqueue, problem.device, engine.graph_pool) if replayed else None
-        self.outputs = output_specs(problem)
-        self.errors: tuple[Error, ...] = ()
+
+    @classmethod
+    def attempts(cls, problem: Problem, every: Callable[[Problem], list[Attempt]]) -> list[Attempt]:
+        if problem.tiled:
+            return []
+        program = pruned(parse(problem.program), problem.lengths)
+        return [
+            Attempt(functools.partial(_build_variant, variant, program, problem), variant.last_resort, variant.written)
+            for variant in variants(program, problem)
+        ]
+
+    def to_record(self) -> Record:
+        details = {"binding": asdict(self.binding), "workspace": self.workspace}
+        return replace(super().to_record(), details=details, data=self.serialized())
+
+    @classmethod
+    def from_record(cls, problem: Problem, record: Record, restore: Callable[[Problem, Record], Plan]) -> Plan:
+        details: dict[str, Any] = record.details["binding"]
+        given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in details.items()}
+        plan, workspace = restored(problem, Binding(**given), record.data), record.details["workspace"]
+        if plan.workspace != workspace:
+            raise ValueError(f"it wants {plan.workspace} bytes of workspace, {workspace} when it was stored")
+        return plan
 
     def serialized(self) -> bytes:
-        """The built graph, as restore takes it. Raises ValueError if cuDNN cannot serialise it."""
+        """The built graph, as `restored` takes it. Raises ValueError if cuDNN cannot serialise it."""
         try:
             return self._graph.serialize(as_bytes=True)
         except (cudnn.cudnnGraphNotSupportedError, RuntimeError) as error:
             raise ValueError(f"{self.strategy}, {self.problem.direction}: {_first_line(error)}") from error
 
     def run(
-        self,
-        tensors: Sequence[torch.Tensor],
-        operands: Sequence[torch.Tensor],
-        ints: Sequence[int],
-        floats: Sequence[torch.Tensor],
-    ) -> None:
-        """Enqueues the graph on the current stream.
-
-        Args:
-            tensors: by FORWARD_ROLES (stats only if the problem asks for them) or BACKWARD_ROLES (what a gradient of
-                the log-sum-exp adds, engine/plans/lse_rows.py, only if it takes one); stats and these are contiguous,
-                [B, H, Sq] or [B, H, Sq, 1].
-            operands: as in the problem.
-            ints, floats: all scalars of the program; the floats are 0-d host tensors.
-        """
+        self, tensors: Sequence[Tensor], operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor],
+        tiles: Tensor | None = None,
+    ) -> None:  # fmt: skip
         self.run_at([tensor.data_ptr() for tensor in tensors], operands, ints, floats)
 
     def run_at(
-        self, tensors: list[int], operands: Sequence[torch.Tensor], ints: Sequence[int], floats: Sequence[torch.Tensor]
+        self, addresses: list[int], operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor]
     ) -> None:
-        """As run, with the addresses of the tensors."""
-        addresses = [*tensors, *[operands[i].data_ptr() for i in self._operands], *self._constant_addresses]
+        addresses = [*addresses, *[operands[i].data_ptr() for i in self._operands], *self._constant_addresses]
         workspace = empty((self.workspace,), (1,), torch.uint8) if self.workspace else None
         memory = 0 if workspace is None else workspace.data_ptr()
         if self._replays is not None:
@@ -116,6 +129,26 @@ def _drop_python_engines(graph: Any) -> None:
     names = [graph.get_plan_name_at_index(i) for i, plan in enumerate(graph.plans) if plan.engine_id >= PYTHON_ENGINES]
     if names:
         graph.deselect_engines(names)
+
+
+def first_built(program: Program, problem: Problem) -> GraphPlan | Reason:
+    """The first plan of a program that cuDNN builds; what it is part of is certified as a whole."""
+    reasons: list[Reason] = []
+    for variant in variants(program, problem):
+        plan = _build_variant(variant, program, problem)
+        if not isinstance(plan, Reason):
+            return plan
+        reasons.append(plan)
+    return most_telling(reasons)
+
+
+def _build_variant(variant: Variant, program: Program, problem: Problem) -> GraphPlan | Reason:
+    lowering = variant.lowering(program, problem)
+    if isinstance(lowering, Reason):
+        return lowering
+    engine.plans.count("builds")
+    with phase("build"):
+        return build(problem, lowering)
 
 
 def build(problem: Problem, lowering: Lowering) -> GraphPlan | Reason:
@@ -178,8 +211,8 @@ def _bind(problem: Problem, lowering: Lowering, built: AttentionGraph) -> Bindin
     )
 
 
-def restore(problem: Problem, binding: Binding, data: bytes) -> GraphPlan:
-    """A plan that Plan.serialized gave the data of, for the same problem, without building anything.
+def restored(problem: Problem, binding: Binding, data: bytes) -> GraphPlan:
+    """A plan that GraphPlan.serialized gave the data of, for the same problem, without building anything.
 
     Raises ValueError for data that cuDNN cannot use.
     """

@@ -24,8 +24,7 @@ MORE = 8
 
 
 class WidenedPlan(WrappedPlan):
-    NAME = "wider values"
-    FIRST = False
+    KIND = "wider values"
 
     @staticmethod
     def takes(problem: Problem) -> bool:
@@ -40,12 +39,12 @@ class WidenedPlan(WrappedPlan):
 
     def run(
         self, tensors: Sequence[torch.Tensor], operands: Sequence[torch.Tensor], ints: Sequence[int],
-        floats: Sequence[torch.Tensor],
+        floats: Sequence[torch.Tensor], tiles: torch.Tensor | None = None,
     ) -> None:  # fmt: skip
         query, key, value, out, stats, grad, _, grad_lse, dq, dk, dv = tensors
         dim, wide = value.shape[3], self.inner.problem
         wide_value, wide_out, wide_grad = (_padded(t, s) for t, s in zip(
-            (value, out, grad), (wide.value, wide.out, wide.grad), strict=True))  # fmt: skip
+            (value, out, grad), (wide.value, wide.out, wide.grad or wide.out), strict=True))  # fmt: skip
         left = grad_lse.view(grad.shape[:3])
         for column, one in enumerate(ONES, start=dim):
             wide_value[..., column] = one

@@ -3,29 +3,25 @@
 Knows nothing of how plans are built. engine/plans/folded_output.py and engine/plans/widened_values.py are the two ways.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, ClassVar
+import functools
+from abc import abstractmethod
+from collections.abc import Callable
 
-import torch
+from cudnn_flex_compile.engine.plans.plan import Attempt, Plan, Record
+from cudnn_flex_compile.engine.problem import Problem
+from cudnn_flex_compile.engine.support import refused
+from cudnn_flex_compile.reasons import Reason
+from cudnn_flex_compile.scoremod.text import parse
 
-from cudnn_flex_compile.engine.problem import Error, Problem, output_specs
 
+class WrappedPlan(Plan):
+    """A plan around `inner`, one of `inner_problem(problem)`, of any kind."""
 
-class WrappedPlan(ABC):
-    """A plan (engine/plans/graph_plan.py) around `inner`, one of `inner_problem(problem)`. FIRST: whether this way is
-    tried before plans that take the gradient of the log-sum-exp themselves.
-    """
+    __slots__ = ("inner",)
 
-    NAME: ClassVar[str]
-    FIRST: ClassVar[bool]
-    __slots__ = ("device", "errors", "inner", "outputs", "problem", "strategy")
-
-    def __init__(self, problem: Problem, inner: Any) -> None:
-        self.problem, self.inner, self.device = problem, inner, inner.device
-        self.outputs = output_specs(problem)
-        self.strategy = f"{inner.strategy}, {self.NAME}"
-        self.errors: tuple[Error, ...] = ()
+    def __init__(self, problem: Problem, inner: Plan) -> None:
+        super().__init__(problem, f"{inner.strategy}, {self.KIND}")
+        self.inner, self.device = inner, inner.device
 
     @staticmethod
     @abstractmethod
@@ -37,9 +33,32 @@ class WrappedPlan(ABC):
     def inner_problem(problem: Problem) -> Problem:
         """The problem without a gradient of the log-sum-exp."""
 
-    @abstractmethod
-    def run(
-        self, tensors: Sequence[torch.Tensor], operands: Sequence[torch.Tensor], ints: Sequence[int],
-        floats: Sequence[torch.Tensor],
-    ) -> None:  # fmt: skip
-        """As Plan.run."""
+    @classmethod
+    def attempts(cls, problem: Problem, every: Callable[[Problem], list[Attempt]]) -> list[Attempt]:
+        if problem.tiled or not problem.lse_gradient or not cls.takes(problem):
+            return []
+        plain = cls.inner_problem(problem)
+        if refused(plain, parse(plain.program)) is not None:
+            return []
+        return [
+            Attempt(functools.partial(cls._around, problem, inner), inner.last_resort, cls._variant(inner))
+            for inner in every(plain)
+        ]
+
+    @classmethod
+    def _around(cls, problem: Problem, inner: Attempt) -> Plan | Reason:
+        plan = inner()
+        return plan if isinstance(plan, Reason) else cls(problem, plan)
+
+    @classmethod
+    def _variant(cls, inner: Attempt) -> tuple[object, ...] | None:
+        return inner.variant and (cls.KIND, *inner.variant)
+
+    @property
+    def parts(self) -> tuple[Plan, ...]:
+        return (self.inner,)
+
+    @classmethod
+    def from_record(cls, problem: Problem, record: Record, restore: Callable[[Problem, Record], Plan]) -> Plan:
+        (inner,) = record.parts
+        return cls(problem, restore(cls.inner_problem(problem), inner))

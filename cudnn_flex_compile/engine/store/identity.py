@@ -8,7 +8,6 @@ import contextlib
 import ctypes
 import functools
 import hashlib
-from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import torch
 
 from cudnn_flex_compile import __version__
 from cudnn_flex_compile.config import Policy
-from cudnn_flex_compile.engine.problem import Problem, TensorSpec
+from cudnn_flex_compile.engine.problem import Problem, problem_text
 from cudnn_flex_compile.engine.versions import versions
 
 PACKAGE = Path(__file__).parents[2]
@@ -34,22 +33,6 @@ def key_of(problem: Problem, fingerprint: str, policy: Policy) -> str:
     rule = ["the fastest"] if policy.autotune else []
     rule += [f"only {policy.strategy}"] if policy.strategy else []
     return "\n".join([*environment(problem.device), *rule, f"reference {fingerprint}", problem_text(problem)])
-
-
-def problem_text(problem: Problem) -> str:
-    """A problem without the index of its device and the way of its launch: one field a line, the program last."""
-    names = [f.name for f in fields(problem) if f.name not in ("device", "program", "replay")]
-    return "\n".join([*(f"{name} {_text(getattr(problem, name))}" for name in names), f"program {problem.program}"])
-
-
-def _text(value: object) -> str:
-    if isinstance(value, float):
-        return value.hex()
-    if isinstance(value, tuple):
-        return f"({', '.join(map(_text, value))})"  # pyright: ignore[reportUnknownArgumentType]
-    if isinstance(value, TensorSpec):
-        return f"{list(value.shape)} by {list(value.stride)} of {value.dtype}"
-    return repr(value)
 
 
 @functools.cache

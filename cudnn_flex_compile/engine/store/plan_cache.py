@@ -5,20 +5,12 @@ Knows nothing of how plans are found or kept.
 
 import functools
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias, Union
 
 import torch
 
 from cudnn_flex_compile.engine.launch.memory import Layout
+from cudnn_flex_compile.engine.plans.plan import Plan
 from cudnn_flex_compile.engine.problem import BACKWARD, TensorSpec, dense
-
-if TYPE_CHECKING:
-    from cudnn_flex_compile.engine.plans.box_plan import BoxPlan
-    from cudnn_flex_compile.engine.plans.graph_plan import GraphPlan
-    from cudnn_flex_compile.engine.plans.wrapped import WrappedPlan
-    from cudnn_flex_compile.engine.tiles.plan import TilePlan
-
-Plan: TypeAlias = Union["GraphPlan", "BoxPlan", "WrappedPlan", "TilePlan"]
 
 
 @dataclass(frozen=True)

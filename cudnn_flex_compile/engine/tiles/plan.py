@@ -6,7 +6,8 @@ longer than most of these kernels take the device: what they compiled is called 
 is private: where it is missing, or takes other arguments, there is no plan.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,16 +15,9 @@ from torch import Tensor
 
 from cudnn_flex_compile.engine.frontend import compiled_kernel, quiet
 from cudnn_flex_compile.engine.launch.memory import empty
-from cudnn_flex_compile.engine.problem import (
-    BACKWARD,
-    FORWARD,
-    Binding,
-    Error,
-    Problem,
-    TensorSpec,
-    dense,
-    output_specs,
-)
+from cudnn_flex_compile.engine.plans.plan import Attempt, Plan, Record
+from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem, TensorSpec, dense, output_specs
+from cudnn_flex_compile.engine.state import engine
 from cudnn_flex_compile.engine.tiles.frontend import kernels_missing
 from cudnn_flex_compile.engine.tiles.tile_list import (
     ARCHITECTURE,
@@ -35,6 +29,7 @@ from cudnn_flex_compile.engine.tiles.tile_list import (
     arguments,
     tiler_of,
 )
+from cudnn_flex_compile.phases import phase
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.interpret import visible_rows
@@ -70,6 +65,12 @@ def build(problem: Problem) -> "TilePlan | Reason":
         return Reason(Code.SHAPE_REFUSED, f"{NAME}, {problem.direction}: {type(error).__name__}: {str(error)[:200]}")
 
 
+def _counted(problem: Problem) -> "TilePlan | Reason":
+    engine.plans.count("builds")
+    with phase("build"):
+        return build(problem)
+
+
 def geometry_of(problem: Problem, training: bool) -> Geometry:
     batch, heads, rows, dim = problem.query.shape
     by_head = "h" in ir.axes_of(parse(problem.program).mask)
@@ -80,45 +81,40 @@ def geometry_of(problem: Problem, training: bool) -> Geometry:
     )  # fmt: skip
 
 
-class TilePlan:
-    """Runs one problem. Immutable once built; any thread may run it.
+class TilePlan(Plan):
+    """Runs one problem by a list of its mask's tiles."""
 
-    Attributes:
-        problem, strategy, device, outputs, workspace, binding, errors: as of a Plan (engine/plans/graph_plan.py).
-    """
-
-    __slots__ = ("_kernels", "_mask", "_parts", "_tiler", "binding", "device", "errors", "outputs", "problem")
-
-    strategy, workspace = NAME, 0
+    KIND = "tiles"
+    __slots__ = ("_kernels", "_mask", "_parts", "_tiler")
 
     def __init__(self, problem: Problem) -> None:
         """On the current device, which must be the problem's. Raises what the frontend raises."""
-        self.problem, self.outputs, self.binding = problem, output_specs(problem), Binding(NAME, ())
-        self.device = torch.device("cuda", problem.device)
+        super().__init__(problem, NAME)
         forward = problem.direction == FORWARD
         self._mask = parse(problem.program).mask
         self._tiler = tiler_of(geometry_of(problem, training=not forward), problem.device)
         self._kernels = _Forward(problem) if forward else _Backward(problem)
         self._parts = FORWARD_PARTS if forward else BACKWARD_PARTS
-        self.errors: tuple[Error, ...] = ()
 
-    def serialized(self) -> bytes:
-        """Nothing: the frontend keeps what it compiled (engine/tiles/frontend.py)."""
-        return b""
+    @classmethod
+    def attempts(cls, problem: Problem, every: Callable[[Problem], list[Attempt]]) -> list[Attempt]:
+        return [Attempt(functools.partial(_counted, problem))] if problem.tiled else []
+
+    @classmethod
+    def from_record(cls, problem: Problem, record: Record, restore: Callable[[Problem, Record], Plan]) -> Plan:
+        """Built again: the frontend keeps what it compiled (engine/tiles/frontend.py)."""
+        plan = build(problem)
+        if isinstance(plan, Reason):
+            raise ValueError(str(plan))
+        return plan
 
     def run(
-        self, tensors: Sequence[Tensor], operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor]
-    ) -> None:
-        """As a Plan does, with a list made for this one run, which is what certification does."""
-        self.launch(tensors, self._list(operands, ints, floats))
-
-    def launch(self, tensors: Sequence[Tensor], tiles: Tensor) -> None:
-        """Enqueues the kernels on the current stream.
-
-        Args:
-            tensors: as a Plan takes them.
-            tiles: a list for the problem's geometry, in training where this is a backward.
-        """
+        self, tensors: Sequence[Tensor], operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor],
+        tiles: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """With a list for the problem's geometry, in training where this is a backward. Certification gives none."""
+        if tiles is None:
+            tiles = self._list(operands, ints, floats)
         self._kernels(tensors, arguments(self._tiler.views(tiles), self._parts))
 
     def _list(self, operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor]) -> Tensor:

@@ -18,8 +18,9 @@ from cudnn_flex_compile.engine.certify.reference import ProgramReference
 from cudnn_flex_compile.engine.choose import run_of
 from cudnn_flex_compile.engine.key import problem_of
 from cudnn_flex_compile.engine.launch import timing
+from cudnn_flex_compile.engine.problem import problem_text
 from cudnn_flex_compile.engine.state import engine
-from cudnn_flex_compile.engine.store.identity import environment, problem_text
+from cudnn_flex_compile.engine.store.identity import environment
 from cudnn_flex_compile.engine.store.plan_cache import CachedPlan
 from cudnn_flex_compile.engine.store.verdicts import keep_text, recall_text
 from cudnn_flex_compile.engine.worker import run_clean

@@ -99,8 +99,7 @@ MADE_OF_OTHERS = {  # how a plan is made of others, and a call of which it is
 
 def launched(plan):
     """Of a plan, itself or those that it is made of, which alone launch."""
-    inner = [plan.inner] if hasattr(plan, "inner") else getattr(plan, "plans", ())
-    return [found for each in inner for found in launched(each)] or [plan]
+    return [found for part in plan.parts for found in launched(part)] or [plan]
 
 
 @pytest.mark.parametrize("policies", [("", "replay=False"), ("replay=False", "")], ids=["on, off", "off, on"])

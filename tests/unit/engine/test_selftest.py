@@ -5,10 +5,10 @@ import torch
 
 from cudnn_flex_compile.config import Policy
 from cudnn_flex_compile.engine import find_plan, selftest
-from cudnn_flex_compile.engine.candidates import _needs_guard
 from cudnn_flex_compile.engine.graph.strategies import STRATEGIES
 from cudnn_flex_compile.engine.key import policy_of, problem_of
 from cudnn_flex_compile.engine.plans.box_plan import divided
+from cudnn_flex_compile.engine.plans.variants import _needs_guard
 from cudnn_flex_compile.engine.problem import BACKWARD
 from cudnn_flex_compile.engine.support import refused
 from cudnn_flex_compile.reasons import Code, Reason

@@ -14,9 +14,9 @@ from torch._subclasses import FakeTensorMode
 from torch.testing._internal.optests import opcheck
 
 from cudnn_flex_compile import ops, torch_private
-from cudnn_flex_compile.engine import candidates, find_plan
+from cudnn_flex_compile.engine import find_plan
 from cudnn_flex_compile.engine.certify import certify
-from cudnn_flex_compile.engine.plans import box_plan, graph_plan
+from cudnn_flex_compile.engine.plans import box_plan, graph_plan, wrapped
 from cudnn_flex_compile.engine.problem import FORWARD, output_specs, stats_spec
 from cudnn_flex_compile.kernels import cpu, cuda
 from cudnn_flex_compile.reasons import Code, Reason
@@ -121,7 +121,7 @@ class HostPlan:
     def __init__(self, problem):
         self.problem, self.outputs = problem, output_specs(problem)
 
-    def run(self, tensors, operands, ints, floats):
+    def run(self, tensors, operands, ints, floats, tiles=None):
         self.run_at([tensor.data_ptr() for tensor in tensors], operands, ints, floats)
 
     def run_at(self, addresses, operands, ints, floats):
@@ -174,7 +174,7 @@ def on_the_host(monkeypatch):
     replaced |= {"unusable_device": lambda device: None, "refused": lambda *_: None}
     for name, function in replaced.items():
         monkeypatch.setattr(find_plan, name, function)
-    monkeypatch.setattr(candidates, "refused", replaced["refused"])
+    monkeypatch.setattr(wrapped, "refused", replaced["refused"])
     find_plan.cache_clear()
     yield
     find_plan.cache_clear()

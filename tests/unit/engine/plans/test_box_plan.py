@@ -150,7 +150,7 @@ def in_parts(program, problem, mask):
         built.append(StandIn(local, part))
         return built[-1]
 
-    plan = assemble_boxes(problem, program, found, output_specs(problem), build)
+    plan = assemble_boxes(problem, program, found, build)
     assert isinstance(plan, BoxPlan)
     assert len(built) == len(found)
     return plan, built
@@ -269,5 +269,5 @@ def test_a_box_without_a_plan_is_a_reason():
     problem, reason = problem_of(program, FORWARD, "BSHD"), Reason(Code.SHAPE_REFUSED, "no engine")
     found, tried = boxes(split(program.mask), problem.lengths), []
     build = lambda local, part: tried.append(part) or reason  # noqa: E731
-    assert assemble_boxes(problem, program, found, output_specs(problem), build) is reason
+    assert assemble_boxes(problem, program, found, build) is reason
     assert len(tried) == 1

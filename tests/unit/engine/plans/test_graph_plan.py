@@ -15,8 +15,9 @@ import torch
 from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.engine.graph.strategies import STRATEGIES
 from cudnn_flex_compile.engine.plans import graph_plan as module
+from cudnn_flex_compile.engine.plans import kinds
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem, TensorSpec, dense, out_spec
-from cudnn_flex_compile.engine.store.codec import Certified, StoredPlan, decode, encode
+from cudnn_flex_compile.engine.store.codec import Certified, decode, encode
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import F32, I32
@@ -81,9 +82,7 @@ def test_a_restored_plan_is_bound_as_the_built_one(runs, strategy, program, dire
     inside = ir.TRUE if direction == WITH_LSE else None
     built = module.build(problem, STRATEGY[strategy].lower(program, direction != FORWARD, inside))
     assert not isinstance(built, Reason), built
-    stored = StoredPlan("problem", built.binding, built.workspace, built.serialized())
-    (loaded,) = decode(encode(Certified((stored,)))).plans
-    restored = module.restore(problem, loaded.binding, loaded.data)
+    restored = kinds.restore(problem, decode(encode(Certified(built.to_record()))).plan)
     roles = module.FORWARD_ROLES if direction == FORWARD else module.BACKWARD_ROLES
     roles = [role for role in roles if (direction == WITH_LSE or role not in ROWS) and role != "dbias"]
     tensors = [torch.empty(16) for _ in roles]
@@ -161,7 +160,7 @@ def test_what_cudnn_raises_is_a_value_error(runs, monkeypatch, method, error):
     program = PROGRAMS["nothing"][1]
     plan = module.build(problem_of(program, FORWARD), STRATEGY["native"].lower(program, False))
     monkeypatch.setattr(cudnn.pygraph, method, raises(error))
-    fails = plan.serialized if method == "serialize" else lambda: module.restore(plan.problem, plan.binding, b"a graph")
+    fails = plan.serialized if method == "serialize" else lambda: module.restored(plan.problem, plan.binding, b"")
     with pytest.raises(ValueError, match=r"native, forward: a line$"):
         fails()
 

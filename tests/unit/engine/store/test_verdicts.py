@@ -16,11 +16,12 @@ from cudnn_flex_compile import configure
 from cudnn_flex_compile.engine.certify.reference import SubgraphReference
 from cudnn_flex_compile.engine.find_plan import cache_clear, cache_info, find_plan, remember_reference
 from cudnn_flex_compile.engine.key import forward_of, problem_of
+from cudnn_flex_compile.engine.plans import box_plan
 from cudnn_flex_compile.engine.plans import graph_plan as plan
 from cudnn_flex_compile.engine.plans.folded_output import FoldedPlan
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, TensorSpec
 from cudnn_flex_compile.engine.state import engine
-from cudnn_flex_compile.engine.store import identity, verdicts
+from cudnn_flex_compile.engine.store import identity
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod.partition import partition
 from tests.support import stand_in
@@ -349,21 +350,20 @@ def test_a_call_of_several_plans(backend, folder):
         second, built, _ = again(backend, key)
         assert built == 0
         assert second.plan.strategy == first.strategy == "parts (chained, chained)"
-        assert [p.problem for p in second.plan.plans] == [p.problem for p in first.plans]
-        assert [p.data for p in second.plan.plans] == [p.data for p in first.plans]
+        assert [p.problem for p in second.plan.parts] == [p.problem for p in first.parts]
+        assert [p.data for p in second.plan.parts] == [p.data for p in first.parts]
     assert len(files(folder)) == 3
 
 
 def test_parts_that_changed_are_a_miss(backend, monkeypatch):
     key = call(length=4096, mask=PREFIX)
     find_plan(key)
-    with monkeypatch.context() as other:
-        other.setattr(verdicts, "divided", lambda *_: None)
-        assert again(backend, key)[1] == 2
-    right = verdicts.divided
-    with monkeypatch.context() as other:
-        other.setattr(verdicts, "divided", lambda *a: right(*a)[::-1])
-        assert again(backend, key)[1] == 2
+    right = box_plan.divided
+    for change in (lambda boxes: None, lambda boxes: boxes[::-1]):
+        left = [change]  # while the stored plan is restored, and not when a new one is built
+        with monkeypatch.context() as other:
+            other.setattr(box_plan, "divided", lambda *a: left.pop()(right(*a)) if left else right(*a))
+            assert again(backend, key)[1] == 2
 
 
 @pytest.mark.parametrize("fault", [{"unreadable": True}, {"drift": 16}], ids=str)

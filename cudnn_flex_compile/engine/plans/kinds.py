@@ -1,0 +1,37 @@
+"""The kinds of plans, in the order in which they are tried, and how a record becomes a plan of its kind.
+
+Imports the kinds when a plan is wanted: some import cudnn.
+"""
+
+import functools
+
+from cudnn_flex_compile.engine.plans.plan import Plan, Record
+from cudnn_flex_compile.engine.problem import Problem, problem_text
+
+
+@functools.cache
+def kinds() -> tuple[type[Plan], ...]:
+    """With a gradient of the log-sum-exp, a folded output comes before graphs that take it, and wider values last."""
+    from cudnn_flex_compile.engine.plans.box_plan import BoxPlan
+    from cudnn_flex_compile.engine.plans.folded_output import FoldedPlan
+    from cudnn_flex_compile.engine.plans.graph_plan import GraphPlan
+    from cudnn_flex_compile.engine.plans.widened_values import WidenedPlan
+    from cudnn_flex_compile.engine.tiles.plan import TilePlan
+
+    return TilePlan, FoldedPlan, BoxPlan, GraphPlan, WidenedPlan
+
+
+def restore(problem: Problem, record: Record) -> Plan:
+    """The recorded plan of a problem, on the current device.
+
+    Raises ValueError for one of another problem (our code cannot have changed, but be sure), or that cannot be used.
+    """
+    if record.problem != problem_text(problem):
+        raise ValueError("it is for another problem")
+    kind = next((kind for kind in kinds() if record.kind == kind.KIND), None)
+    if kind is None:
+        raise ValueError(f"it is of a kind that there is not: {record.kind!r}")
+    try:
+        return kind.from_record(problem, record, restore)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"its record is none of {record.kind}: {type(error).__name__}: {error}") from error
