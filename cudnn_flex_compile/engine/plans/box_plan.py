@@ -19,7 +19,7 @@ from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem, Tensor
 from cudnn_flex_compile.reasons import Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import Program
-from cudnn_flex_compile.scoremod.masks.boxes import Box, boxes, pruned, unshifted
+from cudnn_flex_compile.scoremod.masks.boxes import Box, boxes, in_boxes, pruned, unshifted
 from cudnn_flex_compile.scoremod.masks.form import MaskForm, split
 from cudnn_flex_compile.scoremod.text import parse, text
 
@@ -60,7 +60,7 @@ def _whole_cost(form: MaskForm, lengths: tuple[int, int], direction: str) -> int
     whole = Box(0, lengths[0], 0, lengths[1])
     for bound in form.bounds if form.skips_tiles else ():
         shifted = bound.at_most and bound.constant != 0 and direction == BACKWARD
-        if bound.diagonal and not bound.terms and not shifted:
+        if in_boxes(bound) and bound.diagonal and not shifted:
             whole = whole.with_bound(bound)
     return whole.tight().pairs()
 

@@ -6,13 +6,16 @@ sides are told apart in this folder and in engine/graph/strategies; whoever else
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import I32, Expr
 from cudnn_flex_compile.scoremod.masks.linear import KV, Linear, Q
 from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.ranges import INT32_LIMIT, magnitude
+
+# The factors of q and kv in a bound's anchor, by side. Bounds are kept in this order.
+SIDES = {"start": (0, 1), "end": (0, -1), "lower": (1, -1), "upper": (-1, 1)}
+SIDE_OF = {factors: side for side, factors in SIDES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,33 +34,38 @@ class Bound:
     constant: int
     terms: tuple[tuple[int, Expr], ...] = ()
 
-    SIDES: ClassVar[tuple[str, ...]] = ("start", "end", "lower", "upper")
-
     @property
     def diagonal(self) -> bool:
         """Whether the limit moves with the query row."""
-        return self.side in ("lower", "upper")
+        return SIDES[self.side][0] != 0
 
     @property
     def at_most(self) -> bool:
         """Whether the bound is `kv <= limit`; if not, it is `kv >= limit`."""
-        return self.side in ("lower", "end")
+        return SIDES[self.side][1] < 0
 
     def limit(self) -> Linear:
         """The last kv column that the bound lets a query row see if it is `at_most`, else the first one."""
-        sign = 1 if self.at_most else -1
-        form = Linear({Q: 1} if self.diagonal else {}, sign * self.constant)
-        for factor, term in self.terms:
-            form = form.plus(Linear({term: factor}), sign)
-        return form
+        form = Linear({Q: SIDES[self.side][0]}, self.constant)
+        for sign, term in self.terms:
+            form = form.plus(Linear({term: sign}))
+        return form.plus(Linear()).times(1 if self.at_most else -1)
+
+    def opposite(self) -> "Bound":
+        """The bound of the pairs that this one hides: x + c < 0 is -x - c - 1 >= 0."""
+        across, along = SIDES[self.side]
+        terms = tuple((-sign, term) for sign, term in self.terms)
+        return Bound(SIDE_OF[-across, -along], -self.constant - 1, terms)
 
     def predicate(self) -> Expr:
         """The bound as people write it: q + 2 >= kv, kv + 64 >= q, kv >= 3, 9 >= kv."""
-        if self.side in ("start", "end") and not self.terms:
-            last = ir.const(self.constant if self.side == "end" else -self.constant, I32)
-            return make("ge", last, KV) if self.side == "end" else make("ge", KV, last)
+        if not self.diagonal and not self.terms:
+            last = ir.const(self.constant if self.at_most else -self.constant, I32)
+            return make("ge", last, KV) if self.at_most else make("ge", KV, last)
         # Sums begin with an index: cuDNN refuses a sum of operands and constants alone.
-        near, far = {"lower": (Q, KV), "upper": (KV, Q), "start": (KV, None), "end": (-KV, None)}[self.side]
+        anchor = list(zip((Q, KV), SIDES[self.side], strict=True))
+        ahead, behind = ([index for index, factor in anchor if factor * sign > 0] for sign in (1, -1))
+        near, far = (ahead[0], behind[0] if behind else None) if ahead else (-behind[0], None)
         if self.constant:
             near = near + ir.const(self.constant, I32)
         for sign, term in self.terms:
@@ -65,12 +73,9 @@ class Bound:
         return make("ge", near, ir.const(0, I32) if far is None else far)
 
 
-ANCHORS = {(1, -1): "lower", (-1, 1): "upper", (0, 1): "start", (0, -1): "end"}
-
-
 def bound_of(form: Linear) -> Bound | None:
     """The bound that `form >= 0` is, if it is one."""
-    side = ANCHORS.get((form.factors.get(Q, 0), form.factors.get(KV, 0)))
+    side = SIDE_OF.get((form.factors.get(Q, 0), form.factors.get(KV, 0)))
     terms = [(factor, atom) for atom, factor in form.factors.items() if atom not in (Q, KV)]
     plain = all(abs(f) == 1 and atom.kind in ("scalar", "operand") and "k" not in atom.dims for f, atom in terms)
     if side is None or not plain:

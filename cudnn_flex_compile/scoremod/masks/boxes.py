@@ -46,8 +46,10 @@ class Box:
                 return replace(self, right=min(self.right, c + 1))
             case "lower":
                 return replace(self, lower=c if self.lower is None else min(self.lower, c))
-            case _:
+            case "upper":
                 return replace(self, upper=c if self.upper is None else min(self.upper, c))
+            case side:
+                raise ValueError(f"a box has no bound {side!r}: ask `in_boxes` first")
 
     def tight(self) -> "Box":
         """The same pairs in the smallest rows and columns, without bounds that always hold there."""
@@ -109,17 +111,22 @@ def _triangle(across: int, leg: int) -> int:
     return (leg * (leg + 1) - last * (last + 1)) // 2 if leg > 0 else 0
 
 
+def in_boxes(bound: Bound) -> bool:
+    """Whether a box can have this bound: a constant one, on one of the sides that `Box.with_bound` knows."""
+    return not bound.terms and bound.side in ("start", "end", "lower", "upper")
+
+
 def pruned(program: Program, lengths: tuple[int, int]) -> Program:
     """The program without constant bounds that always hold at these lengths of q and kv."""
     form = split(program.mask)
     box = Box(0, lengths[0], 0, lengths[1])
-    kept = tuple(b for b in form.bounds if b.terms or box.with_bound(b).tight() != box)
+    kept = tuple(b for b in form.bounds if not in_boxes(b) or box.with_bound(b).tight() != box)
     return program if kept == form.bounds else ir.program(program.score, as_predicate(replace(form, bounds=kept)))
 
 
 def boxes(form: MaskForm, lengths: tuple[int, int]) -> list[Box] | None:
     """Disjoint boxes that make up the mask, the largest first; None if it is no union of few boxes."""
-    if form.biases or any(b.terms for b in form.bounds):
+    if form.biases or not all(map(in_boxes, form.bounds)):
         return None
     found = [Box(0, lengths[0], 0, lengths[1])]
     for bound in form.bounds:
@@ -145,8 +152,7 @@ def _disjuncts(clause: Expr) -> list[Expr]:
 
 def _as_bounds(choice: Expr) -> tuple[Bound, ...] | None:
     form = split(choice)
-    plain = form.only_bounds and not any(b.terms for b in form.bounds)
-    return form.bounds if plain else None
+    return form.bounds if form.only_bounds and all(map(in_boxes, form.bounds)) else None
 
 
 def _meet(box: Box, bounds: Iterable[Bound]) -> Box:
@@ -163,17 +169,9 @@ def _minus(box: Box, other: Box) -> list[Box]:
     found = [replace(box, bottom=min(box.bottom, other.top)), replace(box, top=max(box.top, other.bottom))]
     rest = replace(box, top=max(box.top, other.top), bottom=min(box.bottom, other.bottom))
     for bound in other.bounds():
-        found.append(rest.with_bound(_not(bound)))
+        found.append(rest.with_bound(bound.opposite()))
         rest = rest.with_bound(bound)
     return [b for b in (piece.tight() for piece in found) if not b.empty]
-
-
-OPPOSITE = {"start": "end", "end": "start", "lower": "upper", "upper": "lower"}
-
-
-def _not(bound: Bound) -> Bound:
-    """x + c < 0 is -x - c - 1 >= 0"""
-    return Bound(OPPOSITE[bound.side], -bound.constant - 1)
 
 
 def unshifted(found: Iterable[Box]) -> list[Box]:

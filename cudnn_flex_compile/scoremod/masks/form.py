@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import F32, TRUE, Expr
-from cudnn_flex_compile.scoremod.masks.bound import Bound, bound_of
+from cudnn_flex_compile.scoremod.masks.bound import SIDES, Bound, bound_of
 from cudnn_flex_compile.scoremod.masks.linear import nonnegative_form
 from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.simplify import simplify
@@ -103,7 +103,7 @@ def tightest(bounds: list[Bound]) -> tuple[Bound, ...]:
         key = (bound.side, bound.terms)
         if key not in best or bound.constant < best[key].constant:
             best[key] = bound
-    return tuple(sorted(best.values(), key=lambda b: Bound.SIDES.index(b.side)))
+    return tuple(sorted(best.values(), key=lambda b: list(SIDES).index(b.side)))
 
 
 def as_predicate(form: MaskForm) -> Expr:

@@ -1,13 +1,14 @@
 """The parts of a mask in words: "causal", "window 256", or an inequality that is solved for the index that it bounds.
 
-Reports print these words. A side of `Bound` has its wording here.
+Reports print these words. A side of `Bound` needs no case here, unless it has a name.
 """
 
 from collections.abc import Sequence
 
 from cudnn_flex_compile.scoremod.ir import TRUE, Expr
-from cudnn_flex_compile.scoremod.masks.bound import Bound
+from cudnn_flex_compile.scoremod.masks.bound import SIDES, Bound
 from cudnn_flex_compile.scoremod.masks.form import MaskForm
+from cudnn_flex_compile.scoremod.masks.linear import KV, Q
 from cudnn_flex_compile.scoremod.text import infix
 
 
@@ -28,23 +29,24 @@ def _bands(bounds: Sequence[Bound]) -> list[str]:
 
 
 def _bound(bound: Bound) -> str:
-    """Each side's inequality, solved for what people compare."""
+    """The inequality of a bound: indices on the left, numbers and terms on the right."""
     if bound.side == "lower" and not bound.terms and bound.constant == 0:
         return "causal"
     if bound.side == "upper" and not bound.terms and bound.constant >= 0:
         return f"window {bound.constant}"
-    sign = -1 if bound.side == "start" else 1
+    indices = [(factor, index) for factor, index in zip(SIDES[bound.side], (Q, KV), strict=True) if factor]
+    sign = 1 if any(factor < 0 for factor, _ in indices) else -1  # kv >= 3, and -kv + 9 >= 0 as kv <= 9
     constant = sign * bound.constant
     terms = [(sign * factor, term) for factor, term in bound.terms]
-    relation = ">=" if bound.side == "start" else "<="
+    relation = ">=" if sign < 0 else "<="
     if bound.terms and constant == -1 and relation == "<=":
         relation, constant = "<", 0
-    anchor = {"lower": "kv - q", "upper": "q - kv", "start": "kv", "end": "kv"}[bound.side]
-    return f"{anchor} {relation} {_sum(terms, constant)}"
+    anchor = sorted(((-sign * factor, index) for factor, index in indices), key=lambda term: -term[0])
+    return f"{_sum(anchor, 0)} {relation} {_sum(terms, constant)}"
 
 
 def _sum(terms: Sequence[tuple[int, Expr]], constant: int) -> str:
-    """`a - b + 2`."""
+    """The sum of signed terms and a constant: `a - b + 2`."""
     parts = [(sign < 0, infix(term)) for sign, term in terms]
     if constant or not parts:
         parts.append((constant < 0, str(abs(constant))))

@@ -20,12 +20,13 @@ if TYPE_CHECKING:
     from cudnn_flex_compile.engine.graph.emit import Emitter
 
 NAME = "chained"
+INDICES = {"lower": ("q", "k"), "upper": ("k", "q"), "start": ("k", ""), "end": ("k", "")}  # left and right, by side
 FILL, ZERO = ir.const(float("-inf"), F32), ir.const(0, I32)
 
 
 def lower(program: Program, training: bool, inside: Expr | None = None) -> Lowering | Reason:
     form = split(program.mask)
-    if not form.skips_tiles:
+    if not form.skips_tiles or any(bound.side not in INDICES for bound in form.bounds):
         return Reason(Code.UNSUPPORTED_CALL, "chained takes integer bounds only")
     score = biased(program)
     gradient = legal_backward(program, inside) if training else GRAD
@@ -57,7 +58,7 @@ def _select(emitter: "Emitter", running: Any, bound: Bound) -> Any:
     lower: q + c >= kv;  upper: kv + c >= q;  start: kv + c >= -terms;  end: kv - c <= terms.
     """
     inputs = emitter.inputs
-    near, far = {"lower": ("q", "k"), "upper": ("k", "q"), "start": ("k", ""), "end": ("k", "")}[bound.side]
+    near, far = INDICES[bound.side]
     left = emitter.index(near, running)
     right = emitter.index(far, running) if far else None
     shift = _shift(bound)

@@ -9,7 +9,7 @@ import pytest
 
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import I32, Expr
-from cudnn_flex_compile.scoremod.masks.bound import Bound
+from cudnn_flex_compile.scoremod.masks.bound import SIDES, Bound
 from cudnn_flex_compile.scoremod.masks.form import MaskForm
 from cudnn_flex_compile.scoremod.masks.linear import Q
 from cudnn_flex_compile.scoremod.masks.words import words
@@ -32,7 +32,7 @@ def visible(bound: Bound, q: int, kv: int) -> bool:
     return ANCHOR[bound.side](q, kv) + bound.constant + sum(sign * VALUE[term] for sign, term in bound.terms) >= 0
 
 
-@pytest.mark.parametrize("side", Bound.SIDES)
+@pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("constant", range(-5, 6))
 @pytest.mark.parametrize("terms", TERMS, ids=len)
 def test_answers(side: str, constant: int, terms: tuple[tuple[int, Expr], ...]) -> None:
@@ -41,10 +41,11 @@ def test_answers(side: str, constant: int, terms: tuple[tuple[int, Expr], ...]) 
     for q, kv in PAIRS:
         at = limit.constant + sum(factor * {Q: q, **VALUE}[atom] for atom, factor in limit.factors.items())
         assert visible(bound, q, kv) == (kv <= at if bound.at_most else kv >= at)
+        assert visible(bound.opposite(), q, kv) != visible(bound, q, kv)
     assert bound.diagonal == (Q in limit.factors)
 
 
-@pytest.mark.parametrize("side", Bound.SIDES)
+@pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("constant", range(-5, 6))
 @pytest.mark.parametrize("terms", TERMS, ids=len)
 def test_the_words_are_the_bound(side: str, constant: int, terms: tuple[tuple[int, Expr], ...]) -> None:
