@@ -280,6 +280,9 @@ recompile_limit: Callable[[], type[BaseException]] = _later(
     "torch._dynamo.exc:FailOnRecompileLimitHit", "the error of a function that was compiled for too many inputs",
     "any error has such a function compiled anew, once", Exception,
 )  # fmt: skip
+_dynamo_options = _later(
+    "torch._dynamo:config", "how often benchmarks may compile a function", "as often as torch allows by itself"
+)
 compiled_module: Callable[[], Any] = _later(
     "torch._dynamo.eval_frame:OptimizedModule", "explains what was compiled already", "`explain` compiles it twice", ()
 )
@@ -307,6 +310,13 @@ def compiling() -> bool:
     """Whether Dynamo is compiling, in this thread."""
     context = _compile_context()
     return context is not None and context.current_compile_id() is not None
+
+
+def allow_recompiles(count: int) -> None:
+    """Has Dynamo compile a function for so many kinds of inputs."""
+    options = _dynamo_options()
+    if options is not None:
+        options.recompile_limit = count
 
 
 def recompiles() -> bool:

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -21,6 +21,8 @@ from cudnn_flex_compile.bench.arguments import DTYPES
 from cudnn_flex_compile.bench.case import Case, Shape, first_calls, named
 from cudnn_flex_compile.bench.measure import Result, measure, step
 from cudnn_flex_compile.bench.mods import BY_BATCH, EIGHT, ENTRIES, FIVE, MODS
+from cudnn_flex_compile.bench.rows.command import run as run_rows
+from cudnn_flex_compile.bench.rows.rows import chosen
 from cudnn_flex_compile.bench.show import plot, table, write_csv
 
 log = logging.getLogger("cudnn_flex_compile")
@@ -36,27 +38,37 @@ def run(given: argparse.Namespace) -> int:
     inductor_seam.take_out()  # the other side is stock, whatever the environment says
     sys.path.insert(0, os.getcwd())  # for module:function, as python -m has it
     try:
-        cases = cases_of(given)
+        cases = cases_of(given) if given.rows is None else []
+        chosen(given.rows or [])
         _check_outputs(given)
     except ValueError as error:
         print(f"cudnn-flex bench: {error}", file=sys.stderr)
         return 2
-    if not torch.cuda.is_available():
+    console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
+    if not torch.cuda.is_available() and not (given.tiny and given.rows is not None):
         print("cudnn-flex bench: no NVIDIA GPU here; speed is only measured on one", file=sys.stderr)
         return 1
+    if not given.into and not given.only_compile:
+        console.print(*facts(), highlight=False)
+    if given.rows is not None:
+        return run_rows(given, console)
     if given.only_compile:
         for case in share(cases, given.only_compile):
             _without_fail(case, lambda case=case: first_calls(case, case.functions(given.mode, with_sdpa=False), step))
         return 0
     if not _compiled_ahead(given.warm):
         print("cudnn-flex bench: a process that compiled ahead failed; its cases are compiled here", file=sys.stderr)
-    console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
-    facts = (torch.cuda.get_device_name(), "torch", torch.__version__, "cuDNN", torch.backends.cudnn.version())
-    console.print(*facts, highlight=False)
     results = _measured(cases, given, console)
     if results:
         show(results, given, console)
     return 0 if len(results) == len(cases) else 1
+
+
+def facts() -> tuple[Any, ...]:
+    """What the figures are of."""
+    if not torch.cuda.is_available():
+        return "the CPU", "torch", torch.__version__
+    return torch.cuda.get_device_name(), "torch", torch.__version__, "cuDNN", torch.backends.cudnn.version()
 
 
 def cases_of(given: argparse.Namespace) -> list[Case]:

@@ -1,0 +1,258 @@
+"""Measures one row: both sides in one process, steps in turns, and whether their numbers agree.
+
+Knows nothing of how models are launched, nor of how results are shown.
+"""
+
+import copy
+import dataclasses
+import itertools
+import random
+import re
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from cudnn_flex_compile import torch_private
+from cudnn_flex_compile.bench.rows.launch import OURS, SIDES, STOCK, Side, block_masks, launched
+from cudnn_flex_compile.bench.rows.layers import Model, of_transformers
+from cudnn_flex_compile.bench.rows.masks import Data
+from cudnn_flex_compile.bench.rows.rows import WHOLE, Row
+from cudnn_flex_compile.report.report import Report, collect
+
+WARM_UP, IN_A_ROW, PROFILED = 3, 2, 2  # steps; in training nobody waits for a step
+DRAWN, SHOWN = 12, 12  # steps whose masks differ; kernels that are told of
+# Kernels of attention by their names: templates of Inductor (a GEMM is none unless it is tuned), cuDNN's graphs, and
+# the kernels of cudnn.flex_attention.
+ATTENTION = re.compile(r"triton_tem|flex|cudnn|sdpa|fmha|kernel_cutlass", re.IGNORECASE)
+NOT_ATTENTION = re.compile(r"conv|nvjet|gemm", re.IGNORECASE)
+RATE = 1e-9  # of the optimizer: the sides' weights stay equal
+
+
+@dataclass(slots=True)
+class Measured:
+    """What one side took.
+
+    Attributes:
+        first: seconds of the first step, which compiles.
+        steps: milliseconds of steps.
+        attention, busy: milliseconds a step of attention's kernels, and of all kernels.
+        memory: MiB that a step takes beside what is there before it.
+        kernels: milliseconds a step of the longest kernels.
+    """
+
+    first: float = 0.0
+    steps: list[float] = field(default_factory=list[float])
+    attention: float = 0.0
+    busy: float = 0.0
+    memory: float = 0.0
+    kernels: dict[str, float] = field(default_factory=dict[str, float])
+
+    @property
+    def step(self) -> float:
+        return statistics.median(self.steps) if self.steps else 0.0
+
+
+@dataclass(slots=True)
+class Result:
+    """sides: by name. out, gradient: the greatest relative difference of the sides, in the first step and in the last;
+    worst: of which weights. lowered: calls; strategies: of these; kept: calls by reason. layers: whose they are.
+    """
+
+    row: str
+    layers: str
+    sides: dict[str, Measured]
+    lowered: int = 0
+    strategies: list[str] = field(default_factory=list[str])
+    kept: dict[str, int] = field(default_factory=dict[str, int])
+    out: float = 0.0
+    gradient: float = 0.0
+    worst: str = ""
+
+    def ratio(self, what: str) -> float:
+        """Stock's / ours."""
+        stock, ours = (getattr(self.sides[name], what) for name in SIDES)
+        return stock / ours if ours else 0.0
+
+
+class Contender:
+    """A model as one side runs it."""
+
+    def __init__(self, row: Row, model: nn.Module, side: Side, trains: bool) -> None:
+        self.side, self.model, self.trains = side, model, trains
+        self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.SGD(self.named.values(), lr=RATE)
+        self.run = launched(row, model, side)
+
+    def step(self, x: Tensor, data: Data, grad: Tensor) -> dict[str, Tensor]:
+        """Forward, and backward unless it is a CPU's; the output and the gradients."""
+        with torch.set_grad_enabled(self.trains):
+            out = self.run(x.detach().requires_grad_(self.trains), data)
+        if self.trains:
+            out.backward(grad)
+            self.optimizer.step()
+        found = {name: p.grad for name, p in self.named.items() if p.grad is not None}
+        self.optimizer.zero_grad()
+        return {"out": out.detach(), **found}
+
+
+@dataclass(slots=True)
+class Bench:
+    """A row on a device, with its inputs. options: of the backend. trains: not on a CPU, where stock can't."""
+
+    row: Row
+    layers: int
+    device: str
+    options: dict[str, Any]
+    trains: bool
+
+    def model(self) -> nn.Module:
+        torch.manual_seed(0)
+        with torch.device(self.device):
+            found = of_transformers(self.row, self.layers) or Model(self.row, self.layers)
+            return found.to(torch.bfloat16)
+
+    def inputs(self, seed: int, row: Row | None = None) -> tuple[Tensor, Data, Tensor]:
+        """x, what the masks of a step read, and a gradient of the output."""
+        row = row or self.row
+        data = row.draw(row, random.Random(0 if row.static else seed))
+        torch.manual_seed(seed)
+        size = (row.batch, row.length, row.dim)
+        x, grad = (torch.randn(size, device=self.device, dtype=torch.bfloat16) for _ in range(2))
+        return x, {name: t.to(self.device) for name, t in data.items()}, grad
+
+    def before(self) -> Iterator[tuple[Tensor, Data, Tensor]]:
+        """Inputs of other sizes that come first, if there are any."""
+        if self.row.before is not None:
+            batch, length = self.row.before
+            yield self.inputs(1000, dataclasses.replace(self.row, batch=batch, length=length))
+
+
+def measure(bench: Bench, steps: int) -> Result:
+    """Compiles, compares, and measures so many steps of each side, none where `steps` is 0."""
+    torch_private.allow_recompiles(64)  # both sides compile the same code
+    model, speed = bench.model(), bench.device != "cpu"
+    whose = "" if isinstance(model, Model) else "transformers"
+    sides = [Side(STOCK, {}, speed), Side(OURS, bench.options, speed)]
+    contenders = [Contender(bench.row, copy.deepcopy(model), side, bench.trains) for side in sides]
+    result = Result(bench.row.name, whose, {side.name: Measured() for side in sides})
+    _begin(bench)
+    with collect() as report:
+        for inputs in (*bench.before(), bench.inputs(0)):
+            _compare(result, [_first(result, each, inputs) for each in contenders])
+        if steps:
+            _steps(bench, contenders, result, steps)
+    _tell(result, report)
+    return result
+
+
+def _begin(bench: Bench) -> None:
+    """What neither side shall pay for: the first use of the device, of Inductor, and the compile of BlockMasks."""
+    torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=bench.device))
+    for x, data, _ in (*bench.before(), bench.inputs(0)) if bench.row.form != WHOLE else ():
+        block_masks(bench.row, x, data)
+
+
+def _first(result: Result, contender: Contender, inputs: tuple[Tensor, Data, Tensor]) -> dict[str, Tensor]:
+    with contender.side.compiling():
+        start = time.perf_counter()
+        found = contender.step(*inputs)
+        _wait(inputs[0])
+        result.sides[contender.side.name].first += time.perf_counter() - start
+    return found
+
+
+def _compare(result: Result, found: list[dict[str, Tensor]]) -> None:
+    stock, ours = found
+    for name, wanted in stock.items():
+        off = relative(ours[name], wanted)
+        if name == "out":
+            result.out = max(result.out, off)
+        elif off > result.gradient:
+            result.gradient, result.worst = off, name
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    """The relative difference in L2; that of zeros is how large the other is."""
+    size = float(wanted.float().norm())
+    return float((found.float() - wanted.float()).norm()) / (size or 1.0)
+
+
+def _steps(bench: Bench, contenders: list[Contender], result: Result, steps: int) -> None:
+    x, _, grad = bench.inputs(0)
+    drawn = itertools.cycle([bench.inputs(seed)[1] for seed in range(1, 1 + DRAWN)])
+    for repeat in range(-WARM_UP, steps):
+        samples = [next(drawn) for _ in range(IN_A_ROW if repeat >= 0 else 1)]
+        for each in contenders:
+            with each.side.compiling():
+                taken = _timed(lambda each=each: [each.step(x, data, grad) for data in samples][-1], x)
+            if repeat >= 0:
+                result.sides[each.side.name].steps.append(taken / IN_A_ROW)
+    for each in contenders:
+        with each.side.compiling():
+            _look_at(result.sides[each.side.name], lambda each=each: each.step(x, next(drawn), grad), x)
+    data, found = next(drawn), []
+    for each in contenders:
+        with each.side.compiling():
+            found.append(each.step(x, data, grad))
+    _compare(result, found)
+
+
+def _timed(run: Callable[[], Any], x: Tensor) -> float:
+    """Milliseconds by the device's clock."""
+    if not x.is_cuda:
+        start = time.perf_counter()
+        run()
+        return (time.perf_counter() - start) * 1e3
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    _wait(x)
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def _look_at(measured: Measured, step: Callable[[], Any], x: Tensor) -> None:
+    """Memory and kernels of a step."""
+    if not x.is_cuda:
+        return
+    _wait(x)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    _wait(x)
+    measured.memory = (torch.cuda.max_memory_allocated() - before) / 2**20
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        for _ in range(PROFILED):
+            step()
+        _wait(x)
+    times: Counter[str] = Counter()
+    for event in profiled.key_averages():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            times[event.key] += event.self_device_time_total / 1e3 / PROFILED
+    measured.busy = sum(times.values())
+    measured.attention = sum(taken for name, taken in times.items() if is_attention(name))
+    measured.kernels = dict(times.most_common(SHOWN))
+
+
+def is_attention(kernel: str) -> bool:
+    """Whether a kernel is attention's, by its name."""
+    return bool(ATTENTION.search(kernel)) and not NOT_ATTENTION.search(kernel)
+
+
+def _tell(result: Result, report: Report) -> None:
+    result.lowered = len(report.lowered)
+    result.strategies = sorted({" + ".join(call.strategies) for call in report.lowered})
+    result.kept = dict(Counter(str(call.reason) for call in report.kept))
+
+
+def _wait(x: Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.synchronize()

@@ -1,0 +1,92 @@
+"""Lays the results of rows out: a table for people, and CSV.
+
+Knows nothing of how they were measured.
+"""
+
+import csv
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from cudnn_flex_compile.bench.rows.launch import OURS, SIDES, STOCK
+from cudnn_flex_compile.bench.rows.measure import Result
+from cudnn_flex_compile.bench.rows.rows import ROWS
+
+AGREES = 0.03  # relative difference of two bfloat16 computations that is none
+NAMED = {row.name: row for row in ROWS}
+
+
+def table(results: Sequence[Result], kernels: bool = False) -> Table:
+    """One line a row."""
+    shown = Table(title=f"{STOCK} / {OURS}: a training step, attention's kernels, memory of a step, first step")
+    for name in ("row", "who, how", "step, ms", "attention, ms", "MiB", "compile, s", "differ by: out, gradient"):
+        shown.add_column(name, overflow="fold")
+    shown.add_column("calls", overflow="fold")
+    for result in results:
+        row = NAMED[result.row]
+        who = f"{row.who}\n[dim]{row.shape}; {row.launch}{whose(result)}"
+        cells = (_pair(result, "step"), _pair(result, "attention"), _plain(result, "memory", 0))
+        shown.add_row(row.name, who, *cells, _plain(result, "first", 1), _differs(result), calls(result))
+        for name in SIDES if kernels else ():
+            longest = "\n".join(f"{ms:8.3f} {kernel[:120]}" for kernel, ms in result.sides[name].kernels.items())
+            shown.add_row("", f"[dim]{name}, busy {result.sides[name].busy:.2f} ms[/]\n{longest}")
+    if len(results) > 1:
+        shown.add_section()
+        means = (mean(results, what) for what in ("step", "attention"))
+        shown.add_row("", "geometric mean", *(f"[bold]{ratio:.2f}x" if ratio else "-" for ratio in means))
+    return shown
+
+
+def whose(result: Result) -> str:
+    """Whose layers they are, where transformers has them."""
+    if not NAMED[result.row].family:
+        return ""
+    return f"; {result.layers}'s own layers" if result.layers else "; plain layers, transformers is not installed"
+
+
+def calls(result: Result) -> str:
+    """What became of the calls that were compiled."""
+    kept = [f"{count} kept: {reason}" for reason, count in result.kept.items()]
+    return "\n".join([f"{result.lowered} lowered: {'; '.join(result.strategies)}", *kept])
+
+
+def mean(results: Sequence[Result], what: str) -> float:
+    """The geometric mean of the ratios that are known, or 0."""
+    known = [ratio for ratio in (result.ratio(what) for result in results) if ratio]
+    return math.exp(statistics.fmean(map(math.log, known))) if known else 0.0
+
+
+def _pair(result: Result, what: str) -> str:
+    ratio = result.ratio(what)
+    style = "green" if ratio >= 1 else "red"
+    return f"{_plain(result, what, 2)}\n[bold {style}]{ratio:.2f}x" if ratio else "-"
+
+
+def _plain(result: Result, what: str, digits: int) -> str:
+    return " / ".join(f"{getattr(result.sides[name], what):.{digits}f}" for name in SIDES)
+
+
+def _differs(result: Result) -> str:
+    text = f"{result.out:.4f}, {result.gradient:.4f}"
+    wrong = not max(result.out, result.gradient) <= AGREES  # nor is NaN
+    return f"[bold red]{text}[/]\n{result.worst}" if wrong else text
+
+
+def write_csv(results: Sequence[Result], path: Path) -> None:
+    """One row a result; times in milliseconds, of compiling in seconds."""
+    measured = ("step", "attention", "busy", "memory", "first")
+    columns = [f"{what}_{name}" for what in measured for name in SIDES]
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["row", "who", "shape", "launched", "layers", *columns, "step_x", "attention_x", "out_differs",
+                       "gradient_differs", "calls"])  # fmt: skip
+        for result in results:
+            row = NAMED[result.row]
+            cells = [f"{getattr(result.sides[name], what):.3f}" for what in measured for name in SIDES]
+            ratios = [f"{result.ratio(what):.3f}" for what in ("step", "attention")]
+            differs = [f"{result.out:.5f}", f"{result.gradient:.5f}"]
+            what = (row.name, row.who, row.shape, row.launch, result.layers or "plain")
+            rows.writerow([*what, *cells, *ratios, *differs, calls(result).replace("\n", "; ")])
