@@ -93,13 +93,16 @@ def attend(q, k, v, mask):
 
 
 def assert_right(out, qkv, grad, mask_mod):
-    """Within twice what stock is off by, in the output and all gradients."""
+    """Within twice what stock is off by, in the output and all gradients. Where a row sees one key, its dQ is a
+    difference of equal numbers, as large as dV, of which float32 leaves a rest.
+    """
     found = (out.detach(), *torch.autograd.grad(out, qkv, grad))
     scale = qkv[0].shape[-1] ** -0.5
     results = (dense.with_gradients(*qkv, None, mask_mod, scale, grad, exact) for exact in (True, False))
     (out, _, *gradients), (stock, _, *stock_gradients) = results
-    names = ("out", "dQ", "dK", "dV")
+    names, rest = ("out", "dQ", "dK", "dV"), 1e-5 * gradients[2].norm()
     for name, mine, exact, theirs in zip(names, found, (out, *gradients), (stock, *stock_gradients), strict=True):
         assert mine.isfinite().all(), name
-        error, allowed = (mine.double() - exact).norm(), 2 * (theirs.double() - exact).norm() + 1e-3 * exact.norm()
+        error, stock = ((t.double() - exact).norm() for t in (mine, theirs))
+        allowed = 2 * stock + 1e-3 * exact.norm() + rest
         assert error <= allowed, f"{name} is off by {error:.3g}, {allowed:.3g} are allowed"
