@@ -31,6 +31,8 @@ from cudnn_flex_compile.engine.plans.plan import Plan
 from cudnn_flex_compile.engine.problem import BACKWARD, Problem
 from cudnn_flex_compile.reasons import Code, Reason
 
+RUNS = 20  # of a plan that is to be deterministic
+
 
 @dataclass(frozen=True, slots=True)
 class Data:
@@ -99,8 +101,23 @@ def certify(
     wrong = first_wrong(findings, numbers, regimes, data[0].where.names)
     if wrong is not None:
         return Reason(Code.CERTIFICATION, f"{plan.strategy}, {problem.direction}, {wrong}")
+    if problem.deterministic and not _repeats(plan, forward, tensors, written, data[0].sample):
+        return Reason(Code.CERTIFICATION, f"{plan.strategy}, {problem.direction}, {RUNS} runs differ in their bits")
     plan.errors = errors_of(findings, numbers)
     return None
+
+
+def _repeats(plan: Plan, forward: Plan, tensors: Tensors, written: Outputs, sample: Sample) -> bool:
+    """Whether runs on the same data give the same bits, as torch.use_deterministic_algorithms promises."""
+    first: list[torch.Tensor] = []
+    different = torch.zeros((), dtype=torch.bool, device=plan.device)
+    for _ in range(RUNS):
+        _run(plan, forward, tensors, written, sample)
+        found = [outputs.memory for outputs in written.tensors.values()]
+        first = first or [memory.clone() for memory in found]
+        for one, another in zip(first, found, strict=True):
+            different |= (one != another).any()
+    return not bool(different)
 
 
 def _varies(sample: Sample) -> bool:

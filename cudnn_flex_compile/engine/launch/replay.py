@@ -9,6 +9,7 @@ import functools
 import logging
 import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.engine.launch.cuda_graph import Graph
 from cudnn_flex_compile.locks import new_lock
 
-Enqueue = Callable[[Sequence[int], int, int], None]  # addresses; workspace; stream
+Enqueue = Callable[[Any, int, int], None]  # addresses, or what has them; workspace; stream
 Key = tuple[int, ...]
 
 RECORD_AFTER = 8  # launches on the same addresses, before they are recorded
@@ -78,23 +79,27 @@ class Replays:
         with pool.lock:
             pool.plans.add(self)
 
-    def run(self, addresses: Sequence[int], workspace: int) -> None:
-        """Launches on the current stream of the device, which must be the current one."""
+    def run(self, addresses: Sequence[int], workspace: int, given: Any = None) -> None:
+        """Launches on the current stream of the device, which must be the current one.
+
+        Args:
+            given: what is enqueued in place of the addresses, such as tensors that have them.
+        """
         key, stream = (workspace, *addresses), torch_private.current_stream(self._device)
-        found = self.graphs.get(key)
+        found, given = self.graphs.get(key), addresses if given is None else given
         if found is None or torch.cuda.is_current_stream_capturing():
-            self._enqueue(addresses, workspace, stream)
+            self._enqueue(given, workspace, stream)
             if found is None:
-                self._notice(key, addresses, workspace)
+                self._notice(key, given, workspace)
             return
         graph = found[0]
         if not graph.launch(stream):
-            self._enqueue(addresses, workspace, stream)
+            self._enqueue(given, workspace, stream)
         pool = self._pool
         pool.replays += 1
         self.graphs[key] = graph, pool.replays
 
-    def _notice(self, key: Key, addresses: Sequence[int], workspace: int) -> None:
+    def _notice(self, key: Key, given: Any, workspace: int) -> None:
         name = hash(key)
         seen = self._seen.get(name, 0) + 1
         if len(self._seen) >= MAX_KEYS:
@@ -105,14 +110,14 @@ class Replays:
             return
         try:
             if pool.has_room():
-                self._record(key, addresses, workspace)
+                self._record(key, given, workspace)
         finally:
             pool.lock.release()
 
-    def _record(self, key: Key, addresses: Sequence[int], workspace: int) -> None:
+    def _record(self, key: Key, given: Any, workspace: int) -> None:
         self._pool.recordings += 1
         try:
-            graph = Graph(functools.partial(self._enqueue, addresses, workspace), self._device)
+            graph = Graph(functools.partial(self._enqueue, given, workspace), self._device)
         except Exception as error:  # the launch itself has been made
             log.debug("cudnn_flex: a launch was not recorded: %s", error)
             return

@@ -13,12 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.engine.frontend import compiled_kernel, quiet
 from cudnn_flex_compile.engine.launch.memory import empty
+from cudnn_flex_compile.engine.launch.replay import Replays
 from cudnn_flex_compile.engine.plans.plan import Attempt, Plan, Record
-from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem, TensorSpec, dense, output_specs
+from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem, output_specs
 from cudnn_flex_compile.engine.state import engine
 from cudnn_flex_compile.engine.tiles.frontend import kernels_missing
+from cudnn_flex_compile.engine.tiles.layout import Layout
 from cudnn_flex_compile.engine.tiles.tile_list import (
     ARCHITECTURE,
     BACKWARD_PARTS,
@@ -35,6 +38,11 @@ from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.interpret import visible_rows
 from cudnn_flex_compile.scoremod.masks.intervals import NARROW, every_endpoint, most_endpoints
 from cudnn_flex_compile.scoremod.text import parse
+
+# Whether launches are replayed, and whether the deterministic backward runs: tests/gpu/test_plain_masks.py tries both.
+REPLAYED = DETERMINISTIC = False
+# What the backward works in that has to be zero: sums of what heads share, and semaphores of the deterministic one.
+ZEROS = ("dk_accum", "dv_accum", "dq_semaphore", "dk_semaphore", "dv_semaphore")
 
 
 def unusable(device: int) -> Reason | None:
@@ -54,8 +62,10 @@ def build(problem: Problem) -> "TilePlan | Reason":
     refused = unusable(problem.device)
     if refused is not None:
         return refused
-    if problem.deterministic:
+    if problem.deterministic and not DETERMINISTIC:
         return Reason(Code.SHAPE_REFUSED, f"{NAME}: torch.use_deterministic_algorithms is on")
+    if problem.deterministic and problem.direction == BACKWARD and _has_other_tiles(problem):
+        return Reason(Code.SHAPE_REFUSED, f"{NAME}: the deterministic backward of head dim 256 takes another list")
     try:
         with quiet():
             return TilePlan(problem)
@@ -63,6 +73,12 @@ def build(problem: Problem) -> "TilePlan | Reason":
         raise
     except Exception as error:
         return Reason(Code.SHAPE_REFUSED, f"{NAME}, {problem.direction}: {type(error).__name__}: {str(error)[:200]}")
+
+
+def _has_other_tiles(problem: Problem) -> bool:
+    """Whether the deterministic backward has tiles of its own (the frontend's `_tile_size_bwd_sm90`)."""
+    dims, heads = {problem.query.shape[3], problem.value.shape[3]}, {problem.query.shape[1], problem.key.shape[1]}
+    return dims == {256} and len(heads) == 1
 
 
 def _counted(problem: Problem) -> "TilePlan | Reason":
@@ -85,7 +101,7 @@ class TilePlan(Plan):
     """Runs one problem by a list of its mask's tiles."""
 
     KIND = "tiles"
-    __slots__ = ("_kernels", "_mask", "_parts", "_tiler")
+    __slots__ = ("_kernels", "_mask", "_parts", "_replays", "_tiler")
 
     def __init__(self, problem: Problem) -> None:
         """On the current device, which must be the problem's. Raises what the frontend raises."""
@@ -95,6 +111,8 @@ class TilePlan(Plan):
         self._tiler = tiler_of(geometry_of(problem, training=not forward), problem.device)
         self._kernels = _Forward(problem) if forward else _Backward(problem)
         self._parts = FORWARD_PARTS if forward else BACKWARD_PARTS
+        enqueue = functools.partial(_enqueue, self._kernels, problem.device)
+        self._replays = Replays(enqueue, problem.device, engine.graph_pool) if problem.replay and REPLAYED else None
 
     @classmethod
     def attempts(cls, problem: Problem, every: Callable[[Problem], list[Attempt]]) -> list[Attempt]:
@@ -115,7 +133,13 @@ class TilePlan(Plan):
         """With a list for the problem's geometry, in training where this is a backward. Certification gives none."""
         if tiles is None:
             tiles = self._list(operands, ints, floats)
-        self._kernels(tensors, arguments(self._tiler.views(tiles), self._parts))
+        parts = arguments(self._tiler.views(tiles), self._parts)
+        work = empty((self._kernels.work.size,), (1,), torch.int32)
+        if self._replays is None:
+            self._kernels(tensors, parts, work)
+            return
+        addresses = [tensor.data_ptr() for tensor in (*tensors, *parts) if tensor is not None]
+        self._replays.run(addresses, work.data_ptr(), (tensors, parts, work))
 
     def _list(self, operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor]) -> Tensor:
         sizes, heads = self._tiler.geometry.sizes, self._tiler.geometry.mask_heads
@@ -124,6 +148,15 @@ class TilePlan(Plan):
             return visible_rows(self._mask, operands, ints, floats, sizes, 1, self.device)
 
         return self._tiler.list(every_endpoint(rows(), sizes, heads, most_endpoints(rows())))
+
+
+def _enqueue(kernels: "_Forward | _Backward", device: int, given: tuple[Any, ...], _: int, stream: int) -> None:
+    """Launches the kernels on a stream that may be another than the current one, as while a launch is recorded."""
+    if stream == torch_private.current_stream(device):
+        kernels(*given)
+        return
+    with torch.cuda.stream(torch.cuda.ExternalStream(stream, device=torch.device("cuda", device))):
+        kernels(*given)
 
 
 def _turned(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -146,9 +179,13 @@ def _samples(problem: Problem) -> tuple[list[Tensor], Tensor, Any]:
 
 
 class _Forward:
-    """Its kernel, on (query, key, value, out[, stats])."""
+    """Its kernel, on (query, key, value, out[, stats]).
 
-    __slots__ = ("_kernel", "_lse_shape", "_processors", "_scale")
+    Attributes:
+        work: the memory to work in.
+    """
+
+    __slots__ = ("_kernel", "_lse_shape", "_processors", "_scale", "work")
 
     def __init__(self, problem: Problem) -> None:
         from cudnn.flex_attention import FlexAttentionFwd
@@ -161,20 +198,25 @@ class _Forward:
         self._kernel, self._scale = compiled_kernel(compiler), problem.scale
         self._lse_shape = problem.lse_shape if problem.stats else None
         self._processors = torch.cuda.get_device_properties(problem.device).multi_processor_count
+        self.work = Layout()
+        self.work.put("counter", (1,))
 
-    def __call__(self, tensors: Sequence[Tensor], tiles: Arguments) -> None:
+    def __call__(self, tensors: Sequence[Tensor], tiles: Arguments, work: Tensor) -> None:
         query, key, value, out = _turned(tensors[:4])
         lse = None if self._lse_shape is None else tensors[4].view(self._lse_shape)
-        counter = empty((1,), (1,), torch.int32).zero_()
         self._kernel(
-            query, key, value, out, lse, None, self._scale, None, None, tiles, counter, self._processors
+            query, key, value, out, lse, None, self._scale, None, None, tiles, work.zero_(), self._processors
         )  # fmt: skip
 
 
 class _Backward:
-    """Its kernels, on (query, key, value, out, stats, grad_out[, minus_lse, grad_lse], dq, dk, dv)."""
+    """Its kernels, on (query, key, value, out, stats, grad_out[, minus_lse, grad_lse], dq, dk, dv).
 
-    __slots__ = ("_kernels", "_lengths", "_lse_gradient", "_lse_shape", "_scale", "_workspace")
+    Attributes:
+        work: the memory to work in; what has to be zero comes first.
+    """
+
+    __slots__ = ("_kernels", "_lengths", "_lse_gradient", "_lse_shape", "_scale", "_zeros", "work")
 
     def __init__(self, problem: Problem) -> None:
         from cudnn.flex_attention import FlexAttentionBwd
@@ -184,28 +226,33 @@ class _Backward:
         (grad,) = _turned([(problem.grad or problem.out).empty(device)])
         dq, dk, dv = _turned([spec.empty(device) for spec in output_specs(problem)])
         grad_lse = torch.empty_like(lse) if problem.lse_gradient else None
-        compiler: Any = FlexAttentionBwd(query, key, value, out, grad, lse, dq, dk, dv, plan, grad_lse)
+        compiler: Any = FlexAttentionBwd(
+            query, key, value, out, grad, lse, dq, dk, dv, plan, grad_lse, deterministic=problem.deterministic
+        )
         compiler.check_support()
         compiler.compile()
         self._kernels: Any = compiled_kernel(compiler)
-        self._workspace = [
-            (name, dense(TensorSpec(tuple(shape), (), dtype)).layout if shape is not None else None)
-            for name, shape, dtype in self._kernels.workspace_specs
-        ]
+        specs = [spec for spec in self._kernels.workspace_specs if spec[1] is not None]
+        self.work = Layout()
+        for name, shape, dtype in sorted(specs, key=lambda spec: spec[0] not in ZEROS):
+            self.work.put(name, tuple(shape), dtype)
+        self._zeros = max((part.end for name, part in self.work.parts.items() if name in ZEROS), default=0)
         self._scale, self._lengths = problem.scale, problem.lengths
         self._lse_shape, self._lse_gradient = problem.lse_shape, problem.lse_gradient
 
-    def __call__(self, tensors: Sequence[Tensor], tiles: Arguments) -> None:
+    def __call__(self, tensors: Sequence[Tensor], tiles: Arguments, work: Tensor) -> None:
         query, key, value, out, grad, dq, dk, dv = _turned((*tensors[:4], tensors[5], *tensors[-3:]))
         lse = tensors[4].view(self._lse_shape)
         grad_lse = tensors[7].view(self._lse_shape) if self._lse_gradient else None
         (rows, columns), kernels, scale = self._lengths, self._kernels, self._scale
-        work: dict[str, Any] = {name: None if layout is None else empty(*layout) for name, layout in self._workspace}
-        sums, deltas, lse_log2 = work["dq_accum"], work["dpsum"], work["lse_log2"]
+        if self._zeros:
+            work[: self._zeros].zero_()
+        within = self.work.views(work).get
+        sums, deltas, lse_log2 = within("dq_accum"), within("dpsum"), within("lse_log2")
         kernels.preprocess(out, grad, deltas, lse, lse_log2, sums, None, grad_lse, rows)
         shared = kernels.post_dk is not None  # heads that share keys and values add up in float32
-        dk_sums, dv_sums = (work["dk_accum"].zero_(), work["dv_accum"].zero_()) if shared else (dk, dv)
-        semaphores = (None, None, None)
+        dk_sums, dv_sums = (within("dk_accum"), within("dv_accum")) if shared else (dk, dv)
+        semaphores = within("dq_semaphore"), within("dk_semaphore"), within("dv_semaphore")
         kernels.main(
             query, key, value, grad, lse_log2, deltas, sums, dk_sums, dv_sums, scale, None, None, *semaphores, tiles,
             rows, columns,

@@ -10,6 +10,7 @@ import torch
 from cudnn_flex_compile.engine.certify.certify import certify
 from cudnn_flex_compile.engine.certify.random_inputs import random_like
 from cudnn_flex_compile.engine.certify.reference import CapturedValue, ProgramReference, SubgraphReference
+from cudnn_flex_compile.engine.certify.regimes import REGIMES
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem, TensorSpec, out_spec, output_specs
 from cudnn_flex_compile.kernels import cpu
 from cudnn_flex_compile.passes.write.operands import operand_value
@@ -85,6 +86,27 @@ def verdict(direction, program=PROGRAM, runs=None, spoil=lambda tensors: None, r
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_right_plans_pass(direction, dtype):
     assert verdict(direction, dtype=dtype) is None
+
+
+@pytest.mark.parametrize("direction", [FORWARD, BACKWARD])
+@pytest.mark.parametrize(("deterministic", "run"), [(False, 20), (True, None), (True, 2), (True, 20)])
+def test_a_deterministic_plan_gives_the_same_bits_at_each_of_twenty_runs(direction, deterministic, run):
+    """Where it is asked to: it may add up in any order elsewhere, as in the last bit of one element."""
+    regimes, runs = REGIMES[:1], []
+
+    def other_bits(tensors):
+        runs.append(0)
+        if run is not None and len(runs) == len(regimes) + run:
+            tensors[0].view(torch.int16)[0, 0, 0, 0] ^= 1
+
+    forward, asked = (replace(problem(PROGRAM, d), deterministic=deterministic) for d in (FORWARD, direction))
+    plan = StandIn(asked, spoil=other_bits)
+    found = certify(plan, plan if direction == FORWARD else StandIn(forward), ProgramReference(PROGRAM), regimes)
+    assert len(runs) == len(regimes) + 20 * deterministic
+    if deterministic and run is not None:
+        assert "20 runs differ in their bits" in found.detail
+    else:
+        assert found is None
 
 
 def scaled(tensors, factor):

@@ -89,6 +89,15 @@ def test_each_launch_has_its_own_addresses(machine, replays):
     assert sorted(machine.replayed) == sorted(2 * [(0, 1, 2), (9, 1, 2), (0, 2, 1), (9, 2, 1)])
 
 
+def test_tensors_are_enqueued_and_known_by_their_addresses(machine, monkeypatch):
+    tensors, enqueued = [torch.zeros(2), torch.ones(2)], []
+    replays = Replays(lambda *what: enqueued.append(what) or machine.recorded.append(what), 3, machine.pool)
+    for _ in range(RECORD_AFTER + 2):
+        replays.run([t.data_ptr() for t in tensors], 9, tensors)
+    assert enqueued == [(tensors, 9, CURRENT)] * RECORD_AFTER + [(tensors, 9, CAPTURING)]
+    assert machine.pool.replays == 2
+
+
 def test_what_does_not_come_back_is_not_recorded(machine, replays):
     for i in range(10 * replay.MAX_KEYS):
         replays.run([i], 0)

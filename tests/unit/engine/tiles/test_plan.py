@@ -1,0 +1,168 @@
+"""How the kernels by tile lists are launched: their arguments, and the memory that they work in.
+
+The kernels are stand-ins that note what they are given.
+"""
+
+import itertools
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from cudnn_flex_compile import torch_private
+from cudnn_flex_compile.engine.problem import FORWARD, Problem, TensorSpec, dense, out_spec
+from cudnn_flex_compile.engine.tiles import plan
+from cudnn_flex_compile.reasons import Code, Reason
+from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod.text import text
+
+CPU, STREAM = torch.device("cpu"), 5
+PROGRAM = text(ir.program())
+BATCH, HEADS, ROWS, COLUMNS, DIM = 2, 4, 70, 90, 16
+
+
+def problem(kv_heads=2, backward=True, dim=DIM, **more):
+    def spec(heads, length):
+        return dense(TensorSpec((BATCH, heads, length, dim), (), torch.bfloat16))
+
+    query, key = spec(HEADS, ROWS), spec(kv_heads, COLUMNS)
+    rest = (query, key, key, out_spec(query, key), ())
+    found = Problem(PROGRAM, FORWARD, *rest, scale=0.25, device=0, tiled=True, **more)
+    return found.backward() if backward else found
+
+
+class Kernels:
+    """Of a backward, with the frontend's specs of what it works in (its `_CompiledBwd`)."""
+
+    def __init__(self, shared, deterministic):
+        self.calls, self.shared = [], shared
+        shapes = {
+            "dq_accum": (BATCH, HEADS, 128 * DIM), "dpsum": (BATCH, HEADS, 128), "lse_log2": (BATCH, HEADS, 128),
+            "dk_accum": (BATCH, 2, 128 * DIM) if shared else None,
+            "dv_accum": (BATCH, 2, 128 * DIM) if shared else None,
+            "dq_semaphore": (BATCH, HEADS, 1, 1) if deterministic else None,
+            "dk_semaphore": (BATCH, 2, 1, 2) if deterministic and shared else None,
+            "dv_semaphore": (BATCH, 2, 1, 2) if deterministic and shared else None,
+        }  # fmt: skip
+        self.workspace_specs = tuple(
+            (name, shape, torch.int32 if "semaphore" in name else torch.float32) for name, shape in shapes.items()
+        )
+        self.post_dk = self.post_dv = self._named("post") if shared else None
+
+    def _named(self, name):
+        return lambda *arguments: self.calls.append((name, arguments))
+
+    def __getattr__(self, name):
+        return self._named(name)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Makes kernels of a problem, which are stand-ins, and what they were compiled with."""
+    asked = []
+
+    class Compiler:
+        def __init__(self, *tensors, deterministic=False):
+            asked.append(deterministic)
+            self._compiled_kernel = made
+
+        def check_support(self):
+            pass
+
+        compile = check_support
+
+    frontend = ModuleType("cudnn.flex_attention")
+    frontend.FlexAttentionFwd = frontend.FlexAttentionBwd = Compiler
+    monkeypatch.setitem(sys.modules, "cudnn.flex_attention", frontend)
+    monkeypatch.setattr(plan, "_samples", lambda asked: ([torch.empty(1, 1, 1, 1)] * 4, torch.empty(1), None))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=7))
+    monkeypatch.setattr(torch, "device", lambda *_: CPU)
+    monkeypatch.setattr(TensorSpec, "empty", lambda self, _: torch.empty(self.shape, dtype=self.dtype))
+    made = None
+
+    def make(wanted):
+        nonlocal made
+        forward = wanted.direction == FORWARD
+        made = Kernels(wanted.key.shape[1] < HEADS, wanted.deterministic)
+        made = made._named("forward") if forward else made
+        return (plan._Forward if forward else plan._Backward)(wanted), made, asked
+
+    return make
+
+
+def tensors(wanted):
+    specs = [wanted.query, wanted.key, wanted.value, wanted.out]
+    stats = [torch.empty(wanted.lse_shape)]
+    backward = [wanted.out, wanted.query, wanted.key, wanted.value] if wanted.direction != FORWARD else []
+    found = [torch.empty(s.shape, dtype=s.dtype) for s in (*specs, *backward)]
+    return [*found[:4], *stats, *found[4:]]
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("kv_heads", [2, HEADS])
+def test_what_the_backward_works_in(launched, kv_heads, deterministic):
+    wanted = problem(kv_heads, deterministic=deterministic)
+    kernels, made, asked = launched(wanted)
+    assert asked == [deterministic]
+    given, work = tensors(wanted), torch.full((kernels.work.size,), 7, dtype=torch.int32)
+    kernels(given, (), work)
+    names = [name for name, _ in made.calls]
+    shared = kv_heads < HEADS
+    assert names == ["preprocess", "main", "post_dq"] + ["post"] * (2 * shared)
+    main = made.calls[1][1]
+    sums, dk, dv, semaphores = main[6], main[7], main[8], main[12:15]
+    parts = [t for t in (main[4], main[5], sums, *([dk, dv] if shared else []), *semaphores) if t is not None]
+    places = sorted((t.data_ptr(), t.data_ptr() + 4 * t.numel()) for t in parts)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(places)), "none overlaps"
+    assert all(start % 128 == work.data_ptr() % 128 for start, _ in places), "as the frontend aligns them"
+    assert [t is not None for t in semaphores] == [deterministic, deterministic and shared, deterministic and shared]
+    zeros = [*([dk, dv] if shared else []), *(t for t in semaphores if t is not None)]
+    assert all(not t.any() for t in zeros)
+    if not shared:
+        assert (dk.data_ptr(), dv.data_ptr()) == (given[-2].data_ptr(), given[-1].data_ptr())
+
+
+def test_the_forwards_counter_is_zero(launched):
+    kernels, _, _ = launched(problem(backward=False, stats=True))
+    calls = []
+    kernels._kernel = lambda *arguments: calls.append(arguments)
+    kernels(tensors(problem(backward=False)), (), torch.full((kernels.work.size,), 7, dtype=torch.int32))
+    assert (calls[0][-2].tolist(), calls[0][-1]) == ([0], 7)
+
+
+def test_the_deterministic_backward_of_head_dim_256_has_a_list_of_its_own(monkeypatch):
+    monkeypatch.setattr(plan, "unusable", lambda device: None)
+    monkeypatch.setattr(plan, "DETERMINISTIC", True)
+    monkeypatch.setattr(plan, "TilePlan", lambda wanted: "a plan")
+    refused = plan.build(problem(HEADS, dim=256, deterministic=True))
+    assert isinstance(refused, Reason)
+    assert refused.code is Code.SHAPE_REFUSED
+    for other in (
+        problem(HEADS, dim=256), problem(2, dim=256, deterministic=True), problem(HEADS, deterministic=True),
+        problem(HEADS, dim=256, deterministic=True, backward=False),
+    ):  # fmt: skip
+        assert plan.build(other) == "a plan"
+
+
+def test_a_launch_on_another_stream(monkeypatch):
+    """As while it is recorded; elsewhere no stream is set, which takes time."""
+    entered, ran = [], []
+    monkeypatch.setattr(torch_private, "current_stream", lambda device: STREAM)
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda stream, device: (stream, device.index))
+
+    class Stream:
+        def __init__(self, stream):
+            self.stream = stream
+
+        def __enter__(self):
+            entered.append(self.stream)
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "stream", Stream)
+    for stream in (STREAM, 77):
+        plan._enqueue(lambda *given: ran.append(given), 3, ("a", "b"), 0, stream)
+    assert entered == [(77, 3)]
+    assert ran == [("a", "b")] * 2
