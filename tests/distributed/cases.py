@@ -30,6 +30,7 @@ from torch.nn.attention import flex_attention as stock
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.parallel import DistributedDataParallel
 
+from cudnn_flex_compile import install
 from cudnn_flex_compile.backend import cudnn_flex
 from cudnn_flex_compile.bench.mods import causal, softcap
 from cudnn_flex_compile.kernels import block_mask
@@ -197,6 +198,29 @@ def fsdp2_as_a_whole(device):
     fsdp2(device, regional=False)
 
 
+def fsdp2_installed(device):
+    """Each block compiled by Inductor, with fullgraph=True, as torchtitan does, under install()."""
+    module, (whole, mine) = model(device), batch(device)
+    expected = by_one_process(module, whole)
+    mesh = init_device_mesh(device, (RANKS,))
+    for layer in module.layers:
+        layer.compile(fullgraph=True)
+        fully_shard(layer, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    with install(lower="always"):
+        train_alike(module, module, mine, expected, len(layers.KINDS))
+
+
+def ddp_installed(device):
+    """flex_attention compiled alone, in an eager model, under install()."""
+    module, (whole, mine) = model(device), batch(device)
+    expected = by_one_process(module, whole)
+    wrapped = DistributedDataParallel(module, bucket_cap_mb=1)
+    alone = torch.compile(flex_attention)
+    with patch.object(layers, "flex_attention", alone), install(lower="always"):
+        train_alike(wrapped, wrapped, mine, expected, len(layers.KINDS))
+
+
 class Heads(nn.Module):
     """Attention whose projections may be sharded: queries, keys and values are plain tensors of the rank's heads."""
 
@@ -301,8 +325,8 @@ def example(device):
 
 
 CASES = {case.__name__: case for case in (
-    ddp, ddp_in_one_graph, ddp_adds_no_work, fsdp2, fsdp2_as_a_whole, tensor_parallel, dtensor_by_local_map,
-    alibi_of_all_heads, example,
+    ddp, ddp_in_one_graph, ddp_adds_no_work, fsdp2, fsdp2_as_a_whole, fsdp2_installed, ddp_installed,
+    tensor_parallel, dtensor_by_local_map, alibi_of_all_heads, example,
 )}  # fmt: skip
 
 

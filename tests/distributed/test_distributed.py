@@ -11,7 +11,7 @@ from filelock import FileLock
 
 from tests.distributed.launch import verdicts
 
-SECONDS = 240
+SECONDS = 300
 
 
 @pytest.fixture(scope="session")
@@ -40,6 +40,10 @@ def test_ddps_split_graph_adds_no_more_work_than_stocks(found):
 
 def test_fsdp2_with_regional_and_whole_compilation(found):
     assert_ok(found, "fsdp2", "fsdp2_as_a_whole")
+
+
+def test_trainers_that_compile_by_themselves(found):
+    assert_ok(found, "fsdp2_installed", "ddp_installed")
 
 
 def test_tensor_parallel_over_heads(found):
