@@ -10,12 +10,13 @@ from importlib import metadata
 import pytest
 import torch
 import torch._inductor.config as inductor_config
+from torch._dynamo.utils import counters
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from cudnn_flex_compile import cli, collect, explain, inductor_seam, install, uninstall
-from cudnn_flex_compile.config import Options, options_from
+from cudnn_flex_compile.config import CHOICES, Options, Policy, options_from
 from cudnn_flex_compile.inductor_pass import LowerFlexAttention
 from cudnn_flex_compile.installation import OTHERS, install_if_asked
 from cudnn_flex_compile.kernels import cpu
@@ -166,23 +167,71 @@ def uuid(**options):
         return inductor_seam.installed().uuid()
 
 
-OTHER = {"certify": "always", "lower": "always", "strategy": "graphs"}
-
-
 def test_the_uuid_says_all_that_the_graph_depends_on(monkeypatch):
     plain = uuid()
     assert plain == uuid()
     for field in dataclasses.fields(Options):
         if field.name not in OTHERS:
-            default = getattr(options_from({}), field.name)
-            other = not default if isinstance(default, bool) else OTHER.get(field.name) or default + 1
-            assert uuid(**{field.name: other}) != plain, field.name
+            assert uuid(**{field.name: other_value(field.name, {})}) != plain, field.name
     with inductor_config.patch(pre_grad_custom_pass=Theirs("theirs")):
         assert uuid() != plain
     with inductor_config.patch(pre_grad_custom_pass=lambda graph: None):
         assert uuid() is None
     monkeypatch.setattr("cudnn_flex_compile.inductor_pass.code_digest", lambda: "other code")
     assert uuid() != plain
+
+
+@pytest.fixture
+def lowered_graphs(monkeypatch):
+    """The graphs that our pass leaves to Inductor, as text."""
+    texts, run = [], LowerFlexAttention.__call__
+
+    def recorded(self, graph):
+        run(self, graph)
+        texts.append(str(graph))
+
+    monkeypatch.setattr(LowerFlexAttention, "__call__", recorded)
+    return texts
+
+
+def test_a_cache_hit_is_of_the_same_graph(lowered_graphs, tmp_path, monkeypatch):
+    """For each option: what Inductor has stored serves a compile with another value only if nothing of it differs, and
+    what says how plans are found is in the graph.
+    """
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    names = [f.name for f in dataclasses.fields(Options) if f.name not in OTHERS]
+    of_policy = {f.name for f in dataclasses.fields(Policy)}
+    assert of_policy <= set(names)
+
+    def compiled(**options):
+        """Whether it was a hit, and the graph."""
+        torch._dynamo.reset()
+        counters.clear()
+        lowered_graphs.clear()
+        with install(**options), torch.no_grad():
+            torch.compile(flex_attention)(*[torch.ones(1, 1, S, D, dtype=torch.bfloat16)] * 3)
+        return bool(counters["inductor"]["fxgraph_cache_hit"]), lowered_graphs[-1]
+
+    always = {"lower": "always"}
+    assert not compiled(**always)[0]
+    hit, plain = compiled(**always)
+    assert hit
+    seen = {plain}
+    for name in names:
+        hit, text = compiled(**always | {name: other_value(name, always)})
+        assert not hit or text in seen, name
+        assert name not in of_policy or text not in seen, name
+        seen.add(text)
+
+
+def other_value(name, given):
+    """One that the option does not have."""
+    value = {**dataclasses.asdict(options_from({})), **given}[name]
+    if isinstance(value, bool):
+        return not value
+    if name in CHOICES:
+        return next(choice for choice in CHOICES[name] if choice not in (None, value))
+    return value + 1
 
 
 def test_caches_of_inductor_stay_right(ran, tmp_path, monkeypatch):
