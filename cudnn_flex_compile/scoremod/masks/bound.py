@@ -44,6 +44,12 @@ class Bound:
         """Whether the bound is `kv <= limit`; if not, it is `kv >= limit`."""
         return SIDES[self.side][1] < 0
 
+    @property
+    def anchor(self) -> list[tuple[int, Expr]]:
+        """The indices in the sum, each with its sign, and times its factor where this is not 1."""
+        factors = zip((Q, KV), SIDES[self.side], strict=True)
+        return [(1 if n > 0 else -1, x if abs(n) == 1 else x * ir.const(abs(n), I32)) for x, n in factors if n]
+
     def limit(self) -> Linear:
         """The last kv column that the bound lets a query row see if it is `at_most`, else the first one."""
         form = Linear({Q: SIDES[self.side][0]}, self.constant)
@@ -63,8 +69,7 @@ class Bound:
             last = ir.const(self.constant if self.at_most else -self.constant, I32)
             return make("ge", last, KV) if self.at_most else make("ge", KV, last)
         # Sums begin with an index: cuDNN refuses a sum of operands and constants alone.
-        anchor = list(zip((Q, KV), SIDES[self.side], strict=True))
-        ahead, behind = ([index for index, factor in anchor if factor * sign > 0] for sign in (1, -1))
+        ahead, behind = ([index for own, index in self.anchor if own == sign] for sign in (1, -1))
         near, far = (ahead[0], behind[0] if behind else None) if ahead else (-behind[0], None)
         if self.constant:
             near = near + ir.const(self.constant, I32)

@@ -6,9 +6,8 @@ Reports print these words. A side of `Bound` needs no case here, unless it has a
 from collections.abc import Sequence
 
 from cudnn_flex_compile.scoremod.ir import TRUE, Expr
-from cudnn_flex_compile.scoremod.masks.bound import SIDES, Bound
+from cudnn_flex_compile.scoremod.masks.bound import Bound
 from cudnn_flex_compile.scoremod.masks.form import MaskForm
-from cudnn_flex_compile.scoremod.masks.linear import KV, Q
 from cudnn_flex_compile.scoremod.text import infix
 
 
@@ -34,14 +33,13 @@ def _bound(bound: Bound) -> str:
         return "causal"
     if bound.side == "upper" and not bound.terms and bound.constant >= 0:
         return f"window {bound.constant}"
-    indices = [(factor, index) for factor, index in zip(SIDES[bound.side], (Q, KV), strict=True) if factor]
-    sign = 1 if any(factor < 0 for factor, _ in indices) else -1  # kv >= 3, and -kv + 9 >= 0 as kv <= 9
+    sign = 1 if any(own < 0 for own, _ in bound.anchor) else -1  # kv >= 3, and -kv + 9 >= 0 as kv <= 9
     constant = sign * bound.constant
     terms = [(sign * factor, term) for factor, term in bound.terms]
     relation = ">=" if sign < 0 else "<="
     if bound.terms and constant == -1 and relation == "<=":
         relation, constant = "<", 0
-    anchor = sorted(((-sign * factor, index) for factor, index in indices), key=lambda term: -term[0])
+    anchor = sorted(((-sign * own, index) for own, index in bound.anchor), key=lambda term: -term[0])
     return f"{_sum(anchor, 0)} {relation} {_sum(terms, constant)}"
 
 
