@@ -56,7 +56,7 @@ def run(bench: Bench, name: str) -> Observed:
     inputs = [*bench.before(), *(bench.inputs(seed) for seed in range(STEPS))]
     with collect() as report:
         for given in inputs:
-            with contender.side.compiling():
+            with contender.backend.compiling():
                 found = contender.step(*given)
     return Observed(counters["stats"]["unique_graphs"], dict(counters["graph_break"]), report, found)
 

@@ -85,7 +85,7 @@ class Contender:
     """A model as one side runs it."""
 
     def __init__(self, row: Row, model: nn.Module, side: Side, trains: bool) -> None:
-        self.side, self.model, self.trains = side, model, trains
+        self.backend, self.model, self.trains = side, model, trains
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.SGD(self.named.values(), lr=RATE)
         self.run = launched(row, model, side)
@@ -160,11 +160,11 @@ def _begin(bench: Bench) -> None:
 
 
 def _first(result: Result, contender: Contender, inputs: tuple[Tensor, Data, Tensor]) -> dict[str, Tensor]:
-    with contender.side.compiling():
+    with contender.backend.compiling():
         start = time.perf_counter()
         found = contender.step(*inputs)
         _wait(inputs[0])
-        result.sides[contender.side.name].first += time.perf_counter() - start
+        result.sides[contender.backend.name].first += time.perf_counter() - start
     return found
 
 
@@ -190,16 +190,16 @@ def _steps(bench: Bench, contenders: list[Contender], result: Result, steps: int
     for repeat in range(-WARM_UP, steps):
         samples = [next(drawn) for _ in range(IN_A_ROW if repeat >= 0 else 1)]
         for each in contenders:
-            with each.side.compiling():
+            with each.backend.compiling():
                 taken = _timed(lambda each=each: [each.step(x, data, grad) for data in samples][-1], x)
             if repeat >= 0:
-                result.sides[each.side.name].steps.append(taken / IN_A_ROW)
+                result.sides[each.backend.name].steps.append(taken / IN_A_ROW)
     for each in contenders:
-        with each.side.compiling():
-            _look_at(result.sides[each.side.name], lambda each=each: each.step(x, next(drawn), grad), x)
+        with each.backend.compiling():
+            _look_at(result.sides[each.backend.name], lambda each=each: each.step(x, next(drawn), grad), x)
     data, found = next(drawn), []
     for each in contenders:
-        with each.side.compiling():
+        with each.backend.compiling():
             found.append(each.step(x, data, grad))
     _compare(result, found)
 
