@@ -6,11 +6,20 @@ there, so the child must not read it.
 
 import os
 import threading
+from typing import Any
 
 
 def new_lock() -> threading.Lock:
     """A lock that is free in the child of a fork, whoever held it in the parent."""
-    lock = threading.Lock()
+    return _free_after_fork(threading.Lock())
+
+
+def new_reentrant_lock() -> Any:
+    """A lock that the thread which holds it may take again, free in the child of a fork as well."""
+    return _free_after_fork(threading.RLock())
+
+
+def _free_after_fork(lock: Any) -> Any:
     if hasattr(os, "register_at_fork"):  # not on Windows
-        os.register_at_fork(after_in_child=lock._at_fork_reinit)  # pyright: ignore[reportAttributeAccessIssue]
+        os.register_at_fork(after_in_child=lock._at_fork_reinit)
     return lock

@@ -19,7 +19,7 @@ from typing import Any
 
 import cudnn
 
-from cudnn_flex_compile.locks import new_lock
+from cudnn_flex_compile.locks import new_lock, new_reentrant_lock
 
 Launch = Callable[[Sequence[int], int, Any], None]  # addresses, in the order of the uids given; workspace; handle
 
@@ -169,19 +169,20 @@ LOUD = ("dispatch", "plan.builder")
 # Note [What the frontend prints]. Frontend 1.32 prints a line for each interval kernel that it compiles, and has no
 # switch. A program's output is its own, so for as long as we have kernels compiled, in our thread alone, the modules
 # that do so get a `print` that logs. It may go when the frontend logs by itself; there is no issue upstream yet.
+# Note [One thread at a time]. Two threads that compile at once in CuTe DSL 4.8 fail ("An MLIR function requires a
+# Location"), or end the process. It may go when the compiler has no state that threads share.
 @contextlib.contextmanager
 def quiet() -> Generator[None]:
-    """Logs what the frontend prints in this thread."""
+    """Has this thread alone compile kernels, and logs what the frontend prints in it."""
     modules: list[Any] = [importlib.import_module(f"{INTERVALS}.{name}") for name in LOUD]
-    with _printing:
+    with _compiler:
         _compiling.append(threading.get_ident())
         for module in modules:
             module.print = _logged
-    try:
-        yield
-    finally:
-        with _printing:
-            _compiling.remove(threading.get_ident())
+        try:
+            yield
+        finally:
+            _compiling.pop()
             for module in () if _compiling else modules:
                 del module.print
 
@@ -193,8 +194,8 @@ def _logged(*what: Any, **how: Any) -> None:
         print(*what, **how)
 
 
-_printing = new_lock()
-_compiling: list[int] = []  # threads, each as often as it is in `quiet`
+_compiler = new_reentrant_lock()
+_compiling: list[int] = []  # the thread, as often as it is in `quiet`
 
 
 # Note [Where interval kernels are kept]. Compiling one takes seconds. Frontend 1.32 keeps them in a folder if

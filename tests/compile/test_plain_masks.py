@@ -8,7 +8,7 @@ from cudnn_flex_compile import ops
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD
 from cudnn_flex_compile.passes import lower_call
 from cudnn_flex_compile.passes.write import tile_lists
-from cudnn_flex_compile.reasons import Code
+from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.report.report import collect
 from tests.support.plain_masks import MASKS, assert_right, attend, block_mask, inputs
 
@@ -104,6 +104,30 @@ def test_keys_that_plans_would_permute_are_all_or_nothing(monkeypatch):
     assert_right(out, arguments[:3], grad, mask_mod)
 
 
+def test_what_the_kernels_refuse_is_tried_by_plans(monkeypatch):
+    """And is the reason where a list is forced."""
+    refused, judge = Reason(Code.SHAPE_REFUSED, "no such head dim"), lower_call.plan_or_reason
+    monkeypatch.setattr(lower_call, "faster_by_tiles", lambda inputs, apart: BOTH)
+    monkeypatch.setattr(lower_call, "plan_or_reason", lambda given: refused if given.tiled else judge(given))
+    arguments, _, _ = call("causal")
+    for options, expected in (({"lower": "always"}, (("native",), None)), ({"strategy": "tile_lists"}, ((), refused))):
+        torch._dynamo.reset()
+        with collect() as report:
+            compiled(**options)(*arguments)
+        assert (report.calls[0].strategies, report.calls[0].reason) == expected
+
+
+@pytest.mark.parametrize("code", [Code.LSE_GRADIENT, Code.CERTIFICATION, Code.SHAPE_REFUSED])
+def test_what_plans_do_not_give_is_tried_by_a_list(monkeypatch, code):
+    judge = lower_call.plan_or_reason
+    monkeypatch.setattr(lower_call, "plan_or_reason", lambda given: judge(given) if given.tiled else Reason(code, "no"))
+    arguments, grad, mask_mod = call("causal")
+    with collect() as report:
+        out = compiled(lower="always")(*arguments)
+    assert report.calls[0].strategies == ("tile_lists",)
+    assert_right(out, arguments[:3], grad, mask_mod)
+
+
 def test_short_calls_do_not():
     arguments, _, _ = call("causal")
     with collect() as report:
@@ -114,7 +138,7 @@ def test_short_calls_do_not():
 def test_what_is_faster_by_plans_than_by_inductor_is_what_may_be_faster_by_a_list(monkeypatch):
     """A rule that compares a list with plans says nothing of Inductor's kernel."""
     monkeypatch.setattr(lower_call, "faster_by_tiles", lambda inputs, apart: pytest.fail("asked"))
-    monkeypatch.setattr(lower_call, "slower", lambda *given: lower_call.Reason(Code.SLOWER, "than Inductor's"))
+    monkeypatch.setattr(lower_call, "slower", lambda *given: Reason(Code.SLOWER, "than Inductor's"))
     arguments, _, _ = call("causal")
     with collect() as report:
         compiled()(*arguments)

@@ -4,6 +4,7 @@ import builtins
 import gc
 import sys
 import threading
+import time
 import weakref
 from types import ModuleType, SimpleNamespace
 
@@ -120,6 +121,25 @@ def test_what_the_frontend_prints_for_us_is_logged(interval_modules, capsys, cap
     assert capsys.readouterr().out == "Compiled a kernel\n"
     assert not any("print" in vars(m) for m in interval_modules)
     assert print is builtins.print
+
+
+def test_one_thread_compiles_at_a_time(interval_modules):
+    """The compiler fails where two do."""
+    inside, most = [], []
+
+    def compile_one():
+        with quiet(), quiet():
+            inside.append(0)
+            most.append(len(inside))
+            time.sleep(0.01)
+            inside.pop()
+
+    threads = [threading.Thread(target=compile_one) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 4
 
 
 class Memory(dict):
