@@ -22,6 +22,7 @@ class Code(enum.Enum):
     ILLEGAL_OP = "cuDNN computes no form of this op right; see the detail"
     FINITE_FILL = "hide pairs with -inf, or by the mask_mod; a finite number gives rows hidden whole a meaning"
     BIAS_BUDGET = "raise options={'bias_budget_mb': ...}, or write the mask as bounds on q - kv and kv"
+    LIST_BUDGET = "raise options={'bias_budget_mb': ...}: the mask has many tiles of which it hides a part"
     CAPTURED_GRADIENT = "only add it to the score, as in `score + table[h, q - kv]`, or detach it"
     LSE_GRADIENT = "detach the LSE where it takes part in no loss, or try options={'lower': 'always'}"
     MAX_SCORES = "ask for the LSE only"

@@ -23,10 +23,10 @@ from cudnn_flex_compile.scoremod.optable import TABLE, make
 from cudnn_flex_compile.scoremod.text import HEADER, SEPARATOR, text
 
 # What the version stands for. A test that fails prints what belongs here.
-VERSION = "cudnn_flex 10"
+VERSION = "cudnn_flex 11"
 DIGESTS = {
-    "schemas of ops": "5d9187aa2156",
-    "functions that code calls": "8abb9b460947",
+    "schemas of ops": "328d1eae905b",
+    "functions that code calls": "d9d034cd7521",
     "text of programs": "4696a37780aa",
     "names in programs": "a2abfd3a7b52",
     "numbers of a geometry": "032ea48d3a73",

@@ -100,7 +100,7 @@ def _forward(call: Key) -> CachedPlan | Reason:
     same: where each direction runs in its own way, the one that is there does.
     """
     key = forward_of(call)
-    found, other = engine.plans.peek(key), engine.plans.peek(by_list(key, not Call(*key).tiled))
+    found, other = engine.plans.peek(key), engine.plans.peek(by_list(key, int(not Call(*key).tiled)))
     if isinstance(other, CachedPlan) and not isinstance(found, CachedPlan):
         return other
     return found or engine.plans.put(key, _make(key))

@@ -20,7 +20,7 @@ class Call(NamedTuple):
 
     Attributes:
         operands: shape, stride and dtype of each.
-        tiled: whether this direction runs by a list of tiles.
+        tiled: for how many heads this direction runs by a list of tiles, as of a Problem.
         policy: text (config.Policy).
         grad_stride, lse_gradient: a backward's.
     """
@@ -41,7 +41,7 @@ class Call(NamedTuple):
     stats: bool
     deterministic: bool
     operands: tuple[tuple[Any, ...], ...]
-    tiled: bool
+    tiled: int
     policy: str
     grad_stride: tuple[int, ...] = ()
     lse_gradient: bool = False
@@ -55,7 +55,7 @@ def forward_key(
     operands: Sequence[Any],
     scale: float,
     stats: bool,
-    tiled: bool = False,
+    tiled: int = 0,
     policy: str = "",
 ) -> Key:
     """The key of a forward call of tensors, or of anything with shape, stride(), dtype and device."""
@@ -128,7 +128,7 @@ def forward_of(key: Key) -> Key:
     return tuple(call[: Call._fields.index("grad_stride")])
 
 
-def by_list(key: Key, tiled: bool) -> Key:
+def by_list(key: Key, tiled: int) -> Key:
     """Makes the key of the same call by a list of tiles, or without one."""
     return tuple(Call(*key)._replace(tiled=tiled))[: len(key)]
 

@@ -56,7 +56,8 @@ class Problem:
         deterministic: whether torch.use_deterministic_algorithms was on.
         gradients: layouts of dq, dk and dv, if not dense_like those of query, key and value.
         lse_gradient: whether the backward takes a gradient of the log-sum-exp, too.
-        tiled: whether a list of tiles tells which pairs are visible, beside the program (engine/tiles/tile_list.py).
+        tiled: for how many heads a list of tiles (engine/tiles/tile_list.py) tells which pairs are visible, beside the
+            program: 1 if all share it; 0 without one.
         replay: whether the plan's launches may be replayed as CUDA graphs (engine/launch/replay.py).
     """
 
@@ -74,7 +75,7 @@ class Problem:
     deterministic: bool = False
     gradients: tuple[TensorSpec, ...] | None = None
     lse_gradient: bool = False
-    tiled: bool = False
+    tiled: int = 0
     replay: bool = True
 
     @property

@@ -15,14 +15,16 @@ from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.config import Options
 from cudnn_flex_compile.inner import inductor
 from cudnn_flex_compile.ops import attention as attention_op
-from cudnn_flex_compile.ops import check_block_mask
+from cudnn_flex_compile.ops import check_block_mask, list_tiles
 from cudnn_flex_compile.ops.autograd import attention
-from cudnn_flex_compile.ops.undispatched import PLAIN, check
+from cudnn_flex_compile.ops.undispatched import PLAIN, check, list_without_dispatch
 from cudnn_flex_compile.passes.read.views import is_view
 
 # The modes of Inductor that ask for kernels alone, without CUDA graphs.
 MODES = (None, "default", "max-autotune-no-cudagraphs")
-PLAINLY = {attention_op: attention, check_block_mask: check}  # the function that runs in place of an op
+PLAINLY = {  # the function that runs in place of an op
+    attention_op: attention, check_block_mask: check, list_tiles: list_without_dispatch,
+}  # fmt: skip
 
 
 def suffices(graph_module: GraphModule, example_inputs: Sequence[Any], options: Options) -> bool:

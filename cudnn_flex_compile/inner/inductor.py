@@ -29,8 +29,9 @@ def compile(graph_module: GraphModule, example_inputs: Sequence[Any], options: O
 @functools.cache
 def prepare() -> None:
     """Makes Inductor's Python code call the functions of ops/undispatched.py from now on, in place of the ops."""
-    from cudnn_flex_compile.ops import attention_backward, attention_forward, check_block_mask
-    from cudnn_flex_compile.ops.undispatched import BACKWARD, CHECK, FORWARD
+    from cudnn_flex_compile.ops import attention_backward, attention_forward, check_block_mask, list_tiles
+    from cudnn_flex_compile.ops.undispatched import BACKWARD, CHECK, FORWARD, LIST
 
-    for op, function in ((attention_forward, FORWARD), (attention_backward, BACKWARD), (check_block_mask, CHECK)):
+    functions = {attention_forward: FORWARD, attention_backward: BACKWARD, check_block_mask: CHECK, list_tiles: LIST}
+    for op, function in functions.items():
         torch_private.call_from_inductor(op, f"torch.ops.cudnn_flex.{function}")

@@ -23,7 +23,7 @@ def agree(
     program: Program, sizes: Sequence[int], block_sizes: Sequence[int],
 ) -> Tensor:  # fmt: skip
     """A boolean scalar on the device of the blocks."""
-    device, block = blocks[0].device, _clipped(block_sizes, sizes)
+    device, block = blocks[0].device, clipped(block_sizes, sizes)
     limits = row_limits(program, operands, ints, sizes, device)
     if limits is not None:
         return _agree(blocks, [limits.blocks(*block)], sizes, block)
@@ -31,15 +31,8 @@ def agree(
     return _agree(blocks, _by_pairs(pairs, *block), sizes, block)
 
 
-def agree_with_endpoints(
-    blocks: Sequence[Tensor], table: Tensor, sizes: Sequence[int], block_sizes: Sequence[int]
-) -> Tensor:
-    """The same for a mask whose rows have these endpoints (scoremod/masks/intervals.py)."""
-    block = _clipped(block_sizes, sizes)
-    return _agree(blocks, [_of_endpoints(table, sizes, *block)], sizes, block)
-
-
-def _clipped(block_sizes: Sequence[int], sizes: Sequence[int]) -> tuple[int, int]:
+def clipped(block_sizes: Sequence[int], sizes: Sequence[int]) -> tuple[int, int]:
+    """Block sizes no larger than the lengths."""
     q_block, kv_block = (int(min(b, n)) for b, n in zip(block_sizes, sizes[2:], strict=True))
     return q_block, kv_block
 
@@ -47,23 +40,55 @@ def _clipped(block_sizes: Sequence[int], sizes: Sequence[int]) -> tuple[int, int
 def _agree(
     blocks: Sequence[Tensor], found: Iterable["Blocks"], sizes: Sequence[int], block: tuple[int, int]
 ) -> Tensor:
-    q_block, kv_block = block
-    rows, columns = -(-sizes[2] // q_block), -(-sizes[3] // kv_block)
-    partial = listed(blocks[0], blocks[1], columns)
-    every_pair = len(blocks) == 8
-    transposed = blocks[4:] if every_pair else blocks[2:]
+    return well_formed(blocks, sizes, block) & covered(blocks, found, sizes, block)
+
+
+def well_formed(blocks: Sequence[Tensor], sizes: Sequence[int], block: tuple[int, int]) -> Tensor:
+    """Whether each block is listed once at most, for stock counts the pairs of another one twice, and the same ones for
+    rows as for columns, by which stock computes the gradients of keys and values.
+    """
+    rows, columns = _extent(sizes, block)
+    partial, full = by_kind(blocks, sizes, block)
+    transposed = blocks[4:] if len(blocks) == 8 else blocks[2:]
     if partial.shape[2] < rows or any(t.shape[2] < columns for t in transposed):  # made for shorter lengths
         return torch.zeros((), dtype=torch.bool, device=partial.device)
-    full = listed(blocks[2], blocks[3], columns) if every_pair else torch.zeros_like(partial)
-    good = ~(partial & full).any()  # stock counts the pairs of a block that is in both lists twice
-    for start, some, every in found:
-        here = slice(start // q_block, start // q_block + some.shape[-2])
-        omitted = some & ~partial[:, :, here, :columns] & ~full[:, :, here, :columns]
-        good &= ~(omitted | (full[:, :, here, :columns] & ~every)).any()
+    good = ~(partial & full).any()
+    pairs = [blocks[i : i + 2] for i in range(0, len(blocks) - len(transposed), 2)]
+    for (count, indices), mine in zip(pairs, (partial, full), strict=False):
+        width = max(columns, indices.shape[-1])
+        every = mine if width == columns else listed(count, indices, width)
+        good &= (every[:, :, :rows].sum(-1) == count[:, :, :rows]).all()
     for mine, pair in zip((partial, full), (transposed[:2], transposed[2:]), strict=True):
         if len(pair) == 2:
             good &= (listed(pair[0], pair[1], rows).transpose(-2, -1)[..., :columns] == mine[:, :, :rows]).all()
     return good
+
+
+def covered(
+    blocks: Sequence[Tensor], found: Iterable["Blocks"], sizes: Sequence[int], block: tuple[int, int]
+) -> Tensor:
+    """Whether no visible pair is in a block that is not listed, and no hidden one in a full block."""
+    partial, full = by_kind(blocks, sizes, block)
+    columns = _extent(sizes, block)[1]
+    good = torch.ones((), dtype=torch.bool, device=partial.device)
+    for start, some, every in found:
+        here = slice(start // block[0], start // block[0] + some.shape[-2])
+        near, whole = partial[:, :, here, :columns], full[:, :, here, :columns]
+        if near.shape[2] < some.shape[-2]:  # made for shorter lengths
+            return torch.zeros_like(good)
+        good &= ~((some & ~near & ~whole) | (whole & ~every)).any()
+    return good
+
+
+def by_kind(blocks: Sequence[Tensor], sizes: Sequence[int], block: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Which blocks are partial, and which are full: [B or 1, H or 1, rows, columns] of blocks."""
+    columns = _extent(sizes, block)[1]
+    partial = listed(blocks[0], blocks[1], columns)
+    return partial, listed(blocks[2], blocks[3], columns) if len(blocks) == 8 else torch.zeros_like(partial)
+
+
+def _extent(sizes: Sequence[int], block: tuple[int, int]) -> tuple[int, int]:
+    return -(-sizes[2] // block[0]), -(-sizes[3] // block[1])
 
 
 Blocks = tuple[int, Tensor, Tensor]  # the first row; per block, whether it has a visible pair, and a hidden one
@@ -101,16 +126,6 @@ class RowLimits:
         return counts.gather(2, position.expand(batch, heads, -1, -1).flatten(2).long()).view(
             batch, heads, *position.shape[2:]
         )  # fmt: skip
-
-
-def _of_endpoints(table: Tensor, sizes: Sequence[int], q_block: int, kv_block: int) -> Blocks:
-    heads, width, _ = table.shape
-    ends = table.view(heads, width, sizes[0], sizes[2]).permute(1, 2, 0, 3).unsqueeze(-1)
-    low, high = _edges(sizes[3], kv_block, table.device)
-    seen = torch.minimum(ends[0], high).sub_(low).clamp_(min=0)
-    for start, end in zip(ends[1::2], ends[2::2], strict=True):
-        seen += torch.minimum(end, high).sub_(torch.maximum(start, low)).clamp_(min=0)
-    return _of_counts(seen, high - low, q_block)
 
 
 def _edges(length: int, kv_block: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -175,7 +190,8 @@ def listed(count: Tensor, indices: Tensor, columns: int) -> Tensor:
         return ((indices.unsqueeze(-2) == column) & valid.unsqueeze(-2)).any(-1)
     width = max(columns, indices.shape[-1])
     dense = torch.zeros((*count.shape, width + 1), dtype=torch.bool, device=indices.device)
-    return dense.scatter(-1, torch.where(valid, indices.long(), width), True)[..., :columns]
+    there = valid & (indices >= 0) & (indices < width)
+    return dense.scatter(-1, torch.where(there, indices.long(), width), True)[..., :columns]
 
 
 def _per_block(mask: Tensor, q_block: int, kv_block: int, fill: bool) -> Tensor:

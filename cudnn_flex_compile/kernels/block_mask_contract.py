@@ -6,18 +6,18 @@ with it is about to be launched. The answer is on the guard, a tensor that the c
 """
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
 from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.kernels.async_read import AsyncRead
 from cudnn_flex_compile.kernels.block_mask import agree
 from cudnn_flex_compile.kernels.hot_function import HotFunction
+from cudnn_flex_compile.kernels.remembered import Remembered
 from cudnn_flex_compile.kernels.stock import Given, Stock
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.hoisting import computed
@@ -25,12 +25,9 @@ from cudnn_flex_compile.scoremod.ir import F32, I32, Expr
 from cudnn_flex_compile.scoremod.partition import partition
 from cudnn_flex_compile.scoremod.simplify import normalize
 from cudnn_flex_compile.scoremod.text import parse, text
-from cudnn_flex_compile.torch_private import version_of
 
 ANSWER = "_cudnn_flex_answer"  # the attribute of a guard
-KEPT = 64  # masks whose comparisons are kept, and answers to be kept of one BlockMask
-# What is known of each kv_indices tensor, by question; one that is freed takes it along.
-_known = WeakIdKeyDictionary()
+KEPT = 64  # masks whose comparisons are kept
 
 
 class Answer:
@@ -51,20 +48,14 @@ class Answer:
 AGREED = Answer(lambda: True)
 
 
-@dataclass(frozen=True, slots=True)
-class Compared:
-    """A BlockMask that was compared: its tensors and what the mask captured, in their versions; the guard, the answer.
+class Compared(NamedTuple):
+    """A BlockMask that was compared."""
 
-    A freed tensor's address may be another's: none is known by it.
-    """
-
-    tensors: tuple[tuple[TensorWeakRef, int], ...]
     guard: Tensor
     answer: Answer
 
-    def is_of(self, tensors: Sequence[Tensor]) -> bool:
-        pairs = zip(self.tensors, tensors, strict=True)
-        return all(ref() is t and version == version_of(t) for (ref, version), t in pairs)
+
+_known = Remembered[Compared](4 * KEPT)
 
 
 def agrees(given: Given, query: Tensor, key: Tensor, ints: Sequence[int], floats: Sequence[Tensor]) -> bool:
@@ -109,9 +100,7 @@ def _compared(
     tensors = (*blocks, *captured)
     numbers = (*(ints if mask.reads_ints else ()), *(map(float, floats) if mask.reads_floats else ()))
     question = (program, *sizes, *block_sizes, len(blocks), numbers)
-    known: dict[Hashable, Compared] = _known.setdefault(blocks[1], {})  # pyright: ignore[reportAssignmentType]
-    found = known.get(question)
-    found = found if found is not None and found.is_of(tensors) else None
+    found = _known.get(question, tensors)
     capturing = blocks[0].is_cuda and torch.cuda.is_current_stream_capturing()
     if found is not None and not (capturing and found.answer.known is not False):
         return found
@@ -123,15 +112,15 @@ def _compared(
 
     if capturing:  # the host can't read: what is replayed compares the BlockMask that is there then
         torch_private.assert_on_device(compare())
-        return Compared((), with_answer(blocks[0].new_empty(0, dtype=torch.int32), AGREED), AGREED)
-    answer = Answer(AsyncRead(compare()))
-    refs = tuple((TensorWeakRef(t), 0 if t.is_inference() else version_of(t)) for t in tensors)
-    compared = Compared(refs, with_answer(blocks[0].new_empty(0, dtype=torch.int32), answer), answer)
-    if not any(t.is_inference() for t in tensors):  # whose versions are not counted
-        if len(known) >= KEPT:
-            known.clear()
-        known[question] = compared
+        return _with_guard(blocks[0], AGREED)
+    compared = _with_guard(blocks[0], Answer(AsyncRead(compare())))
+    _known.put(question, tensors, compared)
     return compared
+
+
+def _with_guard(like: Tensor, answer: Answer) -> Compared:
+    with torch.inference_mode(False):  # lest none could save it for a backward
+        return Compared(with_answer(torch.empty(0, dtype=torch.int32, device=like.device), answer), answer)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,15 +12,16 @@ from torch import Tensor
 
 from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.engine.find_plan import find_plan
-from cudnn_flex_compile.engine.key import backward_key, forward_key
+from cudnn_flex_compile.engine.key import Key, backward_key, forward_key
 from cudnn_flex_compile.engine.launch.memory import empty
 from cudnn_flex_compile.engine.plans.lse_rows import rows_of
 from cudnn_flex_compile.engine.problem import TensorSpec, dense, dense_like, out_spec
 from cudnn_flex_compile.engine.repro import warned
 from cudnn_flex_compile.engine.state import engine
 from cudnn_flex_compile.engine.store.plan_cache import CachedPlan
-from cudnn_flex_compile.kernels import block_mask_contract, inductor
+from cudnn_flex_compile.kernels import block_mask_contract, inductor, tile_lists
 from cudnn_flex_compile.kernels.stock import Given, Stock
+from cudnn_flex_compile.kernels.tile_lists import Listed
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod.saturate import limit_of, saturated
 from cudnn_flex_compile.scoremod.text import parse
@@ -39,19 +40,22 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The output in the query's order of strides, and the natural log-sum-exp [B, H, Sq], empty without `stats`.
 
-    With a list of the mask's tiles, it is that by which the plan runs. With a BlockMask that says other than the mask,
-    it is as stock flex_attention has it.
+    With the handle of a list of tiles, it is that by which the plan runs, BlockMask and all. Without, and with a
+    BlockMask that says other than the mask, it is as stock flex_attention has it.
     """
     if query.get_device() != torch_private.current_device():
         with torch.cuda.device(query.device):
             return forward(query, key, value, operands, ints, floats, program, scale, stats, tiles, policy, stock)
-    if stock is not None and not block_mask_contract.agrees(stock, query, key, ints, floats):
+    listed = None
+    if tiles is not None:
+        listed = tile_lists.settled(tiles, query, key, value, operands, ints, floats, program, stock)
+    elif stock is not None and not block_mask_contract.agrees(stock, query, key, ints, floats):
         by_blocks = (operands, ints, floats, program, scale, stats, policy, Stock.of(*stock))
         return _forward_by_blocks(query, key, value, *by_blocks)
-    call = forward_key(program, query, key, value, operands, scale, stats, tiles is not None, policy)
-    found = _plans.get(call) or find_plan(call)
+    call = forward_key(program, query, key, value, operands, scale, stats, listed.mask_heads if listed else 0, policy)
+    found = _found(call, listed)
     fitting = _fitting(program, ints, query, key) if ints else ints
-    if isinstance(found, Reason) or (fitting is None and tiles is None):
+    if isinstance(found, Reason) or (fitting is None and listed is None):
         _explain(program, found)
         out, lse = _fallback_forward(query, key, value, operands, ints, floats, program, scale, _stock_of(stock))
         return out, lse if stats else lse.new_empty(0)
@@ -61,8 +65,8 @@ def forward(
     inputs = _aligned((query, key, value))
     outputs = (out, lse) if stats else (out,)
     try:
-        operands = _aligned(operands) if operands and tiles is None else operands
-        found.plan.run((*inputs, *outputs), operands, fitting or (), floats, tiles)
+        operands = _aligned(operands) if operands and listed is None else operands
+        found.plan.run((*inputs, *outputs), operands, fitting or (), floats, listed and listed.tiles)
     except torch.OutOfMemoryError as error:
         _explain(program, _no_workspace(found, error))
         del out, outputs
@@ -86,14 +90,18 @@ def backward(
         with torch.cuda.device(query.device):
             same = (out, stats, operands, ints, floats, program, scale, tiles, policy, stock)
             return backward(grad_out, grad_lse, query, key, value, *same)
-    if stock is not None and not block_mask_contract.agrees(stock, query, key, ints, floats):
+    listed = None
+    if tiles is not None:
+        listed = tile_lists.settled(tiles, query, key, value, operands, ints, floats, program, stock)
+    elif stock is not None and not block_mask_contract.agrees(stock, query, key, ints, floats):
         by_blocks = (out, stats, operands, ints, floats, program, scale, policy, Stock.of(*stock))
         return _backward_by_blocks(grad_out, grad_lse, query, key, value, *by_blocks)
-    before = forward_key(program, query, key, value, operands, scale, True, tiles is not None, policy)
+    heads = listed.mask_heads if listed else 0
+    before = forward_key(program, query, key, value, operands, scale, True, heads, policy)
     call = backward_key(before, grad_out, grad_lse is not None)
-    found = _plans.get(call) or find_plan(call)
+    found = _found(call, listed)
     fitting = _fitting(program, ints, query, key) if ints else ints
-    if isinstance(found, Reason) or (fitting is None and tiles is None):
+    if isinstance(found, Reason) or (fitting is None and listed is None):
         _explain(program, found)
         rest = (operands, ints, floats, program, scale)
         return _fallback_backward(grad_out, grad_lse, query, key, value, *rest, _stock_of(stock))
@@ -107,8 +115,8 @@ def backward(
     gradients = (dq, dk, dv, dbias) if bias_layout else (dq, dk, dv)
     inputs = _aligned((query, key, value, out, stats, grad_out, *rows_of(stats, grad_lse)))
     try:
-        operands = _aligned(operands) if operands and tiles is None else operands
-        found.plan.run((*inputs, *gradients), operands, fitting or (), floats, tiles)
+        operands = _aligned(operands) if operands and listed is None else operands
+        found.plan.run((*inputs, *gradients), operands, fitting or (), floats, listed and listed.tiles)
     except torch.OutOfMemoryError as error:
         _explain(program, _no_workspace(found, error))
         del dq, dk, dv, dbias, gradients
@@ -116,6 +124,13 @@ def backward(
         return _fallback_backward(grad_out, grad_lse, query, key, value, *rest, _stock_of(stock))
     _hold_if_captured(found)
     return dq, dk, dv, dbias
+
+
+def _found(call: Key, listed: Listed | None) -> CachedPlan | Reason:
+    """The plan of a call, if there is the list of tiles that it takes."""
+    if listed is not None and isinstance(listed.found, Reason):
+        return listed.found
+    return _plans.get(call) or find_plan(call)
 
 
 def _hold_if_captured(found: CachedPlan) -> None:

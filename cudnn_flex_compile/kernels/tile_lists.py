@@ -1,90 +1,318 @@
-"""Makes the list of a mask's tiles, once a step for all calls that share the mask.
+"""Has the list of a mask's tiles: made once for all calls, layers and graphs that share the mask.
 
-Knows nothing of attention. The endpoints of rows come from the surrounding graph, which finds a few for each row and
-counts how many there are. The host reads that count, and whether the BlockMask agrees, in one look, for which it waits
-when the list is enqueued, so that the device does not wait for the host. The list is the guard of its calls
-(contract.py): they run by it if the BlockMask agrees. Where a row has more endpoints, all of them
-are found here: slower, and right for any mask. Under CUDA graph capture the host can look at nothing, and so there is
-room for every endpoint that a row can have.
+Knows nothing of attention, nor of what a list is (engine/tiles). A list is known by the tensors that it was made of, in
+their versions; one of a mask that is of no tensor, by its geometry. The op gives a handle, an empty tensor that leads
+to the list: compiled graphs must not own its memory, whose size depends on the data.
+
+A step makes its list in the room that the last one needed, and some more. Whether that was right, the host reads in one
+look, for which it waits when the first call is launched; where it was not, the list is made anew. Under CUDA graph
+capture the host can look at nothing: there is room for any mask.
 """
 
+import functools
 import logging
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.engine.tiles.recording import recording_of
-from cudnn_flex_compile.engine.tiles.tile_list import Geometry, Tiler, tiler_of
+from cudnn_flex_compile.engine.tiles.tile_list import ITEMSIZE, Geometry, Room, TileList
+from cudnn_flex_compile.engine.tiles.tiler import tiler_of
+from cudnn_flex_compile.kernels import row_tables
 from cudnn_flex_compile.kernels.async_read import AsyncRead
-from cudnn_flex_compile.kernels.block_mask import agree_with_endpoints
-from cudnn_flex_compile.kernels.block_mask_contract import AGREED, Answer, with_answer
-from cudnn_flex_compile.scoremod.interpret import visible_rows
-from cudnn_flex_compile.scoremod.masks.intervals import every_endpoint
-from cudnn_flex_compile.scoremod.text import parse
+from cudnn_flex_compile.kernels.remembered import Remembered
+from cudnn_flex_compile.kernels.stock import Given, Stock
+from cudnn_flex_compile.kernels.visible_pairs import Pairs, mask_of
+from cudnn_flex_compile.reasons import Code, Reason
+from cudnn_flex_compile.scoremod.masks.intervals import NARROW
 
 log = logging.getLogger("cudnn_flex_compile")
-_replayed: set[Tiler] = set()  # whose kernels a CUDA graph holds, which are to stay as long as the process
+HANDLE = "_cudnn_flex_tiles"  # the attribute of a handle
+KEPT = 64  # lists, and masks of which the last step's needs are known
+MIB = 2**20
+RECORDED = 2  # lists that are made alike before there is reason to think that more will come
+RETRY = 16  # lists that are made by a look at all pairs before runs of rows are tried again
+ILL_FORMED = Reason(Code.BLOCK_MASK, "lists a block twice, or has other blocks for queries than for keys and values")
+_held: list[Any] = []  # what CUDA graphs read, which stays as long as the process
+_known = Remembered[Tensor](KEPT)
 
 
-def make(
-    table: Tensor, found: Tensor, blocks: Sequence[Tensor], block_sizes: Sequence[int],
-    operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor], program: str, geometry: Geometry,
+@dataclass(slots=True)
+class Needs:
+    """What the last lists of a mask needed.
+
+    Attributes:
+        room: memory, with some reserve; None before the first.
+        width: endpoints of a row.
+        alike: how many lists were made with this room.
+        pairs: how many lists were made by a look at all pairs since the runs of rows were last tried.
+    """
+
+    room: Room | None = None
+    width: int = NARROW
+    alike: int = 0
+    pairs: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class Listed:
+    """What a handle leads to.
+
+    Attributes:
+        needs, budget: for what is made anew.
+        found: the list, or why there is none; None before the host has looked, and on the CPU.
+        look: has the host look. It gives None where the list has to be made anew.
+        keep: is called when there is one.
+        stream: on which it was made.
+    """
+
+    geometry: Geometry
+    needs: Needs
+    budget: int | None
+    found: TileList | Reason | None = None
+    look: Callable[[], TileList | Reason | None] = lambda: None
+    keep: Callable[[], None] = lambda: None
+    stream: int = 0
+
+    @property
+    def mask_heads(self) -> int:
+        """1 if all heads share the list, else as many as there are."""
+        return self.geometry.mask_heads
+
+    @property
+    def tiles(self) -> TileList | None:
+        """The list."""
+        return self.found if isinstance(self.found, TileList) else None
+
+    def settle(self, pairs: Callable[[], Pairs]) -> None:
+        """Has the host look.
+
+        Args:
+            pairs: of the call that is about to be launched, whose tensors are as the op had them.
+        """
+        self.found = self.look() or _anew(pairs(), self)
+        self.keep()
+        self.look, self.keep = lambda: None, lambda: None
+
+
+@functools.lru_cache(KEPT)
+def _needs_of(*mask: Hashable) -> Needs:
+    return Needs()
+
+
+def handle_of(
+    blocks: Sequence[Tensor], captured: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor], program: str,
+    block_sizes: Sequence[int], geometry: Sequence[int], dtype: torch.dtype, device: torch.device, budget: int,
 ) -> Tensor:  # fmt: skip
-    """The list, on the current device, which must be that of the table.
+    """The handle of a list, on the current device, which must be `device`.
 
     Args:
-        table: endpoints of rows (scoremod/masks/intervals.py).
-        found: how many a row has at most, and, under a BlockMask, whether that agrees with the table; int32, [1 or 2].
-        blocks, block_sizes: of the BlockMask, as in kernels.stock.Stock.
-        operands, ints, floats, program: of the mask.
+        blocks, block_sizes: of the BlockMask, as in stock.Stock.
+        captured, ints, floats, program: of the mask (visible_pairs.text_of).
+        geometry: as Geometry.of takes it.
+        budget: MiB that a list may take.
     """
-    tiler = tiler_of(geometry, table.device.index)
+    tensors, mask, cuda = (*blocks, *captured), mask_of(program), device.type == "cuda"
+    numbers = (*(ints if mask.reads_ints else ()), *(map(float, floats) if mask.reads_floats else ()))
+    stream = torch_private.current_stream(device.index) if cuda else 0
+    kind = program, len(blocks), tuple(block_sizes), tuple(geometry), dtype, device
+    question = kind, numbers, budget, stream if tensors else 0
+    found = _known.get(question, tensors)
+    capturing = cuda and torch.cuda.is_current_stream_capturing()
+    if found is not None and not (capturing and tensors):  # what is replayed follows tensors that are changed in place
+        if cuda and not tensors:
+            _also_on(stream, found, capturing)
+        return found
+    pairs = Pairs(program, captured, (), ints, floats, tuple(geometry[:4]), blocks, block_sizes, device)
+    listed = Listed(Geometry.of(geometry, dtype), _needs_of(*kind), budget, stream=stream)
+    handle, noted = _handle(listed, device), _known.noted(question, tensors)
+    if capturing:
+        listed.found = _under_capture(pairs, listed.geometry)
+        return handle
+    if cuda:
+        _begin(listed, pairs)
+        if listed.found is None:
+            reference = weakref.ref(handle)
+            listed.keep = lambda: _known.keep(noted, reference())
+            return handle
+        if not tensors:  # made for good, for all streams
+            torch.cuda.current_stream().synchronize()
+    _known.keep(noted, handle)
+    return handle
 
-    def all_endpoints(most: int) -> Tensor:
-        return _all_endpoints(most, operands, ints, floats, program, geometry, table.device)
 
+def _also_on(stream: int, handle: Tensor, capturing: bool) -> None:
+    """Keeps the memory of a list that is read on a stream on which it was not made, or by each replay."""
+    listed: Any = getattr(handle, HANDLE)
+    if capturing:
+        _held.append(handle)
+    elif listed.stream != stream and isinstance(listed.found, TileList):
+        listed.found.numbers.record_stream(torch.cuda.current_stream())
+
+
+def settled(
+    handle: Tensor, query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor], ints: Sequence[int],
+    floats: Sequence[Tensor], program: str, given: Given | None,
+) -> Listed:  # fmt: skip
+    """What a handle leads to, with the list, or a reason, for a call that is about to be launched.
+
+    Args:
+        operands, ints, floats, program, given: as the attention ops take them.
+    """
+    listed: Listed | None = getattr(handle, HANDLE, None)
+    if listed is not None and listed.found is not None:
+        return listed
+
+    def pairs() -> Pairs:
+        sizes = (*query.shape[:3], key.shape[2])
+        if given is None:
+            return Pairs(program, (), operands, ints, floats, sizes, (), (), query.device)
+        stock = Stock.of(*given)
+        rest = (ints, floats, sizes, stock.blocks, stock.block_sizes, query.device)
+        return Pairs(stock.program, stock.captured, operands, *rest)
+
+    if listed is None:  # the handle was copied, as by hooks of saved tensors
+        listed = Listed(_geometry_of(query, key, value, pairs()), Needs(), None)
+    listed.settle(pairs)
+    return listed
+
+
+def _geometry_of(query: Tensor, key: Tensor, value: Tensor, pairs: Pairs) -> Geometry:
+    batch, heads, rows, dim = query.shape
+    mask_heads = heads if pairs.axes[1] > 1 else 1
+    sizes = (batch, heads, rows, key.shape[2], key.shape[1], dim, value.shape[3], mask_heads, True)
+    return Geometry.of(sizes, query.dtype)
+
+
+def found_now(handle: Tensor, pairs: Pairs) -> TileList | Reason | None:
+    """The list that a handle leads to, or why there is none; waits for the device."""
+    listed: Listed = getattr(handle, HANDLE)
+    if listed.found is None:
+        listed.settle(lambda: pairs)
+    return listed.found
+
+
+def most_endpoints(pairs: Pairs) -> int | Reason:
+    """How many endpoints a row has at most, or why there can be no list. Waits for the device."""
+    found = _checked_runs(pairs, pairs.axes[1])
+    if isinstance(found, Reason):
+        return found
+    return row_tables.count(pairs) if found is None else NARROW
+
+
+def _handle(listed: Listed, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # lest none could save it for a backward
+        handle = torch.empty(0, dtype=torch.int32, device=device)
+    setattr(handle, HANDLE, listed)
+    return handle
+
+
+def _begin(listed: Listed, pairs: Pairs) -> None:
+    """Makes the list, or enqueues what makes it and leaves it to the first call to look at the outcome."""
+    geometry, needs = listed.geometry, listed.needs
+    room = needs.room
+    if room is None or not pairs.tensors:
+        listed.found = _exact(pairs, listed)
+        return
+    table, found = _table(pairs, geometry.mask_heads, needs)
+    width = table.shape[1]
+    needs.alike += 1
+    maker = None
+    if needs.alike > RECORDED:
+        stream = torch.cuda.current_stream().cuda_stream
+        maker = recording_of(geometry, room, width, pairs.device.index, stream)
+    tiler = tiler_of(geometry, pairs.device.index)
+    tiles, needed = tiler.within(table, room) if maker is None else maker.within(table)
+    numbers = AsyncRead(torch.cat((found, needed)))
+
+    def look() -> TileList | Reason | None:
+        most, right, well, *counted = numbers()
+        if not well:
+            return ILL_FORMED
+        if not right or most > width:
+            needs.pairs, needs.width = 1, max(NARROW, most | 1)
+            return None
+        wanted = Room(*counted)
+        if not room.holds(wanted):
+            return _of_table(table, listed)
+        if room.is_wide_for(wanted):
+            needs.room, needs.alike = wanted.with_reserve(), 0
+        return tiles
+
+    listed.look = look
+
+
+def _table(pairs: Pairs, heads: int, needs: Needs) -> row_tables.Found:
+    """As the last one was made."""
+    if needs.pairs == RETRY:
+        needs.pairs, needs.width = 0, NARROW
+    if pairs.mask.parts is not None and not needs.pairs:
+        return row_tables.by_runs(pairs, heads)
+    needs.pairs += 1
+    return row_tables.by_few(pairs, heads) if needs.width == NARROW else row_tables.by_many(pairs, heads, needs.width)
+
+
+def _exact(pairs: Pairs, listed: Listed) -> TileList | Reason:
+    """Waits for the device."""
+    g, needs, budget = listed.geometry, listed.needs, listed.budget
+    found = _checked_runs(pairs, g.mask_heads)
+    if isinstance(found, Reason):
+        return found
+    if found is None:
+        needs.pairs, needs.width = 1, max(NARROW, row_tables.count(pairs) | 1)
+        mebibytes = g.mask_heads * g.batch * g.rows * needs.width * ITEMSIZE // MIB
+        if budget is not None and mebibytes > budget:
+            return _too_large(mebibytes, budget)
+        found = row_tables.by_many(pairs, g.mask_heads, needs.width).table
+    return _of_table(found, listed)
+
+
+def _anew(pairs: Pairs, listed: Listed) -> TileList | Reason:
+    """Also in place of a list whose handle was lost."""
     if torch.cuda.is_current_stream_capturing():
-        log.warning("cudnn_flex: a mask's tiles are listed under CUDA graph capture, for any mask, which is slow")
-        return _captured(tiler, all_endpoints(geometry.columns), blocks, block_sizes)
-    numbers = AsyncRead(found)
-    recording = recording_of(geometry, table.device.index, torch.cuda.current_stream().cuda_stream)
-    tiles = (recording or tiler).list(table)
-    count, *right = numbers()
-    if count > table.shape[1]:
-        table = all_endpoints(count)
-        tiles = tiler.list(table)
-        right = [bool(agree_with_endpoints(blocks, table, geometry.sizes, block_sizes))] if blocks else []
-    return with_answer(tiles, _answer(right))
+        return _under_capture(pairs, listed.geometry)
+    return _exact(pairs, listed)
 
 
-def none(
-    table: Tensor, found: Tensor, blocks: Sequence[Tensor], block_sizes: Sequence[int],
-    operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor], program: str, geometry: Geometry,
-) -> Tensor:  # fmt: skip
-    """An empty list, where no kernel reads one."""
-    count, *right = found.tolist()
-    if blocks and count > table.shape[1]:
-        table = _all_endpoints(count, operands, ints, floats, program, geometry, table.device)
-        right = [bool(agree_with_endpoints(blocks, table, geometry.sizes, block_sizes))]
-    return with_answer(table.new_empty(0), _answer(right))
+def _checked_runs(pairs: Pairs, heads: int) -> Tensor | Reason | None:
+    """The table by runs of rows; None if it is not right; or why there can be no list. Waits for the device."""
+    if pairs.mask.parts is None:
+        return None if bool(row_tables.well_formed(pairs)) else ILL_FORMED
+    table, numbers = row_tables.by_runs(pairs, heads)
+    _, right, well = numbers.tolist()
+    return (table if right else None) if well else ILL_FORMED
 
 
-def _answer(right: Sequence[bool]) -> Answer:
-    return Answer(lambda: all(right))
+def _of_table(table: Tensor, listed: Listed) -> TileList | Reason:
+    tiler, needs, budget = tiler_of(listed.geometry, table.device.index), listed.needs, listed.budget
+    counted, room = tiler.count(table)
+    mebibytes, reserve = tiler.size(room) * ITEMSIZE // MIB, room.with_reserve()
+    if budget is not None and mebibytes > budget:
+        return _too_large(mebibytes, budget)
+    within = budget is None or tiler.size(reserve) * ITEMSIZE // MIB <= budget
+    needs.room, needs.alike = reserve if within else room, 0
+    return tiler.write(counted, room)
 
 
-def _all_endpoints(
-    most: int, operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor], program: str,
-    geometry: Geometry, device: torch.device,
-) -> Tensor:  # fmt: skip
-    rows = visible_rows(parse(program).mask, operands, ints, floats, geometry.sizes, 1, device)
-    return every_endpoint(rows, geometry.sizes, geometry.mask_heads, most)
+def _too_large(mebibytes: int, budget: int) -> Reason:
+    return Reason(Code.LIST_BUDGET, f"a list of tiles takes {mebibytes} MiB, more than bias_budget_mb={budget}")
 
 
-def _captured(tiler: Tiler, table: Tensor, blocks: Sequence[Tensor], block_sizes: Sequence[int]) -> Tensor:
-    _replayed.add(tiler)
-    if blocks:
-        torch_private.assert_on_device(agree_with_endpoints(blocks, table, tiler.geometry.sizes, block_sizes))
-    return with_answer(tiler.list(table), AGREED)
+def _under_capture(pairs: Pairs, geometry: Geometry) -> TileList:
+    """In room for any mask."""
+    log.warning("cudnn_flex: a mask's tiles are listed under CUDA graph capture, for any mask, which is slow")
+    if pairs.blocks:
+        torch_private.assert_on_device(row_tables.well_formed(pairs))
+    tiler = tiler_of(geometry, pairs.device.index)
+    _held.append(tiler)  # whose kernels the graph holds
+    heads = geometry.mask_heads
+    if row_tables.known_beforehand(pairs):
+        table = row_tables.by_runs(pairs, heads).table
+    else:
+        table = row_tables.by_many(pairs, heads, geometry.columns).table
+    return tiler.within(table, tiler.every_tile)[0]

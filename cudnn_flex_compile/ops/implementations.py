@@ -49,14 +49,16 @@ def _new_bias(query: Tensor, operands: list[Tensor], program: str) -> Tensor:
 
 def _disagreeing(
     query: Tensor, key: Tensor, ints: list[int], floats: list[Tensor], stock: list[Tensor], layout: list[int],
-    by_blocks: str,
+    by_blocks: str, tiles: Tensor | None,
 ) -> Any:  # fmt: skip
-    """The call as stock flex_attention runs it, if it has a BlockMask that says other than its mask."""
+    """The call as stock flex_attention runs it, if it has a BlockMask that says other than its mask, or may."""
     from cudnn_flex_compile.kernels import block_mask_contract
     from cudnn_flex_compile.kernels.stock import Stock
 
     given = (stock, layout, by_blocks)
-    return Stock.of(*given) if stock and not block_mask_contract.agrees(given, query, key, ints, floats) else None
+    if not stock or (tiles is None and block_mask_contract.agrees(given, query, key, ints, floats)):
+        return None
+    return Stock.of(*given)
 
 
 @torch.library.impl(library, "attention_forward", "CUDA")
@@ -82,7 +84,7 @@ def _forward_cpu(
 
     _check(query, key, value)
     out, natural = _new_out(query, value), new_stats(query, True)
-    kept = _disagreeing(query, key, ints, floats, stock, layout, by_blocks)
+    kept = _disagreeing(query, key, ints, floats, stock, layout, by_blocks, tiles)
     with named("forward", program), torch.autocast("cpu", enabled=False):
         cpu.forward(query, key, value, operands, ints, floats, program, scale, out, natural, kept)
     return out, natural if stats else new_stats(query, False)
@@ -118,9 +120,10 @@ def _backward_cpu(
 ) -> Gradients:  # fmt: skip
     from cudnn_flex_compile.kernels import cpu
 
-    rest = (operands, ints, floats, program, scale, _disagreeing(query, key, ints, floats, stock, layout, by_blocks))
+    rest = (operands, ints, floats, program, scale)
+    kept = _disagreeing(query, key, ints, floats, stock, layout, by_blocks, tiles)
     with named("backward", program), torch.autocast("cpu", enabled=False):
-        gradients = cpu.backward(grad_out, grad_stats, query, key, value, out, stats, *rest)
+        gradients = cpu.backward(grad_out, grad_stats, query, key, value, out, stats, *rest, kept)
     into = (*_new_gradients(query, key, value), _new_bias(query, operands, program))
     for tensor, gradient in zip(into, gradients, strict=False):
         tensor.copy_(gradient)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cudnn_flex_compile.engine.tiles.tile_list import Geometry
+from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.ops.schemas import library
 
 
@@ -55,39 +55,29 @@ def _check_fake(
     return blocks[0].new_empty(0, dtype=torch.int32)
 
 
-@torch.library.impl(library, "list_tiles", "CUDA")
-def _list_tiles_cuda(
-    table: Tensor, found: Tensor, blocks: list[Tensor], block_sizes: list[int], operands: list[Tensor],
-    ints: list[int], floats: list[Tensor], program: str, geometry: list[int], dtype: torch.dtype, size: int,
+def list_tiles(
+    blocks: list[Tensor], captured: list[Tensor], ints: list[int], floats: list[Tensor], program: str,
+    block_sizes: list[int], geometry: list[int], dtype: torch.dtype, device: torch.device, budget: int,
 ) -> Tensor:  # fmt: skip
-    """A list for attention to run on, int32 [size] (engine/tiles/tile_list.py), and their guard."""
+    """The handle of the list of a mask's tiles (kernels/tile_lists.py), an empty tensor, by which calls run."""
     from cudnn_flex_compile.kernels import tile_lists
 
-    with torch.cuda.device(table.device):
-        mask = (blocks, block_sizes, operands, ints, floats, program)
-        return tile_lists.make(table, found, *mask, Geometry.of(geometry, dtype))
-
-
-@torch.library.impl(library, "list_tiles", "CPU")
-def _list_tiles_cpu(
-    table: Tensor, found: Tensor, blocks: list[Tensor], block_sizes: list[int], operands: list[Tensor],
-    ints: list[int], floats: list[Tensor], program: str, geometry: list[int], dtype: torch.dtype, size: int,
-) -> Tensor:  # fmt: skip
-    """Nothing to run on: the CPU's kernel evaluates the mask."""
-    from cudnn_flex_compile.kernels import tile_lists
-
-    mask = (blocks, block_sizes, operands, ints, floats, program)
-    return tile_lists.none(table, found, *mask, Geometry.of(geometry, dtype))
+    given = (blocks, captured, ints, floats, program, block_sizes, geometry, dtype, device, budget)
+    if device.type != "cuda" or device.index == torch_private.current_device():
+        return tile_lists.handle_of(*given)
+    with torch.cuda.device(device):
+        return tile_lists.handle_of(*given)
 
 
 def _list_tiles_fake(
-    table: Tensor, found: Tensor, blocks: list[Tensor], block_sizes: list[int], operands: list[Tensor],
-    ints: list[int], floats: list[Tensor], program: str, geometry: list[int], dtype: torch.dtype, size: int,
+    blocks: list[Tensor], captured: list[Tensor], ints: list[int], floats: list[Tensor], program: str,
+    block_sizes: list[int], geometry: list[int], dtype: torch.dtype, device: torch.device, budget: int,
 ) -> Tensor:  # fmt: skip
-    return table.new_empty(size)
+    return torch.empty(0, dtype=torch.int32, device=device)
 
 
 for _device in ("CPU", "CUDA"):
     library.impl("check_block_mask", check_block_mask, _device)
+library.impl("list_tiles", list_tiles, "CompositeExplicitAutograd")  # it may have no tensor to be dispatched by
 torch.library.register_fake("cudnn_flex::list_tiles", _list_tiles_fake, lib=library)
 torch.library.register_fake("cudnn_flex::check_block_mask", _check_fake, lib=library)

@@ -31,8 +31,8 @@ SCHEMAS = {
         " SymInt[] block_sizes) -> Tensor"
     ),
     "list_tiles": (
-        "(Tensor table, Tensor found, Tensor[] blocks, SymInt[] block_sizes, Tensor[] operands, SymInt[] ints,"
-        " Tensor[] floats, str program, int[] geometry, ScalarType dtype, int size) -> Tensor"
+        "(Tensor[] blocks, Tensor[] captured, SymInt[] ints, Tensor[] floats, str program, SymInt[] block_sizes,"
+        " SymInt[] geometry, ScalarType dtype, Device device, int budget) -> Tensor"
     ),
 }
 

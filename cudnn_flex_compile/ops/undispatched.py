@@ -1,4 +1,5 @@
-"""`attention_forward`, `attention_backward`, `check_block_mask` as plain functions: the ops without torch's dispatcher.
+"""`attention_forward`, `attention_backward`, `check_block_mask` and `list_tiles` as plain functions: the ops without
+torch's dispatcher.
 
 Knows nothing of autograd. Compiled graphs call these where they would call the ops. The dispatcher takes as long as
 all else that the host does for a call. It is gone through all the same wherever something may depend on it: on other
@@ -15,28 +16,30 @@ from torch.nn import Parameter
 
 from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.ops.masks import check_block_mask as check_plain
+from cudnn_flex_compile.ops.masks import list_tiles as list_plain
 from cudnn_flex_compile.ops.schemas import (
     Gradients,
     attention_backward,
     attention_forward,
     check_block_mask,
+    list_tiles,
     namespace,
 )  # fmt: skip
 
 PLAIN = (Tensor, Parameter)
 # Names in torch.ops.cudnn_flex.
 FORWARD, BACKWARD, CHECK = "undispatched_forward", "undispatched_backward", "undispatched_check"
+LIST = "undispatched_list"
 
 
 def _dispatched(tensor: Tensor) -> bool:
     """Whether the dispatcher has to see a call on this tensor."""
-    return (
-        not tensor.is_cuda
-        or type(tensor) not in PLAIN
-        or torch.compiler.is_compiling()
-        or torch_private.dispatch_modes() > 0
-        or torch_private.profiling()
-    )
+    return not tensor.is_cuda or type(tensor) not in PLAIN or _watched()
+
+
+def _watched() -> bool:
+    """Whether the dispatcher has to see any call."""
+    return torch.compiler.is_compiling() or torch_private.dispatch_modes() > 0 or torch_private.profiling()
 
 
 @functools.cache
@@ -77,7 +80,15 @@ def check(blocks: list[Tensor], *rest: Any) -> Tensor:
     return (check_block_mask if _dispatched(blocks[0]) else check_plain)(blocks, *rest)
 
 
+def list_without_dispatch(blocks: list[Tensor], captured: list[Tensor], *rest: Any) -> Tensor:
+    """As the op `list_tiles`."""
+    given = next(iter((*blocks, *captured)), None)
+    seen = _watched() if given is None else _dispatched(given)
+    return (list_tiles if seen else list_plain)(blocks, captured, *rest)
+
+
 # Where Inductor's generated code finds them, also code from its caches.
 setattr(namespace, FORWARD, forward)
 setattr(namespace, BACKWARD, backward)
 setattr(namespace, CHECK, check)
+setattr(namespace, LIST, list_without_dispatch)

@@ -17,13 +17,12 @@ from cudnn_flex_compile.passes.graph_context import (
     disagreement,
     given_to,
     measured_slower,
-    real_values,
     slower,
 )  # fmt: skip
 from cudnn_flex_compile.passes.read.call import Call, example, requires_grad
 from cudnn_flex_compile.passes.read.captures import read_captures
 from cudnn_flex_compile.passes.read.programs import Traced, traced_of
-from cudnn_flex_compile.passes.write import tile_lists
+from cudnn_flex_compile.passes.write import block_mask_guards, tile_lists
 from cudnn_flex_compile.passes.write.block_mask_guards import MaskProgram
 from cudnn_flex_compile.passes.write.replace_call import replace, with_batch
 from cudnn_flex_compile.reasons import Code, Reason
@@ -31,9 +30,10 @@ from cudnn_flex_compile.report.call import CallReport
 from cudnn_flex_compile.scoremod.masks.form import split
 from cudnn_flex_compile.scoremod.text import text
 
-# Why a call is not run by plans, but may be by a tile list.
+# Why a call is not run by plans, but may be by a tile list, which honours any blocks.
 TRY_TILES = (
     Code.SLOWER, Code.BIAS_BUDGET, Code.LSE_GRADIENT, Code.SHAPE_REFUSED, Code.ILLEGAL_OP, Code.CERTIFICATION,
+    Code.BLOCK_MASK,
 )  # fmt: skip
 
 
@@ -55,9 +55,9 @@ def lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason 
         return large
     asked = any(map(requires_grad, (call.query, call.key, call.value))) or any(part.learned for part in hoisted)
     training = call.mode.grad and asked
-    wrong = None if checked is None else disagreement(call, captures, checked, context)
-    if wrong is not None:
-        return wrong
+    odd = block_mask_guards.one_sided(call)
+    if odd is not None:
+        return odd
     candidate = Candidate(
         call, program, hoisted, captures, training, context.real, context.options.policy.text,
         compacted(program, hoisted), traced.fingerprint,
@@ -65,10 +65,12 @@ def lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason 
 
     plans = tiles = None
     for way, faster in _contenders(candidate, traced, context):
+        compared = None if way.tiled == way.directions else checked
+        wrong = None if compared is None else disagreement(call, captures, compared, context)
         if way.tiled:
-            tiles = why = _lower_by_tiles(way, faster, checked, context, report)
+            tiles = why = wrong or _lower_by_tiles(way, faster, checked, context, report)
         else:
-            plans = why = large or _lower_by_plans(way, checked, context, report)
+            plans = why = wrong or large or _lower_by_plans(way, checked, context, report)
         if why is None:
             return None
         if not way.tiled and why.code not in TRY_TILES:
@@ -139,8 +141,7 @@ def _lower_by_tiles(
         return why
 
     def unsuitable() -> Reason | None:
-        values = real_values(call, candidate.captures, candidate.hoisted, context)
-        return tile_lists.unsuitable(candidate, values, context.options.bias_budget_mb)
+        return tile_lists.unsuitable(candidate, context.real.get, context.options.bias_budget_mb)
 
     known = candidate.tiled, candidate.program, candidate.hoisted, *candidate.captures.nodes.values()
     verdict = context.once(("unsuitable", *given_to(call), *known), unsuitable) or plan_or_reason(candidate)
@@ -168,7 +169,7 @@ def _rewrite(candidate: Candidate, checked: MaskProgram | None, context: Context
         key, value = (writer.permute(with_batch(n, call), order, call.node) for n in (key, value))
     program, hoisted = candidate.running
     operands = [writer.write(h, nodes, call.query, call.key, call.node) for h in hoisted]
-    tiles = context.tiles.write(candidate, operands, ints, floats) if candidate.tiled and context.tiles else None
+    tiles = context.tiles.write(candidate) if candidate.tiled and context.tiles else None
     guard = tiles if candidate.tiled == candidate.directions else None
     blocks = context.guards.write(call, checked, program.score, slots, guard)
     by_direction = [tiles if way in candidate.tiled else None for way in (FORWARD, BACKWARD)]

@@ -6,7 +6,6 @@ The compiler wants to know for which device it compiles, before it is imported.
 
 import collections
 import contextlib
-import gc
 import itertools
 import os
 import subprocess
@@ -19,27 +18,30 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cudnn_flex_compile.engine.tiles import recording as tile_recording
-from cudnn_flex_compile.engine.tiles import tile_list
+from cudnn_flex_compile.engine.tiles import tile_list, tiler
+from cudnn_flex_compile.engine.tiles.tile_list import Room
 
 SCRIPT = """
 import torch
 from torch._subclasses import FakeTensorMode
-from cudnn_flex_compile.engine.tiles import tile_list
+from cudnn_flex_compile.engine.tiles import tile_list, tiler
 
 def compile_only(self, stage, compiler, config, tensors, numbers):
     getattr(self._builder, compiler)(config, *tensors)
     print("compiled", stage)
 
-tile_list.Tiler._run = compile_only
+tiler.Tiler._run = compile_only
 torch.Tensor.copy_ = lambda self, other: self  # wants a device
 with FakeTensorMode():
     for geometry in (
         tile_list.Geometry(2, 16, 16, 4096, 4096, 128, 128, 1, True, torch.bfloat16),
         tile_list.Geometry(1, 8, 2, 333, 200, 64, 64, 8, False, torch.float16),
     ):
-        tiler = tile_list.Tiler(geometry)
+        made = tiler.Tiler(geometry)
         table = torch.empty(geometry.mask_heads, 3, geometry.batch * geometry.rows, dtype=torch.int32, device="cuda")
-        assert tiler.list(table).shape == (tiler.size,)
+        listed, needed = made.within(table, made.every_tile)
+        assert listed.numbers.shape == (made.size(made.every_tile),)
+        assert needed.shape == (4 if geometry.training else 2,)
 """
 
 
@@ -56,35 +58,50 @@ def test_stages_compile():
 
 
 @pytest.fixture
-def geometry(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+def geometry():
     return tile_list.Geometry(2, 16, 4, 256, 200, 128, 128, 1, True, torch.bfloat16)
 
 
-def test_a_list_in_training_begins_as_one_without(geometry):
-    """The forward's plan reads either."""
-    training, forward = (tile_list.Tiler(replace(geometry, training=flag)) for flag in (True, False))
-    assert forward.size < training.size
-    assert forward._list.parts == {name: training._list.parts[name] for name in forward._list.parts}
+ROOM = Room(7, 5, 11, 3)
+
+
+def test_parts_do_not_overlap(geometry):
+    made = tiler.Tiler(geometry)
     within = [kind + name for kind in ("", "full_", "k_", "k_full_") for name in ("counts", "offsets")]
-    for layout in (training._list, training._scratch):
-        parts = sorted((p for name, p in layout.parts.items() if name not in within), key=lambda part: part.start)
-        assert all(one.end <= other.start for one, other in itertools.pairwise(parts))
+    within += ["bits", "k_bits"]
+    for room in (Room(), ROOM, made.every_tile):
+        for layout in made._layouts(room):
+            parts = sorted((p for name, p in layout.parts.items() if name not in within), key=lambda part: part.start)
+            assert all(one.end <= other.start for one, other in itertools.pairwise(parts))
+    listed, scratch = made._layouts(ROOM)
+    assert [listed.parts[name].shape[0] for name in ("masks", "full_indices", "k_masks", "k_full_order")] == list(ROOM)
+    assert [scratch.parts[name].shape for name in ("places", "k_places")] == [(7, 4), (11, 4)]
+    for prefix in ("", "k_"):
+        bits, seen, full = (scratch.parts[prefix + name] for name in ("bits", "seen", "full"))
+        assert (bits.start, bits.end) == (seen.start, full.end)
     assert tile_list.Geometry.of(geometry.numbers, geometry.dtype) == geometry
 
 
-def test_views_are_made_once_a_list_and_go_with_it(geometry):
-    tiler = tile_list.Tiler(geometry)
-    listed = torch.arange(tiler.size, dtype=torch.int32)
-    views = tiler.views(listed)
-    assert tiler.views(listed) is views
-    assert int(views["k_offsets"][0]) == tiler._list.parts["k_offsets"].start
-    assert views["masks"].dtype == torch.uint32
-    known = len(tile_list._known)
-    del listed
-    gc.collect()
-    assert len(tile_list._known) == known - 1
-    assert int(views["k_offsets"][0]) == tiler._list.parts["k_offsets"].start  # the memory stays while a view is held
+def test_memory_grows_with_tiles_and_not_with_pairs(geometry):
+    """131072 tokens of documents, of which each row of tiles shows a few."""
+    long = replace(geometry, batch=1, rows=2**17, columns=2**17)
+    made = tiler.Tiler(long)
+    assert made.size(Room(4096, 2**15, 4096, 2**15)) * 4 < 40 * 2**20
+    assert made._layouts(Room())[1].size * 4 < 2 * 2**20
+    assert made.size(made.every_tile) * 4 > 2**32
+
+
+def test_a_list_knows_what_its_kernels_take(geometry):
+    made = tiler.Tiler(geometry)
+    layout = made._layouts(ROOM)[0]
+    listed = tile_list.TileList(torch.arange(layout.size, dtype=torch.int32), layout)
+    assert listed.forward is listed.forward
+    counts, indices, *_, masks, _, work = listed.forward
+    assert int(counts[0, 0]) == layout.parts["counts"].start
+    assert (indices.shape, masks.shape[0], masks.dtype) == ((7,), 7, torch.uint32)
+    assert work.shape[1] == 4
+    assert [t is None for t in listed.backward] == [name is None for name in tile_list.BACKWARD_PARTS]
+    assert listed.backward[1].shape == (11,)
 
 
 @pytest.fixture
@@ -97,7 +114,7 @@ def counts(monkeypatch):
         for counts in {"classify": tensors[3:5], "k count": tensors[2:4]}.get(stage, ()):
             counts.copy_(torch.randint(0, 5, counts.shape, generator=generator))
 
-    monkeypatch.setattr(tile_list.Tiler, "_run", run)
+    monkeypatch.setattr(tiler.Tiler, "_run", run)
     return ran
 
 
@@ -110,12 +127,12 @@ GEOMETRIES = {  # batch, heads, kv heads, rows, columns, dim, value dim, heads o
 
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_offsets_add_up_and_work_is_ordered(name, counts):
-    tiler = tile_list.Tiler(tile_list.Geometry(*GEOMETRIES[name], True, torch.bfloat16))
-    g, forward = tiler.geometry, tiler._forward
+    made = tiler.Tiler(tile_list.Geometry(*GEOMETRIES[name], True, torch.bfloat16))
+    g, forward = made.geometry, made._forward
     table = torch.zeros(g.mask_heads, 3, g.batch * g.rows, dtype=torch.int32)
-    draft = tiler.draft(table)
+    draft = made.draft(table, made.every_tile)
     for _ in range(2):  # memory that was used before
-        tiler.fill(draft)
+        made.fill(draft)
         v = draft.views
         for kind in ("", "full_", "k_", "k_full_"):
             assert v[f"{kind}offsets"].tolist() == [0, *itertools.accumulate(v[f"{kind}counts"].flatten().tolist())]
@@ -177,46 +194,104 @@ def without_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
 
 
+def last(draft, kind):
+    return int(draft.views[f"{kind}offsets"][-1])
+
+
+def test_nothing_is_written_where_there_is_no_room(geometry, counts):
+    """A side whose tiles are more than there is memory for has no bits when they are written; the other one has."""
+    made = tiler.Tiler(geometry)
+    table = torch.zeros(1, 3, geometry.batch * geometry.rows, dtype=torch.int32)
+    left = []
+
+    def run(self, stage, compiler, config, tensors, numbers, run=tiler.Tiler._run):
+        run(self, stage, compiler, config, tensors, numbers)
+        bits = tensors[1:3] if stage in ("classify", "k classify") else ()
+        for words in bits:
+            words.view(torch.int32).fill_(-1)
+        if stage in ("write", "k write"):
+            left.append((stage, [int(t.view(torch.int32).count_nonzero()) for t in tensors[1:3]]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiler.Tiler, "_run", run)
+        every = [10 * n for n in made.every_tile]  # the counts are at random
+        for short, written in ((None, (True, True)), (0, (True, False)), (1, (True, False)), (2, (False, True)),
+                               (3, (False, True))):  # fmt: skip
+            left.clear()
+            room = Room(*(0 if i == short else n for i, n in enumerate(every)))
+            made.fill(made.draft(table, room))
+            assert [stage for stage, _ in left] == ["k write", "write"]
+            assert tuple(all(n > 0 for n in words) for _, words in left) == written, short
+            assert tuple(any(n > 0 for n in words) for _, words in left) == written, short
+
+
+def test_an_exact_list_has_room_for_what_was_counted(geometry, counts):
+    made = tiler.Tiler(geometry)
+    table = torch.zeros(1, 3, geometry.batch * geometry.rows, dtype=torch.int32)
+    counted, room = made.count(table)
+    assert counts == ["k classify", "k count", "classify"]
+    assert room == Room(*(last(counted, kind) for kind in ("", "full_", "k_", "k_full_")))
+    listed = made.write(counted, room)
+    assert counts[3:] == ["k write", "write"]
+    assert listed.numbers.numel() == made.size(room)
+    views = listed.layout.views(listed.numbers)
+    for name in ("counts", "offsets", "k_full_counts", "work"):
+        assert torch.equal(views[name], counted.views[name])
+
+
+def test_reserve_is_room_for_more_and_not_for_much_more():
+    needed = Room(100, 1000, 0, 7)
+    room = needed.with_reserve()
+    assert room.holds(needed)
+    assert room.holds(Room(120, 1200, 64, 64))
+    assert all(n % tile_list.STEP == 0 for n in room)
+    assert not room.holds(Room(1000, 1000, 0, 7))
+    assert not room.is_wide_for(needed)
+    assert Room(10**5, 10**5).is_wide_for(Room(10, 10))
+
+
 @pytest.mark.parametrize("inference", [False, True])
-def test_a_recorded_list_is_three_launches(geometry, counts, without_cuda, inference):
+def test_a_recorded_list_is_four_launches(geometry, counts, without_cuda, inference):
+    made = tiler.Tiler(geometry)
     with torch.inference_mode(inference):
-        recording = tile_recording.Recording(tile_list.Tiler(geometry), torch.device("cpu"))
+        recording = tile_recording.Recording(made, ROOM, 3, torch.device("cpu"))
     assert len(counts) == 2 * 5
     table = torch.full((1, 3, geometry.batch * geometry.rows), 7, dtype=torch.int32)
     with Counted() as counted:
-        listed = recording.list(table)
-    assert counted.ops == {"copy_": 1, "clone": 1}
+        listed, needed = recording.within(table)
+    assert counted.ops == {"copy_": 1, "clone": 2}
+    assert needed.shape == (4,)
     assert recording._graph.replays == 1
     assert len(counts) == 2 * 5
     assert torch.equal(recording._draft.table, table)
-    assert listed.data_ptr() != recording._draft.tiles.data_ptr()
+    assert listed.numbers.data_ptr() != recording._draft.listed.numbers.data_ptr()
 
 
 def test_few_ops_between_the_stages(geometry, monkeypatch):
     """They are recorded, but each is a node of the graph, which the device takes microseconds for."""
-    monkeypatch.setattr(tile_list.Tiler, "_run", lambda *args: None)
-    tiler = tile_list.Tiler(geometry)
-    draft = tiler.draft(torch.zeros(1, 3, geometry.batch * geometry.rows, dtype=torch.int32))
+    monkeypatch.setattr(tiler.Tiler, "_run", lambda *args: None)
+    made = tiler.Tiler(geometry)
+    draft = made.draft(torch.zeros(1, 3, geometry.batch * geometry.rows, dtype=torch.int32), ROOM)
     with Counted() as counted:
-        tiler.fill(draft)
-    assert counted.ops == {"zero_": 1, "cumsum": 2, "add": 1, "sort": 1, "copy_": 1}
+        made.fill(draft)
+    guards = {"le": 4, "bitwise_and": 2, "mul_": 2}
+    assert counted.ops == {"zero_": 1, "cumsum": 2, "add": 1, "sort": 1, "copy_": 1, **guards}
 
 
 def test_what_cuda_does_not_record_is_listed_without(geometry, monkeypatch, caplog):
-    def refuse(tiler, device):
+    def refuse(made, room, width, device):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(tile_recording, "Recording", refuse)
     tile_recording.recording_of.cache_clear()
-    assert tile_recording.recording_of(geometry, 0, 0) is None
+    assert tile_recording.recording_of(geometry, ROOM, 3, 0, 0) is None
     assert "not recorded" in caplog.text
     tile_recording.recording_of.cache_clear()
 
 
 def test_a_large_list_is_not_recorded(geometry, monkeypatch):
-    monkeypatch.setattr(tile_recording, "Recording", lambda tiler, device: "recorded")
+    monkeypatch.setattr(tile_recording, "Recording", lambda *arguments: "recorded")
     tile_recording.recording_of.cache_clear()
-    long, longer = (replace(geometry, batch=1, rows=n, columns=n) for n in (2**14, 2**15))
-    assert tile_recording.recording_of(long, 0, 0) == "recorded"
-    assert tile_recording.recording_of(longer, 0, 0) is None
+    for room, expected in ((Room(2**10, 2**10, 2**10, 2**10), "recorded"), (Room(2**18, 0, 2**18, 0), None)):
+        assert tile_recording.recording_of(geometry, room, 3, 0, 0) is expected
     tile_recording.recording_of.cache_clear()

@@ -32,7 +32,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from cudnn_flex_compile import configure
 from cudnn_flex_compile.engine.tiles.recording import recording_of
-from cudnn_flex_compile.engine.tiles.tile_list import Geometry, tiler_of
+from cudnn_flex_compile.engine.tiles.tile_list import Geometry
+from cudnn_flex_compile.engine.tiles.tiler import tiler_of
 from cudnn_flex_compile.passes.decide import cost_model, keep_rules
 from cudnn_flex_compile.report.report import collect
 from cudnn_flex_compile.scoremod import ir
@@ -224,10 +225,13 @@ def lists(shape):
     geometry = Geometry(batch, heads, kv_heads, length, length, DIM, DIM, 1, True, torch.bfloat16)
     table = torch.full((1, NARROW, batch * length), length, dtype=torch.int32, device="cuda")
     table[:, 0], table[:, 1], table[:, 2] = 0, 0, torch.arange(1, batch * length + 1, device="cuda") % length
-    tiler, recording = tiler_of(geometry, 0), recording_of(geometry, 0, torch.cuda.current_stream().cuda_stream)
-    for what, maker in (("recorded", recording), ("not recorded", tiler)):
+    tiler, stream = tiler_of(geometry, 0), torch.cuda.current_stream().cuda_stream
+    room = tiler.count(table)[1].with_reserve()
+    recording = recording_of(geometry, room, NARROW, 0, stream)
+    makers = {"recorded": recording and recording.within, "not recorded": functools.partial(tiler.within, room=room)}
+    for what, maker in makers.items():
         if maker is not None:
-            host, device = microseconds(functools.partial(maker.list, table), 20)
+            host, device = microseconds(functools.partial(maker, table), 20)
             yield f"list, B{batch} S{length} H{heads}/{kv_heads}, {what}: host {host:.0f} us, all {device:.0f} us"
 
 
@@ -236,8 +240,8 @@ def host_times():
     from cudnn_flex_compile.kernels import cuda, tile_lists
 
     kept, small = {}, Model((1, 512, 2, 2), 1)
-    watched = {"list of tiles, with a look at it": (tile_lists, "make"), "forward": (cuda, "forward")}
-    watched["backward"] = (cuda, "backward")
+    watched = {"list of tiles": (tile_lists, "_begin"), "forward": (cuda, "forward"), "backward": (cuda, "backward")}
+    watched["a list that is there"] = (tile_lists, "handle_of")
     originals = {name: getattr(*where) for name, where in watched.items()}
 
     def keep(name, *args):

@@ -16,6 +16,7 @@ from torch import Tensor
 from cudnn_flex_compile.engine.plans.merge import merge
 from cudnn_flex_compile.engine.plans.plan import AddressPlan, Attempt, Plan, Record
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem, TensorSpec, dense, output_specs
+from cudnn_flex_compile.engine.tiles.tile_list import TileList
 from cudnn_flex_compile.reasons import Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import Program
@@ -120,7 +121,7 @@ class BoxPlan(Plan):
 
     def run(
         self, tensors: Sequence[Tensor], operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor],
-        tiles: Tensor | None = None,
+        tiles: TileList | None = None,
     ) -> None:  # fmt: skip
         if self.problem.direction == FORWARD:
             self._forward(*tensors, rest=(operands, ints, floats))

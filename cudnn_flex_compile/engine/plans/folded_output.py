@@ -20,6 +20,7 @@ from torch import Tensor
 
 from cudnn_flex_compile.engine.plans.wrapped import WrappedPlan
 from cudnn_flex_compile.engine.problem import Problem
+from cudnn_flex_compile.engine.tiles.tile_list import TileList
 
 TINY = 2.0**-100
 SECOND = 2.0**-8  # the second tiny entry, in those of the first
@@ -40,7 +41,7 @@ class FoldedPlan(WrappedPlan):
 
     def run(
         self, tensors: Sequence[Tensor], operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor],
-        tiles: Tensor | None = None,
+        tiles: TileList | None = None,
     ) -> None:  # fmt: skip
         query, key, value, out, stats, grad, _, grad_lse, *gradients = tensors
         given = [self.problem.out.empty(out.device) for _ in range(2)]

@@ -22,6 +22,7 @@ from cudnn_flex_compile.engine.plans.plan import AddressPlan, Attempt, Plan, Rec
 from cudnn_flex_compile.engine.plans.variants import Variant, variants
 from cudnn_flex_compile.engine.problem import FORWARD, Binding, Problem
 from cudnn_flex_compile.engine.state import engine
+from cudnn_flex_compile.engine.tiles.tile_list import TileList
 from cudnn_flex_compile.phases import phase
 from cudnn_flex_compile.reasons import Code, Reason, most_telling
 from cudnn_flex_compile.scoremod.ir import Program
@@ -101,7 +102,7 @@ class GraphPlan(AddressPlan):
 
     def run(
         self, tensors: Sequence[Tensor], operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor],
-        tiles: Tensor | None = None,
+        tiles: TileList | None = None,
     ) -> None:  # fmt: skip
         self.run_at([tensor.data_ptr() for tensor in tensors], operands, ints, floats)
 

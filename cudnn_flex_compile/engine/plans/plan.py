@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cudnn_flex_compile.engine.problem import Error, Problem, output_specs, problem_text
+from cudnn_flex_compile.engine.tiles.tile_list import TileList
 from cudnn_flex_compile.reasons import Reason
 
 
@@ -84,7 +85,7 @@ class Plan(ABC):
     @abstractmethod
     def run(
         self, tensors: Sequence[Tensor], operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor],
-        tiles: Tensor | None = None,
+        tiles: TileList | None = None,
     ) -> None:  # fmt: skip
         """Enqueues its kernels on the current stream.
 

@@ -16,6 +16,7 @@ import torch
 from cudnn_flex_compile.engine.plans.folded_output import FoldedPlan
 from cudnn_flex_compile.engine.plans.wrapped import WrappedPlan
 from cudnn_flex_compile.engine.problem import Problem, TensorSpec, output_specs, strides_like
+from cudnn_flex_compile.engine.tiles.tile_list import TileList
 
 # The columns that are added to V, a multiple of what cuDNN takes. dLSE is the sum of what dO' has there times these,
 # each part what the ones before it left over: 24 bits of bfloat16, and beyond the range of float16.
@@ -39,7 +40,7 @@ class WidenedPlan(WrappedPlan):
 
     def run(
         self, tensors: Sequence[torch.Tensor], operands: Sequence[torch.Tensor], ints: Sequence[int],
-        floats: Sequence[torch.Tensor], tiles: torch.Tensor | None = None,
+        floats: Sequence[torch.Tensor], tiles: TileList | None = None,
     ) -> None:  # fmt: skip
         query, key, value, out, stats, grad, _, grad_lse, dq, dk, dv = tensors
         dim, wide = value.shape[3], self.inner.problem

@@ -42,7 +42,7 @@ class Layout:
 
     @property
     def size(self) -> int:
-        """Of all parts, in numbers."""
+        """The size of all parts, in numbers."""
         return max(part.end for part in self.parts.values())
 
     def put(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.int32) -> Part:
@@ -55,7 +55,12 @@ class Layout:
         """Another name for some numbers of a part."""
         self.parts[name] = Part(shape, start, torch.int32)
 
+    def copy(self) -> "Layout":
+        """The same parts, to which others can be added."""
+        other = Layout()
+        other.parts = dict(self.parts)
+        return other
+
     def views(self, numbers: Tensor) -> Views:
-        """The parts of a tensor [size], int32. They keep its memory alive, but not the tensor."""
-        numbers = numbers.data
+        """The parts of a tensor [size], int32."""
         return {name: part.of(numbers) for name, part in self.parts.items()}

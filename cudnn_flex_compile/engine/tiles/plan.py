@@ -22,16 +22,8 @@ from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem, output
 from cudnn_flex_compile.engine.state import engine
 from cudnn_flex_compile.engine.tiles.frontend import kernels_missing
 from cudnn_flex_compile.engine.tiles.layout import Layout
-from cudnn_flex_compile.engine.tiles.tile_list import (
-    ARCHITECTURE,
-    BACKWARD_PARTS,
-    FORWARD_PARTS,
-    NAME,
-    Arguments,
-    Geometry,
-    arguments,
-    tiler_of,
-)
+from cudnn_flex_compile.engine.tiles.tile_list import ARCHITECTURE, NAME, Arguments, Geometry, TileList
+from cudnn_flex_compile.engine.tiles.tiler import tiler_of
 from cudnn_flex_compile.phases import phase
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
@@ -89,7 +81,7 @@ def _counted(problem: Problem) -> "TilePlan | Reason":
 
 def geometry_of(problem: Problem, training: bool) -> Geometry:
     batch, heads, rows, dim = problem.query.shape
-    by_head = "h" in ir.axes_of(parse(problem.program).mask)
+    by_head = problem.tiled > 1 or "h" in ir.axes_of(parse(problem.program).mask)
     return Geometry(
         batch=batch, heads=heads, kv_heads=problem.key.shape[1], rows=rows, columns=problem.key.shape[2], dim=dim,
         value_dim=problem.value.shape[3], mask_heads=heads if by_head else 1, training=training,
@@ -101,16 +93,15 @@ class TilePlan(Plan):
     """Runs one problem by a list of its mask's tiles."""
 
     KIND = "tiles"
-    __slots__ = ("_kernels", "_mask", "_parts", "_replays", "_tiler")
+    __slots__ = ("_forward", "_kernels", "_mask", "_replays", "_tiler")
 
     def __init__(self, problem: Problem) -> None:
         """On the current device, which must be the problem's. Raises what the frontend raises."""
         super().__init__(problem, NAME)
-        forward = problem.direction == FORWARD
+        forward = self._forward = problem.direction == FORWARD
         self._mask = parse(problem.program).mask
         self._tiler = tiler_of(geometry_of(problem, training=not forward), problem.device)
         self._kernels = _Forward(problem) if forward else _Backward(problem)
-        self._parts = FORWARD_PARTS if forward else BACKWARD_PARTS
         enqueue = functools.partial(_enqueue, self._kernels, problem.device)
         self._replays = Replays(enqueue, problem.device, engine.graph_pool) if problem.replay and REPLAYED else None
 
@@ -128,12 +119,12 @@ class TilePlan(Plan):
 
     def run(
         self, tensors: Sequence[Tensor], operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor],
-        tiles: Tensor | None = None,
+        tiles: TileList | None = None,
     ) -> None:  # fmt: skip
         """With a list for the problem's geometry, in training where this is a backward. Certification gives none."""
         if tiles is None:
             tiles = self._list(operands, ints, floats)
-        parts = arguments(self._tiler.views(tiles), self._parts)
+        parts = tiles.forward if self._forward else tiles.backward
         work = empty((self._kernels.work.size,), (1,), torch.int32)
         if self._replays is None:
             self._kernels(tensors, parts, work)
@@ -141,13 +132,14 @@ class TilePlan(Plan):
         addresses = [tensor.data_ptr() for tensor in (*tensors, *parts) if tensor is not None]
         self._replays.run(addresses, work.data_ptr(), (tensors, parts, work))
 
-    def _list(self, operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor]) -> Tensor:
+    def _list(self, operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor]) -> TileList:
         sizes, heads = self._tiler.geometry.sizes, self._tiler.geometry.mask_heads
 
         def rows() -> Any:
             return visible_rows(self._mask, operands, ints, floats, sizes, 1, self.device)
 
-        return self._tiler.list(every_endpoint(rows(), sizes, heads, most_endpoints(rows())))
+        most = max(int(most_endpoints(visible)) for _, visible in rows())
+        return self._tiler.exact(every_endpoint(rows(), sizes, heads, most))
 
 
 def _enqueue(kernels: "_Forward | _Backward", device: int, given: tuple[Any, ...], _: int, stream: int) -> None:

@@ -1,5 +1,4 @@
-"""Records what makes a list of tiles (engine/tiles/tile_list.py) in a CUDA graph, so that a list costs the host one
-launch.
+"""Records what makes a list of tiles (engine/tiles/tiler.py) in a CUDA graph, so that a list costs the host one launch.
 
 Knows nothing of attention. A recording reads and writes memory of its own; the list is copied out of it, so that it
 lives as long as it is read, whatever the next one is. A recording belongs to one stream, on which its uses follow each
@@ -12,24 +11,24 @@ import logging
 import torch
 from torch import Tensor
 
-from cudnn_flex_compile.engine.tiles.tile_list import Geometry, Tiler, tiler_of
+from cudnn_flex_compile.engine.tiles.tile_list import Geometry, Room, TileList
+from cudnn_flex_compile.engine.tiles.tiler import Tiler, tiler_of
 from cudnn_flex_compile.locks import new_lock
-from cudnn_flex_compile.scoremod.masks.intervals import NARROW
 
 log = logging.getLogger("cudnn_flex_compile")
 LARGEST = 2**25  # numbers of 4 bytes: with a longer list, the device takes longer than the host
 
 
 class Recording:
-    """Of tables of NARROW endpoints a row."""
+    """Makes lists in so much room, of tables of so many endpoints a row."""
 
     @torch.inference_mode(False)  # what is made in it could not be written to outside
-    def __init__(self, tiler: Tiler, device: torch.device) -> None:
+    def __init__(self, tiler: Tiler, room: Room, width: int, device: torch.device) -> None:
         """On the current stream, which must not be capturing. Raises what CUDA says where it does not record."""
         g = tiler.geometry
-        table = torch.full((g.mask_heads, NARROW, g.batch * g.rows), g.columns, dtype=torch.int32, device=device)
+        table = torch.full((g.mask_heads, width, g.batch * g.rows), g.columns, dtype=torch.int32, device=device)
         self._tiler = tiler  # whose kernels the graph holds
-        self._lock, self._draft = new_lock(), tiler.draft(table)
+        self._lock, self._draft = new_lock(), tiler.draft(table, room)
         tiler.fill(self._draft)  # compiles and loads kernels, which cannot be recorded
         self._graph = torch.cuda.CUDAGraph()
         stream, beside = torch.cuda.Stream(), torch.cuda.Stream()
@@ -38,27 +37,29 @@ class Recording:
             self._graph.capture_begin(capture_error_mode="thread_local")
             try:
                 tiler.fill(self._draft, beside)
+                self._needed = tiler.needed(self._draft)
             finally:
                 self._graph.capture_end()
 
-    def list(self, table: Tensor) -> Tensor:
-        """As Tiler.list, on the stream of the recording, which is the current one."""
+    def within(self, table: Tensor) -> tuple[TileList, Tensor]:
+        """As Tiler.within, on the stream of the recording, which is the current one."""
         with self._lock:
             self._draft.table.copy_(table)
             self._graph.replay()
-            return self._draft.tiles.clone()
+            listed = self._draft.listed
+            return TileList(listed.numbers.clone(), listed.layout), self._needed.clone()
 
 
 @functools.lru_cache(8)
-def recording_of(geometry: Geometry, device: int, stream: int) -> Recording | None:
-    """The one of a geometry for a device and a stream, which must be the current ones; None for lists that are too
-    large to be kept twice, and where CUDA records none.
+def recording_of(geometry: Geometry, room: Room, width: int, device: int, stream: int) -> Recording | None:
+    """The one for a device and a stream, which must be the current ones; None for lists that are too large to be kept
+    twice, and where CUDA records none.
     """
     tiler = tiler_of(geometry, device)
-    if tiler.size > LARGEST:
+    if tiler.size(room) > LARGEST:
         return None
     try:
-        return Recording(tiler, torch.device("cuda", device))
+        return Recording(tiler, room, width, torch.device("cuda", device))
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:

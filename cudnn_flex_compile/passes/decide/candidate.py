@@ -23,6 +23,7 @@ from cudnn_flex_compile.engine.tiles.tile_list import NAME as TILE_LISTS
 from cudnn_flex_compile.passes.decide.key_compaction import COUNTS, Compact, counts_of, order_of, slots_of
 from cudnn_flex_compile.passes.read.call import Call, example, hint, scale_of
 from cudnn_flex_compile.passes.read.captures import Captures, indexing
+from cudnn_flex_compile.passes.write.block_mask_guards import MaskProgram
 from cudnn_flex_compile.passes.write.operands import operand_value
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod.aten import fake_mode, joint_graph, plain, value_graph
@@ -49,6 +50,8 @@ class Candidate:
         compact: the program over permuted keys that runs in place of `program`, if there is one.
         fingerprint: of the call's functions (passes/read/programs.py).
         tiled: the directions that run by a list of the mask's tiles (passes/write/tile_lists.py).
+        mask_heads: for how many heads there is a list: 1 if all share it.
+        shown: the mask of that list, over captures.
     """
 
     call: Call
@@ -61,6 +64,8 @@ class Candidate:
     compact: Compact | None = None
     fingerprint: str | None = None
     tiled: tuple[str, ...] = ()
+    mask_heads: int = 0
+    shown: MaskProgram | None = None
 
     @property
     def lse_gradient(self) -> bool:
@@ -124,7 +129,7 @@ def _certified(candidate: Candidate, call: Key, problem: Problem) -> Lowered | R
         return found
     if not candidate.training:
         return _accepted(found)
-    tiled = BACKWARD in candidate.tiled
+    tiled = candidate.mask_heads if BACKWARD in candidate.tiled else 0
     backward = find_plan(backward_call(call, tiled), *asked)
     # Which of both runs, the loss says, maybe at each step.
     if isinstance(backward, CachedPlan) and candidate.lse_gradient:
@@ -139,7 +144,7 @@ def _accepted(*found: "CachedPlan") -> Lowered:
     return Lowered(tuple(ready.plan.strategy for ready in found), errors)
 
 
-def backward_call(forward: Key, tiled: bool = False, lse_gradient: bool = False) -> Key:
+def backward_call(forward: Key, tiled: int = 0, lse_gradient: bool = False) -> Key:
     """Makes the key of a forward call's backward, by a list or not, for a gradient that is laid out like the output."""
     problem = problem_of(forward)
     return backward_key(by_list(forward, tiled), Meta(problem.out, torch.device("cuda", problem.device)), lse_gradient)
@@ -159,7 +164,8 @@ def forward_call(candidate: Candidate, running: tuple[Program, tuple[Hoisted, ..
         key, value = (Meta(dense(TensorSpec(t.shape, t.stride(), t.dtype)), device) for t in (key, value))
     operands = [Meta(_operand_spec(h, sizes), device) for h in hoisted]
     stats = candidate.training or call.uses(1)
-    rest = (operands, scale_of(call) or 0.0, stats, FORWARD in candidate.tiled, candidate.policy)
+    tiled = candidate.mask_heads if FORWARD in candidate.tiled else 0
+    rest = (operands, scale_of(call) or 0.0, stats, tiled, candidate.policy)
     return forward_key(text(program), query, key, value, *rest)
 
 

@@ -46,6 +46,7 @@ class Traced:
         noop: whether the mask_mod is a constant, as BlockMask.from_kv_blocks makes it unless it is given one.
         pairwise: the same program with the mask as one predicate of rows and columns, and its operands
             (scoremod/partition.py); None where the score is modified, or the mask reads a captured tensor at pairs.
+        whole: the mask of both functions, over captures.
         fingerprint: the functions' text, for verdicts on plans that were compared with them; None if they have none.
     """
 
@@ -53,8 +54,17 @@ class Traced:
     hoisted: tuple[Hoisted, ...]
     mask: tuple[Program, tuple[Hoisted, ...], Expr, Expr] | None
     pairwise: tuple[Program, tuple[Hoisted, ...]] | None
+    whole: Expr
     noop: bool = False
     fingerprint: str | None = None
+
+    def shown(self, captures: Captures) -> MaskProgram:
+        """What a list of tiles is made of, with what one call captured."""
+        checked = self.checked(captures)
+        if checked is not None:
+            return checked
+        nodes = captures.nodes, captures.ints, captures.floats
+        return MaskProgram(ir.program(mask=self.whole), (), self.whole, ir.TRUE, *nodes, noop=False)
 
     def checked(self, captures: Captures) -> MaskProgram | None:
         """The program of the mask_mod, with the captured inputs of one call."""
@@ -145,4 +155,4 @@ def _trace(call: Call, captures: Captures, fingerprint: str | None) -> Traced | 
         return Reason(Code.UNKNOWN_OP, "a captured tensor read at an index that depends on the score")
     by_pairs = None if pairs is None else (pairs[0], tuple(pairs[1]))
     only_mask = None if alone is None else (alone[0], tuple(alone[1]), own, of_score)
-    return Traced(program, tuple(hoisted), only_mask, by_pairs, mask is ir.TRUE, fingerprint)
+    return Traced(program, tuple(hoisted), only_mask, by_pairs, whole.mask, mask is ir.TRUE, fingerprint)

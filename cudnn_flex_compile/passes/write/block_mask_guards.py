@@ -29,6 +29,14 @@ def present(call: Call) -> list[Node]:
     return [block for block in call.blocks if block is not None]
 
 
+def one_sided(call: Call) -> Reason | None:
+    """A reason if the BlockMask has not the blocks that the ops take."""
+    missing = [call.blocks[i] is None for i in range(0, len(call.blocks), 2)]
+    if missing and (missing[0] or missing[1] != missing[3]):
+        return Reason(Code.BLOCK_MASK, "a BlockMask with full blocks in one direction only")
+    return None
+
+
 def disagreement(
     call: Call, mask: "MaskProgram", real: Callable[[Node], torch.Tensor | None], values: tuple[Any, Any, Any] | None
 ) -> Reason | None:
@@ -42,9 +50,6 @@ def disagreement(
 
     if not call.blocks:
         return None
-    pairs = [call.blocks[i] is None for i in range(0, len(call.blocks), 2)]
-    if pairs[0] or pairs[1] != pairs[3]:
-        return Reason(Code.BLOCK_MASK, "a BlockMask with full blocks in one direction only")
     tensors = [real(block) for block in present(call)]
     if values is None or any(t is None for t in tensors):
         opaque = Reason(Code.BLOCK_MASK, "blocks of its own under a mask_mod that masks nothing")
@@ -138,7 +143,7 @@ class Guards:
             mask: None without a BlockMask.
             score: over the operands that the op takes.
             slots: the place to which each key went, if keys come in another order.
-            tiles: the list of the mask's tiles, which is the guard then.
+            tiles: the list of the mask's tiles, which knows the blocks: in the place of a guard then.
         """
         if mask is None:
             return BlockMaskArguments()

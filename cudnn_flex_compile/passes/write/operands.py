@@ -20,7 +20,6 @@ from cudnn_flex_compile.passes.write.nodes import Tracer, record
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.hoisting import LENGTH, computed
 from cudnn_flex_compile.scoremod.ir import F32, Expr
-from cudnn_flex_compile.scoremod.masks.intervals import endpoints_of
 from cudnn_flex_compile.scoremod.partition import Hoisted
 
 Made = TypeVar("Made")
@@ -141,27 +140,6 @@ class Writer:
             return KeyOrder(counts.node, order.node, slots.node)
 
         return self.once(("order",), [columns], before, write)
-
-    def write_endpoints(
-        self, mask: Expr, operands: Sequence[Node], ints: Sequence[Any], floats: Sequence[Node], call: Sequence[Node]
-    ) -> tuple[Node, Node]:
-        """The table of a mask's endpoints, and how many a row has at most (scoremod/masks/intervals.py).
-
-        Args:
-            call: query and key, of known sizes, and the node above which they are written.
-        """
-        query, key, before = call
-        sizes = (*example(query).shape[:3], example(key).shape[2])
-
-        def write() -> tuple[Node, Node]:
-            with Tracer(before, example(query).fake_mode) as tracer:
-                of_mask, numbers, scalars = (
-                    [Proxy(n, tracer) if isinstance(n, Node) else n for n in bank] for bank in (operands, ints, floats)
-                )
-                found = endpoints_of(mask, of_mask, numbers, scalars, sizes, example(query).device)
-            return found.table.node, found.most.node
-
-        return self.once(("endpoints", mask, *sizes), [*operands, *ints, *floats], before, write)
 
     def write_function(self, function: Callable[..., torch.Tensor], inputs: Sequence[Node], before: Node) -> Node:
         """The node of a function's result, above `before`, for inputs of these sizes; anew for each call."""

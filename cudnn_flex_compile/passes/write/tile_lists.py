@@ -1,11 +1,11 @@
-"""Runs a call by the intervals of its mask's rows: documents, prefixes, and whatever else shows few runs of keys a row.
+"""Runs a call by a list of its mask's tiles: documents, prefixes, and whatever else shows few runs of keys a row.
 
-Knows nothing of kernels. The mask may be spelled in any way: what a row sees is found by evaluating the mask at all
-pairs, in the surrounding graph, once for all calls that share it, and from that the op `list_tiles` makes the list of
-tiles that the kernels go through. It is exact for any mask, and meant for those that bounds do not describe.
+Knows nothing of kernels. The mask may be spelled in any way. The op `list_tiles`, written above the calls that share
+the mask, has the list (kernels/tile_lists.py): of the mask and of the BlockMask's blocks, as stock flex_attention has
+them, so that neither is compared with the other.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,22 +14,23 @@ from torch.fx import Node
 
 from cudnn_flex_compile import ops, torch_private
 from cudnn_flex_compile.engine.problem import BACKWARD
-from cudnn_flex_compile.engine.tiles.tile_list import Geometry, tiler_of
-from cudnn_flex_compile.kernels.block_mask import agree_with_endpoints
+from cudnn_flex_compile.engine.tiles.tile_list import Geometry
+from cudnn_flex_compile.engine.tiles.tiler import tiler_of
+from cudnn_flex_compile.kernels import tile_lists
+from cudnn_flex_compile.kernels.visible_pairs import Pairs, text_of
 from cudnn_flex_compile.passes.decide.candidate import Candidate
-from cudnn_flex_compile.passes.read.call import Call, example, hint
+from cudnn_flex_compile.passes.read.call import example, hint
 from cudnn_flex_compile.passes.read.programs import Traced
-from cudnn_flex_compile.passes.write.block_mask_guards import present
+from cudnn_flex_compile.passes.write.block_mask_guards import MaskProgram, present
+from cudnn_flex_compile.passes.write.nodes import size_of
 from cudnn_flex_compile.passes.write.operands import Writer
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
-from cudnn_flex_compile.scoremod.interpret import visible_rows
 from cudnn_flex_compile.scoremod.ir import SCORE
 from cudnn_flex_compile.scoremod.masks.form import split
-from cudnn_flex_compile.scoremod.masks.intervals import NARROW, most_endpoints
-from cudnn_flex_compile.scoremod.text import text
+from cudnn_flex_compile.scoremod.masks.intervals import NARROW
 
-ITEMSIZE, MIB = 4, 2**20
+MOST = 65  # endpoints of a row of a mask that stays the same: with more, hardly a tile is hidden whole
 
 
 def tiled(candidate: Candidate, traced: Traced, directions: tuple[str, ...]) -> Candidate | None:
@@ -40,42 +41,54 @@ def tiled(candidate: Candidate, traced: Traced, directions: tuple[str, ...]) -> 
     """
     if traced.program.score is not SCORE:
         return None
+    shown = traced.shown(candidate.captures)
+    by_head = "h" in {*ir.axes_of(traced.program.mask), *ir.axes_of(shown.own), *ir.axes_of(shown.of_score)}
+    by_head = by_head or any(hint(example(block).shape[1]) != 1 for block in present(candidate.call))
+    heads = hint(example(candidate.call.query).shape[1]) if by_head else 1
+    listed = replace(candidate, tiled=directions, mask_heads=heads, shown=shown)
     if candidate.compact is None and not split(candidate.program.mask).reads_pairs:
-        return replace(candidate, tiled=directions)
+        return listed
     if traced.pairwise is None or directions != candidate.directions:
         return None
     program, hoisted = traced.pairwise
-    return replace(candidate, program=program, hoisted=hoisted, compact=None, tiled=directions)
+    return replace(listed, program=program, hoisted=hoisted, compact=None)
 
 
-def unsuitable(candidate: Candidate, values: tuple[Any, Any, Any] | None, budget: int) -> Reason | None:
+def unsuitable(candidate: Candidate, real: Callable[[Node], Any], budget: int) -> Reason | None:
     """A reason against a tile list that needs no plan.
 
     Args:
-        values: operands, integers and floats of the call that is being compiled, if they are at hand.
+        real: the tensor of the call that is being compiled that a node stands for, if it is an input of the graph.
         budget: MiB that a list may take.
     """
     device = example(candidate.call.query).device
     refused = unusable(device)
     if refused is not None:
         return refused
-    sizes = [*_sizes(candidate.call), *candidate.call.block_sizes]
-    sizes += [n for block in present(candidate.call) for n in example(block).shape]
-    if not all(isinstance(n, int) for n in sizes):
-        return Reason(Code.UNSUPPORTED_CALL, "a tile list of a mask whose sizes change between calls")
+    geometry = geometry_of(candidate)
     try:
-        mebibytes = size_of(candidate) * ITEMSIZE / MIB
+        if device.type == "cuda":
+            tiler_of(geometry, device.index)
     except (NotImplementedError, ValueError, TypeError) as error:  # what the frontend says of head dims, for one
         return Reason(Code.SHAPE_REFUSED, f"tile lists: {error}")
-    if mebibytes > budget:
-        return Reason(Code.BIAS_BUDGET, f"a list of tiles takes {mebibytes:.0f} MiB, more than bias_budget_mb={budget}")
-    if values is not None:
-        operands, ints, floats = values
-        sizes = _sizes(candidate.call)
-        most = most_endpoints(visible_rows(candidate.program.mask, operands, ints, floats, sizes, 1, device))
-        if most > NARROW:
-            return Reason(Code.SLOWER, f"rows of the mask change up to {most} times between visible and hidden")
-    return None
+    given = _given(candidate, real)
+    with torch.no_grad():
+        return None if given is None else _unsuitable(given, geometry, device, budget)
+
+
+def _unsuitable(given: "Given", geometry: Geometry, device: torch.device, budget: int) -> Reason | None:
+    blocks, captured, ints, floats, program, block_sizes = given
+    pairs = Pairs(program, captured, (), ints, floats, geometry.sizes, blocks, block_sizes, device)
+    most = tile_lists.most_endpoints(pairs)
+    if isinstance(most, Reason):
+        return most
+    if most > (NARROW if captured else MOST):
+        return Reason(Code.SLOWER, f"rows of the mask change up to {most} times between visible and hidden")
+    if device.type != "cuda":
+        return None
+    handle = tile_lists.handle_of(*given, geometry.numbers, geometry.dtype, device, budget)
+    found = tile_lists.found_now(handle, pairs)
+    return found if isinstance(found, Reason) else None
 
 
 def unusable(device: torch.device) -> Reason | None:
@@ -87,62 +100,76 @@ def unusable(device: torch.device) -> Reason | None:
     return without_kernels(device.index or 0)
 
 
-def size_of(candidate: Candidate) -> int:
-    """Of a list, in numbers of 4 bytes; 0 on the CPU. Raises what the frontend says of a geometry that it refuses."""
-    device = example(candidate.call.query).device
-    return tiler_of(_geometry(candidate), device.index or 0).size if device.type == "cuda" else 0
+def geometry_of(candidate: Candidate) -> Geometry:
+    """The geometry of the call that is being compiled."""
+    query = example(candidate.call.query)
+    return Geometry.of([hint(n) for n in _numbers(candidate, lambda node, dim: example(node).shape[dim])], query.dtype)
 
 
-def _sizes(call: Call) -> tuple[Any, Any, Any, Any]:
-    return (*example(call.query).shape[:3], example(call.key).shape[2])
-
-
-def _geometry(candidate: Candidate) -> Geometry:
+def _numbers(candidate: Candidate, size: Callable[[Node, int], Any]) -> list[Any]:
+    """The numbers of a geometry, as the op takes them."""
     call = candidate.call
-    query, key, value = (tuple(hint(n) for n in example(n).shape) for n in (call.query, call.key, call.value))
-    by_head = "h" in ir.axes_of(candidate.program.mask)
-    return Geometry(
-        batch=query[0], heads=query[1], kv_heads=key[1], rows=query[2], columns=key[2], dim=query[3],
-        value_dim=value[3], mask_heads=query[1] if by_head else 1, training=BACKWARD in candidate.tiled,
-        dtype=example(call.query).dtype,
-    )  # fmt: skip
+    query, key, value = call.query, call.key, call.value
+    sizes = [size(query, 0), size(query, 1), size(query, 2), size(key, 2), size(key, 1), size(query, 3), size(value, 3)]
+    return [*sizes, size(query, 1) if candidate.mask_heads > 1 else 1, int(BACKWARD in candidate.tiled)]
+
+
+def _mask_of(candidate: Candidate) -> MaskProgram:
+    assert candidate.shown is not None
+    return candidate.shown
+
+
+def _text(candidate: Candidate) -> str:
+    moved = _mask_of(candidate).by_position()
+    return text_of(moved.own, moved.of_score)
+
+
+# What the op takes before the geometry: blocks, captured, ints, floats, program, block_sizes.
+Given = tuple[list[torch.Tensor], list[torch.Tensor], list[int], list[torch.Tensor], str, list[int]]
+
+
+def _given(candidate: Candidate, real: Callable[[Node], Any]) -> Given | None:
+    """For the call that is being compiled; None if that is not all at hand."""
+    call, mask = candidate.call, _mask_of(candidate)
+
+    def values(nodes: Sequence[Any]) -> list[Any]:
+        return [real(node) if isinstance(node, Node) else node for node in nodes]
+
+    blocks, captured = values(present(call)), values([mask.nodes[n] for n in mask.captures])
+    ints, floats = (values([mask.nodes[n] for n in leaves]) for leaves in (mask.ints, mask.floats))
+    if any(value is None for value in (*blocks, *captured, *ints, *floats)):
+        return None
+    sizes = [hint(example(n)) for n in call.block_sizes] if blocks else []
+    return blocks, captured, [hint(n) for n in ints], floats, _text(candidate), sizes
 
 
 class Tiles:
-    """Writes the lists of a graph's masks, each once for all calls that share it."""
+    """Writes the lists of a graph's masks, each once for all calls that share it.
 
-    def __init__(self, writer: Writer) -> None:
-        self._writer = writer
+    Args:
+        writer: knows what was written.
+        budget: MiB that a list may take.
+    """
 
-    def write(
-        self, candidate: Candidate, operands: Sequence[Node], ints: Sequence[Any], floats: Sequence[Node]
-    ) -> Node:
-        """The node of the list, above the call."""
-        call, mask, blocks = candidate.call, candidate.program.mask, present(candidate.call)
-        geometry = _geometry(candidate)
+    def __init__(self, writer: Writer, budget: int) -> None:
+        self._writer, self._budget = writer, budget
+
+    def write(self, candidate: Candidate) -> Node:
+        """The node of the list's handle, above the call."""
+        call, mask, blocks = candidate.call, _mask_of(candidate), present(candidate.call)
+        captured = [mask.nodes[n] for n in mask.captures]
+        ints, floats = ([mask.nodes[n] for n in leaves] for leaves in (mask.ints, mask.floats))
+        block_sizes, query = list(call.block_sizes) if blocks else [], example(call.query)
+        program, numbers = _text(candidate), _numbers(candidate, lambda node, dim: size_of(node, dim, call.node))
 
         def write() -> Node:
-            place = (call.query, call.key, call.node)
-            table, most = self._writer.write_endpoints(mask, operands, ints, floats, place)
-            arguments = (
-                *(table, self._found(call, table, most), blocks, list(call.block_sizes) if blocks else []),
-                *(list(operands), list(ints), list(floats), text(candidate.program)),
-                *(geometry.numbers, geometry.dtype, size_of(candidate)),
-            )
+            arguments = (blocks, captured, ints, floats, program, block_sizes, numbers, query.dtype, query.device)
             with call.node.graph.inserting_before(call.node):
-                node = call.node.graph.call_function(ops.list_tiles, arguments)
-            torch_private.set_example(node, example(table).new_empty(size_of(candidate)))
+                node = call.node.graph.call_function(ops.list_tiles, (*arguments, self._budget))
+            torch_private.set_example(node, query.new_empty(0, dtype=torch.int32))
             return node
 
-        kind = ("tiles", mask, call.block_sizes, geometry)
-        return self._writer.once(kind, [*operands, *ints, *floats, *blocks], call.node, write)
-
-    def _found(self, call: Call, table: Node, most: Node) -> Node:
-        """How many endpoints there are, and whether the BlockMask's blocks, if there are any, agree with them."""
-        sizes, block_sizes = _sizes(call), [hint(example(n)) for n in call.block_sizes]
-
-        def found(table: torch.Tensor, most: torch.Tensor, *blocks: torch.Tensor) -> torch.Tensor:
-            agreed = [agree_with_endpoints(blocks, table, sizes, block_sizes).to(torch.int32)] if blocks else []
-            return torch.stack((most, *agreed))
-
-        return self._writer.write_function(found, [table, most, *present(call)], call.node)
+        sources = [*blocks, *captured, *(n for n in (*ints, *floats, *numbers, *block_sizes) if isinstance(n, Node))]
+        fixed = [n if isinstance(n, int) else None for n in (*ints, *numbers, *block_sizes)]
+        kind = ("tiles", program, len(blocks), *fixed, query.dtype, query.device)
+        return self._writer.once(kind, sources, call.node, write)

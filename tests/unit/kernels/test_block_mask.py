@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cudnn_flex_compile.kernels import block_mask
-from cudnn_flex_compile.kernels.block_mask import agree, agree_with_endpoints
+from cudnn_flex_compile.kernels.block_mask import agree
 from cudnn_flex_compile.scoremod import interpret
-from cudnn_flex_compile.scoremod.masks.intervals import every_endpoint
 from tests.support.blocks import (
     BLOCKS,
     CAUSAL,
@@ -36,9 +35,6 @@ def test_every_mask_against_every_block_mask(made_for: str, sizes: tuple[int, ..
         program, operands = compiled(name, sizes)
         expected = brute_force(mask, dense(name, sizes), block)
         assert bool(agree(tensors_of(mask), operands, [], [], program, sizes, block)) == expected, name
-        pairs = dense(name, sizes)
-        table = every_endpoint(iter([(0, pairs)]), sizes, pairs.shape[1], sizes[3])
-        assert bool(agree_with_endpoints(tensors_of(mask), table, sizes, block)) == expected, name
         assert expected or name != made_for
 
 

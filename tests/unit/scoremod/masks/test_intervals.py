@@ -1,100 +1,57 @@
-"""Endpoints of rows against brute force: documents in every order, and masks of few and of many intervals."""
-
-import functools
+"""Tables of endpoints against their definition, for rows at random: with few and with many runs."""
 
 import pytest
 import torch
 
-from cudnn_flex_compile.passes.write.operands import operand_value
-from cudnn_flex_compile.scoremod import ir
-from cudnn_flex_compile.scoremod.interpret import visible_rows
-from cudnn_flex_compile.scoremod.masks.intervals import NARROW, endpoints_of, every_endpoint
+from cudnn_flex_compile.scoremod.masks.intervals import (
+    NARROW,
+    as_table,
+    every_endpoint,
+    few_endpoints,
+    most_endpoints,
+    of_one_run,
+)
 from cudnn_flex_compile.scoremod.partition import pairwise
-from tests.support.mask_sources import CPU, brute_force, leaves, normal, used
-
-SOURCES = {
-    "causal documents": "(ids[b, q] == ids[b, kv]) & (q >= kv)",
-    "documents": "ids[b, q] == ids[b, kv]",
-    "documents under a window": "(ids[b, q] == ids[b, kv]) & (q >= kv) & (q - kv <= 5)",
-    "one sequence of ids": "(row[q] == row[kv]) & (q >= kv)",
-    "padding id": "(ids[b, q] == ids[b, kv]) & (q >= kv) & (ids[b, kv] != 0)",
-    "offsets": "(starts[ids[b, q]] <= kv) & (kv <= q)",
-    "prefix": "(q >= kv) | (kv < prefix[b])",
-    "prefix of each document": "(ids[b, q] == ids[b, kv]) & ((q >= kv) | (kv < prefix[b]))",
-    "image blocks": "(q >= kv) | ((row[q] == row[kv]) & (row[q] >= 2))",
-    "padding": "padding[b, kv] & (q >= kv)",
-    "per head": "(ids[b, q] == ids[b, kv]) & (q + 4 * h >= kv)",
-    "sinks": "(ids[b, q] == ids[b, kv]) & (q >= kv) & ((q - kv <= 4) | (kv < 2))",
-    "everything": "q >= 0",
-    "nothing": "q < 0",
-    "scalar": "(ids[b, q] == ids[b, kv]) & (q - kv <= n) & (q >= kv)",
-}  # fmt: skip
+from tests.support.mask_runs import SOURCES, captured, shown
+from tests.support.mask_sources import normal, used
 
 
-def captured(seed, batch, length):
+def rows(seed, shape):
+    """Rows with a few changes, at the ends, too."""
     generator = torch.Generator().manual_seed(seed)
-    draw = functools.partial(torch.randint, generator=generator)
-    kind = seed % 4
-    count = int(draw(1, length + 1, (1,)))
-    ids = draw(0, count, (batch, length))  # kind 0: in no order, every key its own run
-    if kind == 1:  # contiguous, ascending
-        ids = ids.sort(-1).values
-    elif kind == 2:  # contiguous, in no order, and ids that come back
-        ids = draw(0, 3, (batch, count)).gather(1, ids.sort(-1).values)
-    elif kind == 3:  # a tail of padding
-        ids = torch.where(torch.arange(length) < draw(0, length + 1, (batch, 1)), ids.sort(-1).values + 1, 0)
-    starts = draw(0, length, (length + 2,)).sort().values
-    return {
-        "ids": ids, "row": ids[0].to(torch.int32), "starts": starts, "prefix": draw(0, length + 1, (batch,)),
-        "padding": draw(0, 2, (batch, length)).bool(), "n": int(draw(0, length, (1,))),
-    }  # fmt: skip
+    return (torch.rand(shape, generator=generator) < (0.02, 0.1, 0.5)[seed % 3]).cumsum(-1) % 2 == seed % 2
 
 
-def shown(table, sizes):
-    """[B, H or 1, Sq, Skv], from the definition."""
-    batch, _, rows, columns = sizes
-    ends = table.view(table.shape[0], table.shape[1], batch, rows).permute(2, 0, 3, 1)
-    starts = torch.cat((torch.zeros_like(ends[..., :1]), ends[..., 1::2]), -1)
-    kv = torch.arange(columns).view(-1, 1)
-    inside = (starts.unsqueeze(-2) <= kv) & (kv < ends[..., 0::2].unsqueeze(-2))
-    return inside.any(-1)
-
-
-@pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES.keys())
 @pytest.mark.parametrize("seed", range(12))
-def test_endpoints_are_exact(source, seed):
-    sizes = (2, 3, (1, 7, 24, 33)[seed % 4], (24, 33, 1, 40)[seed // 4 % 4])
-    length = max(sizes[2:])
-    given = used(source, captured(seed, 2, length))
-    expected = brute_force(source, given, sizes)
-    inside, hoisted = pairwise(normal(source, given))
-    known = dict(zip(leaves(given), given.values(), strict=True))
-    operands = [operand_value(part, known.__getitem__, sizes, CPU) for part in hoisted]
-    ints = [value if isinstance(value, int) else 0 for value in given.values()]
-    found = endpoints_of(inside.mask, operands, ints, [], sizes, CPU)
-    most = int(found.most)
-    changes = expected != torch.nn.functional.pad(expected[..., :-1], (1, 0), value=True)
-    assert most == int(changes.sum(-1).max())
-    if most <= NARROW:
-        assert torch.equal(shown(found.table, sizes).expand(sizes), expected)
-        assert (found.table.diff(dim=1) >= 0).all()
-    heads = sizes[1] if "h" in ir.axes_of(inside.mask) else 1
-    for width in (most, sizes[3] + 1):
-        chunks = visible_rows(inside.mask, operands, ints, [], sizes, 5, CPU)
-        table = every_endpoint(chunks, sizes, heads, width)
-        assert table.shape == (heads, width | 1, sizes[0] * sizes[2])
-        assert table.dtype == torch.int32
-        assert torch.equal(shown(table, sizes).expand(sizes), expected)
+@pytest.mark.parametrize("shape", [(1, 1, 7, 1), (2, 1, 9, 40), (1, 3, 1, 33), (2, 3, 24, 25)])
+def test_tables_show_the_rows(seed, shape):
+    visible, sizes, heads = rows(seed, shape), (2, 3, *shape[2:]), shape[1]
+    most = int(most_endpoints(visible))
+    halves = [visible[:, :, :3], visible[:, :, 3:]] if shape[2] > 3 else [visible]
+    for width in (most, most + 1, sizes[3] + 1):
+        table = every_endpoint(iter([(0, half) for half in halves]), sizes, heads, width)
+        assert (table.shape, table.dtype) == ((heads, width | 1, 2 * shape[2]), torch.int32)
+        assert torch.equal(shown(table, sizes), visible.expand(2, heads, -1, -1))
         assert (table.diff(dim=1) >= 0).all()
+    previous = [torch.nn.functional.pad(half[..., :-1], (1, 0)) for half in halves]
+    found, count = few_endpoints(zip(halves, previous, strict=True), shape[3])
+    assert int(count) == most
+    if most <= NARROW:
+        assert torch.equal(shown(as_table(found, sizes, heads), sizes), visible.expand(2, heads, -1, -1))
 
 
-@pytest.mark.parametrize("source", ["(q >= kv) | (kv < 7)", "(q >= kv) != (kv < 7)", "(q >= kv) == (kv < 7)"])
-def test_endpoints_are_compiled_by_inductor(source):
-    """Which orders the bounds of what is compared: truth values have none."""
-    sizes, mask = (1, 1, 24, 24), normal(source).mask
-    torch._dynamo.reset()
-    table = torch.compile(lambda: endpoints_of(mask, [], [], [], sizes, CPU).table, dynamic=False)()
-    assert torch.equal(shown(table, sizes), brute_force(source, {}, sizes))
+def test_too_narrow_a_table_is_no_error():
+    visible = rows(2, (1, 1, 9, 40))
+    table = every_endpoint(iter([(0, visible)]), (1, 1, 9, 40), 1, 2)
+    assert table.shape == (1, 3, 9)
+
+
+def test_rows_of_one_run():
+    start, end = torch.tensor([0, 3, 5, 9]).view(1, 1, 4), torch.tensor([9, 4, 9, 9]).view(1, 1, 4)
+    table = of_one_run(start, end, (2, 2, 4, 9), 2)
+    assert table.shape == (2, NARROW, 8)
+    kv = torch.arange(9)
+    assert torch.equal(shown(table, (2, 2, 4, 9))[1, 1], (start[0, 0, :, None] <= kv) & (kv < end[0, 0, :, None]))
 
 
 def test_pairwise_reads_operands_along_one_axis():

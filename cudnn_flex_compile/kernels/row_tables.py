@@ -1,0 +1,141 @@
+"""The table of endpoints of a call's rows (scoremod/masks/intervals.py), in three ways.
+
+Knows nothing of tiles, nor of which way is taken when. By runs: where each row sees one run of keys that the mask says
+by itself, and the BlockMask's blocks hide and show nothing else; whether that is so is found out with it. With few
+endpoints: by one look at all pairs, for rows of NARROW endpoints at most. With any number of them: slower.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cudnn_flex_compile.kernels import block_mask
+from cudnn_flex_compile.kernels.hot_function import HotFunction
+from cudnn_flex_compile.kernels.row_runs import Parts, Runs, agree, runs_of
+from cudnn_flex_compile.kernels.visible_pairs import Pairs
+from cudnn_flex_compile.scoremod.interpret import CHUNK
+from cudnn_flex_compile.scoremod.masks.form import split
+from cudnn_flex_compile.scoremod.masks.intervals import (
+    NARROW,
+    as_table,
+    every_endpoint,
+    few_endpoints,
+    most_endpoints,
+    of_one_run,
+)
+
+CHUNKS = 8  # of all pairs, for which a compiled function has kernels of their own
+
+
+class Found(NamedTuple):
+    """A table, and numbers by which the host knows whether it may be used.
+
+    Attributes:
+        table: [1 or H, n, B * Sq], int32.
+        numbers: int32 [3]: how many endpoints a row has at most; whether the table says what they are, if these are n
+            at most; whether the BlockMask is well-formed (block_mask.py).
+    """
+
+    table: Tensor
+    numbers: Tensor
+
+
+def by_runs(pairs: Pairs, heads: int) -> Found:
+    """By the runs of rows, which the mask must have."""
+    return _hot("runs", pairs, heads)
+
+
+def by_few(pairs: Pairs, heads: int) -> Found:
+    """By one look at all pairs."""
+    batch, mask_heads = pairs.axes
+    if batch * mask_heads * pairs.sizes[2] * pairs.sizes[3] > CHUNKS * CHUNK:
+        return _unpacked(_few(pairs, heads), pairs, heads)
+    return _hot("few", pairs, heads)
+
+
+def by_many(pairs: Pairs, heads: int, width: int) -> Found:
+    """With `width` endpoints of each row, or fewer."""
+    counts: list[Tensor] = []
+
+    def counted() -> Iterator[tuple[int, Tensor]]:
+        for start, visible in pairs.visible():
+            counts.append(most_endpoints(visible))
+            yield start, visible
+
+    table = every_endpoint(counted(), pairs.sizes, heads, width)
+    return Found(table, _numbers(torch.stack(counts).amax(), None, pairs))
+
+
+def count(pairs: Pairs) -> int:
+    """How many endpoints a row has at most. Waits for the device."""
+    return int(torch.stack([most_endpoints(visible) for _, visible in pairs.visible()]).amax())
+
+
+def well_formed(pairs: Pairs) -> Tensor:
+    """Whether the BlockMask is well-formed (block_mask.py), if there is one."""
+    if not pairs.blocks:
+        return torch.ones((), dtype=torch.bool, device=pairs.device)
+    return block_mask.well_formed(pairs.blocks, pairs.sizes, pairs.block)
+
+
+def known_beforehand(pairs: Pairs) -> bool:
+    """Whether the runs of rows are right for any data."""
+    parts = pairs.mask.parts
+    return parts is not None and not pairs.blocks and not parts.equal and not split(parts.program.mask).biases
+
+
+def _numbers(most: Tensor, right: Tensor | None, pairs: Pairs) -> Tensor:
+    right = torch.ones((), dtype=torch.bool, device=pairs.device) if right is None else right
+    return torch.stack([t.to(torch.int32) for t in (most, right, well_formed(pairs))])
+
+
+def _runs(pairs: Pairs, heads: int) -> Tensor:
+    def runs(parts: Parts | None) -> Runs:
+        assert parts is not None
+        return runs_of(parts, pairs.captured, pairs.ints, pairs.floats, pairs.sizes, pairs.device)
+
+    mask = pairs.mask
+    found = runs(mask.parts)
+    right = found.right
+    if pairs.blocks:
+        own = found if mask.own_parts is mask.parts else runs(mask.own_parts)
+        right = right & own.right & agree(pairs.blocks, own, pairs.sizes, pairs.block)
+    table = of_one_run(found.start, found.end, pairs.sizes, heads)
+    most = torch.full((), NARROW, dtype=torch.int32, device=pairs.device)
+    return torch.cat((table.flatten(), _numbers(most, right, pairs)))
+
+
+def _few(pairs: Pairs, heads: int) -> Tensor:
+    rows, most = few_endpoints(pairs.with_previous(), pairs.sizes[3])
+    return torch.cat((as_table(rows, pairs.sizes, heads).flatten(), _numbers(most, None, pairs)))
+
+
+WAYS = {"runs": _runs, "few": _few}
+
+
+def _hot(way: str, pairs: Pairs, heads: int) -> Found:
+    """What takes no numbers is compiled on a GPU."""
+    if pairs.mask.reads_ints or pairs.mask.reads_floats or not pairs.tensors:
+        return _unpacked(WAYS[way](pairs, heads), pairs, heads)
+    made = _function(way, pairs.program, len(pairs.blocks), tuple(pairs.sizes), tuple(pairs.block_sizes), heads)
+    return _unpacked(made(*pairs.tensors), pairs, heads)
+
+
+@functools.lru_cache(64)
+def _function(
+    way: str, program: str, blocks: int, sizes: tuple[int, ...], block_sizes: tuple[int, ...], heads: int
+) -> HotFunction:
+    def function(*tensors: Tensor) -> Tensor:
+        device: Any = tensors[0].device
+        rest = ((), (), (), sizes, tensors[:blocks], block_sizes, device)
+        return WAYS[way](Pairs(program, tensors[blocks:], *rest), heads)
+
+    return HotFunction(function)
+
+
+def _unpacked(packed: Tensor, pairs: Pairs, heads: int) -> Found:
+    table = packed[:-3].view(heads, NARROW, pairs.sizes[0] * pairs.sizes[2])
+    return Found(table, packed[-3:])

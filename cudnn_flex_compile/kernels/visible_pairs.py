@@ -1,0 +1,153 @@
+"""Which pairs of a call are visible, by its mask and by the blocks of its BlockMask, some rows after the other.
+
+Knows nothing of what is done with them. This is what stock flex_attention says: a pair is visible if its block is
+listed, and is full or the mask_mod holds; and where the score_mod does not hide it, in blocks of any kind.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cudnn_flex_compile.kernels.block_mask import by_kind, clipped
+from cudnn_flex_compile.kernels.row_runs import Parts, parts_of
+from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod.interpret import CHUNK, environment, evaluate
+from cudnn_flex_compile.scoremod.ir import F32, I32, TRUE, Expr
+from cudnn_flex_compile.scoremod.optable import make
+from cudnn_flex_compile.scoremod.saturate import exact
+from cudnn_flex_compile.scoremod.simplify import normalize
+from cudnn_flex_compile.scoremod.text import parse, text
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """The mask of a call.
+
+    Attributes:
+        own: the mask_mod.
+        always: what the score_mod leaves visible.
+        parts, own_parts: both together, and the mask_mod, as runs of rows (row_runs.py), if they are such.
+        reads_ints, reads_floats: whether there are scalars in it.
+    """
+
+    own: Expr
+    always: Expr
+    parts: Parts | None
+    own_parts: Parts | None
+    reads_ints: bool
+    reads_floats: bool
+
+
+@functools.lru_cache(256)
+def mask_of(program: str) -> Mask:
+    """The mask of a text that `text_of` made, or of a program that hides nothing by its score."""
+    parsed = parse(program)
+    own, always = parsed.mask, parsed.score.args[0] if parsed.score.kind == "where" else TRUE
+    leaves = list(ir.walk(own, always))
+    kinds = {n.dtype for n in leaves if n.kind == "scalar"}
+    parts = own_parts = None
+    if not any(n.kind == "operand" for n in leaves):
+        whole, alone = (normalize(ir.program(mask=m)).mask for m in (make("and", own, always), own))
+        parts, own_parts = parts_of(whole), parts_of(alone)
+    return Mask(own, always, parts, own_parts, I32 in kinds, F32 in kinds)
+
+
+def text_of(own: Expr, always: Expr) -> str:
+    """The text of a mask, over captures and scalars by position."""
+    hidden = ir.const(float("-inf"), F32)
+    return text(ir.program(ir.SCORE if always is TRUE else make("where", always, ir.SCORE, hidden), own))
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """The pairs of one call.
+
+    Attributes:
+        program: of its mask (`text_of`).
+        captured, operands, ints, floats: what the mask reads, by position.
+        sizes: of the axes b, h, q and k.
+        blocks, block_sizes: of the BlockMask, as in stock.Stock; no blocks without one.
+    """
+
+    program: str
+    captured: Sequence[Tensor]
+    operands: Sequence[Tensor]
+    ints: Sequence[int]
+    floats: Sequence[Tensor]
+    sizes: Sequence[int]
+    blocks: Sequence[Tensor]
+    block_sizes: Sequence[int]
+    device: torch.device
+
+    @property
+    def mask(self) -> Mask:
+        return mask_of(self.program)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What the pairs depend on; without operands, which have no version of their own."""
+        return (*self.blocks, *self.captured)
+
+    @property
+    def block(self) -> tuple[int, int]:
+        return clipped(self.block_sizes, self.sizes)
+
+    @property
+    def axes(self) -> tuple[int, int]:
+        """Batch entries and heads that differ; 1 each for what is the same for all."""
+        named = {*ir.axes_of(self.mask.own), *ir.axes_of(self.mask.always)}
+        listed = [max(sizes) for sizes in zip(*(t.shape[:2] for t in self.blocks), strict=True)] or [1, 1]
+        batch, heads = (n if a in named else m for a, n, m in zip("bh", self.sizes, listed, strict=False))
+        return batch, heads
+
+    def chunks(self) -> Iterator[slice]:
+        """Rows that are looked at at once."""
+        batch, heads = self.axes
+        step = max(1, CHUNK // max(1, batch * heads * self.sizes[3]))
+        return (slice(start, min(start + step, self.sizes[2])) for start in range(0, self.sizes[2], step))
+
+    def visible(self) -> Iterator[tuple[int, Tensor]]:
+        """The first row, and what is visible [B or 1, H or 1, R, Skv], of some rows after the other."""
+        places = torch.arange(self.sizes[3], dtype=torch.int32, device=self.device)
+        show = self._shower()
+        return ((rows.start, show(rows, places)) for rows in self.chunks())
+
+    def with_previous(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """What is visible of some rows after the other, and what is at the key before each."""
+        places = torch.arange(self.sizes[3], dtype=torch.int32, device=self.device)
+        show = self._shower()
+        return ((show(rows, places), show(rows, (places - 1).clamp(min=0))) for rows in self.chunks())
+
+    def _shower(self) -> Any:
+        kinds = by_kind(self.blocks, self.sizes, self.block) if self.blocks else None
+        numbers = dict(enumerate(exact((self.mask.own, self.mask.always), self.ints)))
+        floats = {i: float(f) for i, f in enumerate(self.floats)}
+        span = [torch.arange(n, dtype=torch.int32, device=self.device) for n in self.sizes[:3]]
+        nothing = torch.zeros((1, 1, 1, 1), device=self.device)
+
+        def show(rows: slice, places: Tensor) -> Tensor:
+            q = span[2][rows]
+            near = {i: _near(t, rows, places) for i, t in enumerate(self.operands)}
+            indices = {
+                "b": span[0].view(-1, 1, 1, 1), "h": span[1].view(-1, 1, 1), "q": q.view(-1, 1), "k": places,
+            }  # fmt: skip
+            leaf = environment(nothing, indices, near, numbers, floats, captured=self.captured)
+            found = evaluate(self.mask.own, leaf)
+            if kinds is not None:
+                q_block, kv_block = self.block
+                partial, full = (kind[:, :, q // q_block][..., places // kv_block] for kind in kinds)
+                found = (found & partial) | full
+            if self.mask.always is not TRUE:
+                found = found & evaluate(self.mask.always, leaf)
+            return found.expand(*self.axes, len(range(self.sizes[2])[rows]), self.sizes[3])
+
+        return show
+
+
+def _near(operand: Tensor, rows: slice, places: Tensor) -> Tensor:
+    operand = operand[:, :, rows] if operand.shape[2] > 1 else operand
+    return operand.index_select(3, places) if operand.shape[3] > 1 else operand

@@ -1,0 +1,152 @@
+"""How lists are made step by step, with a tiler that hands the table on: what is found at each step is the list of that
+step's mask, whatever the last one needed.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from cudnn_flex_compile.engine.tiles.layout import Layout
+from cudnn_flex_compile.engine.tiles.tile_list import Geometry, Room, TileList
+from cudnn_flex_compile.kernels import row_tables, tile_lists
+from cudnn_flex_compile.kernels.tile_lists import Listed, Needs
+from cudnn_flex_compile.kernels.visible_pairs import Pairs, text_of
+from cudnn_flex_compile.reasons import Code
+from cudnn_flex_compile.scoremod.ir import TRUE
+from tests.support.mask_runs import SOURCES, shown
+from tests.support.mask_sources import CPU, brute_force, normal, used
+
+SIZES = (2, 1, 64, 64)
+GEOMETRY = Geometry.of([2, 1, 64, 64, 1, 64, 64, 1, 0], torch.bfloat16)
+
+
+class Tiler:
+    """Its lists are tables; a tile is a change of a row."""
+
+    def __init__(self):
+        self.made, self.recorded = [], 0
+
+    def needed(self, table):
+        count = int((table < SIZES[3]).sum())
+        return Room(count, count // 2)
+
+    def count(self, table):
+        self.made.append("exact")
+        return table, self.needed(table)
+
+    def write(self, table, room):
+        assert room.holds(self.needed(table))
+        return TileList(table.clone(), Layout())
+
+    def within(self, table, room):
+        self.made.append("within")
+        needed = self.needed(table)
+        return TileList(table.clone() if room.holds(needed) else table.new_zeros(0), Layout()), torch.tensor(needed[:2])
+
+    def size(self, room):
+        return sum(room)
+
+
+@pytest.fixture
+def tiler(monkeypatch):
+    made = Tiler()
+
+    def recording_of(geometry, room, width, device, stream):
+        made.recorded += 1
+        return SimpleNamespace(within=lambda table: made.within(table, room))
+
+    monkeypatch.setattr(tile_lists, "tiler_of", lambda geometry, device: made)
+    monkeypatch.setattr(tile_lists, "recording_of", recording_of)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    return made
+
+
+def documents(seed, count, shuffled=False):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, count, (2, 64), generator=generator).sort(-1).values
+    return ids[:, torch.randperm(64, generator=generator)] if shuffled else ids
+
+
+def pairs_of(source, ids):
+    given = used(source, {"ids": ids, "row": ids[0], "prefix": torch.tensor([3, 9])})
+    return Pairs(text_of(normal(source, given).mask, TRUE), list(given.values()), (), [], [], SIZES, [], (), CPU), given
+
+
+def step(needs, source, ids, budget=1):
+    """One list, as its first call finds it; with tensors of its own, for those of the op may have changed by then."""
+    pairs, given = pairs_of(source, ids.clone())
+    listed = Listed(GEOMETRY, needs, budget)
+    tile_lists._begin(listed, pairs)
+    if listed.found is None:
+        for tensor in pairs.captured:
+            tensor.zero_()
+        pairs, given = pairs_of(source, ids)
+        listed.settle(lambda: pairs)
+    assert torch.equal(shown(listed.found.numbers, SIZES), brute_force(source, given, SIZES)), ids
+    return listed
+
+
+@pytest.mark.parametrize("source", ["causal documents", "prefix of each document", "image blocks", "documents"])
+def test_each_step_finds_its_own_list(source, tiler):
+    needs = Needs()
+    layouts = [(1, False)] * 2 + [(9, False)] * 4 + [(30, False), (30, True), (30, True), (3, True), (2, False)]
+    for seed, (count, shuffled) in enumerate(layouts * 3):
+        step(needs, SOURCES[source], documents(seed, count, shuffled))
+
+
+def test_a_step_like_the_last_one_waits_for_nothing_until_its_call(tiler):
+    needs = Needs()
+    for seed in range(6):
+        step(needs, SOURCES["causal documents"], documents(seed, 5))
+    assert tiler.made == ["exact"] + ["within"] * 5
+    assert tiler.recorded == 6 - 1 - tile_lists.RECORDED
+
+
+def test_a_list_that_is_too_small_is_made_anew_of_its_table_alone(tiler, monkeypatch):
+    needs = Needs()
+    for _ in range(2):
+        step(needs, SOURCES["documents"], documents(0, 1))
+    room = needs.room
+    monkeypatch.setattr(needs, "room", Room(64, 0))
+    tiler.made.clear()
+    step(needs, SOURCES["documents"], documents(0, 64))
+    assert tiler.made == ["within", "exact"]
+    assert needs.room.holds(Room(65, 1))
+    assert room.holds(Room(64, 0))
+
+
+def test_runs_of_rows_are_tried_again(tiler, monkeypatch):
+    tried, by_runs = [], row_tables.by_runs
+    monkeypatch.setattr(row_tables, "by_runs", lambda *args: tried.append(1) or by_runs(*args))
+    needs, source = Needs(), SOURCES["causal documents"]
+    step(needs, source, documents(0, 5, True))
+    tried.clear()
+    for seed in range(tile_lists.RETRY - 1):
+        step(needs, source, documents(seed, 5))
+    assert not tried
+    for seed in range(4):
+        step(needs, source, documents(seed, 5))
+    assert len(tried) == 4
+
+
+def test_reasons_instead_of_lists(tiler, monkeypatch):
+    monkeypatch.setattr(tile_lists, "MIB", 1)
+    pairs, _ = pairs_of(SOURCES["documents"], documents(0, 9))
+    for budget in (10**9, 1):
+        listed = Listed(GEOMETRY, Needs(), budget)
+        tile_lists._begin(listed, pairs)
+        assert isinstance(listed.found, TileList) == (budget > 1)
+    assert listed.found.code is Code.LIST_BUDGET
+    blocks = [torch.tensor([[[2]]]), torch.tensor([[[[0, 0]]]])]
+    twice = Pairs(text_of(normal("q >= kv").mask, TRUE), [], (), [], [], SIZES, blocks, (64, 64), CPU)
+    listed = Listed(GEOMETRY, Needs(), None)
+    tile_lists._begin(listed, twice)
+    assert listed.found is tile_lists.ILL_FORMED
+
+
+def test_what_is_most_of_a_mask(tiler):
+    for source, most in (("q >= kv", 3), ("(q >= kv) & ((q - kv < 5) | (kv < 4))", 3), ("(q - kv) % 4 < 2", 33)):
+        pairs = Pairs(text_of(normal(source).mask, TRUE), [], (), [], [], SIZES, [], (), CPU)
+        assert tile_lists.most_endpoints(pairs) in (most, most - 1), source
