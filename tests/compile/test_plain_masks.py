@@ -84,6 +84,47 @@ def test_each_direction_runs_in_its_own_way(monkeypatch, name, directions):
     assert_right(out, arguments[:3], grad, mask_mod)
 
 
+@pytest.mark.parametrize("directions", [(FORWARD,), (BACKWARD,), BOTH], ids=" and ".join)
+def test_checkpointed_layers(monkeypatch, directions):
+    monkeypatch.setattr(lower_call, "faster_by_tiles", lambda inputs, apart: directions)
+
+    def layers(q, k, v, mask):
+        for _ in range(2):
+            q = torch.utils.checkpoint.checkpoint(attend, q, k, v, mask, use_reentrant=False)
+        return q
+
+    arguments, grad, _ = call("causal")
+    with collect() as report:
+        out = compiled(layers, lower="always", inner_backend="aot_eager")(*arguments)
+        found = torch.autograd.grad(out, arguments[:3], grad)
+    assert len(report.calls) == 2
+    for reported in report.calls:
+        assert ("tile_lists" in reported.strategies[:1]) == (FORWARD in directions)
+    expected = torch.autograd.grad(layers(*arguments), arguments[:3], grad)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert (mine - theirs).norm() <= 2**-6 * theirs.norm()
+
+
+def test_the_gradient_of_the_log_sum_exp(monkeypatch):
+    """As learned sinks have it, in each direction's own way."""
+
+    def with_sinks(q, k, v, mask):
+        out, lse = flex_attention(q, k, v, block_mask=mask, enable_gqa=True, return_lse=True)
+        return out * torch.sigmoid(lse - 0.5).unsqueeze(-1).to(out.dtype)
+
+    arguments, grad, _ = call("sinks + window")
+    expected = torch.autograd.grad(with_sinks(*arguments), arguments[:3], grad)
+    for directions in ((FORWARD,), (BACKWARD,), BOTH):
+        torch._dynamo.reset()
+        monkeypatch.setattr(lower_call, "faster_by_tiles", lambda inputs, apart, found=directions: found)
+        with collect() as report:
+            out = compiled(with_sinks, lower="always", inner_backend="aot_eager")(*arguments)
+            found = torch.autograd.grad(out, arguments[:3], grad)
+        assert "tile_lists" in report.calls[0].strategies, report.calls[0].reason
+        for mine, theirs in zip(found, expected, strict=True):
+            assert (mine - theirs).norm() <= 2**-6 * theirs.norm()
+
+
 def test_without_gradients_the_forward_is_all(monkeypatch):
     monkeypatch.setattr(lower_call, "faster_by_tiles", lambda inputs, apart: (FORWARD,))
     arguments, _, _ = call("causal")
