@@ -169,6 +169,7 @@ ROWS: tuple[Row, ...] = (
     Row("pow", "float", 2, torch.pow, _pow_backward, "pow", MINMAX, "({0} ** {1})"),
     Row("sin", "float", 1, torch.sin, lambda g, a, o: (g * make("cos", a[0]),), "sin", UNARY),
     Row("cos", "float", 1, torch.cos, lambda g, a, o: (-(g * make("sin", a[0])),), "cos", UNARY),
+    Row("tan", "float", 1, torch.tan, lambda g, a, o: (g + g * o * o,), "tan", UNARY),
     Row("tanh", "float", 1, torch.tanh, lambda g, a, o: (g - g * o * o,), "tanh", UNARY),
     Row("sigmoid", "float", 1, torch.sigmoid, lambda g, a, o: (g * (o - o * o),), "sigmoid", UNARY),
     Row(

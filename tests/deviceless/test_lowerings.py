@@ -15,6 +15,7 @@ from .harness import SMS
 
 SCORES = {
     "tanh": softcap(20.0),
+    "tan": lambda s, b, h, q, k: torch.tan(s),
     "clamp, abs": lambda s, b, h, q, k: s.clamp(-3, 4).abs(),
     "silu": lambda s, b, h, q, k: F.silu(s),
     "softplus": lambda s, b, h, q, k: F.softplus(s),
