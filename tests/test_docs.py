@@ -97,6 +97,10 @@ def test_readme_is_short():
     assert len(text.split()) <= 1200
 
 
+def test_contributing_is_short():
+    assert len(PAGES["CONTRIBUTING.md"].splitlines()) <= 200
+
+
 def test_readme_starts_with_a_number_and_code():
     lines = PAGES["README.md"].splitlines()
     assert any(re.search(r"\d\.\d+x", line) for line in lines[:15])

@@ -30,6 +30,7 @@ LAYERS = (
     ("run",),
     ("cli",),
 )
+MOST_ROOMS = {"engine": 20, "passes": 8}  # files and folders at the top
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 
@@ -71,6 +72,11 @@ IMPORTS = {name: set(imports(path)) - {name, ""} for name, path in FILES.items()
 
 def test_each_part_has_a_layer():
     assert {name.split(".")[0] for name in FILES} == set(LEVEL)
+
+
+def test_folders_can_be_seen_at_a_glance():
+    rooms = {folder: {name.split(".")[1] for name in FILES if name.startswith(f"{folder}.")} for folder in MOST_ROOMS}
+    assert all(len(rooms[folder]) <= most for folder, most in MOST_ROOMS.items()), rooms
 
 
 @pytest.mark.parametrize("name", IMPORTS)

@@ -8,8 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from cudnn_flex_compile.config import GRAPHS
 from cudnn_flex_compile.engine.certify.reference import ProgramReference
 from cudnn_flex_compile.engine.choose import Policy, choose
+from cudnn_flex_compile.engine.graph.strategies import STRATEGIES
 from cudnn_flex_compile.engine.plans import graph_plan
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem, TensorSpec, dense, out_spec
 from cudnn_flex_compile.reasons import Code, Reason
@@ -34,6 +36,10 @@ def problem(program: Program, direction: str, *operands: tuple[int, ...], dtype:
     given = tuple(dense(TensorSpec(shape, (), torch.float32)) for shape in operands)
     forward = Problem(text(program), FORWARD, query, query, query, out_spec(query, query), given, 0.125, 0)
     return forward if direction == FORWARD else forward.backward(direction == WITH_LSE)
+
+
+def test_options_name_each_strategy() -> None:
+    assert {strategy.name for strategy in STRATEGIES} == set(GRAPHS) - {"parts"}
 
 
 def wide(*strategies: str) -> list[str]:
