@@ -68,15 +68,15 @@ class Checkpointed(nn.Module):
 
 
 def contexts() -> Any:
-    """Saves attention and every second product of matrices, as torchtitan does."""
+    """Saves attention, and the first of each two products of matrices, as torchtitan does."""
     higher = torch.ops.higher_order
     attention = (higher.flex_attention, getattr(higher, "inductor_compiled_code", None))
     products: Counter[bool] = Counter()
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         products[context.is_recompute] += op == torch.ops.aten.mm.default
-        second = op == torch.ops.aten.mm.default and products[context.is_recompute] % 2 == 0
-        return CheckpointPolicy.MUST_SAVE if op in attention or second else CheckpointPolicy.PREFER_RECOMPUTE
+        saved = op in attention or (op == torch.ops.aten.mm.default and products[context.is_recompute] % 2)
+        return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)
 

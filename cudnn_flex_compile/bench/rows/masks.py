@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import and_masks
 
 if TYPE_CHECKING:
     from cudnn_flex_compile.bench.rows.rows import Row
@@ -37,16 +38,12 @@ def _documents(length: int, draw: random.Random) -> list[int]:
     return lengths(length, max(total // SHORTEST, 1), max(total // LONGEST * 2, 2), draw)
 
 
-def nothing(row: "Row", draw: random.Random) -> Data:
-    return {}
-
-
 def draw_offsets(row: "Row", draw: random.Random) -> Data:
     """Where each document begins, and each token's document: int32, as torchtitan has them."""
     sizes = torch.tensor(_documents(row.length, draw))
     ends = sizes.cumsum(0)
     ids = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
-    padded = torch.full((row.length // 8,), row.length)  # of one size for all steps
+    padded = torch.full(((row.length // 128 + 1) * 128,), row.length)
     padded[: len(sizes)] = ends - sizes
     return {"doc_id": ids.int(), "offsets": padded.int()}
 
@@ -54,19 +51,35 @@ def draw_offsets(row: "Row", draw: random.Random) -> Data:
 def offsets(row: "Row", data: Data) -> tuple[MaskMod, ...]:
     doc_id, begin = data["doc_id"], data["offsets"]
 
-    def visible(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        return (q >= kv) & (kv >= begin[doc_id[q]])
+    def packed(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        return kv >= begin[doc_id[q]]
 
-    return (visible,)
+    return (and_masks(causal, packed),)
+
+
+def draw_ends(row: "Row", draw: random.Random) -> Data:
+    """Where the document ends that a token belongs to: torchtitan's where there are several batch entries."""
+    rows = [torch.tensor(_documents(row.length, draw)) for _ in range(row.batch)]
+    return {"ends": torch.stack([torch.repeat_interleave(sizes.cumsum(0) - 1, sizes) for sizes in rows]).int()}
+
+
+def ends(row: "Row", data: Data) -> tuple[MaskMod, ...]:
+    last = data["ends"]
+
+    def packed(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        return q <= last[b, kv]
+
+    return (and_masks(causal, packed),)
 
 
 def offsets_and_window(row: "Row", data: Data) -> tuple[MaskMod, ...]:
     (documents,), window = offsets(row, data), row.window
 
     def recent(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        return documents(b, h, q, kv) & (q - kv < window)
+        return q - kv < window
 
-    return (recent,) if row.every_layer else (recent, documents)
+    recent_documents = and_masks(documents, recent)
+    return (recent_documents,) if row.every_layer else (recent_documents, documents)
 
 
 def draw_ids(row: "Row", draw: random.Random) -> Data:

@@ -119,11 +119,13 @@ _ROWS: tuple[dict[str, Any], ...] = (
      "checkpoint": "selective"},
     {"name": "1c", "who": "torchtitan Llama 3.1 70B, a rank of TP 8", **DOCUMENTS, "heads": 8, "kv_heads": 1,
      "qk_dim": 128, "dim": 8192, "mlp": 3584, "length": 65536, "form": ALONE, "checkpoint": "selective"},
+    {"name": "1d", "who": "torchtitan Llama 3.1 8B, two sequences", **LLAMA_8B, **DOCUMENTS, "draw": masks.draw_ends,
+     "mods": masks.ends, "by_batch": True, "batch": 2, "length": 8192, "form": ALONE, "checkpoint": "selective"},
     {"name": "2", "who": "torchtitan DeepSeek-V3 16B", **DEEPSEEK, **DOCUMENTS, "length": 16384, "form": ALONE},
     {"name": "2b", "who": "torchtitan Kimi, reads the largest scores", **DEEPSEEK, **DOCUMENTS, "length": 16384,
      "form": ALONE, "max_scores": True},
     {"name": "3", "who": "torchtitan Muse Glimmer 30B", **WINDOWED, "heads": 32, "kv_heads": 2, "qk_dim": 128,
-     "dim": 4096, "mlp": 8192, "window": 2048, "every_layer": True, "length": 8192, "form": ALONE,
+     "dim": 6656, "mlp": 19968, "window": 2048, "every_layer": True, "length": 8192, "form": ALONE,
      "checkpoint": "full"},
     {"name": "3b", "who": "torchtitan gpt-oss 20B", **WINDOWED, "heads": 64, "kv_heads": 8, "qk_dim": 64,
      "dim": 2880, "mlp": 11520, "window": 128, "sinks": True, "length": 8192, "form": ALONE, "checkpoint": "full"},
@@ -161,8 +163,8 @@ def chosen(names: list[str]) -> list[Row]:
     """
     if not names:
         return list(ROWS)
-    known = {row.name for row in ROWS} | {row.name.rstrip("abc") for row in ROWS}
+    known = {row.name for row in ROWS} | {row.name.rstrip("abcd") for row in ROWS}
     wrong = [name for name in names if name not in known]
     if wrong:
         raise ValueError(f"no row is named {', '.join(map(repr, wrong))}; there are {', '.join(r.name for r in ROWS)}")
-    return [row for row in ROWS if row.name in names or row.name.rstrip("abc") in names]
+    return [row for row in ROWS if row.name in names or row.name.rstrip("abcd") in names]
