@@ -1,6 +1,6 @@
 """`cudnn_flex::attention`: the forward and the backward as one differentiable function.
 
-Knows nothing of how either computes.
+implementations.py runs both on each device; this file connects them for autograd.
 """
 
 import math
@@ -17,7 +17,7 @@ from cudnn_flex_compile.ops.undispatched import backward, forward
 from cudnn_flex_compile.scoremod.learned import position_in
 
 LOG2E = 1 / math.log(2)
-# What a stock compiled flex_attention raises.
+# The error that a stock compiled flex_attention raises for a second derivative.
 TWICE = "torch.compile with aot_autograd does not currently support double backward"
 
 
@@ -75,10 +75,10 @@ class _Once(torch.autograd.Function):
 def _once(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
     """The gradients, which raise an error when they are differentiated.
 
-    once_differentiable's do so only where the gradient of the output requires one: without, a gradient penalty would
-    silently lack what it has of the queries and keys.
+    Those of `once_differentiable` raise it only where the output's gradient requires a gradient itself. Elsewhere a
+    gradient penalty would be differentiated without an error, and would lack its terms in queries and keys.
     """
-    if not torch.is_grad_enabled():  # no graph is recorded of them
+    if not torch.is_grad_enabled():  # then autograd records nothing
         return gradients
     return _Once.apply(*(gradient.detach().requires_grad_() for gradient in gradients))  # pyright: ignore
 
@@ -88,7 +88,7 @@ def attention(
     program: str, scale: float, return_lse: bool, stats: bool, stock: list[Tensor], layout: list[int], by_blocks: str,
     tiles: Tensor | None = None, backward_tiles: Tensor | None = None, policy: str = "",
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
-    """As the op, without dispatch: out, the log-sum-exp in base 2, and the natural one (with a gradient)."""
+    """The op without dispatch: out, the log-sum-exp in base 2, and the natural one (with a gradient)."""
     position = position_in(program) if operands else None
     bias = None if position is None else operands[position]
     learned = bias is not None and bias.requires_grad
@@ -106,7 +106,7 @@ def _attention(
     program: str, scale: float, return_lse: bool, stats: bool, stock: list[Tensor], layout: list[int], by_blocks: str,
     tiles: Tensor | None = None, backward_tiles: Tensor | None = None, policy: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """What compilers decompose: below it there is no autograd, whose bookkeeping a compiled graph need not pay."""
+    """The op as compilers decompose it, below autograd, whose bookkeeping a compiled graph need not pay for."""
     arguments = (query, key, value, operands, ints, floats, program, scale, return_lse, stats)
     out, lse, natural = attention(*arguments, stock, layout, by_blocks, tiles, backward_tiles, policy)
     lse = new_stats(query, False) if lse is None else lse

@@ -1,7 +1,7 @@
 """FLOP formulas of the ops, for torch.utils.flop_counter.
 
-By torch's convention for attention: every (q, kv) pair counts, masked or not; a multiplication and an addition are two;
-the backward computes the scores again. Knows nothing of what cuDNN skips.
+They follow torch's convention for attention: every (q, kv) pair counts, masked or not; a multiplication and an addition
+are two; the backward computes the scores again. Tiles that a kernel skips count, too.
 """
 
 from typing import Any
@@ -25,6 +25,6 @@ def _backward_flops(
 
 
 def _per_dim(query: Tensor, key: Tensor) -> int:
-    """Of a product over all pairs, for each channel."""
+    """The FLOPs of a product over all pairs, for each channel."""
     batch, heads, rows, _ = query.shape
     return 2 * batch * heads * rows * key.shape[2]

@@ -1,6 +1,6 @@
-"""What `attention_forward` and `attention_backward` do on each device, and their fakes.
+"""Implements `attention_forward` and `attention_backward` on each device, and their fakes.
 
-Knows nothing of autograd. Imports the kernels of a device when they first run.
+It imports the kernels of a device when they first run. autograd.py makes one differentiable op of both.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from cudnn_flex_compile.scoremod.learned import position_in
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Raises ValueError for tensors that are no attention call."""
+    """Raises ValueError for tensors that do not fit together as an attention call."""
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     if not query.dim() == key.dim() == value.dim() == 4:
         raise ValueError(f"cudnn_flex::attention takes [B, H, S, D] tensors, got {shapes}")
@@ -51,7 +51,7 @@ def _disagreeing(
     query: Tensor, key: Tensor, ints: list[int], floats: list[Tensor], stock: list[Tensor], layout: list[int],
     by_blocks: str, tiles: Tensor | None,
 ) -> Any:  # fmt: skip
-    """The call as stock flex_attention runs it, if it has a BlockMask that says other than its mask, or may."""
+    """The call as stock flex_attention runs it, if it has a BlockMask that disagrees with its mask, or may disagree."""
     from cudnn_flex_compile.kernels import block_mask_contract
     from cudnn_flex_compile.kernels.stock import Stock
 

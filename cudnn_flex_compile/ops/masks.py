@@ -1,6 +1,6 @@
-"""The ops about masks: keys in another order, the comparison of a BlockMask, and the list of a mask's tiles.
+"""The ops that prepare a mask: permuted keys, the comparison of a BlockMask, and the list of a mask's tiles.
 
-Knows nothing of attention.
+Calls with the same mask share their results. The work itself is in kernels/.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from cudnn_flex_compile.ops.schemas import library
 
 
 class _PermuteKeys(torch.autograd.Function):
-    """A gather whose gradient is the gather by the inverse, where autograd would add up atomically."""
+    """A gather whose gradient is the gather by the inverse; autograd's own would add up atomically."""
 
     @staticmethod
     def forward(ctx: Any, keys: Tensor, order: Tensor, slots: Tensor) -> Tensor:  # pyright: ignore

@@ -1,6 +1,6 @@
 """Names for profiles: an event below the op's, with the score and the mask that it computes.
 
-Knows nothing of devices. Without a profiler there is no event, and its name is not made.
+Without a profiler there is no event, and its name is not made.
 """
 
 import functools

@@ -1,7 +1,4 @@
-"""The schemas of the ops, and the ops themselves.
-
-Knows nothing of what they compute.
-"""
+"""The schemas of the ops, and the ops themselves. The other files of this folder implement them."""
 
 import torch
 from torch import Tensor

@@ -1,10 +1,9 @@
 """`attention_forward`, `attention_backward`, `check_block_mask` and `list_tiles` as plain functions: the ops without
 torch's dispatcher.
 
-Knows nothing of autograd. Compiled graphs call these where they would call the ops. The dispatcher takes as long as
-all else that the host does for a call. It is gone through all the same wherever something may depend on it: on other
-devices, for tensors of another type, under a dispatch mode (fake tensors, tracing, counting of FLOPs), and under a
-profiler.
+Compiled graphs call these in place of the ops, because the dispatcher takes as long as everything else that the host
+does for a call. A function calls the op all the same wherever something may depend on the dispatcher: on other devices,
+for tensors of another type, under a dispatch mode (fake tensors, tracing, counting of FLOPs), and under a profiler.
 """
 
 import functools
@@ -27,7 +26,7 @@ from cudnn_flex_compile.ops.schemas import (
 )  # fmt: skip
 
 PLAIN = (Tensor, Parameter)
-# Names in torch.ops.cudnn_flex.
+# The names of the functions in torch.ops.cudnn_flex.
 FORWARD, BACKWARD, CHECK = "undispatched_forward", "undispatched_backward", "undispatched_check"
 LIST = "undispatched_list"
 
@@ -54,7 +53,7 @@ def forward(
     program: str, scale: float, stats: bool, stock: list[Tensor], layout: list[int], by_blocks: str,
     tiles: Tensor | None = None, policy: str = "",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As the op `attention_forward`."""
+    """Runs the op `attention_forward`."""
     if _dispatched(query):
         kept = (stock, layout, by_blocks, tiles, policy)
         return attention_forward(query, key, value, operands, ints, floats, program, scale, stats, *kept)
@@ -67,7 +66,7 @@ def backward(
     operands: list[Tensor], ints: list[int], floats: list[Tensor], program: str, scale: float, stock: list[Tensor],
     layout: list[int], by_blocks: str, tiles: Tensor | None = None, policy: str = "",
 ) -> Gradients:  # fmt: skip
-    """As the op `attention_backward`."""
+    """Runs the op `attention_backward`."""
     plain = type(grad_out) in PLAIN and (grad_stats is None or type(grad_stats) in PLAIN)
     given = (grad_out, grad_stats, query, key, value, out, stats, operands, ints, floats, program, scale)
     if not plain or _dispatched(query):
@@ -76,18 +75,18 @@ def backward(
 
 
 def check(blocks: list[Tensor], *rest: Any) -> Tensor:
-    """As the op `check_block_mask`."""
+    """Runs the op `check_block_mask`."""
     return (check_block_mask if _dispatched(blocks[0]) else check_plain)(blocks, *rest)
 
 
 def list_without_dispatch(blocks: list[Tensor], captured: list[Tensor], *rest: Any) -> Tensor:
-    """As the op `list_tiles`."""
+    """Runs the op `list_tiles`."""
     given = next(iter((*blocks, *captured)), None)
     seen = _watched() if given is None else _dispatched(given)
     return (list_tiles if seen else list_plain)(blocks, captured, *rest)
 
 
-# Where Inductor's generated code finds them, also code from its caches.
+# Inductor's generated code finds the functions here, also code from its caches.
 setattr(namespace, FORWARD, forward)
 setattr(namespace, BACKWARD, backward)
 setattr(namespace, CHECK, check)
