@@ -1,7 +1,4 @@
-"""Lets the host read numbers of the device without waiting for what is enqueued after them.
-
-Knows nothing of what the numbers say.
-"""
+"""Lets the host read numbers of the device without waiting for work that is enqueued after them."""
 
 from typing import Any
 
@@ -21,7 +18,7 @@ class AsyncRead:
             self._there.record()
 
     def __call__(self) -> Any:
-        """A number or a list of them; waits until they are there."""
+        """The number, or the list of numbers. Waits until they are there."""
         if self._there is not None:
             self._there.synchronize()
         return self._host.tolist()

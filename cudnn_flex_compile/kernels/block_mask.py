@@ -1,8 +1,8 @@
 """Compares the blocks that a BlockMask lists with the mask program: the BlockMask contract.
 
-Knows nothing of plans, nor of when to compare (contract.py). Stock flex_attention computes nothing in an omitted block
-and no mask in a "full" one; the plans compute the mask everywhere. Both agree if no omitted block has a visible pair
-and no full one a hidden pair; blocks that are listed needlessly do no harm.
+block_mask_contract.py says when to compare. Stock flex_attention computes nothing in an omitted block and no mask in a
+"full" one; the plans compute the mask everywhere. Both agree if no omitted block has a visible pair and no full one a
+hidden pair; blocks that are listed needlessly do no harm.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,7 +22,7 @@ def agree(
     blocks: Sequence[Tensor], operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor],
     program: Program, sizes: Sequence[int], block_sizes: Sequence[int],
 ) -> Tensor:  # fmt: skip
-    """A boolean scalar on the device of the blocks."""
+    """Whether blocks and mask agree, as a boolean scalar on the device of the blocks."""
     device, block = blocks[0].device, clipped(block_sizes, sizes)
     limits = row_limits(program, operands, ints, sizes, device)
     if limits is not None:
@@ -44,8 +44,10 @@ def _agree(
 
 
 def well_formed(blocks: Sequence[Tensor], sizes: Sequence[int], block: tuple[int, int]) -> Tensor:
-    """Whether each block is listed once at most, for stock counts the pairs of another one twice, and the same ones for
-    rows as for columns, by which stock computes the gradients of keys and values.
+    """Whether each block is listed once at most, and the lists by rows and by columns have the same blocks.
+
+    Stock counts the pairs of a block twice that is listed twice, and computes the gradients of keys and values by the
+    lists of columns.
     """
     rows, columns = _extent(sizes, block)
     partial, full = by_kind(blocks, sizes, block)
@@ -81,7 +83,7 @@ def covered(
 
 
 def by_kind(blocks: Sequence[Tensor], sizes: Sequence[int], block: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Which blocks are partial, and which are full: [B or 1, H or 1, rows, columns] of blocks."""
+    """Whether each block is partial, and whether it is full, [B or 1, H or 1, rows, columns] of blocks."""
     columns = _extent(sizes, block)[1]
     partial = listed(blocks[0], blocks[1], columns)
     return partial, listed(blocks[2], blocks[3], columns) if len(blocks) == 8 else torch.zeros_like(partial)
@@ -114,7 +116,7 @@ class RowLimits:
     counts: Tensor
 
     def blocks(self, q_block: int, kv_block: int) -> Blocks:
-        """All of them, in work and memory of Sq x Skv / kv_block."""
+        """All blocks, in time and memory that grow as Sq x Skv / kv_block."""
         low, high = _edges(self.counts.shape[-1] - 1, kv_block, self.start.device)
         start = torch.maximum(self.start.unsqueeze(-1), low)
         end = torch.maximum(torch.minimum(self.end.unsqueeze(-1), high), start)
@@ -129,13 +131,15 @@ class RowLimits:
 
 
 def _edges(length: int, kv_block: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The first key of each block, and that after its last."""
+    """The first key of each block, and the key after its last."""
     edges = torch.arange(0, length + kv_block, kv_block, dtype=torch.int32, device=device).clamp(max=length)
     return edges[:-1], edges[1:]
 
 
 def _of_counts(seen: Tensor, size: Tensor, q_block: int) -> Blocks:
-    """From how many keys of each block each row sees, [B or 1, H or 1, Sq, blocks], and how many there are."""
+    """The blocks, from the number of keys of each block that each row sees, [B or 1, H or 1, Sq, blocks], and the
+    number of keys that it has.
+    """
     padded = -seen.shape[-2] % q_block
     some, every = (
         torch.nn.functional.pad(t, (0, 0, 0, padded), value=fill).unflatten(2, (-1, q_block))
@@ -179,11 +183,11 @@ def _values(limit: Linear, rows: Tensor, operands: Sequence[Tensor], ints: Seque
     return values
 
 
-COMPARED = 2**24  # comparisons of indices with columns: up to so many, one kernel is faster than zeros and a scatter
+COMPARED = 2**24  # up to so many comparisons of indices with columns are faster than zeros and a scatter
 
 
 def listed(count: Tensor, indices: Tensor, columns: int) -> Tensor:
-    """[B, H, rows, columns] booleans from counts [B, H, rows] and indices [B, H, rows, n]."""
+    """Whether each column is listed, [B, H, rows, columns], from counts [B, H, rows] and indices [B, H, rows, n]."""
     valid = torch.arange(indices.shape[-1], device=indices.device) < count.unsqueeze(-1)
     if valid.numel() * columns <= COMPARED:
         column = torch.arange(columns, dtype=indices.dtype, device=indices.device).unsqueeze(-1)
@@ -195,7 +199,7 @@ def listed(count: Tensor, indices: Tensor, columns: int) -> Tensor:
 
 
 def _per_block(mask: Tensor, q_block: int, kv_block: int, fill: bool) -> Tensor:
-    """[B, H, R, C] -> [B, H, R / q_block, C / kv_block, q_block, kv_block]; what is beyond the ends is `fill`."""
+    """[B, H, R, C] -> [B, H, R / q_block, C / kv_block, q_block, kv_block]; entries beyond the ends are `fill`."""
     pad = -mask.shape[-1] % kv_block, -mask.shape[-2] % q_block
     padded = torch.nn.functional.pad(mask, (0, pad[0], 0, pad[1]), value=fill)
     blocked = padded.unflatten(-1, (-1, kv_block)).unflatten(2, (-1, q_block))

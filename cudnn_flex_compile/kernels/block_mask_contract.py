@@ -1,8 +1,8 @@
-"""Knows of each BlockMask whether its blocks agree with its mask_mod: plans, which compute the mask, are right then.
+"""Remembers for each BlockMask whether its blocks agree with its mask_mod. If they do, plans may run its calls.
 
-Knows nothing of the comparison itself (block_mask.py), nor of what runs where they do not (stock.py). A BlockMask is
-compared once while it stays the same, for all layers and graphs, and the host waits for the answer when the first call
-with it is about to be launched. The answer is on the guard, a tensor that the comparison gives the calls.
+block_mask.py compares; stock.py runs calls whose blocks and mask_mod disagree. A BlockMask is compared once while it
+stays the same, for all layers and graphs, and the host waits for the answer when the first call with it is about to be
+launched. The answer is on the guard, a tensor that the comparison gives the calls.
 """
 
 import functools
@@ -59,7 +59,7 @@ _known = Remembered[Compared](4 * KEPT)
 
 
 def agrees(given: Given, query: Tensor, key: Tensor, ints: Sequence[int], floats: Sequence[Tensor]) -> bool:
-    """Whether plans are right for a call; False if the device has to find out by the guard."""
+    """Whether plans are right for a call; False if the device has to decide by the guard."""
     guard = given[0][0]
     answer = getattr(guard, ANSWER, None)
     if answer is not None:
@@ -110,7 +110,7 @@ def _compared(
             return _agree(tensors, len(blocks), ints, floats, program, sizes, block_sizes)
         return _comparison(program, len(blocks), tuple(sizes), tuple(block_sizes))(*tensors)
 
-    if capturing:  # the host can't read: what is replayed compares the BlockMask that is there then
+    if capturing:  # the host can't read: each replay compares the BlockMask that is there then
         torch_private.assert_on_device(compare())
         return _with_guard(blocks[0], AGREED)
     compared = _with_guard(blocks[0], Answer(AsyncRead(compare())))
@@ -119,13 +119,13 @@ def _compared(
 
 
 def _with_guard(like: Tensor, answer: Answer) -> Compared:
-    with torch.inference_mode(False):  # lest none could save it for a backward
+    with torch.inference_mode(False):  # an inference tensor could not be saved for a backward
         return Compared(with_answer(torch.empty(0, dtype=torch.int32, device=like.device), answer), answer)
 
 
 @dataclass(frozen=True, slots=True)
 class Mask:
-    """The mask of a program: with operands in place of what it captures, what these are, and what it reads."""
+    """The mask of a program: over operands, with the expressions of these, and the scalars that it reads."""
 
     program: ir.Program
     hoisted: Sequence[Any]
@@ -146,7 +146,7 @@ def _mask(program: str) -> Mask:
 
 @functools.lru_cache(KEPT)
 def only_mask(program: str) -> str:
-    """The program with the score as it is."""
+    """The text of the program with the unmodified score."""
     return text(ir.program(mask=parse(program).mask))
 
 

@@ -1,6 +1,6 @@
 """The CPU kernels of the ops: the program through the reference interpreter, a block of query rows at a time.
 
-Knows nothing of cuDNN. Computes in float32; for checking and explaining, not for speed.
+It computes in float32, for tests and for explaining, and not for speed. The ops call it for CPU tensors.
 """
 
 import math
@@ -35,7 +35,7 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Gradient:
-    """From the gradient of the modified score to that of the raw score."""
+    """Computes the gradient of the raw score from that of the modified score."""
 
     program: Program
     scores: Tensor
@@ -102,8 +102,10 @@ def forward(
 
 
 def _weights(block: Block) -> Tensor:
-    """Zero in rows that see no key. Not by way of the log-sum-exp: beside equal scores of -1e9, which hide a whole row,
-    the logarithm of their number is lost.
+    """The weights of a block, zero in rows that see no key.
+
+    They are not computed from the log-sum-exp: beside equal scores of -1e9, which hide a whole row, the logarithm of
+    their number is lost.
     """
     return torch.where((block.masked == -math.inf).all(-1, keepdim=True), 0.0, block.masked.softmax(-1))
 

@@ -1,6 +1,7 @@
-"""The CUDA kernels of the ops: one look-up, one execute.
+"""The CUDA kernels of the ops: one look-up of the plan, and one launch.
 
-Knows nothing of how plans are found. A call without a certified plan runs Inductor's kernel instead.
+engine/find_plan.py finds a plan at the first call of a shape. A call without a certified plan runs Inductor's kernel
+(inductor.py).
 """
 
 import functools
@@ -40,8 +41,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The output in the query's order of strides, and the natural log-sum-exp [B, H, Sq], empty without `stats`.
 
-    With the handle of a list of tiles, it is that by which the plan runs, BlockMask and all. Without, and with a
-    BlockMask that says other than the mask, it is as stock flex_attention has it.
+    With the handle of a list of tiles, the plan runs by this list, which has the BlockMask's blocks in it. Without one,
+    a call whose BlockMask disagrees with its mask runs as in stock flex_attention.
     """
     if query.get_device() != torch_private.current_device():
         with torch.cuda.device(query.device):
@@ -84,7 +85,7 @@ def backward(
     """dQ, dK, dV, dense in the orders of the strides of query, key and value, and the gradient of the learned operand,
     contiguous, in the query's dtype, empty if there is none.
 
-    A gradient of the (natural) log-sum-exp is given or not as the loss has it: these are two plans.
+    A gradient of the (natural) log-sum-exp is given if the loss reads it. With and without it there are two plans.
     """
     if query.get_device() != torch_private.current_device():
         with torch.cuda.device(query.device):
@@ -134,13 +135,15 @@ def _found(call: Key, listed: Listed | None) -> CachedPlan | Reason:
 
 
 def _hold_if_captured(found: CachedPlan) -> None:
-    """A CUDA graph that is replayed reads the plan's kernels and constants, whether the plan is still cached or not."""
+    """Keeps a plan alive that a CUDA graph captures, whose replays read its kernels and constants."""
     if torch.cuda.is_current_stream_capturing():
         _plans.hold(found)
 
 
 def _no_workspace(found: CachedPlan, error: torch.OutOfMemoryError) -> Reason:
-    """Raises the error while a CUDA graph is being captured: nothing else can be compiled then."""
+    """The reason for a call without memory for a workspace. Raises the error while a CUDA graph is being captured,
+    because nothing else can be compiled then.
+    """
     if torch.cuda.is_current_stream_capturing():
         raise error
     return Reason(Code.MEMORY, f"{found.plan.strategy} has no memory to work in: {str(error)[:120]}")
@@ -166,7 +169,7 @@ def _aligned(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def _copy(tensor: Tensor, layout: TensorSpec) -> Tensor:
-    """The tensor in another layout, in which the entries of an expanded dimension are one."""
+    """A copy of the tensor in another layout. Entries of an expanded dimension may be one in it."""
     copy = layout.empty(tensor.device)
     once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in layout.stride)
     copy[once].copy_(tensor[once])
@@ -174,7 +177,7 @@ def _copy(tensor: Tensor, layout: TensorSpec) -> Tensor:
 
 
 def _laid_out(tensor: Tensor, layout: TensorSpec) -> Tensor:
-    """The tensor itself if it has this layout, whatever the strides of dimensions of size 1 say, or else a copy."""
+    """The tensor itself if it has this layout (strides of dimensions of size 1 may differ), or else a copy."""
     if tensor.stride() == layout.stride:
         return tensor
     sizes = zip(layout.shape, tensor.stride(), layout.stride, strict=True)
@@ -184,7 +187,7 @@ def _laid_out(tensor: Tensor, layout: TensorSpec) -> Tensor:
 
 
 def _fitting(program: str, ints: Sequence[int], query: Tensor, key: Tensor) -> Sequence[int] | None:
-    """The integers as the 32 bits of a plan take them, or None if they do not."""
+    """The integers in a form that fits into the 32 bits of a plan, or None."""
     limit = _limit(program, 1 << max(query.shape[2], key.shape[2]).bit_length())
     for number in ints:
         if abs(number) > limit:
@@ -201,7 +204,7 @@ def _limit(program: str, longest: int) -> int:
 
 
 def _explain(program: str, found: CachedPlan | Reason) -> None:
-    """Says once per program that, and why, cuDNN is not used; not again what certification has said."""
+    """Warns once for each program that cuDNN is not used, and why, unless certification has warned already."""
     if program not in _warned:
         _warned.add(program)
         if isinstance(found, Reason) and found.code is Code.CERTIFICATION and warned(program):
@@ -218,7 +221,10 @@ def _forward_by_blocks(
     query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor], ints: Sequence[int],
     floats: Sequence[Tensor], program: str, scale: float, stats: bool, policy: str, stock: Stock,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As stock flex_attention; where the device chooses, by the plan, too, of which one has no block to compute."""
+    """Runs a call as stock flex_attention does.
+
+    Where the device chooses, the plan runs, too; then one of both has no block to compute.
+    """
     call = (query, key, value, operands, ints, floats, program, scale)
     if not stock.chosen_by_device:
         _explain(program, DISAGREE)
@@ -248,7 +254,7 @@ def _fallback_forward(
     query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor], ints: Sequence[int],
     floats: Sequence[Tensor], program: str, scale: float, stock: Stock | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    # Dynamo compiles anew where a tensor no longer requires a gradient, as in a CUDA graph that is being recorded.
+    # Dynamo compiles again where a tensor no longer requires a gradient, as while a CUDA graph is being recorded.
     query, key, value, *operands = (t.detach() for t in (query, key, value, *operands))
     stock = stock and stock.detached()
     with torch_private.above_autograd(), torch.no_grad():

@@ -1,7 +1,4 @@
-"""Compiles what is computed over and over on a GPU.
-
-Knows nothing of what that is.
-"""
+"""Compiles functions of tensors that run again and again on a GPU, such as comparisons of BlockMasks."""
 
 import logging
 from collections.abc import Callable, Hashable
@@ -14,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from cudnn_flex_compile import torch_private
 
 log = logging.getLogger("cudnn_flex_compile")
-EAGER = 2  # calls on a GPU before there is reason to think that more will come
+EAGER = 2  # calls on a GPU that run eagerly, before more are expected
 
 
 def _pays(tensor: Tensor) -> bool:
@@ -25,7 +22,7 @@ class HotFunction:
     """A function of tensors, without gradients, on a GPU by Inductor from its third call on.
 
     Compiling takes about a second, and saves the host some microseconds of every torch op. It is compiled for each
-    layout of its inputs; what can't be compiled runs as it is.
+    layout of its inputs; a function that can't be compiled runs eagerly.
     """
 
     def __init__(self, function: Callable[..., Tensor]) -> None:

@@ -1,8 +1,8 @@
-"""Inductor's flex_attention for a program: what runs where a shape that only came up later has no certified plan, and
-where a BlockMask says other than its mask_mod.
+"""Runs a program by Inductor's flex_attention, where a new shape has no certified plan, and where a BlockMask disagrees
+with its mask_mod.
 
-Knows nothing of cuDNN. The model is not recompiled: only this call is, once for a program, and once more when its
-sizes change, which are symbolic from then on.
+cuda.py calls it. The model is not recompiled: only this call is, once for a program, and once more when its sizes
+change, which are symbolic from then on.
 """
 
 import functools
@@ -21,7 +21,7 @@ from cudnn_flex_compile.scoremod.learned import position_in
 from cudnn_flex_compile.scoremod.saturate import exact
 from cudnn_flex_compile.scoremod.text import parse
 
-PROGRAMS = 64  # whose kernels are kept, the last ones
+PROGRAMS = 64  # the number of programs whose kernels are kept, the last ones
 
 
 def mods_of(
@@ -80,7 +80,7 @@ def _attention_by_blocks(
 
 
 def _with_lse(query: Tensor, key: Tensor, value: Tensor, how: dict[str, Any]) -> tuple[Tensor, Any]:
-    # `return_lse` would warn once, and Dynamo compile anew for what it has warned of, even as a CUDA graph is captured.
+    # `return_lse` would warn once, and Dynamo then compiles again, even while a CUDA graph is captured.
     out, aux = flex_attention(query, key, value, **how, return_aux=AuxRequest(lse=True))  # pyright: ignore
     return out, aux.lse
 
@@ -99,7 +99,7 @@ def forward(
     query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor], ints: Sequence[int],
     floats: Sequence[Tensor], program: str, scale: float, stock: Stock | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The output, and the natural log-sum-exp [B, H, Sq]; with the blocks of `stock`, by the program of that."""
+    """The output, and the natural log-sum-exp [B, H, Sq]. With `stock`, its blocks and its program count."""
     # Captured tensors: Dynamo makes a float that changes symbolic, and flex_attention fails with it.
     numbers = [torch.full((), float(f), dtype=torch.float32, device=query.device) for f in floats]
     gqa = query.shape[1] != key.shape[1]
@@ -120,7 +120,7 @@ def backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """dQ, dK, dV, and the gradient of the learned operand, if there is one, contiguous and in its dtype.
 
-    Computes the forward again. Needs autograd to be on.
+    It computes the forward again, and needs autograd to be on.
     """
     position, given = position_in(program), [t.detach() for t in operands]
     stock = stock and stock.detached()

@@ -1,7 +1,6 @@
-"""Times Inductor's kernel for a program, in a process of its own: Dynamo compiles one graph at a time, and the one that
-asks is being compiled.
+"""Times Inductor's kernel for a program, in a process of its own, because Dynamo is compiling the caller's graph.
 
-Knows nothing of cuDNN, nor of what the times are compared with.
+passes/decide/autotune.py compares the times with those of plans.
 """
 
 import json
@@ -31,14 +30,14 @@ PATIENCE = 300.0  # seconds that a process may take
 
 @dataclass(frozen=True, slots=True)
 class Contest:
-    """One call.
+    """The call that is timed.
 
     Attributes:
         problem: its forward, on the user's own keys.
         training: whether the backward is timed, too.
         blocks: kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices of its BlockMask, on the CPU (the latter
             two may be None); empty without one.
-        block_sizes: of q and kv.
+        block_sizes: the BlockMask's block sizes of q and kv.
     """
 
     problem: Problem
@@ -48,7 +47,7 @@ class Contest:
 
 
 def milliseconds(contest: Contest) -> tuple[float, ...] | None:
-    """Of the forward, and the backward in training; None if they cannot be measured."""
+    """The time of the forward, and in training that of the backward; None if they cannot be measured."""
     command = [sys.executable, "-m", "cudnn_flex_compile.kernels.inductor_timer"]
     try:
         done = subprocess.run(command, input=pickle.dumps(contest), capture_output=True, timeout=PATIENCE, check=True)
@@ -62,7 +61,7 @@ def milliseconds(contest: Contest) -> tuple[float, ...] | None:
 
 
 def contenders(contest: Contest, device: torch.device) -> list[Callable[[], Any]]:
-    """What runs the forward, and the backward in training, on made-up data."""
+    """Functions that run the forward, and in training the backward, on made-up data."""
     problem = contest.problem
     generator = torch.Generator(device).manual_seed(SEED)
     tensors, program = drawn(problem, generator), parse(problem.program)

@@ -1,7 +1,4 @@
-"""A function that torch compiles for whatever inputs come, however often they change.
-
-Knows nothing of what it computes.
-"""
+"""`Recompiling` is a function that torch compiles for all inputs, however often their sizes change."""
 
 import hashlib
 import types
@@ -17,16 +14,17 @@ class Recompiling:
     """The function in one graph. Sizes that change become symbolic.
 
     Dynamo compiles one piece of code eight times (torch._dynamo.config.recompile_limit), and then raises an error where
-    one graph is asked for. Here it gets a copy of the code then, and what was compiled before goes. A copy also keeps
-    apart what is compiled of the same function elsewhere.
+    one graph is asked for. At this limit the function gets a copy of its code, and older compilations are dropped. A
+    copy also keeps apart compilations of the same function elsewhere.
 
-    Dynamo remembers by the name of the code, which copies share, what numbers changed from one compilation to the next:
-    they become symbolic, and flex_attention fails with a symbolic float (torch 2.11 to 2.13:
-    PendingUnbackedSymbolNotFound). So each purpose has a name.
+    Dynamo remembers which numbers changed between two compilations, by the name of the code, which copies share. Such
+    numbers become symbolic, and flex_attention fails with a symbolic float (torch 2.11 to 2.13:
+    PendingUnbackedSymbolNotFound). So each purpose has a name of its own.
 
     Args:
-        function: what is compiled.
-        purpose: what sets this use of the function apart: numbers that differ between two uses are constants of each.
+        function: the function that is compiled.
+        purpose: a text that sets this use of the function apart: numbers that differ between two uses are constants of
+            each.
     """
 
     def __init__(self, function: types.FunctionType, purpose: str) -> None:

@@ -1,7 +1,8 @@
-"""Remembers what was made of tensors for as long as they live and stay as they are.
+"""Remembers values that were computed from tensors, for as long as the tensors live and stay the same.
 
-Knows nothing of what is made. A tensor is known by the object, which another one at its address is not, by its version,
-which each write in place counts up, and by its memory, for which `tensor.data = ...` puts another.
+Lists of tiles and comparisons of BlockMasks are remembered so. A tensor is identified by the object (another one may
+get its address), by its version, which each write in place counts up, and by its memory, which `tensor.data = ...`
+replaces.
 """
 
 import weakref
@@ -18,11 +19,11 @@ Noted = tuple[Hashable, list[State]]
 
 
 class Remembered(Generic[Made]):
-    """What was made, by a question and the tensors that it is about. Each step looks here: it takes microseconds.
+    """Values, by a question and the tensors that it is about. Each step looks here, in microseconds.
 
     Args:
-        kept: how many answers; the oldest goes first. That to a question about tensors that were changed is replaced,
-            and one goes with the first of its tensors.
+        kept: the number of values; the oldest is dropped first. A value of tensors that were changed is replaced, and a
+            value is dropped with the first of its tensors.
     """
 
     def __init__(self, kept: int) -> None:
@@ -36,7 +37,7 @@ class Remembered(Generic[Made]):
         self._entries.clear()
 
     def get(self, question: Hashable, tensors: Sequence[Tensor]) -> Made | None:
-        """What was made of the tensors as they are now."""
+        """The value for the tensors as they are now, or None."""
         found = self._entries.get((question, *map(id, tensors)))
         if found is None:
             return None
@@ -47,7 +48,7 @@ class Remembered(Generic[Made]):
         return made
 
     def put(self, question: Hashable, tensors: Sequence[Tensor], made: Made) -> None:
-        """Not for inference tensors, whose writes are not counted."""
+        """Remembers a value, but none of inference tensors, whose writes are not counted."""
         self.keep(self.noted(question, tensors), made)
 
     def noted(self, question: Hashable, tensors: Sequence[Tensor]) -> "Noted | None":
@@ -65,7 +66,7 @@ class Remembered(Generic[Made]):
         return key, [(weakref.ref(t, forget), version_of(t), t.data_ptr()) for t in tensors]
 
     def keep(self, noted: "Noted | None", made: Made | None) -> None:
-        """What was made of the tensors as they were noted; nothing of such as are gone, nor None."""
+        """Remembers a value of the tensors as they were noted, unless one of them is gone, or the value is None."""
         if noted is None or made is None or any(reference() is None for reference, _, _ in noted[1]):
             return
         key, states = noted

@@ -1,8 +1,8 @@
-"""The rows of a mask as one run of keys each, found without a look at pairs: work and memory of the lengths.
+"""Finds one run of visible keys for each row of a mask, in time and memory that grow with the lengths, not with pairs.
 
-Knows nothing of tiles. A mask is so described if it is made of bounds, of equalities between something of the row and
-something of the key (document ids), and of conditions of the keys alone (padding). Whether each row does see one run
-depends on the data, and is part of the result.
+row_tables.py makes tables of endpoints from the runs. A mask can be described so if it is made of bounds, of equalities
+between a value of the row and a value of the key (document ids), and of conditions of the keys alone (padding). Whether
+each row sees one run depends on the data, and is part of the result.
 """
 
 import functools
@@ -25,11 +25,11 @@ from cudnn_flex_compile.scoremod.simplify import normalize
 
 @dataclass(frozen=True, slots=True)
 class Runs:
-    """Row by row: start <= kv < end.
+    """The runs of all rows: start <= kv < end.
 
     Attributes:
         start, end: [B or 1, H or 1, Sq], int32, in [0, Skv]; both Skv in a row that sees nothing.
-        right: whether it is so, a boolean scalar.
+        right: whether the runs are the mask, a boolean scalar.
     """
 
     start: Tensor
@@ -42,8 +42,8 @@ class Parts:
     """The conjuncts of a mask.
 
     Attributes:
-        equal: pairs of what is the same for the row and the key.
-        program, hoisted: of all others, and its operands.
+        equal: pairs of values, of the row and of the key, that must be equal.
+        program, hoisted: the program of all other conjuncts, and its operands.
     """
 
     equal: tuple[tuple[Hoisted, Hoisted], ...]
@@ -53,7 +53,7 @@ class Parts:
 
 @functools.lru_cache(256)
 def parts_of(mask: Expr) -> Parts | None:
-    """The parts of a simplified mask over captures; None if it is made of something else, too."""
+    """The parts of a simplified mask over captures; None if it has other conjuncts, too."""
     equal: list[tuple[Hoisted, Hoisted]] = []
     rest = TRUE
     for term in conjuncts(mask):
@@ -69,7 +69,7 @@ def parts_of(mask: Expr) -> Parts | None:
 
 
 def _sides(term: Expr) -> tuple[Hoisted, Hoisted] | None:
-    """What an equality compares: of the row first, then of the key."""
+    """The sides of an equality: the row's first, then the key's."""
     if term.kind != "eq" or any(arg.dtype == F32 for arg in term.args):
         return None
     row, key = sorted(term.args, key=lambda arg: "k" in ir.axes_of(arg))
@@ -107,7 +107,7 @@ def runs_of(
 
 
 def _run_of_columns(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The run of the visible keys, the same for all rows, from how many there are before each position."""
+    """The run of visible keys, the same for all rows, from the number of visible keys before each position."""
     total = counts[..., -1:]
     start = (counts == 0).sum(-1, keepdim=True, dtype=torch.int32) - 1
     end = (counts < total).sum(-1, keepdim=True, dtype=torch.int32)
@@ -115,7 +115,7 @@ def _run_of_columns(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _run_of_equals(row: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The run of the keys that have what the row has: [B or 1, H or 1, Sq or 1, 1] and [B or 1, H or 1, 1, Skv]."""
+    """The run of the keys whose value is the row's, from [B or 1, H or 1, Sq or 1, 1] and [B or 1, H or 1, 1, Skv]."""
     batch, heads = torch.broadcast_shapes(row.shape[:2], key.shape[:2])
     row, key = row[..., 0].expand(batch, heads, -1).contiguous(), key[:, :, 0].expand(batch, heads, -1)
     ordered, place = key.contiguous().sort(stable=True, dim=-1)
@@ -129,7 +129,7 @@ def _run_of_equals(row: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def agree(blocks: Sequence[Tensor], runs: Runs, sizes: Sequence[int], block: tuple[int, int]) -> Tensor:
-    """Whether the blocks of a BlockMask show and hide nothing else (block_mask.py)."""
+    """Whether the blocks of a BlockMask agree with the runs (block_mask.py)."""
     (q_block, kv_block), columns = block, sizes[3]
     rows, count = -(-sizes[2] // q_block), -(-columns // kv_block)
     padded = (0, rows * q_block - sizes[2])
@@ -140,7 +140,7 @@ def agree(blocks: Sequence[Tensor], runs: Runs, sizes: Sequence[int], block: tup
     latest = torch.nn.functional.pad(start, padded, value=0).unflatten(-1, (rows, q_block)).amax(-1, keepdim=True)
     earliest = torch.nn.functional.pad(end, padded, value=columns).unflatten(-1, (rows, q_block)).amin(-1, keepdim=True)
     every = (latest <= low) & (earliest >= (low + kv_block).clamp(max=columns))
-    # Where the runs of rows begin among blocks, and where they are over: between both a block has a visible pair.
+    # The blocks in which the runs of rows begin and end: each block between both has a visible pair.
     first = torch.where(empty, count, start // kv_block)
     after = torch.where(empty, count, (end - 1) // kv_block + 1)
     place = torch.arange(sizes[2], device=start.device) // q_block * (count + 1)

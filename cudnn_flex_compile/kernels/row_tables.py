@@ -1,8 +1,8 @@
-"""The table of endpoints of a call's rows (scoremod/masks/intervals.py), in three ways.
+"""Makes the table of endpoints of a call's rows (scoremod/masks/intervals.py), in three ways.
 
-Knows nothing of tiles, nor of which way is taken when. By runs: where each row sees one run of keys that the mask says
-by itself, and the BlockMask's blocks hide and show nothing else; whether that is so is found out with it. With few
-endpoints: by one look at all pairs, for rows of NARROW endpoints at most. With any number of them: slower.
+tile_lists.py chooses the way. `by_runs` is for rows of one run of keys each, which the mask's form gives, and for
+blocks that agree with it; the result says whether both hold. `by_few` looks at all pairs once, for rows of NARROW
+endpoints at most. `by_many` takes any number of endpoints, and is slower.
 """
 
 import functools
@@ -27,7 +27,7 @@ from cudnn_flex_compile.scoremod.masks.intervals import (
     of_one_run,
 )
 
-CHUNKS = 8  # of all pairs, for which a compiled function has kernels of their own
+CHUNKS = 8  # chunks of rows, for each of which a compiled function has kernels of its own
 
 
 class Found(NamedTuple):
@@ -35,8 +35,8 @@ class Found(NamedTuple):
 
     Attributes:
         table: [1 or H, n, B * Sq], int32.
-        numbers: int32 [3]: how many endpoints a row has at most; whether the table says what they are, if these are n
-            at most; whether the BlockMask is well-formed (block_mask.py).
+        numbers: int32 [3]: the most endpoints that a row has; whether the table is right if these are n at most;
+            whether the BlockMask is well-formed (block_mask.py).
     """
 
     table: Tensor
@@ -44,12 +44,12 @@ class Found(NamedTuple):
 
 
 def by_runs(pairs: Pairs, heads: int) -> Found:
-    """By the runs of rows, which the mask must have."""
+    """The table by the runs of rows, which the mask must have."""
     return _hot("runs", pairs, heads)
 
 
 def by_few(pairs: Pairs, heads: int) -> Found:
-    """By one look at all pairs."""
+    """The table by one look at all pairs."""
     batch, mask_heads = pairs.axes
     if batch * mask_heads * pairs.sizes[2] * pairs.sizes[3] > CHUNKS * CHUNK:
         return _unpacked(_few(pairs, heads), pairs, heads)
@@ -57,7 +57,7 @@ def by_few(pairs: Pairs, heads: int) -> Found:
 
 
 def by_many(pairs: Pairs, heads: int, width: int) -> Found:
-    """With `width` endpoints of each row, or fewer."""
+    """The table with `width` endpoints of each row, or fewer."""
     counts: list[Tensor] = []
 
     def counted() -> Iterator[tuple[int, Tensor]]:
@@ -70,7 +70,7 @@ def by_many(pairs: Pairs, heads: int, width: int) -> Found:
 
 
 def count(pairs: Pairs) -> int:
-    """How many endpoints a row has at most. Waits for the device."""
+    """The most endpoints that a row has. Waits for the device."""
     return int(torch.stack([most_endpoints(visible) for _, visible in pairs.visible()]).amax())
 
 
@@ -117,7 +117,7 @@ WAYS = {"runs": _runs, "few": _few}
 
 
 def _hot(way: str, pairs: Pairs, heads: int) -> Found:
-    """What takes no numbers is compiled on a GPU."""
+    """Makes the table; on a GPU a function without scalars is compiled."""
     if pairs.mask.reads_ints or pairs.mask.reads_floats or not pairs.tensors:
         return _unpacked(WAYS[way](pairs, heads), pairs, heads)
     made = _function(way, pairs.program, len(pairs.blocks), tuple(pairs.sizes), tuple(pairs.block_sizes), heads)

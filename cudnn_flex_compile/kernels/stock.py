@@ -1,6 +1,7 @@
 """A call as stock flex_attention runs it: a pair is visible if its block is listed, and is full or the mask holds.
 
-Knows nothing of plans, nor of when a call runs like this (contract.py).
+The ops take a call's BlockMask in this form. block_mask_contract.py says when a call runs so, and inductor.py and
+cpu.py run it.
 """
 
 from collections.abc import Sequence
@@ -15,15 +16,15 @@ Given = tuple[Sequence[Tensor], Sequence[int], str]  # as the ops take it: see S
 
 
 class Stock(NamedTuple):
-    """What the ops take of a call with a BlockMask, beside what plans take.
+    """The arguments of the ops for a call with a BlockMask, beside those of plans.
 
     Attributes:
-        guard: by which it is known whether plans, which compute the mask alone, give the same (contract.py).
+        guard: a tensor that tells whether plans, which compute the mask alone, give the same (block_mask_contract.py).
         blocks: kv_num_blocks and kv_indices alone; these and q_num_blocks, q_indices; or the pairs of kv_*,
             full_kv_*, q_* and full_q_*.
         captured: the tensors that the program reads, by position.
         slots: [B or 1, Skv], the place to which each key went, if keys and values come in another order.
-        block_sizes: of q and kv.
+        block_sizes: the block sizes of q and kv.
         program: canonical text, over keys in their own order. Its mask is the mask_mod, and nothing else; it reads the
             operands, integers and floats that the op takes.
     """
@@ -37,7 +38,9 @@ class Stock(NamedTuple):
 
     @staticmethod
     def of(tensors: Sequence[Tensor], layout: Sequence[int], program: str) -> "Stock":
-        """From the ops' arguments: guard, blocks, captured and slots in one list, and how many of these, and sizes."""
+        """Reads the ops' arguments: guard, blocks, captured and slots are one list; the layout has their numbers, and
+        the block sizes.
+        """
         blocks, captured, *block_sizes = layout
         guard, *rest = tensors
         slots = rest[blocks + captured] if len(rest) > blocks + captured else None
@@ -46,11 +49,11 @@ class Stock(NamedTuple):
 
     @property
     def chosen_by_device(self) -> bool:
-        """Whether the guard is what the device chooses by, for the host can't read it."""
+        """Whether the device chooses by the guard, because the host can't read it."""
         return self.guard.dtype is torch.bool
 
     def detached(self) -> "Stock":
-        """The same, with nothing that requires a gradient."""
+        """The same call, without tensors that require a gradient."""
         return self._replace(captured=[t.detach() for t in self.captured])
 
     def own_order(self, keys: Tensor) -> Tensor:
@@ -58,23 +61,23 @@ class Stock(NamedTuple):
         return keys if self.slots is None else torch.gather(keys, 2, _positions(self.slots, keys))
 
     def given_order(self, keys: Tensor) -> Tensor:
-        """The inverse."""
+        """Keys or values in the order in which the op gets them: the inverse of `own_order`."""
         return keys if self.slots is None else torch.gather(keys, 2, _positions(self.slots.argsort(-1), keys))
 
     def where_plans_are_wrong(self) -> "Stock":
-        """The same, with no block at all where the guard says that a plan is right."""
+        """The same call, with no block at all where the guard says that a plan is right."""
         wrong = (~self.guard).to(torch.int32)
         return self._replace(blocks=[t if i % 2 else t * wrong for i, t in enumerate(self.blocks)])
 
     def named_blocks(self) -> dict[str, Tensor | None]:
-        """By the names that a BlockMask has for them."""
+        """The blocks by their names in a BlockMask."""
         names = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "q_num_blocks", "q_indices",
                  "full_q_num_blocks", "full_q_indices")  # fmt: skip
         there = names if len(self.blocks) == 8 else [n for n in names if not n.startswith("full")]
         return {**dict.fromkeys(names), **dict(zip(there, self.blocks, strict=False))}
 
     def listed_pairs(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Which pairs are in partial blocks, and which in full ones: [B or 1, H or 1, R, Skv].
+        """Whether each pair is in a partial block, and whether it is in a full one, [B or 1, H or 1, R, Skv].
 
         Args:
             rows, columns: the indices of query rows [R] and of all keys [Skv].

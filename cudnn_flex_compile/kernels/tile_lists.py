@@ -1,12 +1,12 @@
-"""Has the list of a mask's tiles: made once for all calls, layers and graphs that share the mask.
+"""Makes the list of a mask's tiles once for all calls, layers and graphs that share the mask, and keeps it.
 
-Knows nothing of attention, nor of what a list is (engine/tiles). A list is known by the tensors that it was made of, in
-their versions; one of a mask that is of no tensor, by its geometry. The op gives a handle, an empty tensor that leads
-to the list: compiled graphs must not own its memory, whose size depends on the data.
+engine/tiles says what a list is, and makes it. A list is identified by the tensors that it was made from, in their
+versions; the list of a mask that reads no tensor, by its geometry. The op returns a handle, an empty tensor that leads
+to the list: compiled graphs must not own the list's memory, whose size depends on the data.
 
-A step makes its list in the room that the last one needed, and some more. Whether that was right, the host reads in one
-look, for which it waits when the first call is launched; where it was not, the list is made anew. Under CUDA graph
-capture the host can look at nothing: there is room for any mask.
+A step makes its list in the room that the last one needed, with a reserve. The host reads whether the room was enough
+when the first call is launched; where it was not, the list is made again. Under CUDA graph capture the host cannot
+read, and there is room for any mask.
 """
 
 import functools
@@ -33,24 +33,24 @@ from cudnn_flex_compile.scoremod.masks.intervals import NARROW
 
 log = logging.getLogger("cudnn_flex_compile")
 HANDLE = "_cudnn_flex_tiles"  # the attribute of a handle
-KEPT = 64  # lists, and masks of which the last step's needs are known
+KEPT = 64  # the number of lists, and of masks whose needs are remembered
 MIB = 2**20
-RECORDED = 2  # lists that are made alike before there is reason to think that more will come
+RECORDED = 2  # lists that are made alike before the making is recorded
 RETRY = 16  # lists that are made by a look at all pairs before runs of rows are tried again
 ILL_FORMED = Reason(Code.BLOCK_MASK, "lists a block twice, or has other blocks for queries than for keys and values")
-_held: list[Any] = []  # what CUDA graphs read, which stays as long as the process
+_held: list[Any] = []  # objects that CUDA graphs read, kept as long as the process
 _known = Remembered[Tensor](KEPT)
 
 
 @dataclass(slots=True)
 class Needs:
-    """What the last lists of a mask needed.
+    """The needs of the last lists of a mask.
 
     Attributes:
-        room: memory, with some reserve; None before the first.
-        width: endpoints of a row.
-        alike: how many lists were made with this room.
-        pairs: how many lists were made by a look at all pairs since the runs of rows were last tried.
+        room: the memory, with some reserve; None before the first list.
+        width: the endpoints of a row.
+        alike: the number of lists that were made with this room.
+        pairs: the number of lists that were made by a look at all pairs since the runs of rows were last tried.
     """
 
     room: Room | None = None
@@ -61,14 +61,14 @@ class Needs:
 
 @dataclass(eq=False, slots=True)
 class Listed:
-    """What a handle leads to.
+    """The list, or the reason why there is none, that a handle leads to.
 
     Attributes:
-        needs, budget: for what is made anew.
+        needs, budget: the needs and the budget of a list that is made again.
         found: the list, or why there is none; None before the host has looked, and on the CPU.
-        look: has the host look. It gives None where the list has to be made anew.
-        keep: is called when there is one.
-        stream: on which it was made.
+        look: makes the host look. It returns None where the list must be made again.
+        keep: a function that is called with the list.
+        stream: the stream on which it was made.
     """
 
     geometry: Geometry
@@ -90,10 +90,10 @@ class Listed:
         return self.found if isinstance(self.found, TileList) else None
 
     def settle(self, pairs: Callable[[], Pairs]) -> None:
-        """Has the host look.
+        """Makes the host look whether the list is right.
 
         Args:
-            pairs: of the call that is about to be launched, whose tensors are as the op had them.
+            pairs: the pairs of the call that is about to be launched, whose tensors are as the op had them.
         """
         self.found = self.look() or _anew(pairs(), self)
         self.keep()
@@ -112,8 +112,8 @@ def handle_of(
     """The handle of a list, on the current device, which must be `device`.
 
     Args:
-        blocks, block_sizes: of the BlockMask, as in stock.Stock.
-        captured, ints, floats, program: of the mask (visible_pairs.text_of).
+        blocks, block_sizes: the BlockMask's, as in stock.Stock.
+        captured, ints, floats, program: the mask's (visible_pairs.text_of).
         geometry: as Geometry.of takes it.
         budget: MiB that a list may take.
     """
@@ -124,7 +124,7 @@ def handle_of(
     question = kind, numbers, budget, stream if tensors else 0
     found = _known.get(question, tensors)
     capturing = cuda and torch.cuda.is_current_stream_capturing()
-    if found is not None and not (capturing and tensors):  # what is replayed follows tensors that are changed in place
+    if found is not None and not (capturing and tensors):  # a replay follows tensors that are changed in place
         if cuda and not tensors:
             _also_on(stream, found, capturing)
         return found
@@ -140,7 +140,7 @@ def handle_of(
             reference = weakref.ref(handle)
             listed.keep = lambda: _known.keep(noted, reference())
             return handle
-        if not tensors:  # made for good, for all streams
+        if not tensors:  # the list stays right, on all streams
             torch.cuda.current_stream().synchronize()
     _known.keep(noted, handle)
     return handle
@@ -159,7 +159,7 @@ def settled(
     handle: Tensor, query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor], ints: Sequence[int],
     floats: Sequence[Tensor], program: str, given: Given | None,
 ) -> Listed:  # fmt: skip
-    """What a handle leads to, with the list, or a reason, for a call that is about to be launched.
+    """The `Listed` of a handle, with the list or a reason in it, for a call that is about to be launched.
 
     Args:
         operands, ints, floats, program, given: as the attention ops take them.
@@ -190,7 +190,7 @@ def _geometry_of(query: Tensor, key: Tensor, value: Tensor, pairs: Pairs) -> Geo
 
 
 def found_now(handle: Tensor, pairs: Pairs) -> TileList | Reason | None:
-    """The list that a handle leads to, or why there is none; waits for the device."""
+    """The list of a handle, or the reason why there is none. Waits for the device."""
     listed: Listed = getattr(handle, HANDLE)
     if listed.found is None:
         listed.settle(lambda: pairs)
@@ -198,7 +198,7 @@ def found_now(handle: Tensor, pairs: Pairs) -> TileList | Reason | None:
 
 
 def most_endpoints(pairs: Pairs) -> int | Reason:
-    """How many endpoints a row has at most, or why there can be no list. Waits for the device."""
+    """The most endpoints that a row has, or the reason why there can be no list. Waits for the device."""
     found = _checked_runs(pairs, pairs.axes[1])
     if isinstance(found, Reason):
         return found
@@ -206,14 +206,14 @@ def most_endpoints(pairs: Pairs) -> int | Reason:
 
 
 def _handle(listed: Listed, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # lest none could save it for a backward
+    with torch.inference_mode(False):  # an inference tensor could not be saved for a backward
         handle = torch.empty(0, dtype=torch.int32, device=device)
     setattr(handle, HANDLE, listed)
     return handle
 
 
 def _begin(listed: Listed, pairs: Pairs) -> None:
-    """Makes the list, or enqueues what makes it and leaves it to the first call to look at the outcome."""
+    """Makes the list, or enqueues its making, and leaves it to the first call to look at the outcome."""
     geometry, needs = listed.geometry, listed.needs
     room = needs.room
     if room is None or not pairs.tensors:
@@ -248,7 +248,7 @@ def _begin(listed: Listed, pairs: Pairs) -> None:
 
 
 def _table(pairs: Pairs, heads: int, needs: Needs) -> row_tables.Found:
-    """As the last one was made."""
+    """The table of endpoints, made in the way of the last one."""
     if needs.pairs == RETRY:
         needs.pairs, needs.width = 0, NARROW
     if pairs.mask.parts is not None and not needs.pairs:
@@ -258,7 +258,7 @@ def _table(pairs: Pairs, heads: int, needs: Needs) -> row_tables.Found:
 
 
 def _exact(pairs: Pairs, listed: Listed) -> TileList | Reason:
-    """Waits for the device."""
+    """The list, with the room that it needs. Waits for the device."""
     g, needs, budget = listed.geometry, listed.needs, listed.budget
     found = _checked_runs(pairs, g.mask_heads)
     if isinstance(found, Reason):
@@ -273,14 +273,15 @@ def _exact(pairs: Pairs, listed: Listed) -> TileList | Reason:
 
 
 def _anew(pairs: Pairs, listed: Listed) -> TileList | Reason:
-    """Also in place of a list whose handle was lost."""
+    """Makes the list again, also in place of a list whose handle was lost."""
     if torch.cuda.is_current_stream_capturing():
         return _under_capture(pairs, listed.geometry)
     return _exact(pairs, listed)
 
 
 def _checked_runs(pairs: Pairs, heads: int) -> Tensor | Reason | None:
-    """The table by runs of rows; None if it is not right; or why there can be no list. Waits for the device."""
+    """The table by runs of rows, None if it is not right, or the reason why there can be no list. Waits for the device.
+    """
     if pairs.mask.parts is None:
         return None if bool(row_tables.well_formed(pairs)) else ILL_FORMED
     table, numbers = row_tables.by_runs(pairs, heads)
@@ -304,12 +305,12 @@ def _too_large(mebibytes: int, budget: int) -> Reason:
 
 
 def _under_capture(pairs: Pairs, geometry: Geometry) -> TileList:
-    """In room for any mask."""
+    """The list in room for any mask."""
     log.warning("cudnn_flex: a mask's tiles are listed under CUDA graph capture, for any mask, which is slow")
     if pairs.blocks:
         torch_private.assert_on_device(row_tables.well_formed(pairs))
     tiler = tiler_of(geometry, pairs.device.index)
-    _held.append(tiler)  # whose kernels the graph holds
+    _held.append(tiler)  # the graph launches its kernels
     heads = geometry.mask_heads
     if row_tables.known_beforehand(pairs):
         table = row_tables.by_runs(pairs, heads).table

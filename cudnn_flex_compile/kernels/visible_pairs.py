@@ -1,7 +1,7 @@
-"""Which pairs of a call are visible, by its mask and by the blocks of its BlockMask, some rows after the other.
+"""Evaluates which pairs of a call are visible, by its mask and by the blocks of its BlockMask, block by block of rows.
 
-Knows nothing of what is done with them. This is what stock flex_attention says: a pair is visible if its block is
-listed, and is full or the mask_mod holds; and where the score_mod does not hide it, in blocks of any kind.
+Tables of endpoints are made from it (row_tables.py). The meaning is stock flex_attention's: a pair is visible if its
+block is listed, and is full or the mask_mod holds, and if the score_mod does not hide it, in blocks of any kind.
 """
 
 import functools
@@ -29,9 +29,9 @@ class Mask:
 
     Attributes:
         own: the mask_mod.
-        always: what the score_mod leaves visible.
-        parts, own_parts: both together, and the mask_mod, as runs of rows (row_runs.py), if they are such.
-        reads_ints, reads_floats: whether there are scalars in it.
+        always: the pairs that the score_mod leaves visible.
+        parts, own_parts: both together, and the mask_mod, as parts for runs of rows (row_runs.py), if they have any.
+        reads_ints, reads_floats: whether it reads scalars.
     """
 
     own: Expr
@@ -67,10 +67,10 @@ class Pairs:
     """The pairs of one call.
 
     Attributes:
-        program: of its mask (`text_of`).
-        captured, operands, ints, floats: what the mask reads, by position.
-        sizes: of the axes b, h, q and k.
-        blocks, block_sizes: of the BlockMask, as in stock.Stock; no blocks without one.
+        program: the text of its mask (`text_of`).
+        captured, operands, ints, floats: the leaves that the mask reads, by position.
+        sizes: the sizes of the axes b, h, q and k.
+        blocks, block_sizes: the BlockMask's, as in stock.Stock; no blocks without one.
     """
 
     program: str
@@ -89,7 +89,7 @@ class Pairs:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """What the pairs depend on; without operands, which have no version of their own."""
+        """The tensors that the pairs depend on, without operands, which have no version of their own."""
         return (*self.blocks, *self.captured)
 
     @property
@@ -98,26 +98,26 @@ class Pairs:
 
     @property
     def axes(self) -> tuple[int, int]:
-        """Batch entries and heads that differ; 1 each for what is the same for all."""
+        """The number of batch entries and of heads that differ; 1 where all are the same."""
         named = {*ir.axes_of(self.mask.own), *ir.axes_of(self.mask.always)}
         listed = [max(sizes) for sizes in zip(*(t.shape[:2] for t in self.blocks), strict=True)] or [1, 1]
         batch, heads = (n if a in named else m for a, n, m in zip("bh", self.sizes, listed, strict=False))
         return batch, heads
 
     def chunks(self) -> Iterator[slice]:
-        """Rows that are looked at at once."""
+        """The slices of rows that are evaluated together."""
         batch, heads = self.axes
         step = max(1, CHUNK // max(1, batch * heads * self.sizes[3]))
         return (slice(start, min(start + step, self.sizes[2])) for start in range(0, self.sizes[2], step))
 
     def visible(self) -> Iterator[tuple[int, Tensor]]:
-        """The first row, and what is visible [B or 1, H or 1, R, Skv], of some rows after the other."""
+        """Yields the first row of each chunk, and whether its pairs are visible, [B or 1, H or 1, R, Skv]."""
         places = torch.arange(self.sizes[3], dtype=torch.int32, device=self.device)
         show = self._shower()
         return ((rows.start, show(rows, places)) for rows in self.chunks())
 
     def with_previous(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """What is visible of some rows after the other, and what is at the key before each."""
+        """Yields whether the pairs of each chunk are visible, and whether the pairs at the key before are."""
         places = torch.arange(self.sizes[3], dtype=torch.int32, device=self.device)
         show = self._shower()
         return ((show(rows, places), show(rows, (places - 1).clamp(min=0))) for rows in self.chunks())
