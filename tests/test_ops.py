@@ -65,6 +65,15 @@ def test_opcheck_backward(case):
     )  # fmt: skip
 
 
+def test_opcheck_list_tiles():
+    mask, geometry = text(ir.program(mask=make("ge", Q, KV))), [1, 2, 8, 8, 2, 16, 16, 1, 1]
+    device, counts, indices = torch.device("cpu"), torch.ones(1, 1, 1, dtype=torch.int32), torch.zeros(1, 1, 1, 1).int()
+    for blocks, sizes in (([], []), ([counts, indices], [128, 128])):
+        arguments = (blocks, [], [], [], mask, sizes, geometry, torch.bfloat16, device, 256)
+        opcheck(ops.list_tiles, arguments)
+        assert ops.list_tiles(*arguments) is ops.list_tiles(*arguments)
+
+
 def test_opcheck_block_mask():
     counts, indices = torch.ones(1, 1, 1, dtype=torch.int32), torch.zeros(1, 1, 1, 1, dtype=torch.int32)
     mask = text(ir.program(mask=make("ge", Q, KV)))

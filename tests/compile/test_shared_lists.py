@@ -180,6 +180,29 @@ def test_hooks_of_saved_tensors_may_copy_the_handle():
         assert torch.equal(found, right)
 
 
+def test_a_list_is_made_as_early_as_can_be():
+    """Its outcome is looked at when the first call is launched: by then it should be there."""
+    seen = []
+
+    def inspect(graph_module, example_inputs):
+        seen.extend(n.target if n.op == "call_function" else n.op for n in graph_module.graph.nodes)
+        return graph_module
+
+    def model(q, k, v, ids):
+        q = (q * 2).sin()
+        ids.add_(1)
+        q = q.cos()
+        return flex_attention(q, k, v, hiding(causal_documents(ids)), enable_gqa=True)
+
+    torch._dynamo.register_backend(name="inspect_places")(inspect)
+    compiled(model, inner_backend="inspect_places")(*inputs(requires_grad=False), packed(0))
+    names = [getattr(target, "__name__", target) for target in seen]
+    place = seen.index(ops.list_tiles)
+    assert "sin" in names[:place] or "call_method" in names[:place]
+    assert names[place - 1] in ("add_", "iadd", "call_method")
+    assert place < seen.index(ops.attention) - 1
+
+
 def test_the_list_is_written_once_and_nothing_else():
     counted = collections.Counter()
 

@@ -3,7 +3,7 @@
 Knows nothing of programs: it takes a table of endpoints (scoremod/masks/intervals.py). What finds the tiles and writes
 their bits are stages of the frontend. They are private: one that is missing, or takes other arguments, means that there
 is no plan (engine/tiles/plan.py), and what they list is certified with the kernels that read it. Its stages that add
-counts up and order the work run on one thread; torch does that here.
+counts up run on one thread; torch does that here.
 
 A list is made in two steps: tiles are counted, and then written. Between both the host may read the counts (`exact`),
 or memory is given beforehand (`fill`): then nothing is written where there are more tiles than that.
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from cudnn_flex_compile.engine.tiles.layout import Layout, Views
 from cudnn_flex_compile.engine.tiles.tile_list import ARCHITECTURE, Geometry, Room, TileList
+from cudnn_flex_compile.engine.tiles.work_order import WorkOrder
 
-L2_BYTES = 50 * 2**20  # of keys and values that are read by what runs at one time
 NO_SEQUENCES = (None, None, None)  # all sequences have one length
 
 
@@ -76,12 +76,12 @@ class Tiler:
 
     def _place(self) -> None:
         g, f, b = self.geometry, self._forward, self._backward
-        self._packed = f.qhead_per_kvhead if f.pack_gqa else 1
-        self._q_blocks = math.ceil(g.rows * self._packed / f.block_size[0])
+        packed = f.qhead_per_kvhead if f.pack_gqa else 1
+        self._q_blocks = math.ceil(g.rows * packed / f.block_size[0])
         self._k_blocks = math.ceil(g.columns / f.tile_n)
-        self._work = _work_shape(g, g.heads // self._packed, self._q_blocks)
+        self._work = WorkOrder(g, packed, self._q_blocks, f.block_size[0])
         self._put("", self._q_blocks, self._k_blocks, self._q_blocks)
-        self._counts.put("work", (math.prod(self._work[:4]), 4))
+        self._counts.put("work", (math.prod(self._work.shape[:4]), 4))
         self._scratch.put("invalid", (1,), torch.uint32)
         if b is not None:
             q_blocks = self._q_blocks_b = math.ceil(g.rows / b.sparse_tile_m)
@@ -167,11 +167,7 @@ class Tiler:
         numbers = torch.zeros(listed_at.size, dtype=torch.int32, device=table.device)
         scratch = torch.zeros(scratch_at.size, dtype=torch.int32, device=table.device)
         views = {**listed_at.views(numbers), **scratch_at.views(scratch)}
-        batch, groups, _, heads, _ = self._work
-        _, head, entry, rows = views["work"].view(self._work).unbind(-1)
-        head.copy_(torch.arange(groups * heads, device=table.device).view(1, groups, 1, heads))
-        entry.copy_(torch.arange(batch, device=table.device).view(batch, 1, 1, 1))
-        rows.fill_(self._forward.block_size[0])
+        self._work.prepare(views["work"])
         return Draft(table.contiguous(), room, TileList(numbers, listed_at), scratch, views)
 
     def fill(self, draft: Draft, beside: torch.cuda.Stream | None = None) -> None:
@@ -210,7 +206,7 @@ class Tiler:
         numbers = (*self._lengths, *blocks, draft.table.shape[1])
         self._run("classify", "_compile_classify", self._forward, tensors, numbers)
         self._add_up("", draft)
-        self._order_work(draft)
+        self._work.write(v["work"], v["counts"], v["full_counts"])
 
     def _write_rows(self, draft: Draft) -> None:
         v, blocks = draft.views, (self._q_blocks, self._k_blocks)
@@ -259,32 +255,6 @@ class Tiler:
     def _add_up(self, prefix: str, draft: Draft) -> None:
         v = draft.views
         torch.cumsum(v[f"{prefix}zero_counts"], 1, dtype=torch.int32, out=v[f"{prefix}sums"])
-
-    def _order_work(self, draft: Draft) -> None:
-        """By heads that share the L2 cache, longest rows of tiles first: block, head, batch entry, how many rows."""
-        g, v, (batch, groups, q_blocks, heads, _) = self.geometry, draft.views, self._work
-        length = (v["counts"] + v["full_counts"]).view(g.mask_heads, batch, q_blocks)
-        order = length.sort(stable=True, dim=-1, descending=True).indices
-        by_head = (groups, heads) if g.mask_heads > 1 else (1, 1)
-        order, tile = order.view(*by_head, batch, q_blocks).permute(2, 0, 3, 1), self._forward.block_size[0]
-        block, _, _, rows = v["work"].view(self._work).unbind(-1)
-        block.copy_(order)
-        last = g.rows * self._packed - (q_blocks - 1) * tile
-        if last < tile:
-            rows.copy_(torch.where(order == q_blocks - 1, last, tile))
-
-
-def _work_shape(g: Geometry, heads: int, q_blocks: int) -> tuple[int, int, int, int, int]:
-    """Batch entries, groups of heads, blocks, heads of a group, and 4.
-
-    Args:
-        heads: that are scheduled, each `g.kv_heads` th part of which reads the same keys and values.
-    """
-    together, size = 1, g.columns * (g.dim + g.value_dim) * g.dtype.itemsize
-    while g.kv_heads % (2 * together) == 0 and 2 * together * size <= L2_BYTES:
-        together *= 2
-    groups = g.kv_heads // together
-    return g.batch, groups, q_blocks, heads // groups, 4
 
 
 @contextlib.contextmanager

@@ -164,7 +164,7 @@ class Tiles:
 
         def write() -> Node:
             arguments = (blocks, captured, ints, floats, program, block_sizes, numbers, query.dtype, query.device)
-            with call.node.graph.inserting_before(call.node):
+            with call.node.graph.inserting_before(self._place(sources, call.node)):
                 node = call.node.graph.call_function(ops.list_tiles, (*arguments, self._budget))
             torch_private.set_example(node, query.new_empty(0, dtype=torch.int32))
             return node
@@ -173,3 +173,13 @@ class Tiles:
         fixed = [n if isinstance(n, int) else None for n in (*ints, *numbers, *block_sizes)]
         kind = ("tiles", program, len(blocks), *fixed, query.dtype, query.device)
         return self._writer.once(kind, sources, call.node, write)
+
+    def _place(self, sources: Sequence[Node], before: Node) -> Node:
+        """The node above which the list is written: as early as can be, so that the host need not wait for it when the
+        first call is launched.
+        """
+        needed = {*sources, *self._writer.writers.above(sources, before)}
+        place = before
+        while place.prev.op not in ("placeholder", "root") and place.prev not in needed:
+            place = place.prev
+        return place
