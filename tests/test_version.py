@@ -23,12 +23,12 @@ from cudnn_flex_compile.scoremod.optable import TABLE, make
 from cudnn_flex_compile.scoremod.text import HEADER, SEPARATOR, text
 
 # What the version stands for. A test that fails prints what belongs here.
-VERSION = "cudnn_flex 11"
+VERSION = "cudnn_flex 12"
 DIGESTS = {
     "schemas of ops": "328d1eae905b",
     "functions that code calls": "d9d034cd7521",
     "text of programs": "4696a37780aa",
-    "names in programs": "a2abfd3a7b52",
+    "names in programs": "2a1af0fcd7f3",
     "numbers of a geometry": "032ea48d3a73",
     "layouts of outputs": "71d6a02dcbcd",
 }

@@ -4,7 +4,7 @@ The custom op takes the text as its `program` argument, and every cache key hold
 computation: it has every field of every node, numbers exactly (floats in hexadecimal), and one item for each node,
 numbered in the order of `ir.walk`, which depends on structure alone.
 
-    cudnn_flex 11; 0 f32 score; 1 f32 const 0x1.4000000000000p+4; 2 f32 div 0 1; 3 bool const true; score 2; mask 3
+    cudnn_flex 12; 0 f32 score; 1 f32 const 0x1.4000000000000p+4; 2 f32 div 0 1; 3 bool const true; score 2; mask 3
 """
 
 from itertools import zip_longest
@@ -15,7 +15,7 @@ from cudnn_flex_compile.scoremod.optable import TABLE, well_typed
 
 # Torch's compile caches keep graphs that hold programs: the number goes up with each change of this text or of the
 # ops' schemas, so that no cached graph calls an op that has become another.
-HEADER, SEPARATOR = "cudnn_flex 11", "; "
+HEADER, SEPARATOR = "cudnn_flex 12", "; "
 LEAVES = ("score", "grad", "index", "const", "capture", "operand", "scalar")
 
 

@@ -17,7 +17,7 @@ from tests.support.generate import Grammar, Mod, mask_mods, score_mods
 
 WILD = Grammar(smooth=False)
 GOOD = (
-    "cudnn_flex 11; 0 f32 score; 1 f32 const 0x1.4000000000000p+4; 2 f32 div 0 1; 3 i32 index q; 4 i32 index k;"
+    "cudnn_flex 12; 0 f32 score; 1 f32 const 0x1.4000000000000p+4; 2 f32 div 0 1; 3 i32 index q; 4 i32 index k;"
     " 5 bool ge 3 4; score 2; mask 5"
 )
 
@@ -149,7 +149,7 @@ def test_the_wrong_item_is_named(what: str) -> None:
         parse(bad)
 
 
-@pytest.mark.parametrize("source", ["", "cudnn_flex 11; 0 f32 score", "score", GOOD[5:], "cudnn_flex 6"])
+@pytest.mark.parametrize("source", ["", "cudnn_flex 12; 0 f32 score", "score", GOOD[5:], "cudnn_flex 6"])
 def test_other_texts_are_refused(source: str) -> None:
     with pytest.raises(ValueError, match="program"):
         parse(source)
