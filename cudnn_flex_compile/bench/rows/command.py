@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from rich.progress import Progress
 from cudnn_flex_compile.bench.rows.measure import Bench, Measured, Result, measure
 from cudnn_flex_compile.bench.rows.rows import Row, chosen
 from cudnn_flex_compile.bench.rows.show import table, write_csv
+from cudnn_flex_compile.bench.rows.turns import compiling
 
-LONGEST = 300  # seconds of a row, after which its process is ended
+LONGEST = 400  # seconds of a row, after which its process is ended
+TURNS = "turns.lock"
 TOLD = 30  # lines of what a process that failed printed
 
 
@@ -30,17 +33,25 @@ def run(given: argparse.Namespace, console: Console) -> int:
         return _measure_here(given)
     rows = chosen(given.rows)
     results: list[Result] = []
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("measuring", total=len(rows))
-        for row in rows:
-            progress.update(task, description=f"row {row.name}, {row.who}")
-            found = _in_a_process(row, given)
-            results += [] if found is None else [found]
-            if found is not None:
-                console.print(table([found], given.kernels))
-            if given.csv and results:  # as far as it got
-                write_csv(results, given.csv)
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+        Progress(console=console, transient=True) as progress,
+        ThreadPoolExecutor(given.at_once) as pool,
+    ):
+        task = progress.add_task(f"{len(rows)} rows", total=len(rows))
+        running = {pool.submit(_in_a_process, row, given, Path(folder)): row for row in rows}
+        for done in as_completed(running):
             progress.advance(task)
+            found = done.result()
+            if isinstance(found, str):
+                row = running[done]
+                print(f"cudnn-flex bench: row {row.name}, {row.who}, failed: {found}", file=sys.stderr)
+                continue
+            results.append(found)
+            results.sort(key=lambda result: [row.name for row in rows].index(result.row))
+            console.print(table([found], given.kernels))
+            if given.csv:  # as far as it got
+                write_csv(results, given.csv)
     if len(results) > 1:
         console.print(table(results))
     return 0 if len(results) == len(rows) else 1
@@ -52,26 +63,25 @@ def _measure_here(given: argparse.Namespace) -> int:
         bench = Bench(row.tiny(), given.layers, "cpu", {"lower": given.lower}, trains=False)
     else:
         bench = Bench(row, given.layers, "cuda", {"lower": given.lower}, trains=True)
-    found = measure(bench, given.steps)
+    with compiling(given.into.parent.parent / TURNS) as alone:
+        found = measure(bench, given.steps, alone)
     for side in found.sides.values() if given.tiny else ():
         side.steps.clear()  # they are no speed
     given.into.write_text(json.dumps(dataclasses.asdict(found)))
     return 0
 
 
-def _in_a_process(row: Row, given: argparse.Namespace) -> Result | None:
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        into = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "cudnn_flex_compile.cli", "bench", "--rows", row.name, "--into", str(into)]
-        command += ["--layers", str(given.layers), "--steps", str(given.steps), "--lower", given.lower]
-        command += ["--tiny"] if given.tiny else []
-        caches = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "CUDNN_FLEX_CACHE_DIR": f"{folder}/plans"}
-        caches["TRITON_CACHE_DIR"] = f"{folder}/triton"
-        failed = _run(command, {**os.environ, **caches})
-        if failed or not into.is_file():
-            print(f"cudnn-flex bench: row {row.name}, {row.who}, failed: {failed}", file=sys.stderr)
-            return None
-        return result_from(json.loads(into.read_text()))
+def _in_a_process(row: Row, given: argparse.Namespace, folder: Path) -> Result | str:
+    """What a process measures, which begins with empty caches, or why it failed."""
+    own = folder / row.name
+    own.mkdir()
+    into = own / "result.json"
+    command = [sys.executable, "-m", "cudnn_flex_compile.cli", "bench", "--rows", row.name, "--into", str(into)]
+    command += ["--layers", str(given.layers), "--steps", str(given.steps), "--lower", given.lower]
+    command += ["--tiny"] if given.tiny else []
+    caches = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "CUDNN_FLEX_CACHE_DIR": "plans", "TRITON_CACHE_DIR": "triton"}
+    failed = _run(command, {**os.environ, **{name: str(own / where) for name, where in caches.items()}})
+    return failed or result_from(json.loads(into.read_text()))
 
 
 def _run(command: list[str], environment: dict[str, str]) -> str:

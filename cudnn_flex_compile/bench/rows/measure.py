@@ -12,6 +12,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,7 @@ from cudnn_flex_compile.bench.rows.launch import OURS, SIDES, STOCK, Side, block
 from cudnn_flex_compile.bench.rows.layers import Model, of_transformers
 from cudnn_flex_compile.bench.rows.masks import Data
 from cudnn_flex_compile.bench.rows.rows import WHOLE, Row
+from cudnn_flex_compile.bench.rows.turns import Alone
 from cudnn_flex_compile.report.report import Report, collect
 
 WARM_UP, IN_A_ROW, PROFILED = 3, 2, 2  # steps; in training nobody waits for a step
@@ -134,8 +136,8 @@ class Bench:
             yield self.inputs(1000, dataclasses.replace(self.row, batch=batch, length=length))
 
 
-def measure(bench: Bench, steps: int) -> Result:
-    """Compiles, compares, and measures so many steps of each side, none where `steps` is 0."""
+def measure(bench: Bench, steps: int, alone: Alone = nullcontext) -> Result:
+    """Compiles, compares, and within `alone` measures so many steps of each side, none where `steps` is 0."""
     torch_private.allow_recompiles(64)  # both sides compile the same code
     model, speed = bench.model(), bench.device != "cpu"
     whose = "" if isinstance(model, Model) else "transformers"
@@ -146,7 +148,9 @@ def measure(bench: Bench, steps: int) -> Result:
     with collect() as report:
         for inputs in (*bench.before(), bench.inputs(0)):
             _compare(result, [_first(result, each, inputs) for each in contenders])
-        if steps:
+        if bench.device != "cpu":
+            torch.cuda.empty_cache()  # for others, which compile
+        with alone():
             _steps(bench, contenders, result, steps)
     _tell(result, report)
     return result
@@ -185,6 +189,8 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 
 
 def _steps(bench: Bench, contenders: list[Contender], result: Result, steps: int) -> None:
+    if not steps:
+        return
     x, _, grad = bench.inputs(0)
     drawn = itertools.cycle([bench.inputs(seed)[1] for seed in range(1, 1 + DRAWN)])
     for repeat in range(-WARM_UP, steps):

@@ -4,6 +4,8 @@ import csv
 import dataclasses
 import json
 import random
+import threading
+import time
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from cudnn_flex_compile.bench.rows.launch import OURS, SIDES, STOCK
 from cudnn_flex_compile.bench.rows.measure import IN_A_ROW, WARM_UP, Bench, Measured, Result, is_attention, measure
 from cudnn_flex_compile.bench.rows.rows import FORMS, LAYERS, ROWS, chosen
 from cudnn_flex_compile.bench.rows.show import calls, table, write_csv
+from cudnn_flex_compile.bench.rows.turns import compiling
 from cudnn_flex_compile.cli import main
 
 CALLS = {"3b": 2, "4": 2, "9a": 2, "9b": 2, "9c": 2}  # compiled; of all others one
@@ -124,13 +127,15 @@ def test_what_a_process_writes_comes_back():
 
 
 def test_a_row_that_fails_costs_no_other(tmp_path, capsys, monkeypatch):
-    def measured(row, given):
-        return result(row.name) if row.name != "7" else None
+    def measured(row, given, folder):
+        return result(row.name) if row.name != "7" else "it has no GPU"
 
     monkeypatch.setattr(command, "_in_a_process", measured)
     path = tmp_path / "rows.csv"
     assert main(["bench", "--rows", "6", "7", "8", "--tiny", "--csv", str(path)]) == 1
-    assert "geometric mean" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "geometric mean" in printed.out
+    assert "row 7, causal video diffusion, failed: it has no GPU" in printed.err
     with open(path) as file:
         assert [row["row"] for row in csv.DictReader(file)] == ["6", "8"]
 
@@ -153,6 +158,31 @@ def test_the_command_in_processes_of_its_own(capsys, tmp_path):
     with open(path) as file:
         (row,) = csv.DictReader(file)
     assert row["calls"] == "1 lowered: chained"
+
+
+def test_one_measures_while_no_other_compiles(tmp_path):
+    """The first waits with measuring until the second has compiled."""
+    path, order = tmp_path / "turns", []
+
+    def first():
+        with compiling(path) as alone:
+            begun.wait()
+            with alone():
+                order.append("first measures")
+
+    def second():
+        with compiling(path):
+            begun.wait()
+            time.sleep(0.3)
+            order.append("second has compiled")
+
+    begun = threading.Barrier(2)
+    threads = [threading.Thread(target=run) for run in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert order == ["second has compiled", "first measures"]
 
 
 def test_wrong_usage(capsys):
