@@ -1,8 +1,8 @@
 """Runs one problem as several plans over disjoint boxes of its pairs.
 
-Knows nothing of how boxes are found (scoremod/masks/boxes.py). The forward merges the parts by their log-sum-exps.
-In the backward every part gets the whole output and log-sum-exp, with which its weights and gradients are those of
-the whole row: the sums over parts are exact.
+scoremod/masks/boxes.py finds the boxes; this file decides by their costs, and runs a plan for each. The forward merges
+the parts by their log-sum-exps. In the backward every part gets the whole output and log-sum-exp, with which its
+weights and gradients are those of the whole row: the sums over parts are exact.
 """
 
 import functools
@@ -24,8 +24,8 @@ from cudnn_flex_compile.scoremod.masks.boxes import Box, boxes, in_boxes, pruned
 from cudnn_flex_compile.scoremod.masks.form import MaskForm, split
 from cudnn_flex_compile.scoremod.text import parse, text
 
-# What a further plan costs, a query row, in pairs: launches, merging, and reading and writing of the row. Measured
-# with 10 keys (cudnn-flex bench --mods "sink tokens + small window" --mode reduce-overhead --lower always).
+# The cost of a further plan for each query row, in pairs: launches, merging, and reading and writing of the row. It was
+# measured with 10 keys (cudnn-flex bench --mods "sink tokens + small window" --mode reduce-overhead --lower always).
 ROW_COST = 700
 WORTH = 0.85
 
@@ -33,9 +33,9 @@ Interval = tuple[int, int]
 
 
 def divided(program: Program, lengths: tuple[int, int], direction: str) -> list[Box] | None:
-    """The boxes as which a program runs faster than as one plan, or None.
+    """The boxes of a program that runs faster as several plans than as one, or None.
 
-    Not for programs with operands along q or kv, of which every part would need a copy of its own.
+    Programs with operands along q or kv are not divided: every part would need its own copy of these.
     """
     form = split(program.mask)
     operands = [n for n in ir.walk(program.score, program.mask) if n.kind == "operand"]
@@ -47,7 +47,7 @@ def divided(program: Program, lengths: tuple[int, int], direction: str) -> list[
 
 
 def cost(program: Program, lengths: tuple[int, int], direction: str) -> int:
-    """About how many pairs the plans of a program compute, with the tiles that they skip."""
+    """The number of pairs that the plans of a program compute, approximately, without the tiles that they skip."""
     found = divided(program, lengths, direction)
     return _cost(found) if found else _whole_cost(split(program.mask), lengths, direction)
 
@@ -68,7 +68,9 @@ def _whole_cost(form: MaskForm, lengths: tuple[int, int], direction: str) -> int
 
 @dataclass(frozen=True, slots=True)
 class BoxPart:
-    """One plan. rows_own, columns_own: whether no earlier part writes them, so that this one writes in place."""
+    """The plan of one box. rows_own, columns_own: whether no earlier part writes the same ones, so that it writes in
+    place.
+    """
 
     box: Box
     plan: AddressPlan
@@ -183,7 +185,7 @@ class BoxPlan(Plan):
 
 
 def _divided(problem: Problem) -> tuple[Program, list[Box]]:
-    """The program without what hides nothing at these lengths, and its boxes; none where one plan is as fast."""
+    """The program without bounds that hide nothing at these lengths, and its boxes; none where one plan is as fast."""
     program = pruned(parse(problem.program), problem.lengths)
     return program, divided(program, problem.lengths, problem.direction) or []
 
@@ -198,7 +200,7 @@ def _stats_like(query: torch.Tensor) -> torch.Tensor:
 
 
 def _gaps(covered: list[Interval], length: int) -> list[Interval]:
-    """What is left of [0, length)."""
+    """The intervals of [0, length) that are not covered."""
     gaps: list[Interval] = []
     start = 0
     for low, high in sorted(covered):
@@ -217,7 +219,7 @@ def assemble_boxes(
     """Builds a plan for each box.
 
     Args:
-        build: a plan for a program and a problem.
+        build: builds a plan for a program and a problem.
     """
     outputs = output_specs(problem)
     parts: list[BoxPart] = []

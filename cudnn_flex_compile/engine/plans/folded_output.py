@@ -1,14 +1,16 @@
-"""A backward with a gradient of the log-sum-exp by way of one without: of an output that holds it.
+"""A backward with a gradient of the log-sum-exp, by a plan without one that gets another output.
 
-Knows nothing of how plans are built. cuDNN computes delta = dO . O for each row, and with it P * (dP - delta), the
-gradient of the modified score; with a gradient of the log-sum-exp that is P * (dP - delta + dLSE). With
-O' = O - dO * dLSE / |dO|^2, delta is delta - dLSE, and dP and dV, which do not read O, are what they were. So this
-takes any plan, at the cost of one pass over O and dO. Where a row of dO is zero, dO' has two tiny entries instead, in
-columns 0 and 1, which leave dP what it was to 2**-100; what those columns of dV may have of such entries is taken for
-zero, so that of a loss of the log-sum-exp alone dV is zero. O' may be large, which bfloat16 holds and float16 does not.
+cuDNN computes delta = dO . O for each row, and with it P * (dP - delta), the gradient of the modified score. With a
+gradient of the log-sum-exp it is P * (dP - delta + dLSE). The plan gets O' = O - dO * dLSE / |dO|^2, for which its
+delta is delta - dLSE; dP and dV do not read O, and stay the same. So any plan serves, at the cost of one pass over O
+and dO. O' may be large, which bfloat16 holds and float16 does not.
 
-Rounding O' to bfloat16 would put delta off, for all pairs of a row alike, which the gradient of a learned bias adds up.
-So one entry of O', of those that count least, is changed to make up for the rounding of all.
+Where a row of dO is zero, dO' has two tiny entries instead, in columns 0 and 1. They change dP by 2**-100 at most. In
+dV, entries of these two columns that are no larger than the tiny ones can make them are set to zero, so that dV is zero
+for a loss that reads only the log-sum-exp.
+
+The rounding of O' to bfloat16 would change delta for all pairs of a row alike, and the gradient of a learned bias adds
+these changes up. So one entry of O', of those that count least, is changed to make up for the rounding of all.
 """
 
 import math
@@ -23,9 +25,9 @@ from cudnn_flex_compile.engine.problem import Problem
 from cudnn_flex_compile.engine.tiles.tile_list import TileList
 
 TINY = 2.0**-100
-SECOND = 2.0**-8  # the second tiny entry, in those of the first
-LEAST = 2.0**-12  # an entry of dO' that O' can be divided by, in those of the row's largest
-ROWS = 16  # of one block of threads
+SECOND = 2.0**-8  # the second tiny entry, relative to the first
+LEAST = 2.0**-12  # the least entry of dO' by which O' can be divided, relative to the row's largest
+ROWS = 16  # rows of one block of threads
 
 
 class FoldedPlan(WrappedPlan):
@@ -55,7 +57,7 @@ def fold(out: Tensor, grad: Tensor, grad_lse: Tensor, folded: Tensor, folded_gra
 
     Args:
         out, grad, folded, folded_grad: [B, H, S, D], any strides with a last one of 1.
-        grad_lse: of the natural log-sum-exp, [B, H, S], float32, any strides.
+        grad_lse: the gradient of the natural log-sum-exp, [B, H, S], float32, any strides.
     """
     if not out.is_cuda:
         _fold_on_host(out, grad, grad_lse, folded, folded_grad)
@@ -72,9 +74,9 @@ def fold(out: Tensor, grad: Tensor, grad_lse: Tensor, folded: Tensor, folded_gra
 
 
 def clear(grad_value: Tensor, rows: int) -> None:
-    """Zeroes what tiny entries in so many rows may have left of a dV that is zero without them: [B, Hkv, Skv, Dv].
+    """Zeroes the entries of dV, [B, Hkv, Skv, Dv], that are no larger than tiny entries of dO' can make them.
 
-    Their weights, rounded, are less than 2 each. A NaN stays one.
+    These are in `rows` rows at most, whose weights, rounded, are less than 2 each. A NaN stays one.
     """
     touched = grad_value[..., :2]
     torch.hardshrink(touched, 2 * rows * TINY, out=touched)

@@ -1,6 +1,6 @@
-"""A cuDNN graph, built or restored, and its execution.
+"""`GraphPlan` is a plan of one cuDNN graph: it is built or restored here, and executed.
 
-Knows nothing of caches, strategies or certification.
+engine/graph writes the graph, and variants.py says which graphs are tried. Other kinds of plans run this one.
 """
 
 import functools
@@ -30,7 +30,7 @@ from cudnn_flex_compile.scoremod.masks.boxes import pruned
 from cudnn_flex_compile.scoremod.text import parse
 
 PYTHON_ENGINES = 20_000  # the first id of an engine of the frontend's own (cudnn.engines.engine_ids)
-EXPECTED = (cudnn.cudnnGraphNotSupportedError, RuntimeError, ValueError)  # of a graph that cuDNN does not support
+EXPECTED = (cudnn.cudnnGraphNotSupportedError, RuntimeError, ValueError)  # errors for a graph that is not supported
 FORWARD_ROLES = ("query", "key", "value", "out", "stats")
 BACKWARD_ROLES = (
     "query", "key", "value", "out", "stats", "grad_out", "minus_lse", "grad_lse", "dq", "dk", "dv", "dbias",
@@ -44,7 +44,7 @@ class GraphPlan(AddressPlan):
     """Runs one graph.
 
     Attributes:
-        binding: what it reads and writes.
+        binding: the tensors that it reads and writes.
         workspace: bytes that each run needs.
     """
 
@@ -55,7 +55,7 @@ class GraphPlan(AddressPlan):
     )  # fmt: skip
 
     def __init__(self, problem: Problem, graph: Any, binding: Binding) -> None:
-        """On the current device, which must be the problem's."""
+        """Takes a built graph, on the current device, which must be the problem's."""
         super().__init__(problem, binding.strategy)
         self._graph, self.binding = graph, binding
         self.workspace = int(graph.get_workspace_size())
@@ -66,7 +66,7 @@ class GraphPlan(AddressPlan):
         self._operands, self._ints, self._floats = binding.operands, binding.ints, binding.floats
         self._launch = launcher(graph, binding.uids)
         enqueue = functools.partial(_launch_on, self._launch, problem.device)
-        # Scalars are not in device memory: with them, addresses do not tell launches apart.
+        # Scalars are not in device memory: two launches on the same addresses may differ in them.
         replayed = problem.replay and not (binding.ints or binding.floats)
         self._replays = Replays(enqueue, problem.device, engine.graph_pool) if replayed else None
 
@@ -126,14 +126,14 @@ def _launch_on(launch: Launch, device: int, addresses: Sequence[int], workspace:
 
 
 def _drop_python_engines(graph: Any) -> None:
-    """The frontend also offers kernels that it compiles from Python: seconds to compile, and slow to launch."""
+    """Drops the kernels that the frontend compiles from Python, which takes seconds, and are slow to launch."""
     names = [graph.get_plan_name_at_index(i) for i, plan in enumerate(graph.plans) if plan.engine_id >= PYTHON_ENGINES]
     if names:
         graph.deselect_engines(names)
 
 
 def first_built(program: Program, problem: Problem) -> GraphPlan | Reason:
-    """The first plan of a program that cuDNN builds; what it is part of is certified as a whole."""
+    """The first plan of a program that cuDNN builds. The plan that it is part of is certified as a whole."""
     reasons: list[Reason] = []
     for variant in variants(program, problem):
         plan = _build_variant(variant, program, problem)
@@ -168,7 +168,7 @@ def build(problem: Problem, lowering: Lowering) -> GraphPlan | Reason:
         return Reason(Code.SHAPE_REFUSED, detail, lasting)
 
 
-# What an error says that is about the moment, not about the graph.
+# Words in errors that are about the moment, and not about the graph.
 PASSING = (
     "out of memory", "ALLOC_FAILED", "LOADING_FAILED", "PREREQUISITE_MISSING", "EXECUTION_FAILED", "INTERNAL_ERROR",
     "CUDA_ERROR", "CUDA error", "CUDA_SUCCESS",
@@ -213,7 +213,7 @@ def _bind(problem: Problem, lowering: Lowering, built: AttentionGraph) -> Bindin
 
 
 def restored(problem: Problem, binding: Binding, data: bytes) -> GraphPlan:
-    """A plan that GraphPlan.serialized gave the data of, for the same problem, without building anything.
+    """The plan from the data of GraphPlan.serialized, for the same problem, without building anything.
 
     Raises ValueError for data that cuDNN cannot use.
     """

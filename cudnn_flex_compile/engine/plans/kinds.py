@@ -1,6 +1,6 @@
 """The kinds of plans, in the order in which they are tried, and how a record becomes a plan of its kind.
 
-Imports the kinds when a plan is wanted: some import cudnn.
+A new kind is one entry here. The kinds are imported when a plan is wanted, because some import cudnn.
 """
 
 import functools
@@ -11,7 +11,9 @@ from cudnn_flex_compile.engine.problem import Problem, problem_text
 
 @functools.cache
 def kinds() -> tuple[type[Plan], ...]:
-    """With a gradient of the log-sum-exp, a folded output comes before graphs that take it, and wider values last."""
+    """All kinds. With a gradient of the log-sum-exp, a folded output comes before graphs that take it, and wider values
+    come last.
+    """
     from cudnn_flex_compile.engine.plans.box_plan import BoxPlan
     from cudnn_flex_compile.engine.plans.folded_output import FoldedPlan
     from cudnn_flex_compile.engine.plans.graph_plan import GraphPlan
@@ -24,7 +26,8 @@ def kinds() -> tuple[type[Plan], ...]:
 def restore(problem: Problem, record: Record) -> Plan:
     """The recorded plan of a problem, on the current device.
 
-    Raises ValueError for one of another problem (our code cannot have changed, but be sure), or that cannot be used.
+    Raises ValueError for a record of another problem (our code cannot have changed, but be sure), or one that cannot be
+    used.
     """
     if record.problem != problem_text(problem):
         raise ValueError("it is for another problem")

@@ -1,7 +1,7 @@
-"""What a plan's backward reads besides, where the log-sum-exp takes part in the loss: two float32 tensors of rows.
+"""The two float32 tensors of rows that a plan's backward also reads where the log-sum-exp takes part in the loss.
 
-Knows nothing of plans. With P = exp(S - LSE), the gradient of a modified score is P * (dP - delta + dLSE): a plan adds
-exp(S - LSE) * dLSE to what cuDNN gives it, P * (dP - delta) (engine/graph/strategies/scores.py).
+With P = exp(S - LSE), the gradient of a modified score is P * (dP - delta + dLSE). cuDNN gives P * (dP - delta), and a
+graph adds exp(S - LSE) * dLSE to it (engine/graph/strategies/scores.py).
 """
 
 import math
@@ -17,8 +17,8 @@ def rows_of(stats: Tensor, grad_lse: Tensor | None) -> Rows:
 
     Args:
         stats: the natural log-sum-exp, [B, H, Sq] or [B, H, Sq, 1], contiguous. Rows that see no key have -inf, and get
-            0: all scores there are -inf, and so no infinities cancel.
-        grad_lse: of the same shape, in any layout.
+            0: all scores there are -inf, so that no infinities cancel.
+        grad_lse: a tensor of the same shape, in any layout.
     """
     if grad_lse is None:
         return ()

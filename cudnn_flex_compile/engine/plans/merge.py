@@ -1,6 +1,6 @@
 """Merges two attention results over disjoint keys by their log-sum-exps, in place.
 
-Knows nothing of plans. out = (out1 * e^lse1 + out2 * e^lse2) / (e^lse1 + e^lse2), as in Flash-Decoding
+box_plan.py merges its parts so: out = (out1 * e^lse1 + out2 * e^lse2) / (e^lse1 + e^lse2), as in Flash-Decoding
 (https://crfm.stanford.edu/2023/10/12/flashdecoding.html) and ring attention; a row without keys has LSE -inf.
 """
 
@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-ROWS = 32  # of one block of threads
+ROWS = 32  # rows of one block of threads
 
 
 def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
@@ -17,7 +17,7 @@ def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
 
     Args:
         out, part: [B, H, R, D], any strides with a last one of 1.
-        lse, part_lse: natural, [B, H, R, 1], float32, last two strides 1 and 1 or more.
+        lse, part_lse: the natural log-sum-exps, [B, H, R, 1], float32, last two strides 1 and 1 or more.
     """
     if not out.is_cuda:
         _merge_on_host(out, lse, part, part_lse)

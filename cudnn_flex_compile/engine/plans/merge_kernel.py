@@ -1,7 +1,7 @@
 # pyright: reportMissingParameterType=false, reportMissingImports=false, reportArgumentType=false, reportUntypedFunctionDecorator=false
 """The Triton kernel of merge.py: one block of query rows of one head.
 
-Knows nothing of who calls it. Apart because Triton is there only with CUDA builds of torch.
+It has a file of its own, because only CUDA builds of torch have Triton.
 """
 
 import triton

@@ -1,7 +1,7 @@
 """The protocol of plans: how they are tried, run and certified, and how a stored one is built again.
 
-Each kind of plan is one class in a file of its own, and one entry of engine/plans/kinds.py. This file knows none of
-them, and not cuDNN.
+Each kind of plan is one class in a file of its own, and one entry of engine/plans/kinds.py. This file imports none of
+them, and no cudnn.
 """
 
 from abc import ABC, abstractmethod
@@ -19,11 +19,11 @@ from cudnn_flex_compile.reasons import Reason
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A plan as the store keeps it: a tree, for a plan may run others.
+    """A plan as the store keeps it: a tree, because a plan may run others.
 
     Attributes:
-        kind: of the plan (Plan.KIND).
-        problem: what it is for (problem_text).
+        kind: the plan's kind (Plan.KIND).
+        problem: the text of its problem (problem_text).
         details: values that JSON keeps.
         data: bytes.
         parts: the plans that it runs, in order.
@@ -41,8 +41,8 @@ class Attempt:
     """Builds one plan when it is called, or says why cuDNN does not.
 
     Attributes:
-        last_resort: whether it is an attempt before it, written in another way that does more work.
-        variant: how its graph is written, the same at every shape; None where that depends on the lengths.
+        last_resort: whether it writes the graph of an earlier attempt in another way that does more work.
+        variant: the form of its graph, the same at every shape; None where it depends on the lengths.
     """
 
     make: "Callable[[], Plan | Reason]"
@@ -58,11 +58,11 @@ class Plan(ABC):
 
     Attributes:
         KIND: names the class in records.
-        problem: what it is for.
-        strategy: how it was lowered, as reports have it.
-        device: where it runs.
-        outputs: layouts of out and stats, or of dq, dk, dv, and dbias if an operand is learned.
-        errors: what certification measured, once it has.
+        problem: its problem.
+        strategy: the name of its strategy in reports.
+        device: the device on which it runs.
+        outputs: the layouts of out and stats, or of dq, dk, dv, and dbias if an operand is learned.
+        errors: the errors that certification measured, once it has run.
     """
 
     KIND: ClassVar[str]
@@ -76,7 +76,7 @@ class Plan(ABC):
     @classmethod
     @abstractmethod
     def attempts(cls, problem: Problem, every: "Callable[[Problem], list[Attempt]]") -> list[Attempt]:
-        """What builds plans of this kind for a problem, in the order of trial; nothing where the kind is not for it.
+        """The attempts of this kind for a problem, in the order of trial; none where the kind is not for it.
 
         Args:
             every: the attempts of all kinds for a problem, for a plan that runs another one.
@@ -126,4 +126,4 @@ class AddressPlan(Plan):
     def run_at(
         self, addresses: list[int], operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor]
     ) -> None:  # fmt: skip
-        """As run, with the addresses of the tensors."""
+        """Runs like `run`, with the addresses of the tensors."""

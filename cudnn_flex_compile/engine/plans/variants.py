@@ -1,6 +1,6 @@
 """The graphs that are tried for a program, in order: each strategy for it as it is, guarded, and expanded.
 
-Knows nothing of how a graph is built (engine/plans/graph_plan.py), nor whether its plan is right.
+graph_plan.py builds them; certification decides which one is right.
 """
 
 import itertools
@@ -31,11 +31,11 @@ class Variant:
 
     @property
     def written(self) -> tuple[Hashable, ...]:
-        """How the graph is written, the same at every shape."""
+        """The form of the graph, the same at every shape."""
         return self.strategy.name, self.guard, self.expand
 
     def lowering(self, program: Program, problem: Problem) -> Lowering | Reason:
-        """How the graph expresses the program, or why it does not, or is the graph of another variant."""
+        """The lowering of the program, or the reason why there is none, or why it is the graph of another variant."""
         program = guarded(program, problem.lengths) if self.guard else program
         found: Lowering | Reason = self.strategy.lower(program, problem.direction == BACKWARD, _inside(problem))
         if isinstance(found, Reason):
@@ -50,7 +50,7 @@ class Variant:
 
 
 def variants(program: Program, problem: Problem) -> Iterator[Variant]:
-    """In order: every strategy for the program as it is, guarded, and, where these give none, expanded."""
+    """The variants in order: every strategy for the program as it is, guarded, and, where these give none, expanded."""
     guards = [False, True]
     if problem.direction == BACKWARD and _needs_guard(program, problem):
         guards.remove(False)
@@ -68,7 +68,7 @@ def _expands(lowering: Lowering, problem: Problem) -> bool:
 
 
 def _inside(problem: Problem) -> Expr | None:
-    """Where a gradient of the log-sum-exp counts, if the problem takes one."""
+    """The predicate of the pairs at which a gradient of the log-sum-exp counts, if the problem takes one."""
     return ends(problem.lengths) if problem.lse_gradient else None
 
 

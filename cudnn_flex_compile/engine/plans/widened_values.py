@@ -1,11 +1,11 @@
-"""A backward with a gradient of the log-sum-exp by way of one without: of values with more columns.
+"""A backward with a gradient of the log-sum-exp, by a plan without one on values with more columns.
 
-Knows nothing of how plans are built. With V' = [V, 1], dO' = [dO, dLSE] and O' = [O, 0], the products dO' . V' are
-dP + dLSE, and delta = dO' . O' is what it was: so P * (dP' - delta') is the gradient of the modified score, and dV the
-first columns of dV'. This takes any plan, and no row vectors, of which the backward of most architectures has none to
-spare, but copies of three tensors, and head dims that cuDNN may refuse. For float16, which an output that holds dLSE
-(engine/plans/folded_output.py) may be too large for; where the row term inside of the score_mod
-(strategies/scores.py) is accepted and right, that is tried first.
+With V' = [V, 1], dO' = [dO, dLSE] and O' = [O, 0], the products dO' . V' are dP + dLSE, and delta = dO' . O' stays the
+same. So P * (dP' - delta') is the gradient of the modified score, and dV is the first columns of dV'. Any plan serves,
+and no row vectors are needed, which the backward of most architectures cannot take. It costs copies of three tensors,
+and cuDNN may refuse the head dims. It is for float16, for which a folded output (folded_output.py) may be too large.
+Where the row term inside of the score_mod (engine/graph/strategies/scores.py) is accepted and right, that is tried
+first.
 """
 
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ from cudnn_flex_compile.engine.plans.wrapped import WrappedPlan
 from cudnn_flex_compile.engine.problem import Problem, TensorSpec, output_specs, strides_like
 from cudnn_flex_compile.engine.tiles.tile_list import TileList
 
-# The columns that are added to V, a multiple of what cuDNN takes. dLSE is the sum of what dO' has there times these,
-# each part what the ones before it left over: 24 bits of bfloat16, and beyond the range of float16.
+# The columns that are added to V; their number is a multiple that cuDNN takes. dLSE is the sum of the new entries of
+# dO' times these, each the remainder of the ones before: 24 bits of bfloat16, and more than the range of float16.
 ONES = (1024.0, 1.0, 1.0)
 MORE = 8
 

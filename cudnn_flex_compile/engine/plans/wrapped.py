@@ -1,6 +1,6 @@
 """Plans of a gradient of the log-sum-exp that run one without it, on tensors that they make from theirs.
 
-Knows nothing of how plans are built. engine/plans/folded_output.py and engine/plans/widened_values.py are the two ways.
+folded_output.py and widened_values.py are the two ways.
 """
 
 import functools
@@ -26,7 +26,7 @@ class WrappedPlan(Plan):
     @staticmethod
     @abstractmethod
     def takes(problem: Problem) -> bool:
-        """Whether this is a way for a problem with a gradient of the log-sum-exp."""
+        """Whether this way serves a problem with a gradient of the log-sum-exp."""
 
     @staticmethod
     @abstractmethod
