@@ -1,6 +1,6 @@
-"""Imports cudnn.flex_attention, whose kernels take a compiler of its own, and has it keep what it compiles.
+"""Imports cudnn.flex_attention, whose kernels need a compiler of their own, and makes it keep compiled kernels.
 
-Knows nothing of problems, nor of the frontend's private names (frontend.py).
+The frontend's private names are in engine/frontend.py.
 """
 
 import functools
@@ -23,5 +23,5 @@ def kernels_missing() -> str | None:
         if folder is not None:
             keep_kernels(folder / KERNELS)
         return None
-    except Exception as error:  # whatever a package that is missing, or does not fit, makes of it
+    except Exception as error:  # a package that is missing, or does not fit, may raise anything
         return f"{MODULE}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

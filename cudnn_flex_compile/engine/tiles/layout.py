@@ -1,7 +1,4 @@
-"""Where the parts of one tensor of numbers of 4 bytes are: a list of tiles, and what is needed to make one.
-
-Knows nothing of masks.
-"""
+"""The layout of parts in one tensor of numbers of 4 bytes, for a list of tiles, and for the memory to make one."""
 
 import math
 from dataclasses import dataclass

@@ -1,9 +1,9 @@
 """Runs a problem by the interval kernels of cudnn.flex_attention (CuTe DSL), on a list of its mask's tiles.
 
-Knows nothing of how masks are recognised, nor of caches. The frontend compiles the kernels (its public
-FlexAttentionFwd and FlexAttentionBwd). Those check and look up everything anew at each launch, which takes the host
-longer than most of these kernels take the device: what they compiled is called as it is, with the list's tensors. That
-is private: where it is missing, or takes other arguments, there is no plan.
+tiler.py makes the lists. The frontend compiles the kernels (its public FlexAttentionFwd and FlexAttentionBwd). These
+check and look up everything at each launch, which takes the host longer than most of the kernels take the device. So
+the compiled kernels are called directly, with the list's tensors. They are private: where one is missing, or takes
+other arguments, there is no plan.
 """
 
 import functools
@@ -33,7 +33,7 @@ from cudnn_flex_compile.scoremod.text import parse
 
 # Whether launches are replayed, and whether the deterministic backward runs: tests/gpu/test_plain_masks.py tries both.
 REPLAYED = DETERMINISTIC = False
-# What the backward works in that has to be zero: sums of what heads share, and semaphores of the deterministic one.
+# The memory of the backward that must be zero: sums over heads that share keys, and the deterministic one's semaphores.
 ZEROS = ("dk_accum", "dv_accum", "dq_semaphore", "dk_semaphore", "dv_semaphore")
 
 
@@ -96,7 +96,7 @@ class TilePlan(Plan):
     __slots__ = ("_forward", "_kernels", "_mask", "_replays", "_tiler")
 
     def __init__(self, problem: Problem) -> None:
-        """On the current device, which must be the problem's. Raises what the frontend raises."""
+        """Compiles the kernels on the current device, which must be the problem's. Raises the frontend's errors."""
         super().__init__(problem, NAME)
         forward = self._forward = problem.direction == FORWARD
         self._mask = parse(problem.program).mask
@@ -111,7 +111,7 @@ class TilePlan(Plan):
 
     @classmethod
     def from_record(cls, problem: Problem, record: Record, restore: Callable[[Problem, Record], Plan]) -> Plan:
-        """Built again: the frontend keeps what it compiled (engine/tiles/frontend.py)."""
+        """Builds the plan again: the frontend keeps compiled kernels (engine/tiles/frontend.py)."""
         plan = build(problem)
         if isinstance(plan, Reason):
             raise ValueError(str(plan))
@@ -121,7 +121,7 @@ class TilePlan(Plan):
         self, tensors: Sequence[Tensor], operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor],
         tiles: TileList | None = None,
     ) -> None:  # fmt: skip
-        """With a list for the problem's geometry, in training where this is a backward. Certification gives none."""
+        """Runs by a list for the problem's geometry, in training where this is a backward. Certification gives none."""
         if tiles is None:
             tiles = self._list(operands, ints, floats)
         parts = tiles.forward if self._forward else tiles.backward
@@ -171,7 +171,7 @@ def _samples(problem: Problem) -> tuple[list[Tensor], Tensor, Any]:
 
 
 class _Forward:
-    """Its kernel, on (query, key, value, out[, stats]).
+    """The forward's kernel, on (query, key, value, out[, stats]).
 
     Attributes:
         work: the memory to work in.
@@ -202,10 +202,10 @@ class _Forward:
 
 
 class _Backward:
-    """Its kernels, on (query, key, value, out, stats, grad_out[, minus_lse, grad_lse], dq, dk, dv).
+    """The backward's kernels, on (query, key, value, out, stats, grad_out[, minus_lse, grad_lse], dq, dk, dv).
 
     Attributes:
-        work: the memory to work in; what has to be zero comes first.
+        work: the memory to work in; the part that must be zero comes first.
     """
 
     __slots__ = ("_kernels", "_lengths", "_lse_gradient", "_lse_shape", "_scale", "_zeros", "work")

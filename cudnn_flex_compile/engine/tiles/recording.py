@@ -1,8 +1,8 @@
-"""Records what makes a list of tiles (engine/tiles/tiler.py) in a CUDA graph, so that a list costs the host one launch.
+"""Records the making of a list of tiles (tiler.py) in a CUDA graph, so that a list costs the host one launch.
 
-Knows nothing of attention. A recording reads and writes memory of its own; the list is copied out of it, so that it
-lives as long as it is read, whatever the next one is. A recording belongs to one stream, on which its uses follow each
-other.
+kernels/tile_lists.py uses it for masks that change at each step. A recording reads and writes memory of its own; the
+list is copied out of it, so that it lives as long as it is read, also after the next one is made. A recording belongs
+to one stream, on which its uses follow each other.
 """
 
 import functools
@@ -22,12 +22,12 @@ LARGEST = 2**25  # numbers of 4 bytes: with a longer list, the device takes long
 class Recording:
     """Makes lists in so much room, of tables of so many endpoints a row."""
 
-    @torch.inference_mode(False)  # what is made in it could not be written to outside
+    @torch.inference_mode(False)  # an inference tensor could not be written to outside
     def __init__(self, tiler: Tiler, room: Room, width: int, device: torch.device) -> None:
-        """On the current stream, which must not be capturing. Raises what CUDA says where it does not record."""
+        """Records on the current stream, which must not be capturing. Raises CUDA's error where it does not record."""
         g = tiler.geometry
         table = torch.full((g.mask_heads, width, g.batch * g.rows), g.columns, dtype=torch.int32, device=device)
-        self._tiler = tiler  # whose kernels the graph holds
+        self._tiler = tiler  # the graph launches its kernels
         self._lock, self._draft = new_lock(), tiler.draft(table, room)
         tiler.fill(self._draft)  # compiles and loads kernels, which cannot be recorded
         self._graph = torch.cuda.CUDAGraph()
@@ -42,7 +42,7 @@ class Recording:
                 self._graph.capture_end()
 
     def within(self, table: Tensor) -> tuple[TileList, Tensor]:
-        """As Tiler.within, on the stream of the recording, which is the current one."""
+        """Does what Tiler.within does, on the stream of the recording, which is the current one."""
         with self._lock:
             self._draft.table.copy_(table)
             self._graph.replay()
@@ -52,8 +52,8 @@ class Recording:
 
 @functools.lru_cache(8)
 def recording_of(geometry: Geometry, room: Room, width: int, device: int, stream: int) -> Recording | None:
-    """The one for a device and a stream, which must be the current ones; None for lists that are too large to be kept
-    twice, and where CUDA records none.
+    """The recording for a device and a stream, which must be the current ones; None for lists that are too large to be
+    kept twice, and where CUDA records none.
     """
     tiler = tiler_of(geometry, device)
     if tiler.size(room) > LARGEST:

@@ -1,8 +1,8 @@
 """A list of the tiles in which a mask shows any pair, as cudnn.flex_attention's kernels take it, in one tensor.
 
-Knows nothing of how lists are made (tiler.py), nor of programs. A list is for one geometry. Its first part serves the
-forward; a second one, in training, the backward. Tiles of which some pairs are hidden are partial, and have a bit for
-each pair; the others are full.
+tiler.py makes lists, and plan.py runs by them. A list is for one geometry. Its first part serves the forward; a second
+one, in training, the backward. Tiles with some hidden pairs are partial, and have a bit for each pair; the others are
+full.
 """
 
 import functools
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from cudnn_flex_compile.engine.tiles.layout import Layout
 
-NAME = "tile_lists"  # of the strategy that runs by a list
+NAME = "tile_lists"  # the name of the strategy that runs by a list
 ARCHITECTURE = 90  # the stages and their shapes were read, and measured, for this one
 ITEMSIZE = 4
-STEP = 64  # tiles: room is a multiple of it, so that masks that are alike have the same
-# The order in which kernels take the parts; None for what only sequences of several lengths, or a backward, have.
+STEP = 64  # room is a multiple of so many tiles, so that masks that are alike have the same
+# The order in which kernels take the parts; None for parts that only sequences of several lengths, or a backward, have.
 FORWARD_PARTS = (
     "counts", "indices", "full_counts", "full_indices", None, None, None, "offsets", "full_offsets", "masks", None,
     "work",
@@ -33,7 +33,7 @@ Arguments = tuple[Tensor | None, ...]
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """What a list of tiles depends on beside the mask: sizes, whether for a backward, and the dtype of queries.
+    """The properties of a call that its list of tiles depends on beside the mask: sizes, training, and the dtype.
 
     Attributes:
         mask_heads: 1 if all heads share the mask, else `heads`.
@@ -78,11 +78,11 @@ class Room(NamedTuple):
         return all(mine >= its for mine, its in zip(self, needed, strict=True))
 
     def is_wide_for(self, needed: "Room") -> bool:
-        """Whether most of it would stay empty."""
+        """Whether most of the room would stay empty."""
         return sum(self) > 4 * sum(needed) + 16 * STEP
 
     def with_reserve(self) -> "Room":
-        """A quarter more, for what the next step may need."""
+        """The room with a quarter more, which the next step may need."""
         return Room(*(-(-(n * 5 // 4 + 1) // STEP) * STEP for n in self))
 
 
@@ -91,8 +91,8 @@ class TileList:
     """One list.
 
     Attributes:
-        numbers: int32, 1-d: all of it.
-        layout: where its parts are.
+        numbers: the whole list, int32, 1-d.
+        layout: the places of its parts.
     """
 
     numbers: Tensor
@@ -100,12 +100,12 @@ class TileList:
 
     @functools.cached_property
     def forward(self) -> Arguments:
-        """What the forward's kernel takes of it."""
+        """The parts that the forward's kernel takes."""
         return self._arguments(FORWARD_PARTS)
 
     @functools.cached_property
     def backward(self) -> Arguments:
-        """What the backward's kernels take of it, if it is for training."""
+        """The parts that the backward's kernels take, if the list is for training."""
         return self._arguments(BACKWARD_PARTS)
 
     def _arguments(self, names: Sequence[str | None]) -> Arguments:

@@ -1,12 +1,12 @@
-"""Makes lists of tiles (tile_list.py) of the endpoints of a mask's rows, in memory for as many tiles as there are.
+"""Makes lists of tiles (tile_list.py) from the endpoints of a mask's rows, in memory for as many tiles as there are.
 
-Knows nothing of programs: it takes a table of endpoints (scoremod/masks/intervals.py). What finds the tiles and writes
-their bits are stages of the frontend. They are private: one that is missing, or takes other arguments, means that there
-is no plan (engine/tiles/plan.py), and what they list is certified with the kernels that read it. Its stages that add
-counts up run on one thread; torch does that here.
+kernels/tile_lists.py calls it with a table of endpoints (scoremod/masks/intervals.py). Stages of the frontend find the
+tiles and write their bits. They are private: where one is missing, or takes other arguments, there is no plan (plan.py),
+and their lists are certified with the kernels that read them. The frontend's stages that add counts up run on one
+thread; torch does that here.
 
-A list is made in two steps: tiles are counted, and then written. Between both the host may read the counts (`exact`),
-or memory is given beforehand (`fill`): then nothing is written where there are more tiles than that.
+A list is made in two steps: tiles are counted, and then written. In between the host may read the counts (`exact`), or
+memory is given beforehand (`fill`), and then nothing is written where there are more tiles than it holds.
 """
 
 import contextlib
@@ -32,9 +32,9 @@ class Draft:
 
     Attributes:
         table: endpoints of rows, [mask_heads, n, B * Sq], int32, contiguous.
-        room: how many tiles there is memory for.
+        room: the number of tiles that fit into the memory.
         listed: the list.
-        scratch: what only the stages read.
+        scratch: memory that only the stages read.
         views: the parts of both.
     """
 
@@ -46,7 +46,7 @@ class Draft:
 
 
 class Tiler:
-    """Lists tiles for one geometry, on the current device. Raises what the frontend raises for one that it refuses."""
+    """Lists tiles for one geometry, on the current device. Raises the frontend's error for one that it refuses."""
 
     def __init__(self, geometry: Geometry) -> None:
         from cudnn_flex_compile.engine.frontend import tile_builder
@@ -71,7 +71,7 @@ class Tiler:
         return Room(forward, forward, backward, backward)
 
     def size(self, room: Room) -> int:
-        """The size of a list, in numbers of 4 bytes."""
+        """The size of a list with this room, in numbers of 4 bytes."""
         return self._layouts(room)[0].size
 
     def _place(self) -> None:
@@ -91,7 +91,7 @@ class Tiler:
                 self._scratch.put(name, (g.mask_heads, g.batch * q_blocks))
 
     def _put(self, prefix: str, q_blocks: int, k_blocks: int, outer: int) -> None:
-        """Counts and offsets of tiles by row of tiles, and the bits by which tiles are found.
+        """Lays out the counts and offsets of tiles by row of tiles, and the bits by which tiles are found.
 
         Args:
             outer: rows of tiles, which are columns of them in the backward.
@@ -100,7 +100,7 @@ class Tiler:
         rows = batch * outer
         count = heads * rows
         counts, offsets = (self._counts.put(f"{prefix}{name}", (2, 1 + count)) for name in ("zero_counts", "sums"))
-        for i, kind in enumerate(("", "full_")):  # the offset of each row is the sum of a zero and what is before it
+        for i, kind in enumerate(("", "full_")):  # the offset of each row is the sum of a zero and the counts before it
             self._counts.put_within(f"{prefix}{kind}counts", counts.start + i * (1 + count) + 1, (heads, rows))
             self._counts.put_within(f"{prefix}{kind}offsets", offsets.start + i * (1 + count), (count + 1,))
         bits = (heads, batch * q_blocks, max(1, -(-k_blocks // 32)))
@@ -108,7 +108,7 @@ class Tiler:
         self._scratch.put_within(f"{prefix}bits", seen.start, (full.end - seen.start,))
 
     def _layouts(self, room: Room) -> tuple[Layout, Layout]:
-        """Of a list, and of what is needed to make it: what depends on the room comes last."""
+        """The layouts of a list, and of the memory to make it: parts that depend on the room come last."""
         listed, scratch = self._counts.copy(), self._scratch.copy()
         f, b = self._forward, self._backward
         sides = [("", f, f.num_mask_payload_groups, room.partial, room.full)]
@@ -124,7 +124,7 @@ class Tiler:
         return listed, scratch
 
     def count(self, table: Tensor) -> tuple[Draft, Room]:
-        """A list without tiles, and how many there are; waits for the device.
+        """A list without tiles, and the number of tiles. Waits for the device.
 
         Args:
             table: endpoints of rows, [mask_heads, n, B * Sq], int32, any strides.
@@ -147,22 +147,22 @@ class Tiler:
         return draft.listed
 
     def exact(self, table: Tensor) -> TileList:
-        """The list, with room for nothing else; waits for the device."""
+        """The list, with room for its tiles alone. Waits for the device."""
         return self.write(*self.count(table))
 
     def within(self, table: Tensor, room: Room) -> tuple[TileList, Tensor]:
-        """The list, if there is room for it, and how many tiles there are (`needed`); waits for nothing."""
+        """The list, if there is room for it, and the number of tiles (`needed`). Waits for nothing."""
         draft = self.draft(table, room)
         self.fill(draft)
         return draft.listed, self.needed(draft)
 
     def needed(self, draft: Draft) -> Tensor:
-        """How many tiles were counted, as a Room has it; int32."""
+        """The number of tiles that were counted, in the order of a Room, int32."""
         sides = ("sums", "k_sums") if self.geometry.training else ("sums",)
         return torch.cat([draft.views[name].select(1, -1) for name in sides])
 
     def draft(self, table: Tensor, room: Room) -> Draft:
-        """Memory for a list, with what is the same for all masks."""
+        """Memory for a list, with the parts that are the same for all masks."""
         listed_at, scratch_at = self._layouts(room)
         numbers = torch.zeros(listed_at.size, dtype=torch.int32, device=table.device)
         scratch = torch.zeros(scratch_at.size, dtype=torch.int32, device=table.device)
@@ -174,7 +174,7 @@ class Tiler:
         """Makes the list in the memory that there is.
 
         Args:
-            beside: a stream for the backward's part of it, which is made at the same time then.
+            beside: a stream for the backward's part of the list, which is made at the same time then.
         """
         draft.scratch.zero_()
         with _beside(beside):
@@ -188,7 +188,7 @@ class Tiler:
             torch.cuda.current_stream().wait_stream(beside)
 
     def _forget_what_has_no_room(self, prefix: str, draft: Draft, room: Sequence[int]) -> None:
-        """Nothing is written behind the memory: where tiles are more than that, none is left to be written."""
+        """Zeroes the counts where there are more tiles than the memory holds, so that nothing is written beyond it."""
         if f"{prefix}sums" in draft.views:
             partial, full = draft.views[f"{prefix}sums"].select(1, -1).unbind()
             draft.views[f"{prefix}bits"].mul_((partial <= room[0]) & (full <= room[1]))
@@ -259,7 +259,7 @@ class Tiler:
 
 @contextlib.contextmanager
 def _beside(stream: torch.cuda.Stream | None) -> Generator[None]:
-    """On another stream, from here on."""
+    """Enters another stream, if there is one, which starts after the work so far."""
     if stream is None:
         yield
         return
@@ -270,5 +270,5 @@ def _beside(stream: torch.cuda.Stream | None) -> Generator[None]:
 
 @functools.lru_cache(64)
 def tiler_of(geometry: Geometry, device: int) -> Tiler:
-    """The one of a geometry for a device, which must be the current one."""
+    """The tiler of a geometry for a device, which must be the current one."""
     return Tiler(geometry)
