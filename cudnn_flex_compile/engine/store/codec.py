@@ -17,7 +17,7 @@ LENGTH = struct.Struct("<Q")
 
 @dataclass(frozen=True, slots=True)
 class Certified:
-    """A plan that passed. errors: what certification measured."""
+    """A plan that passed certification. errors: the errors that it measured."""
 
     plan: Record
     errors: tuple[Error, ...] = ()
@@ -59,7 +59,7 @@ def decode(data: bytes) -> Verdict:
 
 
 def _record(tree: dict[str, Any], rest: bytes) -> tuple[Record, bytes]:
-    """The record, and the bytes that are left behind its own and those of its parts."""
+    """The record, and the rest of the bytes after its own and those of its parts."""
     data, rest = rest[: tree["bytes"]], rest[tree["bytes"] :]
     if len(data) != tree["bytes"]:
         raise ValueError("a plan is cut off")

@@ -1,6 +1,6 @@
-"""A certified plan, with what a call of it needs.
+"""`CachedPlan` is a certified plan with the layouts that a call of it allocates.
 
-Knows nothing of how plans are found or kept.
+engine/state.py holds them by the keys of calls; kernels/cuda.py runs them.
 """
 
 import functools
@@ -18,8 +18,8 @@ class CachedPlan:
     """A certified plan.
 
     Attributes:
-        copies: which of query, key, value and the output's gradient must be copied for it.
-        references: fingerprints of what it was compared with.
+        copies: whether query, key, value and the output's gradient must each be copied for it.
+        references: the fingerprints of the functions that it was compared with.
     """
 
     plan: Plan
@@ -37,7 +37,7 @@ class CachedPlan:
 
     @functools.cached_property
     def layouts(self) -> tuple[Layout, ...]:
-        """Of what a call allocates: out and stats [B, H, Sq] (empty if the plan writes none), or of all gradients."""
+        """The layouts of a call's results: out and stats [B, H, Sq] (empty if not written), or all gradients."""
         problem = self.plan.problem
         if problem.direction == BACKWARD:
             return tuple(spec.layout for spec in self.plan.outputs)

@@ -1,12 +1,13 @@
-"""Keeps verdicts beyond the process: looks one up before anything is built, and stores what was found out.
+"""Keeps verdicts beyond the process: looks one up before anything is built, and stores new ones.
 
-Knows nothing of how plans are found. A verdict holds for the problem, what it was compared with (by its fingerprint),
-our code, the libraries' versions, the driver and the kind of device; all of it is in the entry, and compared. What
-cannot be read or restored is a miss. Reasons that may pass, such as too little memory, are not stored.
+find_plan.py calls it. A verdict holds for the problem, the functions that its plan was compared with (by their
+fingerprint), our code, the libraries' versions, the driver and the kind of device; all of it is in the entry, and
+compared. An entry that cannot be read or restored is a miss. Reasons that may pass, such as too little memory, are not
+stored.
 
-A second user's functions do not inherit the verdict on the first's, even if both became the same program by a fault of
-ours: the fingerprint is of their traced graphs. Values that they captured are not in it; a plan reads those as
-operands, of whatever content, and its certification has drawn many.
+Two functions do not share a verdict, even if a fault of our tracing made the same program of both: the fingerprint is
+that of their traced graphs. Captured values are not in it: a plan reads these as operands, whose contents may be
+anything, and its certification has drawn many.
 """
 
 import logging
@@ -27,7 +28,7 @@ log = logging.getLogger("cudnn_flex_compile")
 
 
 class Use(NamedTuple):
-    """What a rule of certification means for verdicts that outlive the process."""
+    """The use that a rule of certification makes of verdicts that outlive the process."""
 
     trusted: bool
     kept: bool
@@ -40,7 +41,7 @@ def recall(problem: Problem, reference: Reference, policy: Policy) -> Plan | Rea
     """The stored verdict on a problem, its plans ready to run on the current device; None if there is none.
 
     Args:
-        reference: what plans of the problem are compared with.
+        reference: computes the scores with which plans of the problem are compared.
         policy: whether a stored verdict is trusted, and whether the plan is wanted that was the fastest, not the first.
     """
     store, fingerprint = engine.store, reference.fingerprint
@@ -78,14 +79,14 @@ def keep(problem: Problem, reference: Reference, policy: Policy, found: Plan | R
 
 
 def recall_text(key: str) -> str | None:
-    """What keep_text kept under this key, in this process or in another."""
+    """The text that keep_text kept under this key, in this process or in another."""
     store = engine.store
     data = None if store is None else store.read(key)
     return None if data is None else data.decode()
 
 
 def keep_text(key: str, value: str) -> None:
-    """Keeps what was measured; the key has all that it depends on."""
+    """Keeps a measured text. The key has everything that it depends on."""
     store = engine.store
     if store is not None:
         store.write(key, value.encode())
