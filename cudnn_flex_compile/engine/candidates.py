@@ -1,6 +1,6 @@
-"""What builds a plan of a problem: the attempts of all kinds of plans, in the order of trial.
+"""Lists the attempts to build a plan of a problem, of all kinds of plans, in the order of trial.
 
-Knows nothing of whether a plan is right, nor of which one is kept.
+choose.py tries them, certifies the plans, and keeps one.
 """
 
 from cudnn_flex_compile.engine.plans.kinds import kinds
@@ -9,5 +9,5 @@ from cudnn_flex_compile.engine.problem import Problem
 
 
 def attempts(problem: Problem) -> list[Attempt]:
-    """What builds a plan of a problem, in the order of trial."""
+    """The attempts to build a plan of a problem, in the order of trial."""
     return [attempt for kind in kinds() for attempt in kind.attempts(problem, attempts)]

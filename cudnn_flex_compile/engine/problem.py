@@ -1,6 +1,7 @@
-"""What a plan is for: program, direction and the geometry of every tensor.
+"""`Problem` is one attention call as plans see it: program, direction and the geometry of every tensor.
 
-Knows nothing of how plans are built. Two problems are equal exactly when one plan serves both.
+Two problems are equal exactly when one plan serves both. Every part of engine/ works on problems; key.py makes them
+from calls. This file imports no cudnn.
 """
 
 import functools
@@ -26,12 +27,12 @@ class TensorSpec:
 
     @staticmethod
     def of(tensor: torch.Tensor) -> "TensorSpec":
-        """Of a tensor of any device."""
+        """The spec of a tensor, on any device."""
         return TensorSpec(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
 
     @property
     def layout(self) -> Layout:
-        """What engine/launch/memory.py allocates by."""
+        """The layout as engine/launch/memory.py takes it."""
         return self.shape, self.stride, self.dtype
 
     def empty(self, device: torch.device) -> torch.Tensor:
@@ -115,12 +116,12 @@ def _text(value: object) -> str:
 
 
 class Error(NamedTuple):
-    """How far one result of a plan was off on usual data, relative to its size (both in the 2-norm).
+    """The error of one result of a plan on usual data, relative to its size (both in the 2-norm).
 
     Attributes:
         name: out, dQ, dK or dV.
-        found: of the plan.
-        stock: of the same computation in stock precision.
+        found: the plan's error.
+        stock: the error of the same computation in stock precision.
     """
 
     name: str
@@ -130,13 +131,13 @@ class Error(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """What a graph reads and writes at each run. A graph that was serialised does not tell.
+    """The tensors that a graph reads and writes at each run, which a serialised graph does not tell.
 
     Attributes:
-        strategy: how it was lowered.
-        uids: of its tensors, in the order in which a run gives their addresses: those by role, operands, constants,
-            integers, floats.
-        operands, ints, floats: positions of those that it reads, among all operands and scalars of the program.
+        strategy: the name of its strategy.
+        uids: the uids of its tensors, in the order in which a run gives their addresses: tensors by role, operands,
+            constants, integers, floats.
+        operands, ints, floats: the positions of those that it reads, among all operands and scalars of the program.
         hosts: the numbers of constants that are passed by value: floats as float32, integers as int32.
         filled: the numbers of constants in device memory, int32 [B, 1, 1, 1].
     """
@@ -157,7 +158,7 @@ def stats_spec(problem: Problem) -> TensorSpec:
 
 
 def output_specs(problem: Problem) -> tuple[TensorSpec, ...]:
-    """The layouts of what a plan writes: out and stats, or dq, dk, dv, and the gradient of a learned operand."""
+    """The layouts of a plan's outputs: out and stats, or dq, dk, dv, and the gradient of a learned operand."""
     if problem.direction == FORWARD:
         return problem.out, stats_spec(problem)
     found = problem.gradients or tuple(dense_like(s) for s in (problem.query, problem.key, problem.value))
@@ -168,7 +169,7 @@ def output_specs(problem: Problem) -> tuple[TensorSpec, ...]:
 
 
 def out_spec(query: TensorSpec, value: TensorSpec) -> TensorSpec:
-    """The output: [B, Hq, Sq, Dv] in the query's order of strides."""
+    """The layout of the output: [B, Hq, Sq, Dv] in the query's order of strides."""
     shape = (*query.shape[:3], value.shape[3])
     return TensorSpec(shape, strides_like(shape, query.stride), query.dtype)
 
@@ -197,9 +198,9 @@ def dense(spec: TensorSpec) -> TensorSpec:
 def strides_like(shape: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:
     """Dense strides for `shape` in the order of the strides `order`, the last dimension innermost.
 
-    Fakes and kernels lay out the output and all gradients by this rule, so that they agree about every layout. It is
-    that of torch._higher_order_ops.flex_attention._permute_strides, which flex_attention's own fakes and kernels
-    follow. Sizes and strides may be symbolic.
+    Fakes and kernels lay out the output and all gradients by this rule, so that they agree about every layout.
+    flex_attention's own fakes and kernels follow the same one (`_permute_strides` of torch's flex_attention). Sizes and
+    strides may be symbolic.
     """
 
     def compare(one: int, other: int) -> int:
