@@ -1,8 +1,9 @@
 """Measures whether a call is faster on cuDNN than on Inductor's kernel, on made-up data at its shape.
 
-Knows nothing of how plans are chosen (engine/choose.py times those). Both sides are device time, of the forward, and of
-the backward in training; ours is at least what the host takes for a call, Inductor's is not, so that a call that the
-host decides is kept. What was measured is kept beyond the process, under all that it depends on.
+lower_call.py asks it where the option `autotune` is on; the choice among plans is engine/choose.py's. Both sides are
+device time, of the forward, and in training of the backward. Ours is at least the host's time for a call, Inductor's is
+not, so that a call whose time the host decides is kept. Times are kept beyond the process, by everything that they
+depend on.
 """
 
 import functools
@@ -31,20 +32,22 @@ from cudnn_flex_compile.phases import phase
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod.text import parse
 
-# Milliseconds that the host takes for a forward and a backward. (python3 -m tests.measure.host_time)
+# The host's time for a forward and a backward, in milliseconds. (python3 -m tests.measure.host_time)
 HOST = (0.032, 0.043)
 
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Milliseconds of the forward, and of the backward in training."""
+    """The milliseconds of the forward, and in training of the backward, for both sides."""
 
     ours: tuple[float, ...]
     stock: tuple[float, ...]
 
     @property
     def reason(self) -> Reason | None:
-        """To keep the call, or None: one side takes both directions, for each saves what its own backward reads."""
+        """The reason to keep the call, or None. One side runs both directions, because each saves tensors for its own
+        backward.
+        """
         ours = sum(max(pair) for pair in zip(self.ours, HOST, strict=False))
         if ours <= sum(self.stock):
             return None
@@ -63,7 +66,7 @@ def measurable(candidate: Candidate) -> bool:
 
 
 def times_of(candidate: Candidate) -> Times | None:
-    """Of a call whose plans were found, measured now or before; None if that fails."""
+    """The times of a call whose plans were found, measured now or before; None if measuring fails."""
     device = example(candidate.call.query).device
     call = forward_call(candidate, candidate.running, device)
     ready = [engine.plans.peek(key) for key in (call, *([backward_call(call)] if candidate.training else []))]
@@ -102,7 +105,7 @@ def _ours(found: list[CachedPlan]) -> tuple[float, ...]:
 
 
 def _key(found: list[CachedPlan], contest: Contest, fingerprint: str | None) -> str:
-    """All that the times depend on."""
+    """A text of everything that the times depend on."""
     blocks = hashlib.blake2b(digest_size=16)
     for block in contest.blocks:
         blocks.update(b"none" if block is None else str(tuple(block.shape)).encode() + block.numpy().tobytes())

@@ -1,6 +1,7 @@
-"""Asks whether a program can run on the device of a call: certified plans on CUDA, legal forms elsewhere.
+"""`Candidate` is a call with the program that would run. `plan_or_reason` finds its certified plans on a GPU, and
+elsewhere checks that cuDNN has forms for the program.
 
-Knows nothing of rewriting.
+lower_call.py makes candidates; passes/write rewrites the graph by them.
 """
 
 import functools
@@ -42,15 +43,15 @@ class Candidate:
     """A call with its program.
 
     Attributes:
-        hoisted: what its operands are.
+        hoisted: the expressions of its operands.
         captures: its captured inputs.
         training: whether a gradient may be asked for.
         real: the graph's inputs, by placeholder.
-        policy: text (config.Policy).
+        policy: the text of the policy (config.Policy).
         compact: the program over permuted keys that runs in place of `program`, if there is one.
-        fingerprint: of the call's functions (passes/read/programs.py).
+        fingerprint: the text of the call's functions (passes/read/programs.py).
         tiled: the directions that run by a list of the mask's tiles (passes/write/tile_lists.py).
-        mask_heads: for how many heads there is a list: 1 if all share it.
+        mask_heads: the number of heads for which there is a list: 1 if all share it.
         shown: the mask of that list, over captures.
     """
 
@@ -74,7 +75,7 @@ class Candidate:
 
     @property
     def directions(self) -> tuple[str, ...]:
-        """Gives those that may run."""
+        """The directions that may run."""
         return (FORWARD, BACKWARD) if self.training else (FORWARD,)
 
     @property
@@ -84,14 +85,14 @@ class Candidate:
 
 
 class Lowered(NamedTuple):
-    """strategies: of forward and backward, or of the forward. errors: what certification measured of these plans."""
+    """strategies: those of forward and backward, or of the forward. errors: those that certification measured."""
 
     strategies: tuple[str, ...]
     errors: tuple[Error, ...] = ()
 
 
 def plan_or_reason(candidate: Candidate) -> Lowered | Reason:
-    """How a call runs, or why it is kept."""
+    """The way in which a call runs, or the reason why it is kept."""
     device = example(candidate.call.query).device
     call = forward_call(candidate, candidate.running, device)
     problem = problem_of(call)
@@ -131,7 +132,7 @@ def _certified(candidate: Candidate, call: Key, problem: Problem) -> Lowered | R
         return _accepted(found)
     tiled = candidate.mask_heads if BACKWARD in candidate.tiled else 0
     backward = find_plan(backward_call(call, tiled), *asked)
-    # Which of both runs, the loss says, maybe at each step.
+    # The loss decides which of both runs, maybe another one at each step.
     if isinstance(backward, CachedPlan) and candidate.lse_gradient:
         backward = find_plan(backward_call(call, tiled, lse_gradient=True), *asked)
         if isinstance(backward, Reason):
@@ -145,7 +146,7 @@ def _accepted(*found: "CachedPlan") -> Lowered:
 
 
 def backward_call(forward: Key, tiled: int = 0, lse_gradient: bool = False) -> Key:
-    """Makes the key of a forward call's backward, by a list or not, for a gradient that is laid out like the output."""
+    """The key of a forward call's backward, by a list or not, for a gradient that is laid out like the output."""
     problem = problem_of(forward)
     return backward_key(by_list(forward, tiled), Meta(problem.out, torch.device("cuda", problem.device)), lse_gradient)
 
@@ -219,9 +220,9 @@ def _reference(candidate: Candidate) -> SubgraphReference:
 
 
 def _functions(candidate: Candidate) -> dict[str, Any]:
-    """The user's functions as ATen graphs: vmap takes these, but no autograd.Function, say.
+    """The user's functions as ATen graphs, because vmap takes no autograd.Function, for one.
 
-    They are traced here, in the thread that compiles: a certification, in ours, may not wait for autograd's.
+    They are traced here, in the thread that compiles: the thread of a certification may not wait for autograd's.
     """
     call, captures = candidate.call, candidate.captures
     device, leaves = example(call.query).device, list(captures.nodes)

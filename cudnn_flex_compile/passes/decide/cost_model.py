@@ -1,7 +1,7 @@
-"""What a call takes on cuDNN and on Inductor's kernel, by estimate: from the pairs that either computes, and from lines
-that were measured.
+"""Estimates the time of a call on cuDNN and on Inductor's kernel, from the pairs that either computes and from measured
+lines.
 
-Knows nothing of what follows from it (speed.py). Each constant names the command that reproduces it.
+keep_rules.py decides by the estimates. Each constant names the command that reproduces it.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,24 +25,24 @@ from cudnn_flex_compile.scoremod.partition import Hoisted
 # Inductor all blocks that the BlockMask omits.
 # (cudnn-flex bench --mods causal prefix-LM documents --mode reduce-overhead --lower always)
 PAIR_COST = 0.75
-# What a pair under a soft cap costs Inductor, in pairs of a plain score. (python3 -m tests.measure.lse_time)
+# The cost of a pair under a soft cap on Inductor, in pairs of a plain score. (python3 -m tests.measure.lse_time)
 CAPPED_COST = 1.7
 # At lengths below this, the host and whole tiles decide, not the pairs. (cudnn-flex bench --forty)
 BY_PAIRS = 2048
-# What hiding pairs by a bias costs. (cudnn-flex bench --mods "dilated window" documents --lower always)
+# The cost of hiding pairs by a bias. (cudnn-flex bench --mods "dilated window" documents --lower always)
 BIAS_COST = 1.8
 # Several plans in the forward keep the host busy: as called, sinks + window take 1.11 times as long as Inductor's
 # kernel, prefix-LM 0.95 times, where by their pairs it were 0.94 and 0.76 times.
 # (cudnn-flex bench --mods "sink tokens + window" prefix-LM --lower always)
 PARTS_COST = 1.15
-BACKWARD_WEIGHT = 2.7  # of a pair in the backward, where it is 1 in the forward
-GUESSED_SHARE = 0.1  # of the blocks that a BlockMask lists which is not at hand
+BACKWARD_WEIGHT = 2.7  # the cost of a pair in the backward, where it is 1 in the forward
+GUESSED_SHARE = 0.1  # the share of blocks that a BlockMask is taken to list whose tensors are not at hand
 DOCUMENTS = "python3 -m tests.measure.documents_time"
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """Milliseconds: at nothing, and for each unit more."""
+    """A line of milliseconds: the time at zero, and the slope for each unit."""
 
     base: float
     slope: float
@@ -51,34 +51,34 @@ class Line:
         return self.base + self.slope * units
 
 
-# What a call takes, without and with its backward, on Inductor's kernel and on interval kernels, by the TFLOP of one
-# forward on the blocks that its BlockMask lists; and what a list of tiles adds to a step, by 10^9 pairs of the mask.
-# DOCUMENTS prints these lines as it measures them: on an H200, where the host bounds the interval kernels of all but
-# large calls. Of the forward it measures the device alone; the host's time of forward and backward stands in its place.
+# The time of a call, without and with its backward, on Inductor's kernel and on interval kernels, by the TFLOP of one
+# forward on the blocks that its BlockMask lists; and the time that a list of tiles adds to a step, by 10^9 pairs of the
+# mask. DOCUMENTS prints these lines as it measures them, on an H200, where the host bounds the interval kernels of all
+# but large calls. It measures the device alone for the forward; the host's time of both directions replaces it.
 CALL_TIME = {
     False: (Line(0.061, 2.89), Line(0.450, 1.42)),
     True: (Line(0.330, 8.84), Line(0.450, 3.60)),
 }
 LIST_TIME = Line(1.254, 0.56)
-# What all that a graph has besides attention takes, without and with the backward, milliseconds: of the GPU for each
-# TFLOP of matrix products, and of the host for each product and each call. (python3 -m tests.measure.host_share)
+# The time of a graph's work besides attention, without and with the backward, in milliseconds: the GPU's for each TFLOP
+# of matrix products, and the host's for each product and each call. (python3 -m tests.measure.host_share)
 PRODUCTS = {False: 2.3, True: 3 * 2.3}
 LAUNCHES = {False: 0.1, True: 0.28}
-# So many times what the host takes, without and with the backward, the GPU has to take before it surely is what a step
-# waits for: models make a BlockMask and more besides. A step of BERT (1.5 times) is between 0.90 and 1.04 times as long
-# on Inductor's kernels, with how busy the machine is otherwise; one of examples/train.py (1.9 times) 1.11 times. Of
-# forwards, those of Mistral (2.8 times) and Llama (3.0) were 0.97 and 0.99 times, GPT-NeoX's (4.2) 1.03 times.
+# If the GPU's time is so many times the host's, without and with the backward, a step surely waits for the GPU, even if
+# models make a BlockMask and more besides. A step of BERT (1.5 times) is between 0.90 and 1.04 times as long on
+# Inductor's kernels, depending on the machine's other work; one of examples/train.py (1.9 times) 1.11 times. The
+# forwards of Mistral (2.8 times) and Llama (3.0) were 0.97 and 0.99 times as long, GPT-NeoX's (4.2) 1.03 times.
 # (python3 -m tests.measure.models --cases bert:full mistral:full llama:none gpt_neox:full)
 SURELY_GPU = {False: 3.5, True: 1.7}
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What a call has around it, whose kernels the host launches one by one: its graph.
+    """The work of a graph whose kernels the host launches one by one.
 
     Attributes:
-        products: matrix products, in the forward. tflop: theirs.
-        calls: attention calls.
+        products: the number of matrix products in the forward. tflop: their TFLOP.
+        calls: the number of attention calls.
     """
 
     products: int
@@ -88,16 +88,16 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class CostInputs:
-    """What is known of a call.
+    """The facts of a call that its costs depend on.
 
     Attributes:
-        program, hoisted: what would run.
+        program, hoisted: the program that would run, and its operands.
         training: whether a gradient may be asked for.
-        lse_gradient: whether one of the log-sum-exp may be, too.
-        share: of the blocks, that its BlockMask lists; None without one, or if that is not known.
+        lse_gradient: whether a gradient of the log-sum-exp may be asked for, too.
+        share: the share of the blocks that its BlockMask lists; None without one, or if it is not known.
         around: None where the host's time for the call does not count: attention alone, or under CUDA graphs.
         tiled: the directions that would run by a list of its mask's tiles (passes/write/tile_lists.py).
-        sharing: how many calls of the graph have its mask.
+        sharing: the number of calls of the graph that have its mask.
     """
 
     call: Call
@@ -116,20 +116,21 @@ class CostInputs:
 
     @property
     def tflop(self) -> float:
-        """Of a forward on all pairs."""
+        """The TFLOP of a forward on all pairs."""
         batch, heads, queries, dim = map(hint, example(self.call.query).shape)
         _, _, keys, value_dim = map(hint, example(self.call.value).shape)
         return 2 * (dim + value_dim) * batch * heads * queries * keys / 1e12
 
 
 def pair_operands(inputs: CostInputs) -> list[torch.dtype]:
-    """The dtypes of the operands over (q, kv) pairs that the score_mod reads; a learned bias is none of its."""
+    """The dtypes of the operands over (q, kv) pairs that the score_mod reads, without a learned bias."""
     operands = [n for n in ir.walk(without_bias(inputs.program.score)[0]) if n.kind == "operand"]
     return [inputs.hoisted[int(n.value or 0)].stored for n in operands if {"q", "k"} <= set(n.dims)]
 
 
 def pairs_of(program: Program, lengths: tuple[int, int], training: bool) -> float:
-    """How many pairs the plans of forward and backward compute, on average, and what costs like pairs."""
+    """The number of pairs that the plans of forward and backward compute, on average, with costs that count as pairs.
+    """
     program = pruned(program, lengths)
     total = float(cost(program, lengths, FORWARD))
     if training:
@@ -139,9 +140,9 @@ def pairs_of(program: Program, lengths: tuple[int, int], training: bool) -> floa
 
 
 def pairs_by_either(inputs: CostInputs) -> tuple[float, float]:
-    """The pairs of a head that Inductor's kernel computes, and our plans, in what a plain one costs Inductor's kernel.
+    """The cost of a head on Inductor's kernel, and by plans, in pairs of a plain score on Inductor's kernel.
 
-    Both compute the same if it is not known which blocks the BlockMask lists.
+    Both are taken to compute the same pairs if it is not known which blocks the BlockMask lists.
     """
     queries, keys = inputs.lengths
     computed = pairs_of(inputs.program, inputs.lengths, inputs.training)
@@ -152,7 +153,7 @@ def pairs_by_either(inputs: CostInputs) -> tuple[float, float]:
 
 
 def times_by_either(inputs: CostInputs) -> tuple[float, float]:
-    """Milliseconds of the GPU for a call on Inductor's kernel, and by plans, by the pairs of either."""
+    """The GPU's time for a call on Inductor's kernel, and by plans, in milliseconds, by the pairs of either."""
     queries, keys = inputs.lengths
     slope = CALL_TIME[inputs.training][0].slope * inputs.tflop / (queries * keys)
     stock, ours = pairs_by_either(inputs)
@@ -160,13 +161,13 @@ def times_by_either(inputs: CostInputs) -> tuple[float, float]:
 
 
 def spared(inputs: CostInputs) -> float:
-    """Milliseconds of the GPU that a call takes less by plans than on Inductor's kernel."""
+    """The GPU's time that a call saves by plans, in milliseconds."""
     stock, ours = times_by_either(inputs)
     return stock - ours
 
 
 def host_counts(inputs: CostInputs) -> bool:
-    """Whether the GPU may wait for the host, so that what a call takes of the host's time counts."""
+    """Whether the GPU may wait for the host, so that the host's time for a call counts."""
     around = inputs.around
     if around is None:
         return False
@@ -175,7 +176,9 @@ def host_counts(inputs: CostInputs) -> bool:
 
 
 def interval_times(inputs: CostInputs) -> tuple[float, float, float]:
-    """Milliseconds that all calls with one mask take a step, on Inductor's kernel and by intervals, and their list."""
+    """The time of all calls with one mask in a step, in milliseconds: on Inductor's kernel, by a tile list, and the
+    time of the list.
+    """
     call, share = inputs.call, inputs.share if inputs.call.blocks else 1.0
     visible = GUESSED_SHARE if share is None else share
     stock, ours = (line.at(visible * inputs.tflop) for line in CALL_TIME[inputs.training])
@@ -185,8 +188,9 @@ def interval_times(inputs: CostInputs) -> tuple[float, float, float]:
 
 
 def expected(inputs: CostInputs) -> float | None:
-    """How many times as fast as Inductor's kernel the plans are, by the pairs that either computes; None if that is not
-    known. What a score's arithmetic adds to this is not in it: with a soft cap, for one, it is more.
+    """The speed of plans relative to Inductor's kernel, by the pairs that either computes; None if it is not known.
+
+    It leaves out the arithmetic of a score, which makes plans faster still with a soft cap, for one.
     """
     if inputs.tiled:
         stock, ours, listing = interval_times(inputs)

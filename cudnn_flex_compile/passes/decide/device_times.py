@@ -35,14 +35,14 @@ class DeviceTimes:
     cells: dict[Cell, tuple[tuple[int, ...], tuple[float, ...]]]
 
     def rate(self, way: str, direction: str, score: str, dim: int, length: int) -> float | None:
-        """The milliseconds a TFLOP at a head dim and length, interpolated between those measured; None without any."""
+        """The milliseconds a TFLOP at a head dim and length, interpolated between measured ones; None without any."""
         dims = sorted({cell[3] for cell in self.cells if cell[:3] == (way, direction, score)})
         rates = [_at(*self.cells[way, direction, score, d], length) for d in dims]
         return _at(tuple(dims), tuple(rates), dim) if dims else None
 
 
 def _at(places: tuple[int, ...], values: tuple[float, ...], place: int) -> float:
-    """A value between those at the two nearest places, linear in the logarithms; beyond the ends, that at the end."""
+    """A value between those at the two nearest places, linear in the logarithms; beyond the ends, the value there."""
     right = bisect.bisect_left(places, place)
     if right == 0:
         return values[0]

@@ -1,6 +1,6 @@
-"""What keeps a call whatever its functions compute: what it asks for, its tensors, and the memory that it may take.
+"""Reasons to keep a call that do not depend on its functions: its outputs, options, tensors and memory.
 
-Knows nothing of programs but their operands.
+lower_call.py asks it first, before anything is traced.
 """
 
 import math
@@ -16,11 +16,11 @@ from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.partition import HALF, Hoisted
 
 MIB = 2**20
-UNFORCED = {"BACKEND": "AUTO", "FORCE_USE_FLEX_ATTENTION": False}  # options that name a kernel, and what names none
+UNFORCED = {"BACKEND": "AUTO", "FORCE_USE_FLEX_ATTENTION": False}  # options that name a kernel, and values that don't
 
 
 def unrecorded(call: Call) -> Reason | None:
-    """A reason if nothing is known of a tensor or a number that the call is given, as of what another pass wrote."""
+    """A reason if an argument of the call has no example, as one has none that another pass wrote."""
     given = [call.node, call.query, call.key, call.value, call.scale, *call.captured, *call.blocks, *call.block_sizes]
     unknown = [n for n in given if isinstance(n, Node) and torch_private.example_of(n, None) is None]
     if not unknown:
@@ -29,7 +29,7 @@ def unrecorded(call: Call) -> Reason | None:
 
 
 def unsuitable(call: Call) -> Reason | None:
-    """Reasons that need no tracing."""
+    """A reason that needs no tracing, or None."""
     if torch_private.needed_for_lowering:
         return Reason(Code.TORCH, ", ".join(name.where for name in torch_private.needed_for_lowering))
     tensors = [example(n) for n in (call.query, call.key, call.value)]
@@ -56,7 +56,7 @@ def unsuitable(call: Call) -> Reason | None:
 
 
 def _of_data(call: Call) -> str | None:
-    """What of a call has no size before it runs: tokens that a mask picks, for one."""
+    """The name of an argument whose size is unknown before the call runs, such as tokens that a mask picks."""
     for name in ("query", "key", "value"):
         shape = example(getattr(call, name)).shape
         if any(map(is_data, shape)):
@@ -83,8 +83,8 @@ def over_budget(call: Call, hoisted: Sequence[Hoisted], budget: int) -> Reason |
 
 
 def _gradient_work(sizes: tuple[int, int, int, int]) -> int:
-    """The 16-bit numbers that a plan works on where it gives a bias's gradient: one a pair of each batch entry and
-    head, in tiles of 64 by 128 (1.07 GB at B 2, H 16, S 4096).
+    """The number of 16-bit numbers that a plan works on where it computes a bias's gradient: one for each pair of each
+    batch entry and head, in tiles of 64 by 128 (1.07 GB at B 2, H 16, S 4096).
     """
     batch, heads, rows, columns = sizes
     return batch * heads * math.ceil(rows / 64) * 64 * math.ceil(columns / 128) * 128

@@ -1,6 +1,6 @@
-"""Which calls stock flex_attention runs faster, as measured: one table, and what its conditions are.
+"""The rules for calls that stock flex_attention runs faster, as measured: one table of conditions.
 
-Knows nothing of numbers' correctness, nor of how times are estimated (estimates.py). Each row names the command that
+lower_call.py asks for the first rule that applies; cost_model.py estimates times. Each row names the command that
 reproduces it.
 """
 
@@ -28,21 +28,20 @@ from cudnn_flex_compile.scoremod.masks.form import split
 
 LSE = "python3 -m tests.measure.lse_time"
 HOST = "python3 -m tests.measure.host_share"
-# What a gradient of the log-sum-exp costs cuDNN, whatever a query sees: as much as so many keys of it cost Inductor's
-# kernel. (LSE)
+# The cost of a gradient of the log-sum-exp on cuDNN for each query, in keys of the query on Inductor's kernel. (LSE)
 LSE_COST = 128
 # A score's own bias over pairs: Inductor gathers it faster, but for items of this many bytes in the forward.
 FORWARD_ITEMSIZE = 4
-SURELY = 1.2  # times what a list takes is to be saved
-# What a call has to spare the GPU, in milliseconds, without and with its backward, where the GPU may wait for the host:
-# so much longer the host takes for ours than for Inductor's, launches of cold code by cuDNN for the most part. (HOST)
-# That was before launches were replayed (engine/launch/replay.py): since then, it is 0.09 and 0.15 by HOST, some 0.17
+SURELY = 1.2  # a list must save so many times its own time
+# The milliseconds that a call must save the GPU, without and with its backward, where the GPU may wait for the host. So
+# much longer the host takes for ours than for Inductor's, mostly for launches of cold code by cuDNN. (HOST) This was
+# measured before launches were replayed (engine/launch/replay.py): since then it is 0.09 and 0.15 by HOST, some 0.17
 # and 0.2 in BERT with all lowered (CUDNN_FLEX_LOWER=always python3 -m tests.measure.models --cases bert:full).
 MIN_SAVING_MS = {False: 0.19, True: 0.46}
 # And wherever the log-sum-exp has a gradient. (LSE)
 MIN_SAVING_WITH_LSE_MS = 0.55
-# What all calls that share a mask of captured tensors have to spare in a model: its BlockMask is another at each step,
-# which is compared, and keys are put in order. By intervals the same is asked beyond the list: steps of 4 layers were
+# The milliseconds that all calls with one mask of captured tensors must save in a model. Each step has a new BlockMask,
+# which is compared, and keys are permuted. A tile list must save as much beyond its own time: steps of 4 layers were
 # 0.93 and 0.97 times as fast as Inductor's. (python3 -m tests.measure.models --cases bert:right gpt_neox:right)
 MIN_MASK_SHARE = 0.95
 DECODING_QUERIES = 16  # decoding
@@ -53,9 +52,9 @@ class Row:
     """A rule.
 
     Attributes:
-        applies: why such a call is kept, or None.
-        command: what reproduces the measurement.
-        code: of the reason.
+        applies: gives the detail of the reason to keep a call, or None.
+        command: the command that reproduces the measurement.
+        code: the reason's code.
         tiled: whether it is about calls by lists of tiles, or about others; None for both.
     """
 
@@ -66,10 +65,12 @@ class Row:
 
 
 def _lse_in_the_loss(inputs: CostInputs) -> str | None:
-    """By row vectors or wider values, which float16 needs, cuDNN took 1.1 to 3.4 times as long as Inductor's kernel for
-    plain scores, and 0.6 to 1.1 times with a soft cap (measured in bfloat16, where engine/plans/folded_output.py
-    makes neither needed). In bfloat16 it takes a pass over the outputs, which is as long as the kernels of a narrow
-    window.
+    """A gradient of the log-sum-exp is slower on cuDNN in float16, and under narrow windows in bfloat16.
+
+    float16 needs row vectors or wider values, by which cuDNN took 1.1 to 3.4 times as long as Inductor's kernel for
+    plain scores, and 0.6 to 1.1 times with a soft cap (measured in bfloat16, which needs neither, because of
+    engine/plans/folded_output.py). In bfloat16 it takes a pass over the outputs, which is as long as the kernels of a
+    narrow window.
     """
     if not inputs.lse_gradient:
         return None
@@ -90,8 +91,10 @@ def _decodes_by_one_more(inputs: CostInputs) -> str | None:
 
 
 def _in_a_step(inputs: CostInputs) -> bool:
-    """Whether what a step takes besides the kernels counts. On the CPU, where programs are checked and explained, sizes
-    say nothing of those to come. Inductor's kernels of learned biases take a multiple of ours (_learned_by_place).
+    """Whether the time of a step besides the kernels counts.
+
+    It does not on the CPU, where programs are checked and explained, and sizes tell nothing of later ones; nor with
+    learned biases, for which Inductor's kernels take a multiple of ours (_learned_by_place).
     """
     on_gpu = example(inputs.call.query).device.type == "cuda"
     return on_gpu and inputs.around is not None and not any(part.learned for part in inputs.hoisted)
@@ -135,8 +138,10 @@ def _pairs_are_read(inputs: CostInputs) -> str | None:
 
 
 def _learned_by_place(inputs: CostInputs) -> str | None:
-    """Of t[h, q, kv] and t[kv] cuDNN takes 1.05 and 1.09 times as long as Inductor's kernel, which adds up few
-    gradients for each entry; of slopes[h] * (kv - q) a 64th. Where it reads a table at a captured index, as for T5,
+    """A learned tensor with an entry for each query or key is slower on cuDNN.
+
+    For t[h, q, kv] and t[kv] cuDNN takes 1.05 and 1.09 times as long as Inductor's kernel, which adds up few gradients
+    for each entry; for slopes[h] * (kv - q) it takes a 64th. Where a table is read at a captured index, as for T5,
     Inductor's kernel of torch 2.11 needs more shared memory than an H200 has.
     """
     roots = [part.expression for part in inputs.hoisted if part.learned]

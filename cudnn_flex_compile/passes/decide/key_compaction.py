@@ -1,10 +1,10 @@
-"""Moves the keys that are visible at all to the front, where a mask hides columns: padding becomes a row interval.
+"""Moves the visible keys to the front, where a mask hides columns, so that padding becomes a limit of each row.
 
-Knows nothing of plans. A mask such as `causal & padding[b, kv]`, with padding of any content, hides the same keys from
-every query. With the visible keys first, in their order, query q sees the keys below the count of visible ones that
-its other bounds admit: a limit of its row, exact for any content, without a look at the data by the host. Keys and
-values are permuted, and their gradients permuted back; attention does not depend on the order of keys, and no score is
-taken that reads it.
+lower_call.py asks for the program over permuted keys; passes/write/operands.py permutes. A mask such as
+`causal & padding[b, kv]`, with padding of any content, hides the same keys from every query. With the visible keys
+first, in their order, query q sees the keys below the number of visible ones that its other bounds admit. That is a
+limit of its row, exact for any content, and the host need not read the data. Keys and values are permuted, and their
+gradients permuted back: attention does not depend on the order of keys, and scores that read it are not compacted.
 """
 
 from collections.abc import Sequence
@@ -40,13 +40,13 @@ class Compact:
     columns: Hoisted
 
 
-COUNTS = ir.capture(-1, I64)  # [B or 1, Skv + 1]: how many of the keys before each position are visible
+COUNTS = ir.capture(-1, I64)  # [B or 1, Skv + 1]: the number of visible keys before each position
 
 
 def compacted(program: Program, hoisted: Sequence[Hoisted]) -> Compact | None:
     """The program over permuted keys, or None where a bias is the better form.
 
-    That is: where anything reads the key's position, and under a window, whose tiles are skipped only in place.
+    A bias is better where anything reads the key's position, and under a window, whose tiles are skipped only in place.
     """
     form = split(program.mask)
     window = any(bound.diagonal and not bound.at_most for bound in form.bounds)
@@ -60,7 +60,7 @@ def compacted(program: Program, hoisted: Sequence[Hoisted]) -> Compact | None:
     operands = [hoisted[i] for i in kept]
     moved = {n: ir.operand(kept.index(int(n.value or 0)), n.dtype, n.dims) for n in used}
     mask = TRUE
-    for bound in form.bounds:  # kv' <= kv: what bounds kv from above bounds the permuted key, and skips tiles
+    for bound in form.bounds:  # kv' <= kv: a bound of kv from above bounds the permuted key, too, and skips tiles
         if bound.at_most and bound.diagonal and not any(t.kind == "operand" for _, t in bound.terms):
             mask = make("and", mask, bound.predicate())
     for at_most in (False, True):
@@ -91,7 +91,7 @@ def _limit(bounds: tuple[Bound, ...], hoisted: Sequence[Hoisted], at_most: bool)
 
 
 def _position(bound: Bound, hoisted: Sequence[Hoisted]) -> Expr:
-    """The first key that a bound lets a query see, or the one after the last, from what the operands hold."""
+    """The first key that a bound lets a query see, or the one after the last, over the values of its operands."""
     operands = [term for _, term in bound.terms if term.kind == "operand"]
     values = {operand: _clamped(hoisted[int(operand.value or 0)].expression) for operand in operands}
     return bound.limit().shifted(int(bound.at_most)).replaced(values).expression()
@@ -103,13 +103,13 @@ def _clamped(expression: Expr) -> Expr:
 
 
 def counts_of(bias: Any) -> Any:
-    """COUNTS, from the columns' bias [B or 1, 1, 1, Skv]. Works on proxies, too."""
+    """COUNTS, from the columns' bias [B or 1, 1, 1, Skv], a tensor or a proxy."""
     running = (bias >= 0).to(torch.int64).cumsum(-1).flatten(0, 2)
     return torch.nn.functional.pad(running, (1, 0))
 
 
 def slots_of(bias: Any, counts: Any, span: Any) -> Any:
-    """[B or 1, Skv]: the place to which each key goes, visible ones first, in their order.
+    """The place to which each key goes, [B or 1, Skv], visible ones first, in their order.
 
     Args:
         span: 0, 1, ... Skv - 1.
@@ -119,5 +119,5 @@ def slots_of(bias: Any, counts: Any, span: Any) -> Any:
 
 
 def order_of(slots: Any, span: Any) -> Any:
-    """The inverse: which key comes to each place."""
+    """The key that comes to each place: the inverse of `slots_of`."""
     return torch.zeros_like(slots).scatter(-1, slots, span.expand_as(slots))

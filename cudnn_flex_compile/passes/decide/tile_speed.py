@@ -1,6 +1,6 @@
-"""Where kernels that go by a list of tiles are faster than cuDNN's graphs, for the forward and the backward each.
+"""Decides in which directions the kernels by a list of tiles are faster than cuDNN's graphs.
 
-Knows nothing of Inductor's kernel, nor of how lists are made. The kernels are those of cudnn.flex_attention on SM90.
+lower_call.py asks it. The kernels are those of cudnn.flex_attention on SM90; cost_model.py compares with Inductor's.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from cudnn_flex_compile.scoremod.masks.form import split
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """How many times as fast as a graph on the same pairs.
+    """The speed of a kernel relative to a graph on the same pairs.
 
     Attributes:
         length, dim: from this length on, up to this head dim.
@@ -36,22 +36,23 @@ class Speed:
     backward: float
 
 
-# Full and causal, 32 / 8, 16 / 16 and 16 / 8 heads, on an H200 with cuDNN 9.19 and frontend 1.32, of each the lowest;
-# of short sequences only a head dim of 64 was measured. (python3 -m tests.measure.tile_lists --kernels)
+# The lowest speeds of full and causal masks with 32 / 8, 16 / 16 and 16 / 8 heads, on an H200 with cuDNN 9.19 and
+# frontend 1.32. Short sequences were measured with a head dim of 64 alone. (python3 -m tests.measure.tile_lists
+# --kernels)
 SPEEDS = (
     Speed(1024, 64, 1.18, 1.44),
     Speed(1024, 128, 1.16, 1.05),
     Speed(1024, 256, 1.22, 0.76),
     Speed(512, 64, 0.82, 1.80),
 )
-# Milliseconds that the host takes for a launch of the forward and of the backward: shorter ones would wait for it.
+# The host's time for a launch of the forward and of the backward, in milliseconds: shorter kernels would wait for it.
 # (python3 -m tests.measure.documents_time)
 LAUNCH_MS = {FORWARD: 0.063, BACKWARD: 0.099}
-SURELY = 1.2  # times what a list takes is to be saved
+SURELY = 1.2  # a list must save so many times its own time
 
 
 def faster_by_tiles(inputs: CostInputs, apart: bool) -> tuple[str, ...]:
-    """The directions that are faster by a list, what it takes to make it included.
+    """The directions that are faster by a list, the time to make it included.
 
     Args:
         apart: whether each direction may run in its own way.
@@ -75,7 +76,7 @@ def _speed_of(inputs: CostInputs) -> tuple[float, float] | None:
 
 
 def _saved(inputs: CostInputs, direction: str, speed: float) -> float:
-    """Milliseconds of the GPU that a call takes less by a list; none where the host would take longer than the GPU."""
+    """The GPU's time that a call saves by a list, in milliseconds; 0 where the host would take longer than the GPU."""
     queries, keys = inputs.lengths
     weight = BACKWARD_WEIGHT if direction == BACKWARD else 1.0
     unit = weight * PAIR_COST * CALL_TIME[False][0].slope * inputs.tflop / (queries * keys)
@@ -88,7 +89,7 @@ def _saved(inputs: CostInputs, direction: str, speed: float) -> float:
 
 
 def _by_graph(program: Program, lengths: tuple[int, int], direction: str) -> float:
-    """What the plans of a direction compute, in pairs."""
+    """The number of pairs that the plans of a direction compute."""
     parts = divided(program, lengths, direction) if direction == FORWARD else None
     factor = PARTS_COST if parts is not None and len(parts) > 1 else 1.0
     return cost(program, lengths, direction) * factor * (BIAS_COST if split(program.mask).biases else 1.0)

@@ -1,6 +1,6 @@
-"""What a graph has besides attention: its matrix products, or nothing at all.
+"""Measures the work of a graph besides attention: its matrix products, or that it has none.
 
-Knows nothing of what follows from it.
+cost_model.py decides by it whether the host's time counts.
 """
 
 import math
@@ -24,14 +24,14 @@ PRODUCTS = {
 
 
 def workload_of(graph_module: GraphModule, calls: int) -> Workload:
-    """Also of the graphs within, such as those of checkpointed regions."""
+    """The workload of a graph and of the graphs within, such as those of checkpointed regions."""
     graphs = [module.graph for module in graph_module.modules() if isinstance(module, GraphModule)]
     products = [node for graph in graphs for node in graph.nodes if node.target in PRODUCTS]
     return Workload(len(products), sum(map(_tflop, products)), calls)
 
 
 def _tflop(product: Node) -> float:
-    """Nothing where sizes depend on data."""
+    """The TFLOP of a product, 0 where sizes depend on data."""
     read, place = product.all_input_nodes, PRODUCTS[product.target]
     if place >= len(read):
         return 0.0
@@ -46,7 +46,7 @@ def _known(size: Any) -> int:
 
 
 def is_alone(graph_module: GraphModule, calls: Sequence[Call]) -> bool:
-    """Whether there is nothing but attention and views, and what a BlockMask is made of, which plans do not need."""
+    """Whether the graph is nothing but attention, views, and the making of a BlockMask, which plans do not need."""
     by_node = {call.node: call for call in calls}
     left = list(graph_module.graph.find_nodes(op="output"))
     seen = set(left)
