@@ -1,7 +1,7 @@
-"""Sees to the BlockMask contract of one call: its blocks are compared with its mask now, where the tensors are at hand,
-and at every step, for which the call gets what it takes to run as stock flex_attention does.
+"""Writes the guard of a call with a BlockMask: its blocks are compared with its mask at every step.
 
-Knows nothing of the comparison itself (kernels/block_mask.py).
+Where the tensors are at hand, they are compared now, too. The call gets the arguments by which it can run as stock
+flex_attention does. kernels/block_mask.py compares.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ from cudnn_flex_compile.scoremod.text import text
 
 
 def present(call: Call) -> list[Node]:
-    """The block tensors that there are: kv, full kv, q, full q pairs, in that order."""
+    """The block tensors of a call, without absent ones: kv, full kv, q, full q pairs, in this order."""
     return [block for block in call.blocks if block is not None]
 
 
@@ -40,7 +40,7 @@ def one_sided(call: Call) -> Reason | None:
 def disagreement(
     call: Call, mask: "MaskProgram", real: Callable[[Node], torch.Tensor | None], values: tuple[Any, Any, Any] | None
 ) -> Reason | None:
-    """A reason if the BlockMask of the call being compiled says something else than the mask_mod.
+    """A reason if the BlockMask of the call that is being compiled disagrees with the mask_mod.
 
     Args:
         real: the tensor of this call that a node stands for, if it is an input of the graph.
@@ -68,14 +68,14 @@ def _sizes(call: Call) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class MaskProgram:
-    """A call's mask_mod: its program, what its operands are, and the nodes of what it captured.
+    """A call's mask_mod: its program, its operands, and the nodes of its captured inputs.
 
     Attributes:
-        program: of the mask alone.
+        program: the program of the mask alone.
         hoisted: its operands.
-        own: the same over captures.
-        of_score: what the score_mod itself leaves visible, over captures; in blocks of any kind.
-        nodes: of captures and scalars.
+        own: the mask over captures.
+        of_score: the pairs that the score_mod itself leaves visible, over captures; in blocks of any kind.
+        nodes: the nodes of captures and scalars.
         ints, floats: the scalar leaves, in the order of their positions.
         noop: whether the mask_mod is a constant, so that a BlockMask may well have blocks of its own.
     """
@@ -100,14 +100,14 @@ class MaskProgram:
         return [n for n in ir.walk(self.own, self.of_score) if n.kind == "capture"]
 
     def by_position(self) -> "MaskProgram":
-        """Over captures whose positions are those in `captures`."""
+        """The same over captures whose positions are those in `captures`."""
         moved = {leaf: ir.capture(i, leaf.dtype) for i, leaf in enumerate(self.captures)}
         own, of_score = (ir.rebuild(root, dict(moved)) for root in (self.own, self.of_score))
         return replace(self, own=own, of_score=of_score)
 
 
 class BlockMaskArguments(NamedTuple):
-    """What the attention op takes of a BlockMask (kernels/stock.py): its arguments `stock`, `layout`, `by_blocks`."""
+    """The arguments of the attention op for a BlockMask (kernels/stock.py): `stock`, `layout`, `by_blocks`."""
 
     tensors: Sequence[Any] = ()
     layout: Sequence[Any] = ()
@@ -115,12 +115,11 @@ class BlockMaskArguments(NamedTuple):
 
 
 class Guards:
-    """Writes what calls need of their BlockMasks. Each distinct one is compared once a step, for all calls that use it.
+    """Writes the guards of calls. Each distinct BlockMask is compared once a step, for all calls that use it.
 
     Args:
         writer: writes operands.
-        on_device: whether the device has to choose by what the comparison gives, for the host can't look under CUDA
-            graphs.
+        on_device: whether the device chooses by the result, because the host can't read it under CUDA graphs.
     """
 
     def __init__(self, writer: Writer, on_device: bool) -> None:
@@ -137,13 +136,13 @@ class Guards:
     def write(
         self, call: Call, mask: MaskProgram | None, score: Expr, slots: Node | None = None, tiles: Node | None = None
     ) -> BlockMaskArguments:
-        """Above the call.
+        """Writes the guard above the call.
 
         Args:
             mask: None without a BlockMask.
-            score: over the operands that the op takes.
+            score: the score over the operands that the op takes.
             slots: the place to which each key went, if keys come in another order.
-            tiles: the list of the mask's tiles, which knows the blocks: in the place of a guard then.
+            tiles: the list of the mask's tiles, which has the blocks in it, and then stands in the place of a guard.
         """
         if mask is None:
             return BlockMaskArguments()

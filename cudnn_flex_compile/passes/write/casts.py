@@ -1,9 +1,9 @@
 """Writes the casts of queries, keys and values that torch.autocast makes of a call.
 
-Knows nothing of regions and of their nesting: what autocast does to a call, Dynamo recorded in the dtype of its output.
-Stock flex_attention, eager and compiled alike (torch 2.11 and later: `_flex_attention_autocast_impl` of
-torch/_higher_order_ops/flex_attention.py), casts all three to autocast's dtype, and its output has that of the query;
-captured tensors stay as they are. Keys and values of another dtype are no sign of autocast: stock takes them without.
+Dynamo recorded the effect of autocast on a call in the dtype of its output, so that no region is looked at. Stock
+flex_attention, eager and compiled alike (torch 2.11 and later: `_flex_attention_autocast_impl` of torch's
+flex_attention), casts all three to autocast's dtype, and its output has the query's; captured tensors stay as they are.
+Keys and values of another dtype are no sign of autocast: stock takes them outside of autocast, too.
 """
 
 from dataclasses import replace

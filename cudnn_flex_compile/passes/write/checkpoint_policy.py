@@ -1,8 +1,7 @@
-"""Has policies of selective checkpointing treat our ops as the flex_attention op that they stand for.
+"""Makes policies of selective checkpointing treat our ops as the flex_attention op that they replace.
 
-A policy says for each op of a checkpointed region whether its result is saved. One that saves flex_attention, by its
-name in a list, must not have attention computed again because it now has another name. Knows nothing of how calls are
-lowered.
+A policy says for each op of a checkpointed region whether its result is saved. If it saves flex_attention, by its name
+in a list, attention must not be computed again because the op now has another name.
 """
 
 from collections.abc import Callable
@@ -30,7 +29,7 @@ class _Contexts:
 
     def __init__(self, context_fn: Callable[[], Any]) -> None:
         self._context_fn = context_fn
-        known = getattr(context_fn, "cache_hash", None)  # by which torch's caches know a policy
+        known = getattr(context_fn, "cache_hash", None)  # torch's caches identify a policy by it
         if known is not None:
             self.cache_hash = f"cudnn_flex {known}"
 

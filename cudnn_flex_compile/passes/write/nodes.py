@@ -1,6 +1,7 @@
 """Writes nodes as Dynamo leaves them: each has the example value that later readers of the graph expect.
 
-Knows nothing of attention. An example is recorded when its node is written, for what is written next may ask for it.
+The other files of this folder write by it. An example is recorded when its node is written, because the next node may
+ask for it.
 """
 
 import contextlib
@@ -15,7 +16,9 @@ from cudnn_flex_compile.passes.read.call import example
 
 
 def record(node: Node, mode: Any) -> Node:
-    """Has a function or method run on the examples of its arguments, in Dynamo's fake mode."""
+    """Records the example of a node, by running its function or method on the examples of its arguments, in Dynamo's
+    fake mode.
+    """
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), example)  # pyright: ignore
     target: Any = node.target
     with mode:
@@ -25,7 +28,7 @@ def record(node: Node, mode: Any) -> Node:
 
 
 def size_of(node: Node, dim: int, before: Node) -> Any:
-    """A size of a node's tensor: a number, or the node, above `before`, of one that may change."""
+    """A size of a node's tensor: a number, or for one that may change its node, written above `before`."""
     size = example(node).shape[dim]
     if isinstance(size, int):
         return size
@@ -36,7 +39,7 @@ def size_of(node: Node, dim: int, before: Node) -> Any:
 
 
 class Tracer(GraphAppendingTracer):
-    """Writes what is computed with proxies, within its context, above a node.
+    """Writes nodes for computations with proxies, within its context, above a node.
 
     Args:
         before: the node.

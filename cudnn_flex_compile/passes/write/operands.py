@@ -1,7 +1,7 @@
-"""Writes what is computed outside the kernel into the surrounding graph, as nodes that the inner backend fuses.
+"""Writes the operands of calls into the surrounding graph, as nodes that the inner backend fuses.
 
-Knows nothing of cuDNN. Each node is written once per graph: calls that need the same value share it, unless something
-between them may write into what it is computed from (effects.py).
+scoremod/partition.py says which parts of a program are operands. Each is written once for a graph: calls that need the
+same value share it, unless a node between them may write into a tensor that it is computed from (effects.py).
 """
 
 from collections.abc import Callable, Sequence
@@ -31,12 +31,12 @@ def operand_value(
     """The operand, [B or 1, H or 1, Sq or 1, Skv or 1].
 
     Args:
-        hoisted: what to compute.
-        captured: the tensor or number of a capture or scalar leaf.
-        sizes: of the axes b, h, q, k.
-        device: of the result.
+        hoisted: the operand's expression, and the dtype in which it is kept.
+        captured: gives the tensor or number of a capture or scalar leaf.
+        sizes: the sizes of the axes b, h, q, k.
+        device: the device of the result.
 
-    Works on tensors, and on FX proxies, where it writes the nodes that compute the operand.
+    It takes tensors, and FX proxies, for which it writes the nodes that compute the operand.
     """
 
     plain = _as_it_is(hoisted, captured, sizes)
@@ -50,7 +50,7 @@ def operand_value(
 
 
 def _summed_in_float32(tensor: Any) -> Any:
-    """A captured tensor whose gradient is a sum over many pairs, which 16 bits would not hold on the way."""
+    """A captured tensor as float32, because its gradient is a sum over many pairs, for which 16 bits are too few."""
     return tensor if _known_tensor(tensor).dtype == torch.float32 else tensor.to(torch.float32)
 
 
@@ -84,7 +84,9 @@ def _as_it_is(hoisted: Hoisted, captured: Callable[[Expr], Any], sizes: tuple[An
 
 @dataclass(frozen=True, slots=True)
 class KeyOrder:
-    """Nodes: COUNTS, the key that comes to each place, and the place to which each key goes (compact.py)."""
+    """The nodes of COUNTS, of the key that comes to each place, and of the place to which each key goes
+    (passes/decide/key_compaction.py).
+    """
 
     counts: Node
     order: Node
@@ -103,12 +105,12 @@ class Writer:
         self._written: dict[tuple[Any, ...], Any] = {}
 
     def forget(self) -> None:
-        """Writes everything anew from now on; what was written stays for those that use it."""
+        """Writes everything again from now on. Nodes that were written stay for their users."""
         self._written.clear()
 
     def once(self, kind: tuple[Any, ...], sources: Sequence[Any], before: Node, write: Callable[[], Made]) -> Made:
-        """What `write` makes above `before`: the same for all that ask for one kind with the same sources, until
-        something may write into one of the sources.
+        """The result of `write` above `before`. All that ask for one kind with the same sources share it, until a node
+        may write into one of the sources.
         """
         shared = (before.graph, *kind, *sources, self.writers.above(sources, before))
         if shared not in self._written:
@@ -128,7 +130,7 @@ class Writer:
         return self.once(kind, [captured[n] for n in leaves], before, write)
 
     def write_order(self, columns: Node, key: Node, before: Node) -> KeyOrder:
-        """How the keys that `columns` shows come to the front, above `before`."""
+        """Writes the order in which the keys that `columns` shows are first, above `before`."""
 
         def write() -> KeyOrder:
             with Tracer(before, example(key).fake_mode) as tracer:
@@ -142,7 +144,7 @@ class Writer:
         return self.once(("order",), [columns], before, write)
 
     def write_function(self, function: Callable[..., torch.Tensor], inputs: Sequence[Node], before: Node) -> Node:
-        """The node of a function's result, above `before`, for inputs of these sizes; anew for each call."""
+        """The node of a function's result, above `before`, for inputs of these sizes; a new one for each call."""
         fakes = [example(n) for n in inputs]
         with fakes[0].fake_mode, torch.no_grad():
             traced = make_fx(function)(*fakes)
@@ -157,7 +159,7 @@ class Writer:
         return result
 
     def permute(self, tensor: Node, order: KeyOrder, before: Node) -> Node:
-        """Keys or values in that order; anew for each call, for they may change in place."""
+        """Keys or values in this order; a new node for each call, because they may change in place."""
         with before.graph.inserting_before(before):
             node = before.graph.call_function(ops.permute_keys, (tensor, order.order, order.slots))
         return record(node, example(tensor).fake_mode)

@@ -1,8 +1,7 @@
-"""Erases what nothing reads once calls are replaced, the making of an absent BlockMask above all.
+"""Erases nodes that nothing reads once calls are replaced, the making of an absent BlockMask above all.
 
-Knows nothing of attention. FX erases no node with an effect: here, writes into a tensor that is dead, too, and vmap's
-bookkeeping, go as well. flex_attention makes a BlockMask by both wherever it is given none: some thirty nodes a call,
-which the inner backend would trace.
+FX erases no node with an effect; here writes into dead tensors and vmap's bookkeeping are erased, too. flex_attention
+makes a BlockMask by both wherever it gets none: some thirty nodes for each call, which the inner backend would trace.
 """
 
 import operator
@@ -20,7 +19,9 @@ BATCHED = {"_add_batch_dim", "_remove_batch_dim"}
 
 
 def prune(graph: Graph, before: set[Node]) -> None:
-    """Erases, in place, what is dead now and was live before; what was dead before is the inner backend's to judge."""
+    """Erases nodes in place that are dead now and were live before. Nodes that were dead before stay for the inner
+    backend.
+    """
     dead = before - live_nodes(graph)
     if any(_name(node) in BATCHED for node in graph.nodes if node not in dead):  # the user's own, dead before
         dead = {node for node in dead if _name(node) not in VMAP}
@@ -30,7 +31,8 @@ def prune(graph: Graph, before: set[Node]) -> None:
 
 
 def live_nodes(graph: Graph) -> set[Node]:
-    """Inputs, what the output is computed from, and every node with an effect on these, with all that it reads."""
+    """Inputs, the nodes from which the output is computed, and every node with an effect on these, with its arguments.
+    """
     live = ancestors(node for node in graph.nodes if node.op in ("placeholder", "output"))
     grown = True
     while grown:
@@ -41,8 +43,8 @@ def live_nodes(graph: Graph) -> set[Node]:
 
 
 def _may_go(node: Node, live: set[Node]) -> bool:
-    """Whether an effect is on nothing live: vmap's bookkeeping without a batched tensor, or a write into memory that is
-    made here. Whatever is a view of that memory is computed from its maker: if it were live, so would be the maker.
+    """Whether an effect is on nothing live: vmap's bookkeeping without a batched tensor, or a write into memory that a
+    dead node makes. A live view of this memory would be computed from its maker, which would be live, too.
     """
     if _name(node) in VMAP:
         return not any(_name(other) in BATCHED for other in live)

@@ -1,7 +1,4 @@
-"""Replaces one flex_attention node by the custom op.
-
-Knows nothing of why the call may be replaced.
-"""
+"""Replaces one flex_attention node by the custom op. lower_call.py calls it once it is decided how the call runs."""
 
 import operator
 from collections.abc import Sequence
@@ -19,18 +16,18 @@ def replace(
     call: Call, key: Node, value: Node, operands: Sequence[Node], ints: Sequence[Any], floats: Sequence[Node],
     program: str, training: bool, blocks: BlockMaskArguments, tiles: Sequence[Node | None], policy: str,
 ) -> None:  # fmt: skip
-    """Rewrites the call's users to the op's outputs; the node itself goes.
+    """Rewrites the call's users to the op's outputs, and erases the node itself.
 
     Args:
         call: the call.
-        key, value: its own, or these in another order.
+        key, value: the call's, in its own order or in another one.
         operands: [B or 1, H or 1, Sq or 1, Skv or 1] tensors.
         ints: nodes or integers. floats: nodes of 0-d host tensors.
-        program: canonical text.
+        program: the canonical text of the program.
         training: whether a gradient may be asked for.
-        blocks: what the op takes of the BlockMask.
+        blocks: the op's arguments for the BlockMask.
         tiles: the list of the mask's tiles for each direction that runs by one.
-        policy: text (config.Policy).
+        policy: the text of the policy (config.Policy).
     """
     graph, node = call.node.graph, call.node
     with graph.inserting_before(node):
@@ -56,7 +53,7 @@ def replace(
 
 
 def _erase_users(node: Node) -> None:
-    """What reads a node that nothing live reads, the last first."""
+    """Erases the users of a node that nothing live reads, the last first."""
     for user in list(node.users):
         _erase_users(user)
         if user in node.users:

@@ -1,8 +1,8 @@
-"""Runs a call by a list of its mask's tiles: documents, prefixes, and whatever else shows few runs of keys a row.
+"""Writes the list of a mask's tiles, by which a call runs, for documents, prefixes, and other masks of few runs a row.
 
-Knows nothing of kernels. The mask may be spelled in any way. The op `list_tiles`, written above the calls that share
-the mask, has the list (kernels/tile_lists.py): of the mask and of the BlockMask's blocks, as stock flex_attention has
-them, so that neither is compared with the other.
+The mask may be spelled in any way. The op `list_tiles`, written above the calls that share the mask, makes the list
+(kernels/tile_lists.py). It is a list of the mask and of the BlockMask's blocks, with the meaning of stock
+flex_attention, so that neither is compared with the other.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ from cudnn_flex_compile.scoremod.ir import SCORE
 from cudnn_flex_compile.scoremod.masks.form import split
 from cudnn_flex_compile.scoremod.masks.intervals import NARROW
 
-MOST = 65  # endpoints of a row of a mask that stays the same: with more, hardly a tile is hidden whole
+MOST = 65  # the most endpoints of a row of a mask that stays the same: with more, hardly a tile is hidden whole
 
 
 def tiled(candidate: Candidate, traced: Traced, directions: tuple[str, ...]) -> Candidate | None:
@@ -69,7 +69,7 @@ def unsuitable(candidate: Candidate, real: Callable[[Node], Any], budget: int) -
     try:
         if device.type == "cuda":
             tiler_of(geometry, device.index)
-    except (NotImplementedError, ValueError, TypeError) as error:  # what the frontend says of head dims, for one
+    except (NotImplementedError, ValueError, TypeError) as error:  # the frontend refuses head dims so, for one
         return Reason(Code.SHAPE_REFUSED, f"tile lists: {error}")
     given = _given(candidate, real)
     with torch.no_grad():
@@ -92,7 +92,7 @@ def _unsuitable(given: "Given", geometry: Geometry, device: torch.device, budget
 
 
 def unusable(device: torch.device) -> Reason | None:
-    """A device, or an installation, without the kernels."""
+    """A reason against a device, or an installation, that has no such kernels."""
     if device.type != "cuda":
         return Reason(Code.DEVICE, f"no kernels by tile lists on {device}")
     from cudnn_flex_compile.engine.tiles.plan import unusable as without_kernels
@@ -124,12 +124,12 @@ def _text(candidate: Candidate) -> str:
     return text_of(moved.own, moved.of_score)
 
 
-# What the op takes before the geometry: blocks, captured, ints, floats, program, block_sizes.
+# The op's arguments before the geometry: blocks, captured, ints, floats, program, block_sizes.
 Given = tuple[list[torch.Tensor], list[torch.Tensor], list[int], list[torch.Tensor], str, list[int]]
 
 
 def _given(candidate: Candidate, real: Callable[[Node], Any]) -> Given | None:
-    """For the call that is being compiled; None if that is not all at hand."""
+    """These arguments for the call that is being compiled; None if one is not at hand."""
     call, mask = candidate.call, _mask_of(candidate)
 
     def values(nodes: Sequence[Any]) -> list[Any]:
@@ -147,7 +147,7 @@ class Tiles:
     """Writes the lists of a graph's masks, each once for all calls that share it.
 
     Args:
-        writer: knows what was written.
+        writer: remembers the nodes that were written.
         budget: MiB that a list may take.
     """
 
