@@ -1,7 +1,7 @@
-"""Fills in what a report shows of a call besides what becomes of it.
+"""Fills in the parts of a call's report that take work: source texts and the picture of the mask.
 
-Knows nothing of how any of it is found out. Done only where somebody collects reports; what goes wrong here is missing
-from the report, and changes nothing else.
+lower_call.py calls it, and it works only where somebody collects reports. An error here costs its part of the report,
+and nothing else.
 """
 
 import logging
@@ -23,7 +23,7 @@ log = logging.getLogger("cudnn_flex_compile")
 
 
 def describe_functions(report: CallReport, call: Call) -> None:
-    """The source text of score_mod and mask_mod."""
+    """Adds the source text of score_mod and mask_mod."""
     if not collecting():
         return
     try:
@@ -35,7 +35,7 @@ def describe_functions(report: CallReport, call: Call) -> None:
 def describe_mask(
     report: CallReport, call: Call, hoisted: Sequence[Hoisted], captures: Captures, real: dict[Node, Any]
 ) -> None:
-    """The picture of the mask, if there is one; the arguments are those of sketch."""
+    """Adds the picture of the mask, if there is one. The arguments are those of `sketch`."""
     if report.program is None or report.program.mask is TRUE or not collecting():
         return
     try:

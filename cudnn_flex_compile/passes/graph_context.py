@@ -1,6 +1,6 @@
-"""What is found out about the calls of a graph before any is rewritten, each thing once.
+"""`Context` is the state that the calls of one graph share while they are lowered: writers, inputs, and past answers.
 
-Knows nothing of how calls are rewritten.
+lower_graph.py makes one for each graph, and lower_call.py asks it.
 """
 
 from collections import Counter
@@ -28,13 +28,15 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What the calls of one graph share: writers that write each node once (of tiles, none under CUDA graphs), the
-    graph's real inputs, how many calls share a mask, and what was found out about all that, which takes a look at data.
+    """The state that the calls of one graph share.
+
+    It has writers that write each node once (of tiles, none under CUDA graphs), the graph's real inputs, the number of
+    calls that share a mask, and answers that take a look at data.
 
     Attributes:
-        options: of this compile.
-        around: what the graph has besides; None where that is nothing but views, and under CUDA graphs, which launch
-            all kernels of a step at once.
+        options: the options of this compile.
+        around: the graph's other work; None where this is nothing but views, and under CUDA graphs, which launch all
+            kernels of a step at once.
     """
 
     operands: Writer
@@ -58,7 +60,7 @@ class Context:
 
 
 def mask_of(call: Call) -> Hashable:
-    """Equal for calls with one mask; what has no text is equal to nothing else."""
+    """A key that is equal for calls with the same mask. A mask without a text is equal to no other."""
     return graph_text(call.mask_mod) or call.node, call.mask_captured, call.blocks
 
 
@@ -80,7 +82,7 @@ def slower(candidate: Candidate, context: Context) -> Reason | None:
 
 
 def measured_slower(candidate: Candidate, context: Context) -> Reason | None:
-    """By the rules, where measuring fails."""
+    """The reason of a call that autotune measured as slower, or by the rules, where measuring fails."""
     times = autotune.times_of(candidate)
     return slower(candidate, context) if times is None else times.reason
 

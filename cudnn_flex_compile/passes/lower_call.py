@@ -1,6 +1,6 @@
-"""Which road a call takes, and why it takes none: by plans that know its mask, or by a list of its tiles.
+"""Lowers one call, by plans that know its mask or by a list of the mask's tiles, or gives the reason why it is kept.
 
-Knows nothing of the other calls of a graph but what they share (context.py).
+lower_graph.py calls it for each call. The calls of a graph share a `Context` (graph_context.py).
 """
 
 from collections.abc import Sequence
@@ -86,7 +86,7 @@ def _forced_away(context: Context) -> Reason | None:
 
 
 def _contenders(candidate: Candidate, traced: Traced, context: Context) -> Sequence[tuple[Candidate, bool]]:
-    """What may run the call, in the order of trial, each with whether it surely is faster than Inductor's kernel."""
+    """The ways to run the call, in the order of trial, each with whether it is surely faster than Inductor's kernel."""
     forced, plans = context.options.strategy, [(candidate, False)]
     listed = tile_lists.tiled(candidate, traced, candidate.directions)
     tiles = [] if listed is None else [(listed, False)]
@@ -99,7 +99,9 @@ def _contenders(candidate: Candidate, traced: Traced, context: Context) -> Seque
 
 
 def _faster_by_tiles(candidate: Candidate, traced: Traced, context: Context) -> Candidate | None:
-    """The call by a list in the directions in which that is faster than plans which are not slower than Inductor's."""
+    """The call by a list in the directions in which a list is faster than plans; None where plans are slower than
+    Inductor's kernel.
+    """
     apart = tile_lists.tiled(candidate, traced, ()) is not None
     if context.tiles is None or context.options.autotune or tile_lists.unusable(example(candidate.call.query).device):
         return None
@@ -112,7 +114,7 @@ def _faster_by_tiles(candidate: Candidate, traced: Traced, context: Context) -> 
 def _lower_by_plans(
     candidate: Candidate, checked: MaskProgram | None, context: Context, report: CallReport
 ) -> Reason | None:
-    """Rewrites the call to run by plans that know its mask, or says why it does not."""
+    """Rewrites the call to run by plans that know its mask, or gives the reason against it."""
     measured = context.options.autotune and autotune.measurable(candidate)
     why = None if checked is None else context.guards.unsuitable(candidate.call, checked)
     why = why or (slower(candidate, context) if context.only_faster and not measured else None)
@@ -132,7 +134,9 @@ def _lower_by_plans(
 def _lower_by_tiles(
     candidate: Candidate, faster: bool, checked: MaskProgram | None, context: Context, report: CallReport
 ) -> Reason | None:
-    """Rewrites the call to run by a list of its mask's tiles, in some directions or both, or says why it does not."""
+    """Rewrites the call to run by a list of its mask's tiles, in some directions or both, or gives the reason against
+    it.
+    """
     call = candidate.call
     if context.tiles is None:
         return Reason(Code.UNSUPPORTED_CALL, "tile lists are not asked for, or CUDA graphs are captured")

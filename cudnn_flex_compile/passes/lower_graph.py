@@ -1,7 +1,7 @@
-"""The pass: goes through the flex_attention calls of a graph, has each lowered or kept, and tidies up.
+"""The pass: goes through the flex_attention calls of a graph, lowers or keeps each, and prunes the graph.
 
-Knows nothing of the inner backend, nor of how a call is lowered (roads.py). An exception in one call keeps that call;
-the model runs.
+backend.py runs it before the inner backend; lower_call.py lowers one call. An exception in one call keeps this call,
+and the model runs.
 """
 
 import logging
@@ -31,7 +31,7 @@ log = logging.getLogger("cudnn_flex_compile")
 
 
 def lower_calls(graph_module: GraphModule, example_inputs: Sequence[Any], options: Options) -> list[CallReport]:
-    """Rewrites the graph in place, as the options of this compile say. Returns a report of each call, in order."""
+    """Rewrites the graph in place, by the options of this compile, and returns a report of each call, in order."""
     try:
         found = list(find_calls(graph_module))
     except Exception as error:  # another torch may write the node in another way
@@ -53,13 +53,13 @@ def lower_calls(graph_module: GraphModule, example_inputs: Sequence[Any], option
     known: dict[Node, CallReport] = {}
     grad_mode = None
     for module, node, mode in [(call.graph_module, call.node, call.mode) for call in found]:
-        if mode.grad is not grad_mode:  # what one mode computes has no gradient in the other
+        if mode.grad is not grad_mode:  # nodes of one mode have no gradient in the other
             grad_mode = mode.grad
             writer.forget()
-        if node not in known:  # of a region that is called several times, each call counts, and is lowered once
+        if node not in known:  # a call in a region that is called several times counts each time, and is lowered once
             if node.graph not in live:
                 live[node.graph] = live_nodes(node.graph)
-            known[node] = _lower(read_call(module, node, mode), context)  # after those before it were rewritten
+            known[node] = _lower(read_call(module, node, mode), context)  # the calls before it are rewritten by now
             changed += [module] if known[node].reason is None else []
         reports.append(known[node])
     for module in {id(m): m for m in [*changed, *([graph_module] if changed else [])]}.values():
@@ -90,7 +90,7 @@ def _lower(call: Call, context: Context) -> CallReport:
 
 
 def _undo(call: Call, before: set[Node], context: Context) -> None:
-    """Erases what was written for a call that is kept."""
+    """Erases the nodes that were written for a call that is kept."""
     graph = call.node.graph
     for node in reversed(list(graph.nodes)):
         if node not in before and not node.users:
