@@ -112,15 +112,13 @@ class Pairs:
 
     def visible(self) -> Iterator[tuple[int, Tensor]]:
         """Yields the first row of each chunk, and whether its pairs are visible, [B or 1, H or 1, R, Skv]."""
-        places = torch.arange(self.sizes[3], dtype=torch.int32, device=self.device)
         show = self._shower()
-        return ((rows.start, show(rows, places)) for rows in self.chunks())
+        return ((rows.start, show(rows, 0)) for rows in self.chunks())
 
     def with_previous(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields whether the pairs of each chunk are visible, and whether the pairs at the key before are."""
-        places = torch.arange(self.sizes[3], dtype=torch.int32, device=self.device)
         show = self._shower()
-        return ((show(rows, places), show(rows, (places - 1).clamp(min=0))) for rows in self.chunks())
+        return ((show(rows, 0), show(rows, 1)) for rows in self.chunks())
 
     def _shower(self) -> Any:
         kinds = by_kind(self.blocks, self.sizes, self.block) if self.blocks else None
@@ -129,7 +127,8 @@ class Pairs:
         span = [torch.arange(n, dtype=torch.int32, device=self.device) for n in self.sizes[:3]]
         nothing = torch.zeros((1, 1, 1, 1), device=self.device)
 
-        def show(rows: slice, places: Tensor) -> Tensor:
+        def show(rows: slice, shift: int) -> Tensor:
+            places = (torch.arange(self.sizes[3], dtype=torch.int32, device=self.device) - shift).clamp(min=0)
             q = span[2][rows]
             near = {i: _near(t, rows, places) for i, t in enumerate(self.operands)}
             indices = {
@@ -138,14 +137,23 @@ class Pairs:
             leaf = environment(nothing, indices, near, numbers, floats, captured=self.captured)
             found = evaluate(self.mask.own, leaf)
             if kinds is not None:
-                q_block, kv_block = self.block
-                partial, full = (kind[:, :, q // q_block][..., places // kv_block] for kind in kinds)
+                partial, full = (self._at_pairs(kind, rows, shift) for kind in kinds)
                 found = (found & partial) | full
             if self.mask.always is not TRUE:
                 found = found & evaluate(self.mask.always, leaf)
             return found.expand(*self.axes, len(range(self.sizes[2])[rows]), self.sizes[3])
 
         return show
+
+
+    def _at_pairs(self, kind: Tensor, rows: slice, shift: int) -> Tensor:
+        """From blocks to pairs, by views: Inductor fuses no gather of them."""
+        (q_block, kv_block), first = self.block, rows.start // self.block[0]
+        near = kind[:, :, first : -(-rows.stop // q_block)]
+        wide = near.unsqueeze(-1).expand(*near.shape, kv_block).flatten(-2)[..., : self.sizes[3]]
+        tall = wide.unsqueeze(3).expand(*wide.shape[:3], q_block, -1).flatten(2, 3)
+        found = tall[:, :, rows.start - first * q_block : rows.stop - first * q_block]
+        return torch.nn.functional.pad(found[..., :-1], (1, 0)) if shift else found
 
 
 def _near(operand: Tensor, rows: slice, places: Tensor) -> Tensor:

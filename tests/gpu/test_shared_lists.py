@@ -223,7 +223,8 @@ def test_a_list_beyond_the_budget_is_a_reason_of_its_own():
         compiled(by_score(lambda b, h, q, kv: (q - kv) % 64 < 32), bias_budget_mb=1)(query, key, value)
     assert report.calls[0].reason is not None
     assert report.calls[0].reason.code in (Code.LIST_BUDGET, Code.SLOWER)
-    ids = packed(0, 2000, 8192)
+    query, key, value, _ = inputs((16, 8192, 2, 2, 64, torch.bfloat16))
+    ids = packed(0, 2000, 8192, 16)
     torch._dynamo.reset()
     with collect() as report:
         run = compiled(lambda q, k, v, ids: flex_attention(q, k, v, hiding(causal_documents(ids))), bias_budget_mb=1)
