@@ -12,7 +12,7 @@ import torch
 from cudnn_flex_compile.config import Policy
 from cudnn_flex_compile.engine.candidates import attempts
 from cudnn_flex_compile.engine.certify.coverage import class_of
-from cudnn_flex_compile.engine.certify.reference import Reference
+from cudnn_flex_compile.engine.certify.reference import ProgramReference, Reference
 from cudnn_flex_compile.engine.certify.regimes import REGIMES, drawn
 from cudnn_flex_compile.engine.certify.samples import SEED
 from cudnn_flex_compile.engine.launch import timing
@@ -23,6 +23,7 @@ from cudnn_flex_compile.engine.repro import Rejection, warn_of
 from cudnn_flex_compile.engine.state import engine
 from cudnn_flex_compile.phases import phase
 from cudnn_flex_compile.reasons import Code, Reason, most_telling
+from cudnn_flex_compile.scoremod.text import parse
 
 OF_SHAPES = tuple(regime for regime in REGIMES if regime.shapes)
 
@@ -79,12 +80,23 @@ def certified(
     start = time.perf_counter()
     with phase("certify"):
         verdict = certify(plan, forward, reference, OF_SHAPES if known else REGIMES)
+        verdict = verdict or _wrong_on_harder_mask(plan, forward)
     engine.plans.count("certify_seconds", time.perf_counter() - start)
     if verdict is not None:
         engine.plans.count("rejections")
     elif kind is not None and not known:
         engine.coverage.put(kind, True)
     return verdict
+
+
+def _wrong_on_harder_mask(plan: Plan, forward: Plan) -> Reason | None:
+    from cudnn_flex_compile.engine.certify.certify import certify
+
+    harder = plan.on_harder_mask()
+    before = harder if forward is plan else forward.on_harder_mask()
+    if harder is None or before is None:
+        return None
+    return certify(harder, before, ProgramReference(parse(harder.problem.program)), OF_SHAPES)
 
 
 def _fastest(right: Sequence[Plan], forward: Plan | None, reference: Reference) -> Plan:

@@ -98,6 +98,10 @@ class Plan(ABC):
             tiles: the list of the mask's tiles where the problem is tiled; if it is not given, the plan makes one.
         """
 
+    def on_harder_mask(self) -> "Plan | None":
+        """The same kernels on another problem, whose program is the reference, on which they are certified, too."""
+        return None
+
     @property
     def parts(self) -> "tuple[Plan, ...]":
         """The plans that it runs, in order."""

@@ -12,6 +12,7 @@ import torch
 
 from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.engine.problem import FORWARD, Problem, TensorSpec, dense, out_spec
+from cudnn_flex_compile.engine.tiles import kernels as kernels_module
 from cudnn_flex_compile.engine.tiles import plan
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
@@ -75,7 +76,7 @@ def launched(monkeypatch):
     frontend = ModuleType("cudnn.flex_attention")
     frontend.FlexAttentionFwd = frontend.FlexAttentionBwd = Compiler
     monkeypatch.setitem(sys.modules, "cudnn.flex_attention", frontend)
-    monkeypatch.setattr(plan, "_samples", lambda asked: ([torch.empty(1, 1, 1, 1)] * 4, torch.empty(1), None))
+    monkeypatch.setattr(kernels_module, "_samples", lambda asked: ([torch.empty(1, 1, 1, 1)] * 4, torch.empty(1), None))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=7))
     monkeypatch.setattr(torch, "device", lambda *_: CPU)
     monkeypatch.setattr(TensorSpec, "empty", lambda self, _: torch.empty(self.shape, dtype=self.dtype))
@@ -86,7 +87,7 @@ def launched(monkeypatch):
         forward = wanted.direction == FORWARD
         made = Kernels(wanted.key.shape[1] < HEADS, wanted.deterministic)
         made = made._named("forward") if forward else made
-        return (plan._Forward if forward else plan._Backward)(wanted), made, asked
+        return (kernels_module.Forward if forward else kernels_module.Backward)(wanted), made, asked
 
     return make
 
