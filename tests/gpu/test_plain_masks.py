@@ -13,11 +13,9 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
-from cudnn_flex_compile import cache_clear
 from cudnn_flex_compile.engine.launch.replay import RECORD_AFTER
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD
 from cudnn_flex_compile.engine.state import engine
-from cudnn_flex_compile.engine.tiles import plan
 from cudnn_flex_compile.engine.tiles.frontend import kernels_missing
 from cudnn_flex_compile.passes import lower_call
 from cudnn_flex_compile.report.report import collect
@@ -200,13 +198,12 @@ def bits(tensors):
 
 @pytest.mark.parametrize("name", ["causal", "sinks + window", "right padding"])
 @pytest.mark.parametrize("how", DIMS)
-def test_deterministic_runs_give_the_same_bits(how, name, monkeypatch):
+def test_deterministic_runs_give_the_same_bits(how, name):
     """At head dim 256 without shared keys the backward takes a list of its own, which is not made."""
     heads, kv_heads, dim, value_dim, dtype = DIMS[how]
     qkv, grad = inputs(2, 1000, heads, kv_heads, dim, dtype, "cuda", value_dim)
     mask_mod = MASKS[name](2, 1000, "cuda")
     mask, function, other = block_mask(mask_mod, 2, 1000, "cuda"), compiled(), torch.cuda.Stream()
-    monkeypatch.setattr(plan, "DETERMINISTIC", True)
     torch.use_deterministic_algorithms(True)
     try:
         with collect() as report:
@@ -228,10 +225,8 @@ def test_deterministic_runs_give_the_same_bits(how, name, monkeypatch):
         torch.use_deterministic_algorithms(False)
 
 
-def test_launches_on_the_same_memory_are_replayed(monkeypatch):
+def test_launches_on_the_same_memory_are_replayed():
     """With what is in it at each step."""
-    monkeypatch.setattr(plan, "REPLAYED", True)
-    cache_clear()
     heads, kv_heads, dim, _, dtype = DIMS["128"]
     qkv, grad = inputs(2, 333, heads, kv_heads, dim, dtype, "cuda")
     mask_mod = MASKS["causal"](2, 333, "cuda")

@@ -59,6 +59,9 @@ class StandIn:
         p = self.problem
         return (p.query, p.key, p.value) if p.direction == BACKWARD else (p.out,)
 
+    def on_harder_mask(self) -> None:
+        return None
+
     def run(self, *arguments: Any) -> None:
         self.runs += 1
         raise self.error

@@ -30,9 +30,6 @@ from cudnn_flex_compile.scoremod.interpret import visible_rows
 from cudnn_flex_compile.scoremod.masks.intervals import every_endpoint, most_endpoints
 from cudnn_flex_compile.scoremod.text import parse
 
-# Whether launches are replayed, and whether the deterministic backward runs: tests/gpu/test_plain_masks.py tries both.
-REPLAYED = DETERMINISTIC = False
-
 
 def unusable(device: int) -> Reason | None:
     """Why the kernels cannot run on a CUDA device, or None."""
@@ -51,8 +48,6 @@ def build(problem: Problem) -> "TilePlan | Reason":
     refused = unusable(problem.device)
     if refused is not None:
         return refused
-    if problem.deterministic and not DETERMINISTIC:
-        return Reason(Code.SHAPE_REFUSED, f"{NAME}: torch.use_deterministic_algorithms is on")
     if problem.deterministic and problem.direction == BACKWARD and _has_other_tiles(problem):
         return Reason(Code.SHAPE_REFUSED, f"{NAME}: the deterministic backward of head dim 256 takes another list")
     try:
@@ -90,7 +85,7 @@ class TilePlan(Plan):
         self._tiler = tiler_of(geometry_of(problem, training=not forward), problem.device)
         self._kernels = Forward(problem) if forward else Backward(problem)
         enqueue = functools.partial(_enqueue, self._kernels, problem.device)
-        self._replays = Replays(enqueue, problem.device, engine.graph_pool) if problem.replay and REPLAYED else None
+        self._replays = Replays(enqueue, problem.device, engine.graph_pool) if problem.replay else None
 
     @classmethod
     def attempts(cls, problem: Problem, every: Callable[[Problem], list[Attempt]]) -> list[Attempt]:

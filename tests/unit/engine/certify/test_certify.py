@@ -47,6 +47,9 @@ class StandIn:
         self.program = text(program) if program is not None else problem.program
         self.outputs = (problem.query, problem.key, problem.value)
 
+    def on_harder_mask(self):
+        return None
+
     def grad_lse(self, minus_lse, grad_lse):
         """[B, H, Sq], from the tensors that the plan is given."""
         return grad_lse.squeeze(-1)

@@ -134,7 +134,6 @@ def test_the_forwards_counter_is_zero(launched):
 
 def test_the_deterministic_backward_of_head_dim_256_has_a_list_of_its_own(monkeypatch):
     monkeypatch.setattr(plan, "unusable", lambda device: None)
-    monkeypatch.setattr(plan, "DETERMINISTIC", True)
     monkeypatch.setattr(plan, "TilePlan", lambda wanted: "a plan")
     refused = plan.build(problem(HEADS, dim=256, deterministic=True))
     assert isinstance(refused, Reason)
