@@ -11,12 +11,16 @@ import pytest
 import torch
 
 from cudnn_flex_compile import torch_private
+from cudnn_flex_compile.engine.plans.plan import Plan
 from cudnn_flex_compile.engine.problem import FORWARD, Problem, TensorSpec, dense, out_spec
 from cudnn_flex_compile.engine.tiles import kernels as kernels_module
 from cudnn_flex_compile.engine.tiles import plan
+from cudnn_flex_compile.engine.tiles.edge_mask import EDGE_MASK, EDGE_PROGRAM
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
-from cudnn_flex_compile.scoremod.text import text
+from cudnn_flex_compile.scoremod.interpret import visible_rows
+from cudnn_flex_compile.scoremod.masks.intervals import every_endpoint
+from cudnn_flex_compile.scoremod.text import parse, text
 
 CPU, STREAM = torch.device("cpu"), 5
 PROGRAM = text(ir.program())
@@ -166,3 +170,31 @@ def test_a_launch_on_another_stream(monkeypatch):
         plan._enqueue(lambda *given: ran.append(given), 3, ("a", "b"), 0, stream)
     assert entered == [(77, 3)]
     assert ran == [("a", "b")] * 2
+
+
+@pytest.mark.parametrize("mask_heads", [1, HEADS])
+def test_the_same_kernels_are_certified_on_another_mask(monkeypatch, mask_heads):
+    """By lists that are made as those of the user's mask are."""
+    monkeypatch.setattr(torch, "device", lambda *_: CPU)
+    monkeypatch.setattr(plan, "empty", lambda shape, stride, dtype: torch.empty(shape, dtype=dtype))
+    wanted, launched, tables = problem(backward=False), [], []
+    made = object.__new__(plan.TilePlan)
+    Plan.__init__(made, wanted, "tile_lists")
+    made._forward, made._mask, made._replays, made.device = True, parse(PROGRAM).mask, None, CPU
+    launch = {"work": SimpleNamespace(size=1), "__call__": lambda self, *given: launched.append(given)}
+    made._kernels = type("Kernels", (), launch)()
+    geometry = SimpleNamespace(sizes=(BATCH, HEADS, ROWS, COLUMNS), mask_heads=mask_heads)
+    listed = SimpleNamespace(forward=("the list",))
+    made._tiler = SimpleNamespace(geometry=geometry, exact=lambda table: tables.append(table) or listed)
+    other = made.on_harder_mask()
+    assert (other.problem.program, other.problem.operands) == (EDGE_PROGRAM, ())
+    assert (other._kernels, other._tiler, made.problem) == (made._kernels, made._tiler, wanted)
+    for one in (made, other):
+        one.run(("tensors",), (), (), ())
+    assert [given[:2] for given in launched] == [(("tensors",), ("the list",))] * 2
+    for table, mask in zip(tables, (ir.TRUE, EDGE_MASK), strict=True):
+        assert table.shape == (mask_heads, table.shape[1], BATCH * ROWS)
+        rows = [shown for _, shown in visible_rows(mask, [], [], [], geometry.sizes, 1, CPU)]
+        right = every_endpoint(iter([(0, torch.cat(rows, 2))]), geometry.sizes, mask_heads, table.shape[1])
+        assert torch.equal(table, right)
+    assert {63, 64, 65, 79, 80, 81} <= set(tables[1].unique().tolist())
