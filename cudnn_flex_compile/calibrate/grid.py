@@ -1,28 +1,31 @@
-"""What is measured: ways to run a call, head dims, kinds of score and lengths, and how much work each is.
-
-Imports nothing that takes long.
-"""
+"""What is measured: ways to run a call, kinds of calls, head dims and lengths, and how much work each is."""
 
 from dataclasses import dataclass
 
+from cudnn_flex_compile.passes.decide.device_times import (
+    CAPPED,
+    CHAINED,
+    INDUCTOR,
+    MASKED,
+    NATIVE,
+    PLAIN,
+    TILE_LISTS,
+)  # fmt: skip
+
 DIMS = (64, 128, 256)
-LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
+LENGTHS = (512, 2048, 8192)
 ROWS = 2**18  # of all heads and batch entries together: enough to fill the device
-PLAIN, CAPPED = SCORES = ("plain", "capped")
-INDUCTOR, GRAPH, TILE_LIST = "inductor", "graph", "tile_list"
-# The options that have the backend run a causal call in this way; None for Inductor's own kernel.
-WAYS: dict[str, dict[str, dict[str, str] | None]] = {
-    PLAIN: {INDUCTOR: None, GRAPH: {"strategy": "native"}, TILE_LIST: {"strategy": "tile_lists"}},
-    CAPPED: {INDUCTOR: None, GRAPH: {"strategy": "chained"}},
-}
-HEADS = 16
+# What is measured of each kind.
+WAYS = {PLAIN: (INDUCTOR, NATIVE, CHAINED, TILE_LISTS), CAPPED: (INDUCTOR, CHAINED), MASKED: (INDUCTOR,)}
+HEADS, BLOCK = 16, 128
 CAP = 30.0
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A causal call."""
+    """A call."""
 
+    kind: str
     dim: int
     length: int
 
@@ -33,5 +36,6 @@ class Cell:
     @property
     def tflop(self) -> float:
         """Of the two products of a forward, on the blocks of 128 x 128 that have a visible pair."""
-        blocks = self.length // 128
-        return 4 * self.dim * self.batch * HEADS * 128 * 128 * (blocks * (blocks + 1) / 2) / 1e12
+        rows = self.length // BLOCK
+        blocks = rows * rows if self.kind == MASKED else rows * (rows + 1) / 2
+        return 4 * self.dim * self.batch * HEADS * BLOCK * BLOCK * blocks / 1e12

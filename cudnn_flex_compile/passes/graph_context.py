@@ -89,9 +89,9 @@ def measured_slower(candidate: Candidate, context: Context) -> Reason | None:
 
 def cost_inputs_of(candidate: Candidate, context: Context) -> cost_model.CostInputs:
     call, real = candidate.call, context.real.get
-    share = context.once(("share", *given_to(call)), lambda: cost_model.share_of(call, real))  # pyright: ignore
+    blocks = context.once(("blocks", *given_to(call)), lambda: cost_model.blocks_of(call, real))  # pyright: ignore
     sharing = context.sharing[mask_of(call)]
-    asked = candidate.training, candidate.lse_gradient, share, context.around, candidate.tiled, sharing
+    asked = candidate.training, candidate.lse_gradient, blocks, context.around, candidate.tiled, sharing
     return cost_model.CostInputs(call, *candidate.running, *asked)
 
 

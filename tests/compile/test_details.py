@@ -13,7 +13,7 @@ from cudnn_flex_compile import collect, explain
 from cudnn_flex_compile.config import Options
 from cudnn_flex_compile.engine.problem import Error
 from cudnn_flex_compile.passes import describe
-from cudnn_flex_compile.passes.decide import cost_model
+from cudnn_flex_compile.passes.decide import device_times
 from cudnn_flex_compile.passes.lower_graph import lower_calls
 from cudnn_flex_compile.passes.read.mask_picture import UNKNOWN
 from cudnn_flex_compile.report.picture import Picture
@@ -172,7 +172,7 @@ def test_tensors_that_the_graph_computes_are_not_at_hand():
     assert (call.reason, call.picture) == (None, UNKNOWN)
 
 
-@pytest.mark.parametrize("part", ["written", "sketch"])
+@pytest.mark.parametrize("part", ["source_of", "sketch"])
 def test_what_cannot_be_described_changes_nothing(part, monkeypatch):
     def fail(*_):
         raise ZeroDivisionError
@@ -180,7 +180,7 @@ def test_what_cannot_be_described_changes_nothing(part, monkeypatch):
     monkeypatch.setattr(describe, part, fail)
     call = call_with(soft_cap, causal)
     assert (call.reason, call.strategies) == (None, ("chained",))
-    assert isinstance(call.picture, Picture) == (part == "written")
+    assert isinstance(call.picture, Picture) == (part == "source_of")
     assert bool(call.score_source) == (part == "sketch")
 
 
@@ -195,12 +195,18 @@ def test_what_is_expected():
             (lambda q: flex_attention(q, q, q, block_mask=create_block_mask(causal, 1, 1, 4096, 4096, "cpu")), query),
         )
     )
-    assert full == pytest.approx(1 / cost_model.PAIR_COST)
+    times = device_times.times_of(torch.device("cpu"))
+
+    def gain(length):
+        stock, ours = (times.rate(way, "forward", "plain", 16, length) for way in ("inductor", "native"))
+        return stock / ours
+
+    assert full == pytest.approx(gain(4096))
     blocks = 4096 // 128
     listed = blocks * (blocks + 1) / 2 / blocks**2
     visible = 4097 / 2 / 4096
-    assert banded == pytest.approx(listed / visible / cost_model.PAIR_COST, rel=1e-3)
-    assert short is None
+    assert banded == pytest.approx(gain(4096) * listed / visible, rel=1e-3)
+    assert short == pytest.approx(gain(2000))
     assert made is None
 
 
@@ -250,7 +256,7 @@ def test_as_json(report):
     assert first["score_source"].startswith("def ")
     assert first["picture"]["lines"] == report.calls[0].picture.lines()
     assert first["mask_bounds"] == "operand0[q, kv]"
-    assert (first["errors"], first["expected"]) == ({}, None)
+    assert (first["errors"], first["expected"]) == ({}, report.calls[0].expected)
     assert (kept["score_source"], kept["picture"]) == (report.calls[13].score_source, None)
     call = CallReport("?", errors=(Error("dQ", 2.0, 1.0),))
     assert call.to_dict()["errors"] == {"dQ": {"found": 2.0, "stock": 1.0}}

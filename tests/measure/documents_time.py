@@ -13,7 +13,7 @@ Each row is Inductor's milliseconds / ours, medians of interleaved steps, with e
     forward, backward   what the device computes for a layer, and set-up of the step in the forward, by the profiler
 
 A process for each shape compiles, and measures in turn, some steps in a row, as in training nobody waits for a step.
-The last tables are the ratios, with what the rule of passes/decide/keep_rules.py says of each case, and the lines of
+The last tables are the ratios, with what the rule of passes/decide/keep_rules.py says of each case, and the line of
 passes/decide/cost_model.py.
 """
 
@@ -184,13 +184,9 @@ def rule(shape, share, layers):
     batch, length, heads, kv_heads = shape
     query, key = (torch.empty(batch, h, length, DIM, device="meta") for h in (heads, kv_heads))
     call = SimpleNamespace(query=query, key=key, value=key, blocks=("there",))
-    facts = cost_model.CostInputs(call, ir.program(), (), True, False, share, around=None, tiled=True, sharing=layers)
+    blocks, ways = cost_model.Blocks(share, 0.5), ("forward", "backward")
+    facts = cost_model.CostInputs(call, ir.program(), (), True, False, blocks, None, ways, layers)
     return keep_rules.slower(facts) is None
-
-
-def tflop(shape, share):
-    batch, length, heads, _ = shape
-    return 4 * DIM * batch * heads * length**2 * share / 1e12
 
 
 def line(points):
@@ -205,18 +201,9 @@ def line(points):
 
 
 def print_rule(found):
-    """The lines of passes/decide/cost_model.py, of these measurements."""
-    by_tflop = {name: tflop(shape, share) for name, (shape, share, _) in found.items()}
-
-    def fitted(what, side):
-        return line([(by_tflop[name], rows[what][side]) for name, (_, _, rows) in found.items()])
-
-    print("CALLS = {  # without gradients: on the device alone")
-    for training, what in ((False, "forward"), (True, "by itself")):
-        print(f"    {training}: ({fitted(what, 0)}, {fitted(what, 1)}),")
-    print("}")
+    """Prints the line of passes/decide/cost_model.py, of these measurements."""
     setups = [(s[0] * s[1] ** 2 / 1e9, rows["set-up"][1] - rows["set-up"][0]) for s, _, rows in found.values()]
-    print(f"LIST = {line(setups)}")
+    print(f"LIST_TIME = {line(setups)}")
 
 
 def lists(shape):

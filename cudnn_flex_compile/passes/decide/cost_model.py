@@ -1,11 +1,12 @@
-"""Estimates the time of a call on cuDNN and on Inductor's kernel, from the pairs that either computes and from measured
-lines.
+"""Predicts what a call takes on cuDNN and on Inductor's kernel: from the pairs that either computes, and from how long
+each way takes for them on this kind of device (device_times.py).
 
-keep_rules.py decides by the estimates. Each constant names the command that reproduces it.
+The rules (keep_rules.py, tile_speed.py) follow from it. Each constant names the command that reproduces it.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.fx import Node
@@ -13,6 +14,16 @@ from torch.fx import Node
 from cudnn_flex_compile.engine.plans.box_plan import cost, divided
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD
 from cudnn_flex_compile.kernels.block_mask import listed
+from cudnn_flex_compile.passes.decide.device_times import (
+    CAPPED,
+    CHAINED,
+    INDUCTOR,
+    MASKED,
+    NATIVE,
+    PLAIN,
+    TILE_LISTS,
+    times_of,
+)  # fmt: skip
 from cudnn_flex_compile.passes.read.call import Call, example, hint
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import Program
@@ -21,22 +32,17 @@ from cudnn_flex_compile.scoremod.masks.boxes import pruned
 from cudnn_flex_compile.scoremod.masks.form import split
 from cudnn_flex_compile.scoremod.partition import Hoisted
 
-# A (q, kv) pair costs cuDNN this share of what it costs Inductor's kernel. cuDNN skips only what bands rule out,
-# Inductor all blocks that the BlockMask omits.
-# (cudnn-flex bench --mods causal prefix-LM documents --mode reduce-overhead --lower always)
-PAIR_COST = 0.75
-# The cost of a pair under a soft cap on Inductor, in pairs of a plain score. (python3 -m tests.measure.lse_time)
-CAPPED_COST = 1.7
-# At lengths below this, the host and whole tiles decide, not the pairs. (cudnn-flex bench --forty)
-BY_PAIRS = 2048
 # The cost of hiding pairs by a bias. (cudnn-flex bench --mods "dilated window" documents --lower always)
 BIAS_COST = 1.8
 # Several plans in the forward keep the host busy: as called, sinks + window take 1.11 times as long as Inductor's
 # kernel, prefix-LM 0.95 times, where by their pairs it were 0.94 and 0.76 times.
 # (cudnn-flex bench --mods "sink tokens + window" prefix-LM --lower always)
 PARTS_COST = 1.15
-BACKWARD_WEIGHT = 2.7  # the cost of a pair in the backward, where it is 1 in the forward
-GUESSED_SHARE = 0.1  # the share of blocks that a BlockMask is taken to list whose tensors are not at hand
+# Functions that a kernel computes with many instructions: a score with one costs what a soft cap costs.
+COSTLY = {"tanh", "sigmoid", "exp", "exp2", "log", "erf", "sin", "cos", "pow"}
+# Shares of a BlockMask that is not at hand: of the blocks that it lists, and of those at which the mask is computed, if
+# that reads captured tensors.
+GUESSED = (0.1, 0.25)
 DOCUMENTS = "python3 -m tests.measure.documents_time"
 
 
@@ -51,14 +57,7 @@ class Line:
         return self.base + self.slope * units
 
 
-# The time of a call, without and with its backward, on Inductor's kernel and on interval kernels, by the TFLOP of one
-# forward on the blocks that its BlockMask lists; and the time that a list of tiles adds to a step, by 10^9 pairs of the
-# mask. DOCUMENTS prints these lines as it measures them, on an H200, where the host bounds the interval kernels of all
-# but large calls. It measures the device alone for the forward; the host's time of both directions replaces it.
-CALL_TIME = {
-    False: (Line(0.061, 2.89), Line(0.450, 1.42)),
-    True: (Line(0.330, 8.84), Line(0.450, 3.60)),
-}
+# The time that a list of tiles adds to a step, by 10^9 pairs of the mask. (DOCUMENTS)
 LIST_TIME = Line(1.254, 0.56)
 # The time of a graph's work besides attention, without and with the backward, in milliseconds: the GPU's for each TFLOP
 # of matrix products, and the host's for each product and each call. (python3 -m tests.measure.host_share)
@@ -86,6 +85,18 @@ class Workload:
     calls: int
 
 
+class Blocks(NamedTuple):
+    """The blocks that a BlockMask lists.
+
+    Attributes:
+        share: of all blocks.
+        partial: of those listed, at which the mask is computed.
+    """
+
+    share: float
+    partial: float
+
+
 @dataclass(frozen=True, slots=True)
 class CostInputs:
     """The facts of a call that its costs depend on.
@@ -94,7 +105,7 @@ class CostInputs:
         program, hoisted: the program that would run, and its operands.
         training: whether a gradient may be asked for.
         lse_gradient: whether a gradient of the log-sum-exp may be asked for, too.
-        share: the share of the blocks that its BlockMask lists; None without one, or if it is not known.
+        blocks: what its BlockMask lists; None without one, or if that is not known.
         around: None where the host's time for the call does not count: attention alone, or under CUDA graphs.
         tiled: the directions that would run by a list of its mask's tiles (passes/write/tile_lists.py).
         sharing: the number of calls of the graph that have its mask.
@@ -105,10 +116,15 @@ class CostInputs:
     hoisted: Sequence[Hoisted]
     training: bool
     lse_gradient: bool
-    share: float | None
+    blocks: Blocks | None
     around: Workload | None
     tiled: tuple[str, ...] = ()
     sharing: int = 1
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        """Those that may run."""
+        return (FORWARD, BACKWARD) if self.training else (FORWARD,)
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -121,6 +137,22 @@ class CostInputs:
         _, _, keys, value_dim = map(hint, example(self.call.value).shape)
         return 2 * (dim + value_dim) * batch * heads * queries * keys / 1e12
 
+    @property
+    def kind(self) -> str:
+        """The kind of call by its score, of those that are measured."""
+        return CAPPED if any(node.kind in COSTLY for node in ir.walk(self.program.score)) else PLAIN
+
+    @property
+    def reads_mask(self) -> bool:
+        """Whether the mask reads captured tensors."""
+        return any(node.kind == "operand" for node in ir.walk(self.program.mask))
+
+    def rate(self, way: str, direction: str, kind: str) -> float | None:
+        """Milliseconds a TFLOP of the forward's two products, on this device; None if it was not measured."""
+        device = example(self.call.query).device
+        dim = max(hint(example(node).shape[3]) for node in (self.call.query, self.call.value))
+        return times_of(device).rate(way, direction, kind, dim, min(self.lengths))
+
 
 def pair_operands(inputs: CostInputs) -> list[torch.dtype]:
     """The dtypes of the operands over (q, kv) pairs that the score_mod reads, without a learned bias."""
@@ -128,42 +160,77 @@ def pair_operands(inputs: CostInputs) -> list[torch.dtype]:
     return [inputs.hoisted[int(n.value or 0)].stored for n in operands if {"q", "k"} <= set(n.dims)]
 
 
-def pairs_of(program: Program, lengths: tuple[int, int], training: bool) -> float:
-    """The number of pairs that the plans of forward and backward compute, on average, with costs that count as pairs.
-    """
+def pairs_of(program: Program, lengths: tuple[int, int], direction: str) -> float:
+    """Counts the pairs of a head that the graphs of a direction compute, and adds what costs like pairs."""
     program = pruned(program, lengths)
-    total = float(cost(program, lengths, FORWARD))
-    if training:
-        total = (total + BACKWARD_WEIGHT * cost(program, lengths, BACKWARD)) / (1 + BACKWARD_WEIGHT)
-    total *= PARTS_COST if len(divided(program, lengths, FORWARD) or ()) > 1 else 1.0
-    return total * (BIAS_COST if split(program.mask).biases else 1.0)
+    several = direction == FORWARD and len(divided(program, lengths, direction) or ()) > 1
+    factors = (PARTS_COST if several else 1.0) * (BIAS_COST if split(program.mask).biases else 1.0)
+    return cost(program, lengths, direction) * factors
 
 
-def pairs_by_either(inputs: CostInputs) -> tuple[float, float]:
-    """The cost of a head on Inductor's kernel, and by plans, in pairs of a plain score on Inductor's kernel.
+def stock_times(inputs: CostInputs) -> dict[str, float]:
+    """Milliseconds of the GPU on Inductor's kernel, by direction.
 
-    Both are taken to compute the same pairs if it is not known which blocks the BlockMask lists.
+    It computes the blocks that the BlockMask lists, and the mask where a block is partial. If it is not known which
+    these are, it computes what the graphs compute.
     """
     queries, keys = inputs.lengths
-    computed = pairs_of(inputs.program, inputs.lengths, inputs.training)
-    share = inputs.share if inputs.call.blocks else 1.0
-    stock = computed if share is None else share * queries * keys
-    capped = any(node.kind == "tanh" for node in ir.walk(inputs.program.score))
-    return stock * (CAPPED_COST if capped else 1.0), computed * PAIR_COST
+    share, partial = inputs.blocks or (None, GUESSED[1])
+    found: dict[str, float] = {}
+    for way in inputs.directions:
+        rate = inputs.rate(INDUCTOR, way, inputs.kind) or 0.0
+        if inputs.reads_mask and inputs.call.blocks:
+            plain, masked = (inputs.rate(INDUCTOR, way, kind) or 0.0 for kind in (PLAIN, MASKED))
+            rate += partial * max(masked - plain, 0.0)
+        known = share if inputs.call.blocks else 1.0
+        computed = pairs_of(inputs.program, inputs.lengths, way) / (queries * keys) if known is None else known
+        found[way] = rate * inputs.tflop * computed
+    return found
 
 
-def times_by_either(inputs: CostInputs) -> tuple[float, float]:
-    """The GPU's time for a call on Inductor's kernel, and by plans, in milliseconds, by the pairs of either."""
+def graph_times(inputs: CostInputs) -> dict[str, float]:
+    """Milliseconds of the GPU on cuDNN's graphs, by direction."""
     queries, keys = inputs.lengths
-    slope = CALL_TIME[inputs.training][0].slope * inputs.tflop / (queries * keys)
-    stock, ours = pairs_by_either(inputs)
-    return slope * stock, slope * ours
+    form = split(inputs.program.mask)
+    native = inputs.kind == PLAIN and inputs.program.score is ir.SCORE and form.skips_tiles
+    found: dict[str, float] = {}
+    for way in inputs.directions:
+        rate = inputs.rate(NATIVE if native else CHAINED, way, inputs.kind) or inputs.rate(NATIVE, way, PLAIN) or 0.0
+        found[way] = rate * inputs.tflop * pairs_of(inputs.program, inputs.lengths, way) / (queries * keys)
+    return found
+
+
+def tile_times(inputs: CostInputs) -> dict[str, float] | None:
+    """Milliseconds of the GPU by a list of tiles, by direction, without making the list; None without such kernels."""
+    queries, keys = inputs.lengths
+    unknown = GUESSED[0] if inputs.call.blocks and split(inputs.program.mask).reads_pairs else 1.0
+    share = unknown if inputs.blocks is None else inputs.blocks.share
+    found: dict[str, float] = {}
+    for way in inputs.directions:
+        rate = inputs.rate(TILE_LISTS, way, PLAIN)
+        if rate is None:
+            return None
+        visible = min(share, cost(pruned(inputs.program, inputs.lengths), inputs.lengths, way) / (queries * keys))
+        found[way] = rate * inputs.tflop * visible
+    return found
+
+
+def list_time(inputs: CostInputs) -> float:
+    """Milliseconds that a step takes for the list of the tiles of a mask."""
+    batch, heads, queries, _ = map(hint, example(inputs.call.query).shape)
+    of_mask = batch * queries * inputs.lengths[1] * (heads if "h" in ir.axes_of(inputs.program.mask) else 1)
+    return LIST_TIME.at(of_mask / 1e9)
+
+
+def our_times(inputs: CostInputs) -> dict[str, float] | None:
+    """Milliseconds of the GPU by direction, each in the way that is asked about; None if that is not known."""
+    graphs, tiles = graph_times(inputs), tile_times(inputs) if inputs.tiled else {}
+    return None if tiles is None else {way: (tiles if way in inputs.tiled else graphs)[way] for way in graphs}
 
 
 def spared(inputs: CostInputs) -> float:
-    """The GPU's time that a call saves by plans, in milliseconds."""
-    stock, ours = times_by_either(inputs)
-    return stock - ours
+    """Milliseconds of the GPU that a call takes less by graphs than on Inductor's kernel."""
+    return sum(stock_times(inputs).values()) - sum(graph_times(inputs).values())
 
 
 def host_counts(inputs: CostInputs) -> bool:
@@ -171,40 +238,27 @@ def host_counts(inputs: CostInputs) -> bool:
     around = inputs.around
     if around is None:
         return False
-    gpu = PRODUCTS[inputs.training] * around.tflop + around.calls * times_by_either(inputs)[0]
+    gpu = PRODUCTS[inputs.training] * around.tflop + around.calls * sum(stock_times(inputs).values())
     return gpu < SURELY_GPU[inputs.training] * LAUNCHES[inputs.training] * (around.products + around.calls)
 
 
-def interval_times(inputs: CostInputs) -> tuple[float, float, float]:
-    """The time of all calls with one mask in a step, in milliseconds: on Inductor's kernel, by a tile list, and the
-    time of the list.
-    """
-    call, share = inputs.call, inputs.share if inputs.call.blocks else 1.0
-    visible = GUESSED_SHARE if share is None else share
-    stock, ours = (line.at(visible * inputs.tflop) for line in CALL_TIME[inputs.training])
-    batch, heads, queries, _ = map(hint, example(call.query).shape)
-    of_mask = batch * queries * inputs.lengths[1] * (heads if "h" in ir.axes_of(inputs.program.mask) else 1)
-    return inputs.sharing * stock, inputs.sharing * ours, LIST_TIME.at(of_mask / 1e9)
-
-
 def expected(inputs: CostInputs) -> float | None:
-    """The speed of plans relative to Inductor's kernel, by the pairs that either computes; None if it is not known.
+    """How many times as fast as Inductor's kernel the call is, by the times that are predicted for either.
 
-    It leaves out the arithmetic of a score, which makes plans faster still with a soft cap, for one.
+    None if it is not known what the BlockMask lists, or if the score is read from memory.
     """
-    if inputs.tiled:
-        stock, ours, listing = interval_times(inputs)
-        return stock / (ours + listing)
-    lengths = inputs.lengths
-    share = inputs.share if inputs.call.blocks else 1.0
-    if share is None or min(lengths) < BY_PAIRS or pair_operands(inputs):
+    if (inputs.call.blocks and inputs.blocks is None and not inputs.tiled) or pair_operands(inputs):
         return None
-    ours = pairs_of(inputs.program, lengths, inputs.training) * PAIR_COST
-    return share * lengths[0] * lengths[1] / ours if ours else None
+    ours = our_times(inputs)
+    if ours is None:
+        return None
+    listing = list_time(inputs) / inputs.sharing if inputs.tiled and inputs.reads_mask else 0.0
+    taken = sum(ours.values()) + listing
+    return sum(stock_times(inputs).values()) / taken if taken else None
 
 
-def share_of(call: Call, real: Callable[[Node], torch.Tensor | None]) -> float | None:
-    """The share of blocks that the BlockMask lists, if its tensors are at hand.
+def blocks_of(call: Call, real: Callable[[Node], torch.Tensor | None]) -> Blocks | None:
+    """The blocks that the BlockMask lists, if its tensors are at hand.
 
     Args:
         real: gives the tensor of an input of the graph.
@@ -217,4 +271,6 @@ def share_of(call: Call, real: Callable[[Node], torch.Tensor | None]) -> float |
         return None
     with torch.no_grad():
         masks = [listed(count, indices, indices.shape[-1]) for count, indices in tensors]  # pyright: ignore
-        return sum(float(m.float().mean()) for m in masks)
+        partial, *full = (float(m.float().mean()) for m in masks)
+    share = partial + sum(full)
+    return Blocks(share, partial / share if share else 1.0)

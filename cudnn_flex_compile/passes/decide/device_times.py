@@ -17,9 +17,13 @@ import torch
 
 from cudnn_flex_compile.settings import settings
 
+# Ways to run a call, named as the option `strategy` names ours, and kinds of calls: a causal mask alone, one under a
+# soft cap, and a mask that a kernel reads at every pair, from memory.
+INDUCTOR, NATIVE, CHAINED, TILE_LISTS = "inductor", "native", "chained", "tile_lists"
+PLAIN, CAPPED, MASKED = KINDS = ("plain", "capped", "masked")
 FOLDER = Path(__file__).parent / "devices"
 REFERENCE = "NVIDIA H200"  # whose table stands for devices that have none, and for the CPU
-Cell = tuple[str, str, str, int]  # way, direction, kind of score, head dim
+Cell = tuple[str, str, str, int]  # way, direction, kind of call, head dim
 
 
 @dataclass(frozen=True)
@@ -34,10 +38,10 @@ class DeviceTimes:
     device: str
     cells: dict[Cell, tuple[tuple[int, ...], tuple[float, ...]]]
 
-    def rate(self, way: str, direction: str, score: str, dim: int, length: int) -> float | None:
-        """The milliseconds a TFLOP at a head dim and length, interpolated between measured ones; None without any."""
-        dims = sorted({cell[3] for cell in self.cells if cell[:3] == (way, direction, score)})
-        rates = [_at(*self.cells[way, direction, score, d], length) for d in dims]
+    def rate(self, way: str, direction: str, kind: str, dim: int, length: int) -> float | None:
+        """The milliseconds a TFLOP at a head dim and length, interpolated between those measured; None without any."""
+        dims = sorted({cell[3] for cell in self.cells if cell[:3] == (way, direction, kind)})
+        rates = [_at(*self.cells[way, direction, kind, d], length) for d in dims]
         return _at(tuple(dims), tuple(rates), dim) if dims else None
 
 
@@ -61,7 +65,8 @@ def own_file() -> Path | None:
 
 def times_of(device: torch.device) -> DeviceTimes:
     """The table of a device, or that of the reference."""
-    return _table(torch.cuda.get_device_name(device) if device.type == "cuda" else REFERENCE)
+    there = device.type == "cuda" and torch.cuda.is_available()
+    return _table(torch.cuda.get_device_name(device) if there else REFERENCE)
 
 
 @functools.cache
@@ -81,7 +86,7 @@ def read(path: Path) -> DeviceTimes:
         cells: dict[Cell, dict[int, float]] = {}
         for row in data["rows"]:
             for direction in ("forward", "backward"):
-                cell = cells.setdefault((row["way"], direction, row["score"], row["dim"]), {})
+                cell = cells.setdefault((row["way"], direction, row["kind"], row["dim"]), {})
                 cell[row["length"]] = row[direction]
         return DeviceTimes(data["device"], {cell: _sorted(of) for cell, of in cells.items()})
     except (KeyError, TypeError, json.JSONDecodeError) as error:

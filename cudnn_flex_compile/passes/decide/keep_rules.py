@@ -9,17 +9,20 @@ from dataclasses import dataclass
 
 import torch
 
+from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD
 from cudnn_flex_compile.passes.decide.cost_model import (
     DOCUMENTS,
-    PAIR_COST,
     CostInputs,
+    graph_times,
     host_counts,
-    interval_times,
+    list_time,
+    our_times,
     pair_operands,
-    pairs_by_either,
     pairs_of,
     spared,
+    stock_times,
 )  # fmt: skip
+from cudnn_flex_compile.passes.decide.device_times import INDUCTOR, PLAIN
 from cudnn_flex_compile.passes.read.call import example
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
@@ -32,12 +35,12 @@ HOST = "python3 -m tests.measure.host_share"
 LSE_COST = 128
 # A score's own bias over pairs: Inductor gathers it faster, but for items of this many bytes in the forward.
 FORWARD_ITEMSIZE = 4
-SURELY = 1.2  # a list must save so many times its own time
-# The milliseconds that a call must save the GPU, without and with its backward, where the GPU may wait for the host. So
-# much longer the host takes for ours than for Inductor's, mostly for launches of cold code by cuDNN. (HOST) This was
-# measured before launches were replayed (engine/launch/replay.py): since then it is 0.09 and 0.15 by HOST, some 0.17
-# and 0.2 in BERT with all lowered (CUDNN_FLEX_LOWER=always python3 -m tests.measure.models --cases bert:full).
-MIN_SAVING_MS = {False: 0.19, True: 0.46}
+SURELY = 1.2  # times what a list takes is to be saved
+# What a call has to spare the GPU, in milliseconds, without and with its backward, where the GPU may wait for the host:
+# so much longer the host takes for ours than for Inductor's, launches of cold code by cuDNN for the most part. With
+# launches that are replayed (engine/launch/replay.py) it is 0.09 and 0.15 by HOST, some 0.17 and 0.2 in BERT with all
+# lowered. (CUDNN_FLEX_LOWER=always python3 -m tests.measure.models --cases bert:full)
+MIN_SAVING_MS = {False: 0.17, True: 0.2}
 # And wherever the log-sum-exp has a gradient. (LSE)
 MIN_SAVING_WITH_LSE_MS = 0.55
 # The milliseconds that all calls with one mask of captured tensors must save in a model. Each step has a new BlockMask,
@@ -76,10 +79,13 @@ def _lse_in_the_loss(inputs: CostInputs) -> str | None:
         return None
     if example(inputs.call.query).dtype != torch.bfloat16:
         return "the LSE takes part in the loss, in another dtype than bfloat16"
-    stock, ours = pairs_by_either(inputs)
-    queries = inputs.lengths[0]
-    few = f"the LSE takes part in the loss, and a query has {ours / PAIR_COST / queries:.0f} keys to compute on average"
-    return few if ours + LSE_COST * queries > stock else None
+    queries, keys = inputs.lengths
+    stock, ours = (sum(times.values()) for times in (stock_times(inputs), graph_times(inputs)))
+    rates = (inputs.rate(INDUCTOR, way, PLAIN) or 0.0 for way in inputs.directions)
+    if ours + sum(rates) * inputs.tflop * LSE_COST / keys <= stock:
+        return None
+    seen = pairs_of(inputs.program, inputs.lengths, BACKWARD) / queries
+    return f"the LSE takes part in the loss, and a query has {seen:.0f} keys to compute on average"
 
 
 def _decodes_by_one_more(inputs: CostInputs) -> str | None:
@@ -154,24 +160,25 @@ def _learned_by_place(inputs: CostInputs) -> str | None:
 
 
 def _unknown_blocks(inputs: CostInputs) -> str | None:
-    if not inputs.call.blocks or inputs.share is not None or not split(inputs.program.mask).reads_pairs:
+    if not inputs.call.blocks or inputs.blocks is not None or not split(inputs.program.mask).reads_pairs:
         return None
     return "a mask without tile skipping, under a BlockMask made in the graph"
 
 
 def _more_pairs(inputs: CostInputs) -> str | None:
-    if inputs.share is None:
+    if inputs.blocks is None or spared(inputs) >= 0:
         return None
-    lengths = inputs.lengths
-    all_pairs = lengths[0] * lengths[1]
-    ours = pairs_of(inputs.program, lengths, inputs.training)
-    if ours * PAIR_COST <= inputs.share * all_pairs:
-        return None
-    return f"cuDNN would compute {ours / all_pairs:.0%} of the pairs, the BlockMask lists {inputs.share:.0%}"
+    queries, keys = inputs.lengths
+    ours = pairs_of(inputs.program, inputs.lengths, BACKWARD if inputs.training else FORWARD) / (queries * keys)
+    return f"cuDNN would compute {ours:.0%} of the pairs, the BlockMask lists {inputs.blocks.share:.0%}"
 
 
 def _listing_takes_longer(inputs: CostInputs) -> str | None:
-    stock, ours, listing = interval_times(inputs)
+    times = our_times(inputs)
+    if times is None:
+        return "its kernels were not measured on this device: run `cudnn-flex calibrate`"
+    listing = list_time(inputs) if inputs.reads_mask else 0.0
+    stock, ours = (inputs.sharing * sum(by_way.values()) for by_way in (stock_times(inputs), times))
     least = MIN_MASK_SHARE if _in_a_model(inputs) else 0.0
     least += inputs.sharing * MIN_SAVING_MS[inputs.training] if host_counts(inputs) else 0.0
     if stock - ours > SURELY * listing + least:

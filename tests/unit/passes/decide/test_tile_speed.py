@@ -7,7 +7,7 @@ from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD
 from cudnn_flex_compile.passes.decide.tile_speed import faster_by_tiles
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.optable import make
-from tests.unit.passes.decide.test_keep_rules import CAUSAL, DISTANCE, facts
+from tests.unit.passes.decide.test_keep_rules import CAUSAL, DISTANCE, SHORT_ROWS, facts
 
 BOTH = FORWARD, BACKWARD
 FULL = ir.program()
@@ -34,7 +34,7 @@ TABLE = {
     "shorter ones": (given(256, 64, heads=768), ()),
     "a window": (given(16384, 128, program=WINDOW, sharing=32), BOTH),
     "launches that would wait for the host": (given(1024, 64, heads=2), ()),
-    "one call, which would save less than its list takes": (given(2048, 128, sharing=1), ()),
+    "one call, which would save less than its list takes": (given(2048, 128, sharing=1, program=SHORT_ROWS), ()),
 }
 
 
