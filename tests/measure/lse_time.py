@@ -1,8 +1,8 @@
 """Times a layer of attention with learnt sinks: `python3 -m tests.measure.lse_time [--dtype float16] [LAYER ...]`.
 
 Knows nothing of right numbers (tests/gpu/test_lse_gradient.py). Inductor's time / ours, forward and backward, medians,
-interleaved: a row for each case as it comes, with the keys that a query sees on average, which is what LSE_COST and
-CAPPED_COST of passes/decide/keep_rules.py are about. Several processes compile, and measure in turn.
+interleaved: a row for each case as it comes, with the keys that a query sees on average, which is what LSE_COST of
+passes/decide/keep_rules.py is about. Several processes compile, and measure in turn.
 """
 
 import argparse

@@ -70,7 +70,7 @@ def driver() -> str:
 def code_digest() -> str:
     """A digest of the source files that make plans and judge them, whatever version they claim to be."""
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(p for folder in CODE for p in (PACKAGE / folder).rglob("*.py")):
+    for path in sorted(p for folder in CODE for p in (PACKAGE / folder).rglob("*") if p.suffix in (".py", ".json")):
         data = path.read_bytes()
         digest.update(f"{path.relative_to(PACKAGE).as_posix()} {len(data)}\n".encode() + data)
     return digest.hexdigest()
