@@ -1,7 +1,4 @@
-"""The arguments of `cudnn-flex bench`.
-
-Imports nothing that takes long.
-"""
+"""The arguments of `cudnn-flex bench`. This file imports neither torch nor the rest of the bench, which take long."""
 
 import argparse
 from pathlib import Path

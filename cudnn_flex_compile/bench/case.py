@@ -1,6 +1,6 @@
-"""What is measured: a mod at a shape, with each contender's function and inputs of its own for every layer.
+"""`Case` is a mod at a shape, with each contender's function, and inputs of its own for every layer.
 
-Knows nothing of time.
+measure.py times the contenders.
 """
 
 import importlib
@@ -17,10 +17,10 @@ from cudnn_flex_compile.report.call import CallReport
 from cudnn_flex_compile.report.report import collect
 
 STOCK, OURS, SDPA = "inductor", "cudnn_flex", "sdpa"
-# What torch's scaled_dot_product_attention knows by itself; other masks it takes as a tensor.
+# The masks that torch's scaled_dot_product_attention knows by itself; it takes other masks as a tensor.
 SDPA_ARGUMENTS: dict[str, dict[str, Any]] = {"full": {}, "causal": {"is_causal": True}}
-LONGEST_MASK = 8192  # beyond which such a tensor, and what SDPA makes of it, takes too much memory
-# How many positional arguments a user's function takes, by what it is.
+LONGEST_MASK = 8192  # the longest mask as a tensor: a longer one, and SDPA's copy of it, take too much memory
+# The number of positional arguments of a user's function: a score_mod's, a mask_mod's, and that of one that makes both.
 SCORE_MOD, MASK_MOD, FACTORY = 5, 4, 3
 
 Function = Callable[..., torch.Tensor]
@@ -29,7 +29,7 @@ Make = Callable[[int, int, str], tuple[Any, Any]]  # (heads, length, device) -> 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Of [B, H, S, D] queries, and keys and values of `kv_heads` heads."""
+    """The shape of queries, [B, H, S, D], and of keys and values with `kv_heads` heads."""
 
     batch: int
     heads: int
@@ -39,7 +39,7 @@ class Shape:
 
     @staticmethod
     def parse(text: str) -> "Shape":
-        """From "B,H,HKV,S,D". Raises ValueError."""
+        """The shape that a text "B,H,HKV,S,D" describes. Raises ValueError."""
         try:
             numbers = [int(part) for part in text.split(",")]
         except ValueError:
@@ -66,7 +66,7 @@ class Case:
 
     Attributes:
         mod: a name of mods.ALL, or "module:function".
-        dtype: of queries, keys and values.
+        dtype: the dtype of queries, keys and values.
         device: "cuda"; tests of the measuring itself run on "cpu".
     """
 
@@ -86,7 +86,7 @@ class Case:
         return Layer(tuple(t.requires_grad_() for t in (q, k, v)), grad)
 
     def functions(self, mode: str | None = None, with_sdpa: bool = True) -> dict[str, Function]:
-        """By contender: q, k, v of a layer to the output, [B, S, H, D]."""
+        """The function of each contender, from q, k and v of a layer to the output, [B, S, H, D]."""
         found = {name: self._compiled(name, mode) for name in (STOCK, OURS)}
         arguments = self.sdpa_arguments() if with_sdpa and mode is None else None
         return found if arguments is None else {**found, SDPA: self._sdpa(arguments)}
@@ -106,7 +106,7 @@ class Case:
         return torch.compile(call, backend=backend, dynamic=False, **how)
 
     def sdpa_arguments(self) -> dict[str, Any] | None:
-        """With which torch's SDPA computes the same, on kernels of its own; None if there are none.
+        """The arguments with which torch's SDPA computes the same on a kernel of its own; None if it has none.
 
         Under a mask that is a tensor it has none for grouped queries.
         """
@@ -128,7 +128,7 @@ class Case:
 
 
 def first_calls(case: Case, functions: dict[str, Function], step: Callable[[Function, list[Layer]], Any]) -> CallReport:
-    """Compiles all functions, by a step each; what became of the flex_attention call with cuDNN.
+    """Compiles all functions, by a step each, and returns the report of the flex_attention call with cuDNN.
 
     Torch's SDPA, which is there for comparison, is taken out of `functions` if it fails.
     """
@@ -156,7 +156,7 @@ def named(mod: str) -> Make:
             function of (heads, length, device) that gives both, either of them None.
 
     Raises:
-        ValueError: for a name that is none of these, with what there is.
+        ValueError: for a name that is none of these; the message lists the names.
     """
     if mod in ALL:
         return ALL[mod]

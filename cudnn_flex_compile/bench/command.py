@@ -1,6 +1,5 @@
-"""Runs the command `cudnn-flex bench`.
-
-Knows nothing of what is measured or how.
+"""Runs the command `cudnn-flex bench`: measures each case that the arguments name (measure.py), and shows the results
+(show.py).
 """
 
 import argparse
@@ -31,9 +30,9 @@ TORCH_DTYPES = dict(zip(DTYPES, (torch.bfloat16, torch.float16), strict=True))
 
 
 def run(given: argparse.Namespace) -> int:
-    """Exit codes: 0, 1 without a GPU or where a case failed, 2 for wrong usage.
+    """Runs all cases, and returns the exit code: 0, 1 without a GPU or where a case failed, 2 for wrong usage.
 
-    A case that fails is told of, and costs no other.
+    A case that fails is reported, and costs no other.
     """
     inductor_seam.take_out()  # the other side is stock, whatever the environment says
     sys.path.insert(0, os.getcwd())  # for module:function, as python -m has it
@@ -65,14 +64,14 @@ def run(given: argparse.Namespace) -> int:
 
 
 def facts() -> tuple[Any, ...]:
-    """What the figures are of."""
+    """The device and the versions that the figures are measured with."""
     if not torch.cuda.is_available():
         return "the CPU", "torch", torch.__version__
     return torch.cuda.get_device_name(), "torch", torch.__version__, "cuDNN", torch.backends.cudnn.version()
 
 
 def cases_of(given: argparse.Namespace) -> list[Case]:
-    """Raises ValueError for a mod or a shape that is none."""
+    """The cases that the arguments name. Raises ValueError for an unknown mod or a wrong shape."""
     mods, shapes = (FIVE, EIGHT) if given.forty else (given.mods or MODS, given.shapes)
     for mod in mods:
         named(mod)
@@ -85,7 +84,7 @@ def cases_of(given: argparse.Namespace) -> list[Case]:
 
 
 def _check_outputs(given: argparse.Namespace) -> None:
-    """Before anything is measured. Raises ValueError."""
+    """Raises ValueError for files that cannot be written, before anything is measured."""
     for path in filter(None, (given.csv, given.plot)):
         if not path.absolute().parent.is_dir():
             raise ValueError(f"{path} cannot be written: there is no folder {path.absolute().parent}")
@@ -94,7 +93,7 @@ def _check_outputs(given: argparse.Namespace) -> None:
 
 
 def share(cases: list[Case], which: str) -> list[Case]:
-    """Of "I/N": every N-th case from the I-th on."""
+    """The share "I/N" of the cases: every N-th from the I-th on."""
     first, count = map(int, which.split("/"))
     return cases[first::count]
 
@@ -125,7 +124,7 @@ Found = TypeVar("Found")
 
 
 def _without_fail(case: Case, run: Callable[[], Found]) -> Found | None:
-    """What it gives; None if it raises, which is told."""
+    """The result of `run`; None if it raises, which is printed."""
     try:
         return run()
     except Exception as error:

@@ -1,7 +1,7 @@
 """Times contenders side by side: interleaved samples, medians with their spread.
 
-Knows nothing of attention's mods. A sample is CUDA-event time around up to CALLS calls, and then one call of autograd
-for all of them, as a model of so many layers has it, divided by their number.
+case.py makes the contenders. A sample is CUDA-event time around up to CALLS calls, and then one call of autograd for
+all of them, as in a model of so many layers, divided by their number.
 """
 
 import math
@@ -89,8 +89,8 @@ def measure(
 
     Args:
         repeats: samples that count.
-        mode: of torch.compile. Under "reduce-overhead" an output is overwritten by the next call's, so that a sample is
-            one call, forward and backward.
+        mode: torch.compile's mode. Under "reduce-overhead" an output is overwritten by the next call's, so that a
+            sample is one call, forward and backward.
     """
     functions = case.functions(mode, with_sdpa)
     call = first_calls(case, functions, step)

@@ -110,7 +110,7 @@ def padded(lengths):
 
 
 def causal_padding(padding):
-    """As transformers writes it."""
+    """Causal, without padded keys, as transformers writes it."""
 
     def mask_mod(b, h, q, kv):
         visible = q.new_ones((), dtype=torch.bool)
@@ -175,11 +175,11 @@ MODS = {
 }
 
 
-ENTRIES = 8  # of the masks that differ by batch entry
+ENTRIES = 8  # batch entries of the masks that differ by batch entry
 
 
 def _lengths(length, device):
-    """Of the batch entries: 7/8, 5/8, 7/8, ... of the keys."""
+    """The lengths of the batch entries: 7/8, 5/8, 7/8, ... of the keys."""
     return torch.tensor([length - length // 8, length - 3 * length // 8] * (ENTRIES // 2), device=device)
 
 

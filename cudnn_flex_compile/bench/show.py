@@ -1,6 +1,6 @@
 """Lays results out: a table for people, CSV, and plots.
 
-Knows nothing of how they were measured. matplotlib is wanted for plots alone.
+command.py gives it the results of measure.py. matplotlib is needed for plots alone.
 """
 
 import csv

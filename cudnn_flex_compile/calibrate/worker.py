@@ -53,7 +53,7 @@ def contenders(cell: Cell, way: str) -> tuple[Contender, Contender] | str:
     def attend(q: Any, k: Any, v: Any) -> Any:
         return flex_attention(q, k, v, score_mod, mask)
 
-    # Dynamo compiles one piece of code only so often: each call has its own.
+    # Dynamo compiles one piece of code only a few times, so each call has its own.
     code = attend.__code__.replace(co_name=f"attend_{way}_{cell.length}")
     function = types.FunctionType(code, attend.__globals__, None, None, attend.__closure__)
     if way == INDUCTOR:

@@ -1,4 +1,4 @@
 """`cudnn-flex bench --rows`: layers of real training configurations, launched as their projects launch them.
 
-Nothing else of the package knows of it.
+bench/command.py runs it; no other part of the package imports it.
 """

@@ -1,6 +1,6 @@
 """Runs `cudnn-flex bench --rows`: a process for each row, with empty compile caches, and a table of all of them.
 
-Knows nothing of what is measured. A row that fails costs no other.
+measure.py measures one row in its process, and show.py shows the results. A row that fails costs no other.
 """
 
 import argparse
@@ -24,11 +24,11 @@ from cudnn_flex_compile.bench.rows.turns import compiling
 
 LONGEST = 400  # seconds of a row, after which its process is ended
 TURNS = "turns.lock"
-TOLD = 30  # lines of what a process that failed printed
+TOLD = 30  # lines that are shown of the output of a process that failed
 
 
 def run(given: argparse.Namespace, console: Console) -> int:
-    """Exit codes: 0, 1 where a row failed."""
+    """Measures all rows, and returns the exit code: 0, or 1 where a row failed."""
     if given.into:
         return _measure_here(given)
     rows = chosen(given.rows)
@@ -72,7 +72,7 @@ def _measure_here(given: argparse.Namespace) -> int:
 
 
 def _in_a_process(row: Row, given: argparse.Namespace, folder: Path) -> Result | str:
-    """What a process measures, which begins with empty caches, or why it failed."""
+    """The result of a row in a process of its own, which begins with empty caches, or why it failed."""
     own = folder / row.name
     own.mkdir()
     into = own / "result.json"
@@ -85,7 +85,7 @@ def _in_a_process(row: Row, given: argparse.Namespace, folder: Path) -> Result |
 
 
 def _run(command: list[str], environment: dict[str, str]) -> str:
-    """Why it failed; empty if it did not."""
+    """Runs a process, and says why it failed; empty if it did not."""
     try:
         done = subprocess.run(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LONGEST
@@ -99,6 +99,6 @@ def _run(command: list[str], environment: dict[str, str]) -> str:
 
 
 def result_from(given: dict[str, Any]) -> Result:
-    """What a process wrote."""
+    """The result that a process wrote."""
     sides: Any = {name: Measured(**side) for name, side in given.pop("sides").items()}
     return Result(**given, sides=sides)

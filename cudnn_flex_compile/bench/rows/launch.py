@@ -1,6 +1,7 @@
-"""How projects launch flex_attention: each way takes a model and compiles of it what its project compiles.
+"""The ways in which projects launch flex_attention: each takes a model, and compiles the parts that its project
+compiles.
 
-Knows nothing of time, nor of what is measured.
+rows.py names the way of each row, and measure.py runs it.
 """
 
 from collections import Counter
@@ -20,8 +21,8 @@ from cudnn_flex_compile.bench.rows.masks import Data
 from cudnn_flex_compile.bench.rows.rows import ALONE, BLOCKS, DISABLED, LAYERS, WHOLE, Row
 
 STOCK, OURS = SIDES = ("inductor", "cudnn_flex")
-# torch.compile shares what it has compiled of a function with whoever compiles it with the same options: one side has
-# this option beside, which changes nothing.
+# torch.compile shares compiled code between all who compile a function with the same options. One side has this option,
+# too, which changes nothing else.
 APART = {"verbose_progress": False}
 
 
@@ -31,7 +32,7 @@ class Side:
 
     Attributes:
         name: STOCK or OURS.
-        options: of the backend, for the latter.
+        options: the backend's, for OURS.
         speed: whether it is measured.
     """
 
@@ -40,12 +41,14 @@ class Side:
     speed: bool = True
 
     def compiling(self) -> AbstractContextManager[Any]:
-        """What holds while it runs, for it may compile."""
+        """The context in which the side runs, because a run may compile."""
         return install(**self.options) if self.name == OURS else nullcontext()
 
     def compile(self, function: Any, options: Mapping[str, Any], **how: Any) -> Any:
-        """torch.compile with Inductor, and those of the options that this torch has. Where there is no speed to
-        measure, on a CPU, no kernel is made for stock: a C++ compiler takes many times as long as all the rest.
+        """torch.compile with Inductor, and with those of the options that this torch has.
+
+        On a CPU, where no speed is measured, no kernel is made for stock: a C++ compiler takes many times as long as
+        all the rest.
         """
         if not self.speed and self.name == STOCK:
             return torch.compile(function, backend="eager", **how)
@@ -56,7 +59,7 @@ class Side:
 
 
 class Checkpointed(nn.Module):
-    """A layer of which all is computed again in the backward, or all but what its policy saves."""
+    """A layer that is computed again in the backward, without the results that its policy saves."""
 
     def __init__(self, layer: nn.Module, how: str) -> None:
         super().__init__()
@@ -82,11 +85,12 @@ def contexts() -> Any:
 
 
 Run = Callable[[Tensor, Data], Tensor]  # a forward of the model with a step's masks
-make_block_mask: Any = torch.compile(create_block_mask)  # of neither side: it has no flex_attention
+make_block_mask: Any = torch.compile(create_block_mask)  # it belongs to neither side, for it has no flex_attention
 
 
 def block_masks(row: Row, x: Tensor, data: Data, make: Any = None) -> list[BlockMask]:
-    """Those of a step whose queries are of x, [B, S, width]. A CPU's are not compiled, which would take long."""
+    """The BlockMasks of a step with queries of x, [B, S, width]. On a CPU, compiling their making would take too long.
+    """
     if make is None:
         make = make_block_mask if x.is_cuda else create_block_mask
     batch, length = x.shape[:2]
@@ -138,7 +142,7 @@ def _with_masks(row: Row, model: nn.Module) -> Run:
 
 
 def _whole(row: Row, model: nn.Module, side: Side) -> Run:
-    """The model makes its masks within the graph; no pass of ours is installed, it has a backend."""
+    """The model as a whole, with a backend and no installed pass. It makes its masks within the graph."""
     if isinstance(model, Model):
 
         def forward(x: Tensor, data: Data) -> Tensor:

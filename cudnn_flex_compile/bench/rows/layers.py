@@ -1,6 +1,6 @@
 """Transformer layers of a row's sizes, with random weights. The function that attends is given, and may be changed.
 
-Knows nothing of how they are compiled.
+launch.py compiles them.
 """
 
 from typing import Any
@@ -31,7 +31,7 @@ class Projection(nn.Linear):
 
 
 class Attention(nn.Module):
-    """Attributes: flex: flex_attention, or what compiles it."""
+    """Attributes: flex: flex_attention, or a compiled function of it."""
 
     def __init__(self, row: Row) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ def rotated(x: Tensor) -> Tensor:
 
 
 class MLP(nn.Module):
-    """A gated one."""
+    """A gated MLP."""
 
     def __init__(self, row: Row) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class Model(nn.Module):
 
 
 def of_transformers(row: Row, layers: int) -> nn.Module | None:
-    """The row's model of transformers, which makes its masks itself; None where the package or the model is missing."""
+    """The row's model from transformers, which makes its masks itself; None where package or model is missing."""
     try:
         import transformers
     except ImportError:

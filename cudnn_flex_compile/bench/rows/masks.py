@@ -1,6 +1,6 @@
-"""The masks of real training configurations, rewritten: what is drawn for a step, and the mask_mods that read it.
+"""The masks of real training configurations, rewritten: random data for each step, and the mask_mods that read it.
 
-Knows nothing of models. A draw is made of a seed alone, so that both sides see the same.
+rows.py names them. Data depends on a seed alone, so that both sides see the same.
 """
 
 import random
@@ -39,7 +39,7 @@ def _documents(length: int, draw: random.Random) -> list[int]:
 
 
 def draw_offsets(row: "Row", draw: random.Random) -> Data:
-    """Where each document begins, and each token's document: int32, as torchtitan has them."""
+    """The offset at which each document begins, and each token's document, int32, as in torchtitan."""
     sizes = torch.tensor(_documents(row.length, draw))
     ends = sizes.cumsum(0)
     ids = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
@@ -58,7 +58,7 @@ def offsets(row: "Row", data: Data) -> tuple[MaskMod, ...]:
 
 
 def draw_ends(row: "Row", draw: random.Random) -> Data:
-    """Where the document ends that a token belongs to: torchtitan's where there are several batch entries."""
+    """The end of each token's document, as in torchtitan with several batch entries."""
     rows = [torch.tensor(_documents(row.length, draw)) for _ in range(row.batch)]
     return {"ends": torch.stack([torch.repeat_interleave(sizes.cumsum(0) - 1, sizes) for sizes in rows]).int()}
 
@@ -98,7 +98,7 @@ def same_document(row: "Row", data: Data) -> tuple[MaskMod, ...]:
 
 
 def draw_padding(row: "Row", draw: random.Random) -> Data:
-    """Which tokens are there: the longest sequence has all, the others end at some length."""
+    """Whether each token is there: the longest sequence has all, the others end at some length."""
     ends = [row.length, *(draw.randint(row.length // 2, row.length) for _ in range(row.batch - 1))]
     if row.batch == 1:
         ends = [draw.randint(7 * row.length // 8, row.length)]
@@ -151,7 +151,7 @@ def spans(row: "Row", data: Data) -> tuple[MaskMod, ...]:
 
 
 def draw_frames(row: "Row", draw: random.Random) -> Data:
-    """Where the chunk of frames ends that a token belongs to: seven chunks, the same in each step."""
+    """The end of each token's chunk of frames: seven chunks, the same in each step."""
     chunk = -(-row.length // 7)
     return {"ends": ((torch.arange(row.length) // chunk + 1) * chunk).clamp(max=row.length)}
 
@@ -166,7 +166,7 @@ def frames(row: "Row", data: Data) -> tuple[MaskMod, ...]:
 
 
 def draw_anchors(row: "Row", draw: random.Random) -> Data:
-    """How much of the context each block of drafts sees."""
+    """The length of the context that each block of drafts sees."""
     count = row.length // row.block
     rows = [sorted(draw.randint(1, row.context) for _ in range(count)) for _ in range(row.batch)]
     return {"anchors": torch.tensor(rows)}

@@ -1,6 +1,6 @@
 """Measures one row: both sides in one process, steps in turns, and whether their numbers agree.
 
-Knows nothing of how models are launched, nor of how results are shown.
+launch.py launches the models, and show.py shows the results.
 """
 
 import copy
@@ -29,23 +29,23 @@ from cudnn_flex_compile.bench.rows.turns import Alone
 from cudnn_flex_compile.report.report import Report, collect
 
 WARM_UP, IN_A_ROW, PROFILED = 3, 2, 2  # steps; in training nobody waits for a step
-DRAWN, SHOWN = 12, 12  # steps whose masks differ; kernels that are told of
+DRAWN, SHOWN = 12, 12  # steps whose masks differ; kernels that are listed
 # Kernels of attention by their names: templates of Inductor (a GEMM is none unless it is tuned), cuDNN's graphs, and
 # the kernels of cudnn.flex_attention.
 ATTENTION = re.compile(r"triton_tem|flex|cudnn|sdpa|fmha|kernel_cutlass", re.IGNORECASE)
 NOT_ATTENTION = re.compile(r"conv|nvjet|gemm", re.IGNORECASE)
-RATE = 1e-9  # of the optimizer: the sides' weights stay equal
+RATE = 1e-9  # the optimizer's learning rate, with which the sides' weights stay equal
 
 
 @dataclass(slots=True)
 class Measured:
-    """What one side took.
+    """The times and the memory of one side.
 
     Attributes:
         first: seconds of the first step, which compiles.
         steps: milliseconds of steps.
         attention, busy: milliseconds a step of attention's kernels, and of all kernels.
-        memory: MiB that a step takes beside what is there before it.
+        memory: MiB that a step takes beside the memory in use before it.
         kernels: milliseconds a step of the longest kernels.
     """
 
@@ -121,7 +121,7 @@ class Bench:
             return found.to(torch.bfloat16)
 
     def inputs(self, seed: int, row: Row | None = None) -> tuple[Tensor, Data, Tensor]:
-        """x, what the masks of a step read, and a gradient of the output."""
+        """x, the data that the masks of a step read, and a gradient of the output."""
         row = row or self.row
         data = row.draw(row, random.Random(0 if row.static else seed))
         torch.manual_seed(seed)
@@ -157,7 +157,9 @@ def measure(bench: Bench, steps: int, alone: Alone = nullcontext) -> Result:
 
 
 def _begin(bench: Bench) -> None:
-    """What neither side shall pay for: the first use of the device, of Inductor, and the compile of BlockMasks."""
+    """Runs work that neither side shall pay for: the first use of the device and of Inductor, and compiling the making
+    of BlockMasks.
+    """
     torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=bench.device))
     for x, data, _ in (*bench.before(), bench.inputs(0)) if bench.row.form != WHOLE else ():
         block_masks(bench.row, x, data)
@@ -183,7 +185,7 @@ def _compare(result: Result, found: list[dict[str, Tensor]]) -> None:
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:
-    """The relative difference in L2; that of zeros is how large the other is."""
+    """The relative difference in L2; beside zeros, the norm of the other one."""
     size = float(wanted.float().norm())
     return float((found.float() - wanted.float()).norm()) / (size or 1.0)
 
@@ -211,7 +213,7 @@ def _steps(bench: Bench, contenders: list[Contender], result: Result, steps: int
 
 
 def _timed(run: Callable[[], Any], x: Tensor) -> float:
-    """Milliseconds by the device's clock."""
+    """The milliseconds of a run by the device's clock."""
     if not x.is_cuda:
         start = time.perf_counter()
         run()
@@ -226,7 +228,7 @@ def _timed(run: Callable[[], Any], x: Tensor) -> float:
 
 
 def _look_at(measured: Measured, step: Callable[[], Any], x: Tensor) -> None:
-    """Memory and kernels of a step."""
+    """Measures the memory and the kernels of a step."""
     if not x.is_cuda:
         return
     _wait(x)

@@ -1,6 +1,7 @@
 """Real training configurations as data: sizes of layers, masks, and how their projects launch flex_attention.
 
-Knows nothing of how any of that is done. Experts are one MLP as large as those that a token meets.
+A new configuration is one row here; layers.py, masks.py and launch.py read it. Experts are one MLP as large as those
+that a token meets.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ from typing import Any
 from cudnn_flex_compile.bench.rows import masks
 from cudnn_flex_compile.bench.rows.masks import Data, MaskMod
 
-TITAN: Any = {  # torchtitan's options of Inductor
+TITAN: Any = {  # torchtitan's options for Inductor
     "max_autotune": True, "coordinate_descent_tuning": True, "triton.cudagraphs": False,
     "wrap_inductor_compiled_regions": True,
 }  # fmt: skip
@@ -31,19 +32,19 @@ class Row:
     Attributes:
         name: the number of its row, and a letter where a row has several.
         who: the project and the model.
-        batch, heads, kv_heads, length: of the queries; qk_dim, v_dim: of a head.
-        dim, mlp: widths of a layer.
-        form: how it is launched, of FORMS.
-        draw, mods: what its masks read in a step, and the masks, which layers take in turns.
+        batch, heads, kv_heads, length: the sizes of the queries; qk_dim, v_dim: the sizes of a head.
+        dim, mlp: the widths of a layer.
+        form: the way in which it is launched, of FORMS.
+        draw, mods: makes the data that its masks read in a step; the masks, which layers take in turns.
         by_batch, by_head: whether its BlockMask differs by batch entry, and has each head.
-        options: of Inductor.
+        options: Inductor's.
         checkpoint: "", "full" or "selective".
         static: whether all steps have the same BlockMask.
-        window, every_layer, context, block, encoder: what masks are made with (masks.py).
-        soft_cap, sinks, max_scores, lse: what is asked of flex_attention beside the output.
-        lora: rank of the only weights that are trained, 0 for all.
+        window, every_layer, context, block, encoder: parameters of its masks (masks.py).
+        soft_cap, sinks, max_scores, lse: the scores' soft cap, and the outputs that it asks for beside the first.
+        lora: the rank of the only weights that are trained, 0 for all.
         before: batch and length of the steps before those that are measured, where they change.
-        family: by which transformers knows the model, where the whole of it is compiled.
+        family: the name of the model in transformers, where the whole of it is compiled.
     """
 
     name: str
@@ -91,11 +92,11 @@ class Row:
 
     @property
     def launch(self) -> str:
-        """How it is launched, and what is computed again."""
+        """The way in which it is launched, and the parts that are computed again in the backward."""
         return f"{self.form}; {self.checkpoint} checkpointing" if self.checkpoint else self.form
 
     def tiny(self) -> "Row":
-        """The same for a CPU, which has no largest scores: two heads or four, short sequences; nothing is tuned."""
+        """The same row for a CPU, which has no largest scores: two heads or four, short sequences; nothing is tuned."""
         length, heads = (64 if self.context else 256), min(self.heads // self.kv_heads, 2) * 2
         sizes = {"batch": min(self.batch, 2), "heads": heads, "kv_heads": 2, "length": length}
         dims = {"qk_dim": 24 if self.v_dim else 16, "v_dim": 16 if self.v_dim else 0, "dim": 32, "mlp": 64}

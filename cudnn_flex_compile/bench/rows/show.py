@@ -1,6 +1,6 @@
 """Lays the results of rows out: a table for people, and CSV.
 
-Knows nothing of how they were measured.
+command.py gives it the results of measure.py.
 """
 
 import csv
@@ -15,12 +15,12 @@ from cudnn_flex_compile.bench.rows.launch import OURS, SIDES, STOCK
 from cudnn_flex_compile.bench.rows.measure import Result
 from cudnn_flex_compile.bench.rows.rows import ROWS
 
-AGREES = 0.03  # relative difference of two bfloat16 computations that is none
+AGREES = 0.03  # the relative difference up to which two bfloat16 computations agree
 NAMED = {row.name: row for row in ROWS}
 
 
 def table(results: Sequence[Result], kernels: bool = False) -> Table:
-    """One line a row."""
+    """The table of the results, one line for each row."""
     shown = Table(title=f"{STOCK} / {OURS}: a training step, attention's kernels, memory of a step, first step")
     for name in ("row", "who, how", "step, ms", "attention, ms", "MiB", "compile, s", "differ by: out, gradient"):
         shown.add_column(name, overflow="fold")
@@ -41,14 +41,14 @@ def table(results: Sequence[Result], kernels: bool = False) -> Table:
 
 
 def whose(result: Result) -> str:
-    """Whose layers they are, where transformers has them."""
+    """A note whether the layers are those of transformers; empty for rows that transformers has no model of."""
     if not NAMED[result.row].family:
         return ""
     return f"; {result.layers}'s own layers" if result.layers else "; plain layers, transformers is not installed"
 
 
 def calls(result: Result) -> str:
-    """What became of the calls that were compiled."""
+    """The number of calls that were lowered, with their strategies, and of those that were kept, with their reasons."""
     kept = [f"{count} kept: {reason}" for reason, count in result.kept.items()]
     return "\n".join([f"{result.lowered} lowered: {'; '.join(result.strategies)}", *kept])
 
@@ -76,7 +76,7 @@ def _differs(result: Result) -> str:
 
 
 def write_csv(results: Sequence[Result], path: Path) -> None:
-    """One row a result; times in milliseconds, of compiling in seconds."""
+    """Writes one row for each result; times are milliseconds, those of compiling seconds."""
     measured = ("step", "attention", "busy", "memory", "first")
     columns = [f"{what}_{name}" for what in measured for name in SIDES]
     with path.open("w", newline="") as file:

@@ -1,6 +1,6 @@
-"""Processes that share a GPU: several compile at once, and one measures while no other does anything.
+"""Lets processes share a GPU: several compile at once, and one measures while no other does anything.
 
-Knows nothing of what they measure. A file is locked: by all that compile, and by one alone that measures.
+All processes that compile share the lock of a file, and one that measures holds it alone.
 """
 
 from collections.abc import Callable, Generator
@@ -12,10 +12,10 @@ Alone = Callable[[], AbstractContextManager[None]]
 
 @contextmanager
 def compiling(path: Path) -> Generator[Alone]:
-    """Nobody measures meanwhile. Gives a function whose context is for measuring: it waits until all others have ended,
-    or wait likewise.
+    """Keeps others from measuring. Gives a function whose context is for measuring: it waits until all others have
+    ended, or wait likewise.
     """
-    import fcntl  # of POSIX alone
+    import fcntl  # only POSIX has it
 
     with path.open("a") as file:
 
