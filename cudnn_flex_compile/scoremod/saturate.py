@@ -1,7 +1,8 @@
-"""Run-time integers of any size in a program: which stand for "none", and up to what size a kernel computes with them.
+"""Brings run-time integers of any size into the range in which a program computes exactly.
 
-Knows nothing of tensors. A number that is only compared, in sums with what is far smaller, may be brought back to a
-limit beyond all of that: no comparison comes out otherwise. One that is read in another way stays what it is.
+Users write the largest integer for "no limit". A number that is only compared, in sums with far smaller ones, may be
+brought back to a limit beyond all of these, and no comparison changes. A number that is read in another way stays. The
+kernels call these functions with a call's integers.
 """
 
 import functools
@@ -37,9 +38,9 @@ def exact(roots: tuple[Expr, ...], ints: Sequence[int]) -> list[int]:
 
 @functools.lru_cache(256)
 def compared(roots: tuple[Expr, ...]) -> dict[int, tuple[Linear, ...]]:
-    """The scalars that are read in ordering comparisons alone, and the difference of both sides of each of those.
+    """The scalars that are read in ordering comparisons alone, and the difference of both sides of each comparison.
 
-    A scalar that is not read at all is one, too.
+    A scalar that is not read at all is among them.
     """
     forms: dict[int, list[Linear]] = {i: [] for i in range(1 + max(map(_last, roots), default=-1))}
     other: set[int] = set()
@@ -71,7 +72,7 @@ def _last(root: Expr) -> int:
 
 
 def _rest(form: Linear, position: int, ints: Sequence[int]) -> int:
-    """A bound of what stands in the form besides the scalar at a position."""
+    """A bound of the form without the scalar at a position."""
     total = abs(form.constant)
     for atom, factor in form.factors.items():
         if not _scalar(atom):
@@ -82,7 +83,7 @@ def _rest(form: Linear, position: int, ints: Sequence[int]) -> int:
 
 
 def _size(atom: Expr) -> int:
-    """A bound of |value| where the axes are as long as can be."""
+    """A bound of |value| for the longest axes."""
     if atom.kind == "operand" and atom.dtype == I32:
         return INT32_LIMIT + 1
     leaves = {node.kind for node in ir.walk(atom) if not node.args}
@@ -91,7 +92,7 @@ def _size(atom: Expr) -> int:
 
 @functools.lru_cache(1024)
 def limit_of(roots: tuple[Expr, ...], longest: int) -> int:
-    """Up to what size of its integers a program never leaves 32 bits, where no axis is longer than `longest`."""
+    """The size of its integers up to which a program never leaves 32 bits, where no axis is longer than `longest`."""
     sums = [n for n in ir.walk(*roots) if n.args and n.dtype == I32 and _last(n) >= 0]
     leaves = [n for n in ir.walk(*roots) if n.kind in ("scalar", "index") and n.dtype == I32]
     for bits in range(VALUE_LIMIT.bit_length() - 1, 0, -1):

@@ -269,7 +269,7 @@ def _settle(node: Expr, done: dict[Expr, Expr]) -> Expr:
     if after is current:
         return current
     known = {**done, **{a: a for a in args}}
-    for inner in ir.walk(after):  # what a rule built may itself be simplified; rules only ever shrink or order
+    for inner in ir.walk(after):  # a rule's result may itself be simplified; rules only ever shrink or order
         if inner not in known:
             known[inner] = _settle(inner, known)
     return known[after]

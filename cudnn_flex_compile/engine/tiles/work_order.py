@@ -1,6 +1,6 @@
-"""In which order the forward's kernel goes through rows of tiles: by heads that share the L2 cache, the longest first.
+"""Orders the rows of tiles for the forward's kernel: by heads that share the L2 cache, the longest first.
 
-Knows nothing of how tiles are found. The frontend's stage that orders the work runs on one thread; torch does it here.
+tiler.py counts the tiles. The frontend's stage that orders the work runs on one thread; torch does it here.
 """
 
 from dataclasses import dataclass
@@ -10,18 +10,18 @@ from torch import Tensor
 
 from cudnn_flex_compile.engine.tiles.tile_list import Geometry
 
-L2_BYTES = 50 * 2**20  # of keys and values that are read by what runs at one time
+L2_BYTES = 50 * 2**20  # bytes of keys and values that the blocks of threads read at one time
 
 
 @dataclass(frozen=True, slots=True)
 class WorkOrder:
-    """Entries of 4 numbers: block, head, batch entry, and how many rows.
+    """Entries of 4 numbers: block, head, batch entry, and the number of rows.
 
     Attributes:
-        geometry: of the list.
-        packed: how many heads, which share keys and values, one block has.
-        q_blocks: rows of tiles.
-        tile: rows of one.
+        geometry: the list's geometry.
+        packed: the number of heads, which share keys and values, in one block.
+        q_blocks: the number of rows of tiles.
+        tile: the number of query rows of a tile.
     """
 
     geometry: Geometry
@@ -31,7 +31,7 @@ class WorkOrder:
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
-        """Batch entries, groups of heads, blocks, heads of a group, and 4."""
+        """The shape of the work: batch entries, groups of heads, blocks, heads of a group, and 4."""
         g, heads = self.geometry, self.geometry.heads // self.packed
         together, size = 1, g.columns * (g.dim + g.value_dim) * g.dtype.itemsize
         while g.kv_heads % (2 * together) == 0 and 2 * together * size <= L2_BYTES:
@@ -40,7 +40,7 @@ class WorkOrder:
         return g.batch, groups, self.q_blocks, heads // groups, 4
 
     def prepare(self, work: Tensor) -> None:
-        """Writes what is the same for all masks."""
+        """Writes the numbers that are the same for all masks."""
         batch, groups, _, heads, _ = self.shape
         _, head, entry, rows = work.view(self.shape).unbind(-1)
         head.copy_(torch.arange(groups * heads, device=work.device).view(1, groups, 1, heads))
@@ -48,7 +48,7 @@ class WorkOrder:
         rows.fill_(self.tile)
 
     def write(self, work: Tensor, counts: Tensor, full_counts: Tensor) -> None:
-        """Orders the blocks by how many tiles they have."""
+        """Orders the blocks by their numbers of tiles."""
         g, (batch, groups, q_blocks, heads, _) = self.geometry, self.shape
         length = (counts + full_counts).view(g.mask_heads, batch, q_blocks)
         order = length.sort(stable=True, dim=-1, descending=True).indices

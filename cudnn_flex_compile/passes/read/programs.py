@@ -59,7 +59,7 @@ class Traced:
     fingerprint: str | None = None
 
     def shown(self, captures: Captures) -> MaskProgram:
-        """What a list of tiles is made of, with what one call captured."""
+        """The mask from which a list of tiles is made, with the captured inputs of one call."""
         checked = self.checked(captures)
         if checked is not None:
             return checked

@@ -25,7 +25,7 @@ def of_one_run(start: Tensor, end: Tensor, sizes: Sequence[int], heads: int) -> 
 
 
 def as_table(rows: Tensor, sizes: Sequence[int], heads: int) -> Tensor:
-    """From [B or 1, H or 1, Sq or 1, n]."""
+    """The table of endpoints, from [B or 1, H or 1, Sq or 1, n]."""
     batch, width = sizes[0], rows.shape[-1]
     rows = rows.to(torch.int32).expand(batch, heads, sizes[2], width).permute(1, 3, 0, 2)
     return rows.reshape(heads, width, batch * sizes[2])
