@@ -147,7 +147,7 @@ class Pairs:
 
 
     def _at_pairs(self, kind: Tensor, rows: slice, shift: int) -> Tensor:
-        """From blocks to pairs, by views: Inductor fuses no gather of them."""
+        """Expands blocks to pairs, by views: Inductor fuses no gather of them."""
         (q_block, kv_block), first = self.block, rows.start // self.block[0]
         near = kind[:, :, first : -(-rows.stop // q_block)]
         wide = near.unsqueeze(-1).expand(*near.shape, kv_block).flatten(-2)[..., : self.sizes[3]]

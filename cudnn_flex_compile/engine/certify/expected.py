@@ -137,7 +137,7 @@ def expected_columns(
 
 
 def _of_columns(problem: Problem, sample: Sample, given: SliceData, off: torch.Tensor) -> Tensors:
-    """Which columns some row sees; then value, stock value, step and squared noise of dK, and those of dV."""
+    """Whether some row sees each column; then value, stock value, step and squared noise of dK, and those of dV."""
     heads, grad, sizes = len(given.where[0]), given.of_rows[0], sizes_of_scores(problem, given)
     weights, scores = stock_gradient(problem, sample, given, sizes)
     stock = torch.bmm(scores.mT, given.query.to(STOCK)), torch.bmm(rounded(problem, weights).mT, grad.to(STOCK))

@@ -1,8 +1,8 @@
-"""A mask that is hard on lists of tiles, and on the kernels that read them, at any lengths: each of their plans is
-certified on it, too, for a user's own mask may have no such rows.
+"""A mask that is hard on lists of tiles, and on the kernels that read them, at any lengths.
 
-Knows nothing of plans. Blocks of BLOCK rows, which no tile exceeds, come in turn: rows that see the keys up to an edge
-of tiles, or one beside it, or from there on; one pair in the whole block; all pairs but one; nothing; everything.
+Each plan by a list is certified on it, too, because a user's own mask may have no such rows. Blocks of BLOCK rows,
+which no tile exceeds, come in turn: rows that see the keys up to an edge of tiles, or one beside it, or from there on;
+one pair in the whole block; all pairs but one; nothing; everything.
 """
 
 from cudnn_flex_compile.scoremod import ir
@@ -12,7 +12,7 @@ from cudnn_flex_compile.scoremod.simplify import simplify
 from cudnn_flex_compile.scoremod.text import text
 
 BLOCK, STEP, KINDS = 128, 16, 5  # all lengths of tiles are multiples of STEP
-FIRST, COUNT = 4, 9  # the edges are at 4 to 12 times that
+FIRST, COUNT = 4, 9  # the edges are at 4 to 12 times STEP
 
 
 def _number(value: int) -> Expr:

@@ -1,7 +1,7 @@
-"""Predicts what a call takes on cuDNN and on Inductor's kernel: from the pairs that either computes, and from how long
-each way takes for them on this kind of device (device_times.py).
+"""Predicts the time of a call on cuDNN and on Inductor's kernel, from the pairs that either computes, and from the time
+that each way takes for them on this kind of device (device_times.py).
 
-The rules (keep_rules.py, tile_speed.py) follow from it. Each constant names the command that reproduces it.
+The rules (keep_rules.py, tile_speed.py) decide by it. Each constant names the command that reproduces it.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,10 +38,10 @@ BIAS_COST = 1.8
 # kernel, prefix-LM 0.95 times, where by their pairs it were 0.94 and 0.76 times.
 # (cudnn-flex bench --mods "sink tokens + window" prefix-LM --lower always)
 PARTS_COST = 1.15
-# Functions that a kernel computes with many instructions: a score with one costs what a soft cap costs.
+# Functions that a kernel computes with many instructions. A score with one of them costs as much as a soft cap.
 COSTLY = {"tanh", "sigmoid", "exp", "exp2", "log", "erf", "sin", "cos", "pow"}
-# Shares of a BlockMask that is not at hand: of the blocks that it lists, and of those at which the mask is computed, if
-# that reads captured tensors.
+# The shares of a BlockMask that is not at hand: the blocks that it lists, and the listed ones at which the mask is
+# computed, if that reads captured tensors.
 GUESSED = (0.1, 0.25)
 DOCUMENTS = "python3 -m tests.measure.documents_time"
 
@@ -89,8 +89,8 @@ class Blocks(NamedTuple):
     """The blocks that a BlockMask lists.
 
     Attributes:
-        share: of all blocks.
-        partial: of those listed, at which the mask is computed.
+        share: the share of all blocks that is listed.
+        partial: the share of the listed blocks at which the mask is computed.
     """
 
     share: float
@@ -105,7 +105,7 @@ class CostInputs:
         program, hoisted: the program that would run, and its operands.
         training: whether a gradient may be asked for.
         lse_gradient: whether a gradient of the log-sum-exp may be asked for, too.
-        blocks: what its BlockMask lists; None without one, or if that is not known.
+        blocks: the blocks that its BlockMask lists; None without one, or if they are not known.
         around: None where the host's time for the call does not count: attention alone, or under CUDA graphs.
         tiled: the directions that would run by a list of its mask's tiles (passes/write/tile_lists.py).
         sharing: the number of calls of the graph that have its mask.
@@ -123,7 +123,7 @@ class CostInputs:
 
     @property
     def directions(self) -> tuple[str, ...]:
-        """Those that may run."""
+        """The directions that may run."""
         return (FORWARD, BACKWARD) if self.training else (FORWARD,)
 
     @property
@@ -161,7 +161,7 @@ def pair_operands(inputs: CostInputs) -> list[torch.dtype]:
 
 
 def pairs_of(program: Program, lengths: tuple[int, int], direction: str) -> float:
-    """Counts the pairs of a head that the graphs of a direction compute, and adds what costs like pairs."""
+    """The number of pairs of a head that the graphs of a direction compute, with other costs counted in pairs."""
     program = pruned(program, lengths)
     several = direction == FORWARD and len(divided(program, lengths, direction) or ()) > 1
     factors = (PARTS_COST if several else 1.0) * (BIAS_COST if split(program.mask).biases else 1.0)
@@ -171,8 +171,8 @@ def pairs_of(program: Program, lengths: tuple[int, int], direction: str) -> floa
 def stock_times(inputs: CostInputs) -> dict[str, float]:
     """Milliseconds of the GPU on Inductor's kernel, by direction.
 
-    It computes the blocks that the BlockMask lists, and the mask where a block is partial. If it is not known which
-    these are, it computes what the graphs compute.
+    It computes the blocks that the BlockMask lists, and the mask where a block is partial. If the blocks are not known,
+    it is taken to compute the same pairs as the graphs.
     """
     queries, keys = inputs.lengths
     share, partial = inputs.blocks or (None, GUESSED[1])
@@ -223,13 +223,13 @@ def list_time(inputs: CostInputs) -> float:
 
 
 def our_times(inputs: CostInputs) -> dict[str, float] | None:
-    """Milliseconds of the GPU by direction, each in the way that is asked about; None if that is not known."""
+    """Milliseconds of the GPU by direction, each in its way of `inputs.tiled`; None if they are not known."""
     graphs, tiles = graph_times(inputs), tile_times(inputs) if inputs.tiled else {}
     return None if tiles is None else {way: (tiles if way in inputs.tiled else graphs)[way] for way in graphs}
 
 
 def spared(inputs: CostInputs) -> float:
-    """Milliseconds of the GPU that a call takes less by graphs than on Inductor's kernel."""
+    """Milliseconds of the GPU that a call saves by graphs."""
     return sum(stock_times(inputs).values()) - sum(graph_times(inputs).values())
 
 
@@ -243,9 +243,9 @@ def host_counts(inputs: CostInputs) -> bool:
 
 
 def expected(inputs: CostInputs) -> float | None:
-    """How many times as fast as Inductor's kernel the call is, by the times that are predicted for either.
+    """The speed of the call relative to Inductor's kernel, by the times that are predicted for either.
 
-    None if it is not known what the BlockMask lists, or if the score is read from memory.
+    None if the BlockMask's blocks are not known, or if the score is read from memory.
     """
     if (inputs.call.blocks and inputs.blocks is None and not inputs.tiled) or pair_operands(inputs):
         return None

@@ -1,7 +1,7 @@
-"""How long each way to run attention takes on a kind of device: a table that `cudnn-flex calibrate` measured.
+"""The times of each way to run attention on a kind of device: a table that `cudnn-flex calibrate` measured.
 
-The package has the tables of devices that we measured; a table in the cache folder goes before them. This file imports
-no other part of passes/, and is asked by the cost model alone.
+The package has the tables of devices that we measured; a table in the cache folder is read first. This file imports no
+other part of passes/, and cost_model.py reads it.
 """
 
 import bisect

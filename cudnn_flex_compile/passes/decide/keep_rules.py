@@ -35,19 +35,19 @@ HOST = "python3 -m tests.measure.host_share"
 LSE_COST = 128
 # A score's own bias over pairs: Inductor gathers it faster, but for items of this many bytes in the forward.
 FORWARD_ITEMSIZE = 4
-SURELY = 1.2  # times what a list takes is to be saved
-# What a call has to spare the GPU, in milliseconds, without and with its backward, where the GPU may wait for the host:
-# so much longer the host takes for ours than for Inductor's, launches of cold code by cuDNN for the most part. With
-# launches that are replayed (engine/launch/replay.py) it is 0.09 and 0.15 by HOST, some 0.17 and 0.2 in BERT with all
-# lowered. (CUDNN_FLEX_LOWER=always python3 -m tests.measure.models --cases bert:full)
+SURELY = 1.2  # a list must save so many times its own time
+# The milliseconds that a call must save the GPU, without and with its backward, where the GPU may wait for the host. So
+# much longer the host takes for ours than for Inductor's, mostly for launches of cold code by cuDNN. With launches that
+# are replayed (engine/launch/replay.py) it is 0.09 and 0.15 by HOST, some 0.17 and 0.2 in BERT with all lowered.
+# (CUDNN_FLEX_LOWER=always python3 -m tests.measure.models --cases bert:full)
 MIN_SAVING_MS = {False: 0.17, True: 0.2}
-# And wherever the log-sum-exp has a gradient. (LSE)
+# The same wherever the log-sum-exp has a gradient. (LSE)
 MIN_SAVING_WITH_LSE_MS = 0.55
 # The milliseconds that all calls with one mask of captured tensors must save in a model. Each step has a new BlockMask,
 # which is compared, and keys are permuted. A tile list must save as much beyond its own time: steps of 4 layers were
 # 0.93 and 0.97 times as fast as Inductor's. (python3 -m tests.measure.models --cases bert:right gpt_neox:right)
 MIN_MASK_SHARE = 0.95
-DECODING_QUERIES = 16  # decoding
+DECODING_QUERIES = 16  # with up to so many queries, a call decodes
 
 
 @dataclass(frozen=True, slots=True)
