@@ -16,6 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from cudnn_flex_compile import inductor_seam, install
+from cudnn_flex_compile.backend import cudnn_flex
 from cudnn_flex_compile.bench.rows.layers import Attention, Model
 from cudnn_flex_compile.bench.rows.masks import Data
 from cudnn_flex_compile.bench.rows.rows import ALONE, BLOCKS, DISABLED, LAYERS, WHOLE, Row
@@ -155,4 +156,4 @@ def _whole(row: Row, model: nn.Module, side: Side) -> Run:
     if side.name == STOCK:
         return side.compile(forward, {})
     inner = {} if side.speed else {"inner_backend": "aot_eager"}
-    return torch.compile(forward, backend="cudnn_flex", options={**side.options, **inner})
+    return torch.compile(forward, backend=cudnn_flex, options={**side.options, **inner})
