@@ -236,7 +236,7 @@ def compiled_kernel(compiler: Any) -> Any:
 
 
 def tile_builder() -> Any:
-    """The module whose functions compile the stages that list tiles; tiles.py names them.
+    """The module whose functions compile the stages that list tiles; engine/tiles/tiler.py names them.
 
     Raises ImportError or AttributeError where it is missing: then there is no plan by tiles.
     """

@@ -42,14 +42,14 @@ class Check:
     """A question about the data of each regime.
 
     Attributes:
-        spots: the slices of the problem that are computed for it, one at a time.
+        slices: the slices of the problem that are computed for it, one at a time.
         written: each tensor that the plan wrote, and the index of the part that is compared.
         judge: compares the expected values of some regimes with those that the plan wrote, [K * N, R, D] each.
         findings: the results for the regimes that have been compared.
     """
 
     problem: Problem
-    spots: Sequence[Slice]
+    slices: Sequence[Slice]
     written: Sequence[tuple[torch.Tensor, tuple[torch.Tensor, ...]]]
     judge: Judge
     findings: list[Finding] = field(default_factory=list[Finding])
@@ -61,14 +61,14 @@ class Check:
         """Copies a regime's data, which may change afterwards."""
         self._regimes.append(regime)
         self._found.append(tuple(tensor[index] for tensor, index in self.written))
-        if len(self.spots) > 1:
-            self._compare(slice_data(self.problem, t, spot) for spot in self.spots)
+        if len(self.slices) > 1:
+            self._compare(slice_data(self.problem, t, piece) for piece in self.slices)
         else:
-            self._given.append(slice_data(self.problem, t, self.spots[0]))
+            self._given.append(slice_data(self.problem, t, self.slices[0]))
 
     def compare(self, last: bool = False) -> None:
         """Compares the regimes that wait, if they are as many as may be compared at once, or the last ones."""
-        if self._regimes and (last or len(self._regimes) >= regimes_at_once(self.spots)):
+        if self._regimes and (last or len(self._regimes) >= regimes_at_once(self.slices)):
             given, self._given = concatenated(self._given), []
             self._compare([given])
 
@@ -81,7 +81,7 @@ class Check:
 def checks_of_forward(
     problem: Problem, sample: Sample, where: SamplePlan, written: Sequence[torch.Tensor]
 ) -> list[Check]:  # fmt: skip
-    spot = slice_of_rows(problem, where)
+    piece = slice_of_rows(problem, where)
 
     def judge(regimes: Sequence[Regime], parts: Iterable[SliceData], found: Found) -> Iterator[Finding]:
         (given,) = parts
@@ -90,7 +90,7 @@ def checks_of_forward(
         for stats in found[1:]:
             yield of_log_sums(regimes, stats[..., 0], sums)
 
-    return [Check(problem, [spot], [(tensor, spot.of_rows) for tensor in written], judge)]
+    return [Check(problem, [piece], [(tensor, piece.of_rows) for tensor in written], judge)]
 
 
 def checks_of_backward(
@@ -124,7 +124,7 @@ def checks_of_backward(
 def _of_bias(problem: Problem, sample: Sample, where: SamplePlan, dbias: torch.Tensor, transposed: bool) -> Check:
     """A check of the gradient of a learned operand, at sampled rows or at sampled columns."""
     spec = TensorSpec.of(dbias)
-    spots, sharers = slices_of_bias(problem, where, spec, transposed), len(sharers_of(problem, spec))
+    slices, sharers = slices_of_bias(problem, where, spec, transposed), len(sharers_of(problem, spec))
 
     def judge(regimes: Sequence[Regime], parts: Iterable[SliceData], found: Found) -> Iterator[Finding]:
         expected = expected_bias(problem, sample, parts, len(where.heads), sharers, transposed)
@@ -132,4 +132,4 @@ def _of_bias(problem: Problem, sample: Sample, where: SamplePlan, dbias: torch.T
 
     near = (where.batches[:, None] * (spec.shape[0] > 1), where.heads[:, None] * (spec.shape[1] > 1))
     written = (dbias.mT, (*near, where.columns)) if transposed else (dbias, (*near, where.rows))
-    return Check(problem, spots, [written], judge)
+    return Check(problem, slices, [written], judge)

@@ -36,20 +36,20 @@ class Exact:
     Attributes:
         masked: modified, masked scores.
         slope: their derivative by the raw scores, 0 where masked.
-        wobble: the error of a score in float32, which is the relative error of its weight.
+        score_error: the error of a score in float32, which moves its weight by about as much, relatively.
     """
 
     masked: torch.Tensor
     slope: torch.Tensor
-    wobble: torch.Tensor
+    score_error: torch.Tensor
 
 
 def exact_scores(problem: Problem, sample: Sample, given: SliceData, sizes: torch.Tensor) -> Exact:
     """The exact scores of a slice; `sizes` are sizes_of scores."""
     masked, slope = masked_scores(sample, products(problem, given, EXACT), given.where)
     size = masked.abs().masked_fill_(masked == -math.inf, 0.0)
-    wobble = _finite(slope.abs()).mul_(sizes * SUM_ERROR).add_(size, alpha=2 * ROUNDING)
-    return Exact(masked, slope, wobble)
+    score_error = _finite(slope.abs()).mul_(sizes * SUM_ERROR).add_(size, alpha=2 * ROUNDING)
+    return Exact(masked, slope, score_error)
 
 
 def stock_scores(problem: Problem, given: SliceData, sizes: torch.Tensor) -> torch.Tensor:
@@ -109,9 +109,9 @@ def weights_of(masked: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
     return torch.exp(masked - lse).masked_fill_(lse == -math.inf, 0.0)
 
 
-def relative(wobble: torch.Tensor) -> torch.Tensor:
+def relative(exponent_error: torch.Tensor) -> torch.Tensor:
     """The relative error of a weight whose exponent has this error."""
-    return wobble.clamp(max=LARGEST).expm1_()
+    return exponent_error.clamp(max=LARGEST).expm1_()
 
 
 def rounded(problem: Problem, tensor: torch.Tensor) -> torch.Tensor:
@@ -124,7 +124,7 @@ class ModifiedGradient:
     """The gradient of the modified scores, which is also that of a bias added to them, in float64.
 
     Attributes:
-        weights, wobble: the weights of the scores, and their relative error, that of the log-sum-exps included.
+        weights, relative_error: the weights of the scores, and their relative error, that of the log-sum-exps included.
         value: the gradient, never rounded.
         before: the sum of the magnitudes of its terms.
         size: the magnitudes of its two terms, that of the output and that of the log-sum-exp, each of which may be off.
@@ -132,7 +132,7 @@ class ModifiedGradient:
     """
 
     weights: torch.Tensor
-    wobble: torch.Tensor
+    relative_error: torch.Tensor
     value: torch.Tensor
     before: torch.Tensor
     size: torch.Tensor
@@ -153,9 +153,9 @@ def modified_gradient_of(pairs: Exact, given: SliceData) -> ModifiedGradient:
     size = found.abs()
     for of_lse in grad_lse:
         found, before, size = found.add_(of_lse), before.add_(of_lse.abs()), size.add_(of_lse.abs())
-    wobble, size = relative(_finite(lse.abs()).mul_(2 * ROUNDING) + pairs.wobble), size.mul_(weights)
-    noise = summed.mul_(SUM_ERROR).mul_(weights).addcmul_(size, wobble)
-    return ModifiedGradient(weights, wobble, found.mul_(weights), before.mul_(weights), size, noise)
+    relative_error, size = relative(_finite(lse.abs()).mul_(2 * ROUNDING) + pairs.score_error), size.mul_(weights)
+    noise = summed.mul_(SUM_ERROR).mul_(weights).addcmul_(size, relative_error)
+    return ModifiedGradient(weights, relative_error, found.mul_(weights), before.mul_(weights), size, noise)
 
 
 def stock_modified_gradient(masked: torch.Tensor, given: SliceData) -> tuple[torch.Tensor, torch.Tensor]:
@@ -173,7 +173,7 @@ class Gradient:
     """The gradient of the raw scores times the scale, the magnitudes of its terms, and its noise, in float64."""
 
     weights: torch.Tensor
-    wobble: torch.Tensor
+    relative_error: torch.Tensor
     scores: torch.Tensor
     before: torch.Tensor
     noise: torch.Tensor
@@ -183,7 +183,7 @@ def gradient_of(problem: Problem, pairs: Exact, given: SliceData, off: torch.Ten
     """The gradient of the raw scores; `off` is the error that the slope may have."""
     found, slope = modified_gradient_of(pairs, given), pairs.slope * problem.scale
     noise = found.noise.mul_(slope.abs()).addcmul_(found.size, off * abs(problem.scale))
-    return Gradient(found.weights, found.wobble, found.value.mul_(slope), found.before.mul_(slope), noise)
+    return Gradient(found.weights, found.relative_error, found.value.mul_(slope), found.before.mul_(slope), noise)
 
 
 def stock_gradient(

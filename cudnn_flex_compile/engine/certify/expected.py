@@ -98,7 +98,7 @@ def expected_rows(problem: Problem, sample: Sample, given: SliceData) -> tuple[B
     pairs = exact_scores(problem, sample, given, sizes)
     lse, value = pairs.masked.logsumexp(-1, keepdim=True), given.value.to(EXACT)
     weights = weights_of(pairs.masked, lse)
-    noise, hidden = relative(pairs.wobble).mul_(weights), (pairs.masked == -math.inf).all(-1)
+    noise, hidden = relative(pairs.score_error).mul_(weights), (pairs.masked == -math.inf).all(-1)
     sums = LogSums(lse[..., 0], stock_lse[..., 0], noise.sum(-1))
     out, squares = torch.bmm(weights, value), value.square_()
     of_out = torch.bmm(noise.square_(), squares).sqrt_()
@@ -145,7 +145,7 @@ def _of_columns(problem: Problem, sample: Sample, given: SliceData, off: torch.T
     pairs = exact_scores(problem, sample, given, sizes)
     seen, found = (pairs.masked != -math.inf).any(-2), gradient_of(problem, pairs, given, off)
     del pairs, sizes
-    of_dv = found.weights, found.weights, found.wobble.mul_(found.weights)
+    of_dv = found.weights, found.weights, found.relative_error.mul_(found.weights)
     return (
         seen,
         *_column_sums(heads, given.query, stock[0], (found.scores, found.before, found.noise), problem),

@@ -61,14 +61,14 @@ class SliceData:
     of_rows: tuple[torch.Tensor, ...]
 
 
-def slice_data(problem: Problem, t: Tensors, spot: Slice) -> SliceData:
+def slice_data(problem: Problem, t: Tensors, piece: Slice) -> SliceData:
     """One regime's data, in its own dtypes."""
     of_rows = [t.query]
     if problem.direction == BACKWARD:
         of_rows += [t.grad, t.out, t.stats] + [t.grad_lse] * problem.lse_gradient
-    key, value = t.key[spot.of_columns], t.value[spot.of_columns]
-    query, *rest = (x[spot.of_rows].reshape(len(key), -1, x.shape[3]) for x in of_rows)
-    return SliceData(1, spot.where, query, key, value, tuple(rest))
+    key, value = t.key[piece.of_columns], t.value[piece.of_columns]
+    query, *rest = (x[piece.of_rows].reshape(len(key), -1, x.shape[3]) for x in of_rows)
+    return SliceData(1, piece.where, query, key, value, tuple(rest))
 
 
 def concatenated(given: Sequence[SliceData]) -> SliceData:
@@ -81,24 +81,24 @@ def concatenated(given: Sequence[SliceData]) -> SliceData:
     return SliceData(count, (batches.repeat(count), heads.repeat(count), *sides), query, key, value, tuple(rest))
 
 
-def regimes_at_once(spots: Sequence[Slice]) -> int:
-    return 1 if len(spots) > 1 else max(1, ENTRIES_AT_ONCE // spots[0].bytes)
+def regimes_at_once(slices: Sequence[Slice]) -> int:
+    return 1 if len(slices) > 1 else max(1, ENTRIES_AT_ONCE // slices[0].bytes)
 
 
 def slice_of_rows(problem: Problem, where: SamplePlan) -> Slice:
     """The sampled query rows, and all key columns."""
-    return _spot(problem, where.batches, where.heads, where.rows, None)
+    return _slice_of(problem, where.batches, where.heads, where.rows, None)
 
 
 def slices_of_columns(problem: Problem, where: SamplePlan) -> list[Slice]:
     """The sampled key columns, and all rows of all query heads of the sampled kv heads, some heads at a time."""
     group, size = group_of(problem), problem.query.shape[2] * max(problem.query.shape[3], problem.value.shape[3])
-    first, spots = where.heads // group * group, list[Slice]()
+    first, slices = where.heads // group * group, list[Slice]()
     for members in torch.arange(group, device=first.device).split(max(1, PAIRS_AT_ONCE // (size * len(first)))):
         batches = where.batches[:, None].expand(-1, len(members)).flatten()
         heads = (first[:, None] + members).flatten()
-        spots.append(_spot(problem, batches, heads, None, where.columns, len(members)))
-    return spots
+        slices.append(_slice_of(problem, batches, heads, None, where.columns, len(members)))
+    return slices
 
 
 def slices_of_bias(problem: Problem, where: SamplePlan, spec: TensorSpec, transposed: bool) -> list[Slice]:
@@ -107,12 +107,12 @@ def slices_of_bias(problem: Problem, where: SamplePlan, spec: TensorSpec, transp
     """
     heads, sampled = problem.lse_shape[1], where.columns if transposed else where.rows
     size = len(where.heads) * len(sampled) * problem.lengths[not transposed]
-    first, spots = where.batches * (spec.shape[0] > 1) * heads + where.heads * (spec.shape[1] > 1), list[Slice]()
+    first, slices = where.batches * (spec.shape[0] > 1) * heads + where.heads * (spec.shape[1] > 1), list[Slice]()
     for some in sharers_of(problem, spec).to(first.device).split(max(1, PAIRS_AT_ONCE // (4 * size))):
         members = (first + some[:, None]).flatten()
         sides = (None, sampled) if transposed else (sampled, None)
-        spots.append(_spot(problem, members // heads, members % heads, *sides))
-    return spots
+        slices.append(_slice_of(problem, members // heads, members % heads, *sides))
+    return slices
 
 
 def sharers_of(problem: Problem, spec: TensorSpec) -> torch.Tensor:
@@ -128,7 +128,7 @@ def group_of(problem: Problem) -> int:
     return problem.query.shape[1] // problem.key.shape[1]
 
 
-def _spot(
+def _slice_of(
     problem: Problem, batches: torch.Tensor, heads: torch.Tensor, rows: torch.Tensor | None,
     columns: torch.Tensor | None, concatenated: int = 1,
 ) -> Slice:  # fmt: skip

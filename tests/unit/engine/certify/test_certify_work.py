@@ -193,7 +193,7 @@ def test_a_regime_takes_no_more_memory_than_is_counted(size, program, direction,
     real = slices.regimes_at_once
     monkeypatch.setattr(slices, "ENTRIES_AT_ONCE", ALL_AT_ONCE)
     monkeypatch.setattr("cudnn_flex_compile.engine.certify.checks.regimes_at_once",
-                        lambda spots: counted.append(spots[0].bytes) or real(spots))  # fmt: skip
+                        lambda slices: counted.append(slices[0].bytes) or real(slices))  # fmt: skip
     asked = standard(program, OF_PAIRS * (program is LEARNED), heads=4, kv_heads=kv_heads, dim=dim)
     if direction != FORWARD:
         asked = asked.backward(direction != BACKWARD)

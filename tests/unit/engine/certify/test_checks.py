@@ -30,7 +30,7 @@ LIMITS = {
 def limit(monkeypatch, regimes, heads):
     """So many regimes, and heads of one, are computed at a time, as far as they may be."""
     monkeypatch.setattr(slices, "PAIRS_AT_ONCE", heads)
-    monkeypatch.setattr(checks, "regimes_at_once", lambda spots: 1 if len(spots) > 1 else regimes)
+    monkeypatch.setattr(checks, "regimes_at_once", lambda slices: 1 if len(slices) > 1 else regimes)
 
 
 @pytest.fixture(params=LIMITS)
