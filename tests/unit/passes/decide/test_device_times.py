@@ -9,6 +9,8 @@ import torch
 from cudnn_flex_compile.calibrate.grid import DIMS, LENGTHS, WAYS
 from cudnn_flex_compile.passes.decide import device_times
 from cudnn_flex_compile.passes.decide.device_times import FOLDER, DeviceTimes, read, times_of
+from tests.support import device_table
+from tests.support.docs_tables import shown
 
 CELLS = {
     ("native", "forward", "plain", 64): ((256, 1024), (2.0, 1.0)),
@@ -60,3 +62,7 @@ def test_a_file_that_is_no_table(tmp_path):
     (tmp_path / "x.json").write_text('{"device": "x"}')
     with pytest.raises(ValueError, match=r"is no table of `cudnn-flex calibrate`.*delete it"):
         read(tmp_path / "x.json")
+
+
+def test_the_page_shows_the_table():
+    assert shown(device_table.PAGE, device_table.NAME) == device_table.table()
