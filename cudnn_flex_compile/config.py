@@ -65,8 +65,8 @@ class Options:
         certify: when plans are checked before they run user data. "once" trusts a verdict that is stored for this
             machine, driver and versions; "always" checks in each process anew; "off" is for debugging only.
         lower: "when_faster" keeps calls that measurements say are slower on cuDNN; "always" lowers all it can.
-        strategy: how every call runs that can, whether that is the fastest or not, for experiments; others are kept.
-        autotune: which calls are lowered, and how, is measured when they are compiled (passes/decide/autotune.py), in
+        strategy: the one way in which calls run, be it the fastest or not, for experiments; calls that can't are kept.
+        autotune: calls are measured when they are compiled (passes/decide/autotune.py), and lowered by their times, in
             place of the rules.
         tile_lists: masks of few runs of keys for each row, such as packed documents, may run on kernels of
             cudnn.flex_attention. `intervals` is its former name, which is taken, too.

@@ -52,7 +52,7 @@ class Reason:
 
     Attributes:
         code: the class of reason, with its remedy.
-        detail: what exactly, in this call.
+        detail: the cause in this call.
         lasting: whether it would be the same another time, which is not so where memory was short.
     """
 

@@ -66,8 +66,8 @@ def needs_guard(program: Program, gradient: Expr, lengths: tuple[int, int]) -> b
 
     Args:
         program: score and mask, in legal forms.
-        gradient: of the raw score, in legal forms.
-        lengths: of q and kv.
+        gradient: the gradient of the raw score, in legal forms.
+        lengths: the lengths of q and kv.
     """
     reads_rows, form = ir.depends_on(gradient, GRAD_LSE), split(program.mask)
     if program.score is SCORE and not reads_rows:

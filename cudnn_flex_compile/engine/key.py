@@ -20,7 +20,7 @@ class Call(NamedTuple):
 
     Attributes:
         operands: shape, stride and dtype of each.
-        tiled: for how many heads this direction runs by a list of tiles, as of a Problem.
+        tiled: the number of heads for which this direction runs by a list of tiles, as in a Problem.
         policy: text (config.Policy).
         grad_stride, lse_gradient: a backward's.
     """

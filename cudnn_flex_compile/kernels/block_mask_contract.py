@@ -81,7 +81,7 @@ def answer_of(*mask: Any) -> Answer:
 
     Args:
         blocks, captured, ints, floats, program, block_sizes: as in stock.Stock; only the mask of the program counts.
-        sizes: of b, h, q, k.
+        sizes: the sizes of the axes b, h, q and k.
     """
     return _compared(*mask).answer
 

@@ -42,7 +42,7 @@ def lower_calls(graph_module: GraphModule, example_inputs: Sequence[Any], option
     real = {node: value for node, value in pairs if not torch_private.is_fake(value)}  # DDP's optimizer gives such
     writer = Writer(graph_module)
     captures = options.captures_graphs
-    tiled = options.lists_tiles and not captures  # whose memory and kernels the host can't know beforehand
+    tiled = options.lists_tiles and not captures  # the host can't know a list's memory before a capture
     tiles = tile_lists.Tiles(writer, options.bias_budget_mb) if tiled else None
     guards = block_mask_guards.Guards(writer, captures)
     around = None if captures or is_alone(graph_module, found) else workload_of(graph_module, len(found))

@@ -45,7 +45,7 @@ class CallReport:
     Attributes:
         source: where in the user's code it is.
         program: its score and mask, once traced.
-        strategies: of forward and backward, if lowered.
+        strategies: those of forward and backward, if lowered.
         reason: why it was kept; None if it was lowered.
         score_source, mask_source: the functions as the user wrote them; empty if their text is not known.
         picture: the picture of the mask, or why there is none; empty where there is no program.

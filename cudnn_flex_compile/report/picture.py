@@ -18,7 +18,7 @@ class Picture:
 
     Attributes:
         cells: shares from 0 to 1; the first row has the first queries, the first column the first keys.
-        lengths: of queries and keys.
+        lengths: the numbers of queries and keys.
         of: the batch entry and head that it shows, where the mask depends on them.
     """
 

@@ -32,8 +32,8 @@ def computed(
     Args:
         hoisted: the expression of the operand, and the dtype in which it is kept.
         captured: the tensor or number of a capture or scalar leaf.
-        sizes: of the axes b, h, q, k.
-        device: of the result.
+        sizes: the sizes of the axes b, h, q, k.
+        device: the device of the result.
         size_of: the size of what `captured` gives.
     """
     only_compared = compared((hoisted.expression,))

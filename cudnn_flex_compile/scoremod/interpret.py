@@ -53,7 +53,7 @@ def evaluate(
         leaf: gives the value of each leaf (score, grad, index, const, capture, operand, scalar), already of
             the leaf's dtype (a capture may have its own) and in a shape that broadcasts with the others.
         high: compute F32 in float64; leaves of F32 must then be float64 too.
-        size: of a dimension of a captured tensor, or of what stands for one.
+        size: gives the size of a dimension of a captured tensor, or of a proxy that stands for one.
     """
     values: dict[Expr, Any] = {}
     for node in ir.walk(root):
@@ -145,7 +145,7 @@ def visible_rows(
 
     Args:
         operands: broadcastable to [B, H, Sq, Skv]; ints, floats: the scalars, by position.
-        sizes: of the axes b, h, q and k.
+        sizes: the sizes of the axes b, h, q and k.
         block: rows that stay together.
     """
     axes = ir.axes_of(mask)

@@ -17,8 +17,8 @@ class View:
 
     Attributes:
         source: the captured tensor's leaf, or the `stop` of it where it is detached.
-        indices: for each of its dimensions the index, None for one that is left.
-        left: for each dimension of the view the tensor's own; None for one of size 1 that it does not have.
+        indices: the index of each of its dimensions, None for one that is still to be indexed.
+        left: the tensor's dimension for each dimension of the view; None for one of size 1 that it does not have.
     """
 
     source: Expr

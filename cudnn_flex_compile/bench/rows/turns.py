@@ -21,7 +21,7 @@ def compiling(path: Path) -> Generator[Alone]:
 
         @contextmanager
         def alone() -> Generator[None]:
-            fcntl.flock(file, fcntl.LOCK_EX)  # which lets go of the shared lock first
+            fcntl.flock(file, fcntl.LOCK_EX)  # this releases the shared lock first
             try:
                 yield
             finally:

@@ -31,7 +31,7 @@ from cudnn_flex_compile.engine.plans.plan import Plan
 from cudnn_flex_compile.engine.problem import BACKWARD, Problem
 from cudnn_flex_compile.reasons import Code, Reason
 
-RUNS = 20  # of a plan that is to be deterministic
+RUNS = 20  # the number of runs of a plan that must be deterministic
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,7 +83,7 @@ class Replays:
         """Launches on the current stream of the device, which must be the current one.
 
         Args:
-            given: what is enqueued in place of the addresses, such as tensors that have them.
+            given: the argument of `enqueue` in place of the addresses, such as tensors that have them.
         """
         key, stream = (workspace, *addresses), torch_private.current_stream(self._device)
         found, given = self.graphs.get(key), addresses if given is None else given

@@ -22,7 +22,7 @@ from cudnn_flex_compile.settings import settings
 INDUCTOR, NATIVE, CHAINED, TILE_LISTS = "inductor", "native", "chained", "tile_lists"
 PLAIN, CAPPED, MASKED = KINDS = ("plain", "capped", "masked")
 FOLDER = Path(__file__).parent / "devices"
-REFERENCE = "NVIDIA H200"  # whose table stands for devices that have none, and for the CPU
+REFERENCE = "NVIDIA H200"  # its table stands for devices that have none, and for the CPU
 Cell = tuple[str, str, str, int]  # way, direction, kind of call, head dim
 
 

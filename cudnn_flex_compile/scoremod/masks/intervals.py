@@ -32,12 +32,14 @@ def as_table(rows: Tensor, sizes: Sequence[int], heads: int) -> Tensor:
 
 
 def few_endpoints(pairs: Iterable[tuple[Tensor, Tensor]], columns: int) -> tuple[Tensor, Tensor]:
-    """Up to NARROW endpoints of each row, [B or 1, H or 1, Sq, NARROW], and how many a row has at most, int32: more
-    than NARROW where these are not to be used. One reduction over the pairs, whose memory is that of the rows.
+    """Up to NARROW endpoints of each row, [B or 1, H or 1, Sq, NARROW], and the most that a row has, int32.
+
+    Where a row has more than NARROW, the endpoints are not to be used. It is one reduction over the pairs, which takes
+    memory for the rows alone.
 
     Args:
-        pairs: of some rows after the other, what is visible [B or 1, H or 1, R, Skv], and what is visible at the key
-            before each; anything before the first.
+        pairs: for one block of rows after the other, whether pairs are visible, [B or 1, H or 1, R, Skv], and whether
+            the pairs at the key before are (anything before the first key).
     """
     found: list[Tensor] = []
     counts: list[Tensor] = []
@@ -54,7 +56,7 @@ def few_endpoints(pairs: Iterable[tuple[Tensor, Tensor]], columns: int) -> tuple
 
 
 def most_endpoints(visible: Tensor) -> Tensor:
-    """How many endpoints a row has at most, 0-d, of some rows [B or 1, H or 1, R, Skv]."""
+    """The most endpoints that a row has, 0-d, for some rows [B or 1, H or 1, R, Skv]."""
     return _changes(visible).sum(-1, dtype=torch.int32).amax()
 
 
@@ -67,8 +69,8 @@ def every_endpoint(chunks: Iterator[tuple[int, Tensor]], sizes: Sequence[int], h
 
     Args:
         chunks: the first row and the visible pairs [B or 1, heads, R, Skv] of some rows, one after the other.
-        sizes: of the axes b, h, q and k.
-        most: at least how many endpoints a row has at most; more are left out.
+        sizes: the sizes of the axes b, h, q and k.
+        most: the number of endpoints for which there is room; further ones of a row are left out.
     """
     columns = sizes[3]
     width = most | 1  # the kernels take an odd number of endpoints
