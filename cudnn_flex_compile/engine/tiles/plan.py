@@ -30,6 +30,8 @@ from cudnn_flex_compile.scoremod.interpret import visible_rows
 from cudnn_flex_compile.scoremod.masks.intervals import every_endpoint, most_endpoints
 from cudnn_flex_compile.scoremod.text import parse
 
+MOST_PAIRS = 2**30  # for which a list is made of a mask that is there for certification alone
+
 
 def unusable(device: int) -> Reason | None:
     """Why the kernels cannot run on a CUDA device, or None."""
@@ -75,13 +77,14 @@ class TilePlan(Plan):
     """Runs one problem by a list of its mask's tiles."""
 
     KIND = "tiles"
-    __slots__ = ("_forward", "_kernels", "_mask", "_replays", "_tiler")
+    __slots__ = ("_forward", "_kernels", "_listed", "_mask", "_replays", "_tiler")
 
     def __init__(self, problem: Problem) -> None:
         """Compiles the kernels on the current device, which must be the problem's. Raises the frontend's errors."""
         super().__init__(problem, NAME)
         forward = self._forward = problem.direction == FORWARD
         self._mask = parse(problem.program).mask
+        self._listed: TileList | None = None  # where all runs have one mask
         self._tiler = tiler_of(geometry_of(problem, training=not forward), problem.device)
         self._kernels = Forward(problem) if forward else Backward(problem)
         enqueue = functools.partial(_enqueue, self._kernels, problem.device)
@@ -105,7 +108,7 @@ class TilePlan(Plan):
     ) -> None:  # fmt: skip
         """Runs by a list for the problem's geometry, in training where this is a backward. Certification gives none."""
         if tiles is None:
-            tiles = self._list(operands, ints, floats)
+            tiles = self._listed or self._list(operands, ints, floats)
         parts = tiles.forward if self._forward else tiles.backward
         work = empty((self._kernels.work.size,), (1,), torch.int32)
         if self._replays is None:
@@ -114,10 +117,16 @@ class TilePlan(Plan):
         addresses = [tensor.data_ptr() for tensor in (*tensors, *parts) if tensor is not None]
         self._replays.run(addresses, work.data_ptr(), (tensors, parts, work))
 
-    def on_harder_mask(self) -> Plan:
-        """Certified by lists of another mask, as those of its own are made."""
+    def on_harder_mask(self) -> Plan | None:
+        """The same kernels on a list of EDGE_MASK, which is made as those of its own mask are; None at lengths where
+        that takes long, for all pairs are looked at.
+        """
+        rows, columns = self.problem.lengths
+        if rows * columns > MOST_PAIRS:
+            return None
         other = copy.copy(self)
         other.problem, other._mask = replace(self.problem, program=EDGE_PROGRAM, operands=()), EDGE_MASK
+        other._listed = other._list((), (), ())
         return other
 
     def _list(self, operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor]) -> TileList:

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from cudnn_flex_compile.config import Policy
+from cudnn_flex_compile.engine.certify.certify import certify
 from cudnn_flex_compile.engine.certify.reference import ProgramReference
-from cudnn_flex_compile.engine.choose import certified
+from cudnn_flex_compile.engine.choose import OF_SHAPES, certified
 from cudnn_flex_compile.engine.problem import FORWARD, Problem, TensorSpec, dense, out_spec
 from cudnn_flex_compile.engine.tiles.edge_mask import BLOCK, EDGE_MASK, EDGE_PROGRAM, KINDS
 from cudnn_flex_compile.kernels import cpu
@@ -17,6 +18,7 @@ from cudnn_flex_compile.scoremod.interpret import visible_rows
 from cudnn_flex_compile.scoremod.masks.intervals import most_endpoints
 from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.text import parse, text
+from tests.support.flash import FlashStandIn
 
 CPU = torch.device("cpu")
 BATCH, HEADS, DIM = 1, 2, 16
@@ -81,6 +83,17 @@ def causal_problem():
     query, key = (dense(TensorSpec((BATCH, heads, 300, DIM), (), torch.bfloat16)) for heads in (HEADS, 1))
     program = text(ir.program(mask=make("ge", ROW, KEY)))
     return Problem(program, FORWARD, query, key, key, out_spec(query, key), (), 0.25, 0, tiled=1)
+
+
+@pytest.mark.parametrize("lse_gradient", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 300), (300, 1), (77, 33), (700, 513), (1024, 1024)])
+def test_plans_that_round_as_flash_attention_does_pass_at_any_lengths(rows, columns, dtype, lse_gradient):
+    query, key = (dense(TensorSpec((1, heads, n, 64), (), dtype)) for heads, n in ((2, rows), (1, columns)))
+    problem = Problem(EDGE_PROGRAM, FORWARD, query, key, key, out_spec(query, key), (), 0.125, 0, tiled=1)
+    reference, forward = ProgramReference(parse(EDGE_PROGRAM)), FlashStandIn(problem)
+    assert certify(forward, forward, reference, OF_SHAPES) is None
+    assert certify(FlashStandIn(problem.backward(lse_gradient)), forward, reference, OF_SHAPES) is None
 
 
 def number(value):
