@@ -6,7 +6,7 @@ in it: they are in the keys of its plans (config.Policy).
 
 import atexit
 import os
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from cudnn_flex_compile.engine.certify.reference import Reference
@@ -34,6 +34,7 @@ class Engine:
             (engine/certify/coverage.py).
         times: the times of calls that autotune measured, by everything that they depend on (passes/decide/autotune.py).
         graph_pool: the launches that are replayed.
+        also_clear: drops what others keep for plans, such as lists of tiles.
     """
 
     def __init__(self) -> None:
@@ -43,6 +44,7 @@ class Engine:
         self.coverage: Recent[bool] = Recent(COVERAGE, self.lock)
         self.times: Recent[Any] = Recent(TIMES, self.lock)
         self.graph_pool = GraphPool()
+        self.also_clear: list[Callable[[], None]] = []
         self._store: tuple[Hashable, Store | None] = (), None
 
     @property
@@ -59,6 +61,8 @@ class Engine:
         """Drops all plans but those that a CUDA graph captured, and the coverage; zeroes all counts."""
         self.plans.clear()
         self.coverage.clear()
+        for drop in self.also_clear:
+            drop()
 
     def reset(self) -> None:
         """Forgets all that the process knows, its settings, too. For tests."""

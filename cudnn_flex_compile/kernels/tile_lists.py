@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from cudnn_flex_compile import torch_private
+from cudnn_flex_compile.engine.state import engine
 from cudnn_flex_compile.engine.tiles.recording import recording_of
 from cudnn_flex_compile.engine.tiles.tile_list import ITEMSIZE, Geometry, Room, TileList
 from cudnn_flex_compile.engine.tiles.tiler import tiler_of
@@ -103,6 +104,9 @@ class Listed:
 @functools.lru_cache(KEPT)
 def _needs_of(*mask: Hashable) -> Needs:
     return Needs()
+
+
+engine.also_clear.extend((_known.clear, _needs_of.cache_clear, recording_of.cache_clear))
 
 
 def handle_of(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from cudnn_flex_compile import ops
+from cudnn_flex_compile import cache_clear, ops
 from cudnn_flex_compile.kernels import tile_lists
 from cudnn_flex_compile.passes.decide import keep_rules
 from cudnn_flex_compile.passes.write import tile_lists as write_lists
@@ -138,6 +138,16 @@ def test_a_mask_of_no_tensor_has_one_list_for_a_geometry(made):
         call(*inputs(requires_grad=False))
     call(*inputs())
     assert len(made) == 2  # the one without gradients is another
+
+
+def test_cleared_caches_have_no_list(made):
+    call = compiled(lambda q, k, v: flex_attention(q, k, v, hiding(lambda b, h, q, kv: q >= kv), enable_gqa=True))
+    for _ in range(2):
+        call(*inputs())
+        call(*inputs())
+        cache_clear()
+    assert len(made) == 2
+    assert len(tile_lists._known) == 0
 
 
 def test_sizes_that_change_are_those_at_hand(made):

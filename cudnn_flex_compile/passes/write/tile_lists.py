@@ -5,6 +5,7 @@ The mask may be spelled in any way. The op `list_tiles`, written above the calls
 flex_attention, so that neither is compared with the other.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -65,14 +66,13 @@ def unsuitable(candidate: Candidate, real: Callable[[Node], Any], budget: int) -
     refused = unusable(device)
     if refused is not None:
         return refused
-    geometry = geometry_of(candidate)
-    try:
-        if device.type == "cuda":
-            tiler_of(geometry, device.index)
-    except (NotImplementedError, ValueError, TypeError) as error:  # the frontend refuses head dims so, for one
-        return Reason(Code.SHAPE_REFUSED, f"tile lists: {error}")
-    given = _given(candidate, real)
-    with torch.no_grad():
+    geometry, given = geometry_of(candidate), _given(candidate, real)
+    with torch.no_grad(), torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        try:
+            if device.type == "cuda":
+                tiler_of(geometry, device.index)
+        except (NotImplementedError, ValueError, TypeError) as error:  # the frontend refuses head dims so, for one
+            return Reason(Code.SHAPE_REFUSED, f"tile lists: {error}")
         return None if given is None else _unsuitable(given, geometry, device, budget)
 
 
