@@ -36,8 +36,8 @@ def cache_info() -> CacheInfo:
 
 
 def cache_clear() -> None:
-    """Drops all plans and lists of tiles but those that a CUDA graph captured, and zeroes the counters. The cache folder
-    keeps its verdicts.
+    """Drops all plans and lists of tiles but those that a CUDA graph captured, and zeroes the counters. The cache
+    folder keeps its verdicts.
     """
     engine.clear()
 

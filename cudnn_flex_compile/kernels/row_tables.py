@@ -25,6 +25,7 @@ from cudnn_flex_compile.scoremod.masks.intervals import (
     few_endpoints,
     most_endpoints,
     of_one_run,
+    of_runs_in_blocks,
 )
 
 CHUNKS = 8  # chunks of rows, for each of which a compiled function has kernels of its own
@@ -46,6 +47,40 @@ class Found(NamedTuple):
 def by_runs(pairs: Pairs, heads: int) -> Found:
     """The table by the runs of rows, which the mask must have."""
     return _hot("runs", pairs, heads)
+
+
+def has_runs_in_blocks(pairs: Pairs) -> bool:
+    """Whether a BlockMask selects blocks of rows that otherwise see one run of keys."""
+    return bool(pairs.blocks) and pairs.mask.own_parts is not None and pairs.mask.always_parts is not None
+
+
+def by_blocks(pairs: Pairs, heads: int, width: int) -> Found:
+    """With `width` endpoints of each row, or fewer, by the run that it sees in each block of keys."""
+    mask, (q_block, kv_block) = pairs.mask, pairs.block
+    own, always = _runs_of(mask.own_parts, pairs), _runs_of(mask.always_parts, pairs)
+    kinds = block_mask.by_kind(pairs.blocks, pairs.sizes, pairs.block)
+    columns, count = pairs.sizes[3], kinds[0].shape[3]
+    edges = (torch.arange(count + 1, dtype=torch.int32, device=pairs.device) * kv_block).clamp(max=columns)
+    step = max(1, CHUNK // (2 * heads * pairs.sizes[0] * count))
+    tables: list[Tensor] = []
+    counts: list[Tensor] = []
+    for first in range(0, pairs.sizes[2], step):
+        rows = slice(first, min(first + step, pairs.sizes[2]))
+        block = torch.arange(rows.start, rows.stop, device=pairs.device) // q_block
+        partial, full = (kind[:, :, block] for kind in kinds)
+        start, end, low, high = (_of_rows(t, rows) for t in (own.start, own.end, always.start, always.end))
+        start = torch.where(full, edges[:-1], torch.where(partial, start.maximum(edges[:-1]), edges[1:]))
+        end = torch.where(full, edges[1:], torch.where(partial, end.minimum(edges[1:]), edges[:-1]))
+        shown = torch.broadcast_tensors(start.maximum(low), end.minimum(high))
+        table, most = of_runs_in_blocks(shown[0], shown[1], edges, width)
+        tables.append(table)
+        counts.append(most)
+    right = own.right & always.right
+    return Found(as_table(torch.cat(tables, 2), pairs.sizes, heads), _numbers(torch.stack(counts).amax(), right, pairs))
+
+
+def _of_rows(limit: Tensor, rows: slice) -> Tensor:
+    return (limit[:, :, rows] if limit.shape[2] > 1 else limit).unsqueeze(-1)
 
 
 def by_few(pairs: Pairs, heads: int) -> Found:
@@ -82,9 +117,10 @@ def well_formed(pairs: Pairs) -> Tensor:
 
 
 def known_beforehand(pairs: Pairs) -> bool:
-    """Whether the runs of rows are right for any data."""
-    parts = pairs.mask.parts
-    return parts is not None and not pairs.blocks and not parts.equal and not split(parts.program.mask).biases
+    """Whether the runs of rows, in blocks under a BlockMask, are right for any data."""
+    mask = pairs.mask
+    parts = (mask.own_parts, mask.always_parts) if pairs.blocks else (mask.parts,)
+    return all(p is not None and not p.equal and not split(p.program.mask).biases for p in parts)
 
 
 def _numbers(most: Tensor, right: Tensor | None, pairs: Pairs) -> Tensor:
@@ -92,16 +128,17 @@ def _numbers(most: Tensor, right: Tensor | None, pairs: Pairs) -> Tensor:
     return torch.stack([t.to(torch.int32) for t in (most, right, well_formed(pairs))])
 
 
-def _runs(pairs: Pairs, heads: int) -> Tensor:
-    def runs(parts: Parts | None) -> Runs:
-        assert parts is not None
-        return runs_of(parts, pairs.captured, pairs.ints, pairs.floats, pairs.sizes, pairs.device)
+def _runs_of(parts: Parts | None, pairs: Pairs) -> Runs:
+    assert parts is not None
+    return runs_of(parts, pairs.captured, pairs.ints, pairs.floats, pairs.sizes, pairs.device)
 
+
+def _runs(pairs: Pairs, heads: int) -> Tensor:
     mask = pairs.mask
-    found = runs(mask.parts)
+    found = _runs_of(mask.parts, pairs)
     right = found.right
     if pairs.blocks:
-        own = found if mask.own_parts is mask.parts else runs(mask.own_parts)
+        own = found if mask.own_parts is mask.parts else _runs_of(mask.own_parts, pairs)
         right = right & own.right & agree(pairs.blocks, own, pairs.sizes, pairs.block)
     table = of_one_run(found.start, found.end, pairs.sizes, heads)
     most = torch.full((), NARROW, dtype=torch.int32, device=pairs.device)

@@ -37,7 +37,8 @@ HANDLE = "_cudnn_flex_tiles"  # the attribute of a handle
 KEPT = 64  # the number of lists, and of masks whose needs are remembered
 MIB = 2**20
 RECORDED = 2  # lists that are made alike before the making is recorded
-RETRY = 16  # lists that are made by a look at all pairs before runs of rows are tried again
+RUNS, BLOCKS, PAIRS = range(3)  # how a table of rows is made: each takes longer than the one before
+RETRY = 16  # lists that are made in another way before runs of rows are tried again
 ILL_FORMED = Reason(Code.BLOCK_MASK, "lists a block twice, or has other blocks for queries than for keys and values")
 _held: list[Any] = []  # objects that CUDA graphs read, kept as long as the process
 _known = Remembered[Tensor](KEPT)
@@ -51,13 +52,15 @@ class Needs:
         room: the memory, with some reserve; None before the first list.
         width: the endpoints of a row.
         alike: the number of lists that were made with this room.
-        pairs: the number of lists that were made by a look at all pairs since the runs of rows were last tried.
+        way: RUNS, BLOCKS or PAIRS: how the table of rows was made.
+        since: counts the lists since RUNS were last tried.
     """
 
     room: Room | None = None
     width: int = NARROW
     alike: int = 0
-    pairs: int = 0
+    way: int = RUNS
+    since: int = 0
 
 
 @dataclass(eq=False, slots=True)
@@ -206,7 +209,10 @@ def most_endpoints(pairs: Pairs) -> int | Reason:
     found = _checked_runs(pairs, pairs.axes[1])
     if isinstance(found, Reason):
         return found
-    return row_tables.count(pairs) if found is None else NARROW
+    if found is not None:
+        return NARROW
+    most = _most_by_blocks(pairs, pairs.axes[1])
+    return row_tables.count(pairs) if most is None else most
 
 
 def _handle(listed: Listed, device: torch.device) -> Tensor:
@@ -239,7 +245,8 @@ def _begin(listed: Listed, pairs: Pairs) -> None:
         if not well:
             return ILL_FORMED
         if not right or most > width:
-            needs.pairs, needs.width = 1, max(NARROW, most | 1)
+            needs.way, needs.since = min(needs.way + (not right), PAIRS), 1
+            needs.width = max(NARROW, most | 1)
             return None
         wanted = Room(*counted)
         if not room.holds(wanted):
@@ -252,12 +259,16 @@ def _begin(listed: Listed, pairs: Pairs) -> None:
 
 
 def _table(pairs: Pairs, heads: int, needs: Needs) -> row_tables.Found:
-    """The table of endpoints, made in the way of the last one."""
-    if needs.pairs == RETRY:
-        needs.pairs, needs.width = 0, NARROW
-    if pairs.mask.parts is not None and not needs.pairs:
+    """Made as the last one was."""
+    if needs.since == RETRY:
+        needs.way, needs.since, needs.width = RUNS, 0, NARROW
+    if needs.way == RUNS and pairs.mask.parts is not None:
         return row_tables.by_runs(pairs, heads)
-    needs.pairs += 1
+    needs.since += 1
+    if needs.way < PAIRS and row_tables.has_runs_in_blocks(pairs):
+        needs.way = BLOCKS
+        return row_tables.by_blocks(pairs, heads, needs.width)
+    needs.way = PAIRS
     return row_tables.by_few(pairs, heads) if needs.width == NARROW else row_tables.by_many(pairs, heads, needs.width)
 
 
@@ -268,11 +279,16 @@ def _exact(pairs: Pairs, listed: Listed) -> TileList | Reason:
     if isinstance(found, Reason):
         return found
     if found is None:
-        needs.pairs, needs.width = 1, max(NARROW, row_tables.count(pairs) | 1)
+        most = _most_by_blocks(pairs, g.mask_heads)
+        needs.way, needs.since = PAIRS if most is None else BLOCKS, 1
+        needs.width = max(NARROW, (row_tables.count(pairs) if most is None else most) | 1)
         mebibytes = g.mask_heads * g.batch * g.rows * needs.width * ITEMSIZE // MIB
         if budget is not None and mebibytes > budget:
             return _too_large(mebibytes, budget)
-        found = row_tables.by_many(pairs, g.mask_heads, needs.width).table
+        made = row_tables.by_many if most is None else row_tables.by_blocks
+        found = made(pairs, g.mask_heads, needs.width).table
+    else:
+        needs.way, needs.since, needs.width = RUNS, 0, NARROW
     return _of_table(found, listed)
 
 
@@ -291,6 +307,14 @@ def _checked_runs(pairs: Pairs, heads: int) -> Tensor | Reason | None:
     table, numbers = row_tables.by_runs(pairs, heads)
     _, right, well = numbers.tolist()
     return (table if right else None) if well else ILL_FORMED
+
+
+def _most_by_blocks(pairs: Pairs, heads: int) -> int | None:
+    """How many endpoints a row has at most, by its runs in blocks; None where it has others. Waits for the device."""
+    if not row_tables.has_runs_in_blocks(pairs):
+        return None
+    most, right, _ = row_tables.by_blocks(pairs, heads, 1).numbers.tolist()
+    return most if right else None
 
 
 def _of_table(table: Tensor, listed: Listed) -> TileList | Reason:
@@ -317,7 +341,8 @@ def _under_capture(pairs: Pairs, geometry: Geometry) -> TileList:
     _held.append(tiler)  # the graph launches its kernels
     heads = geometry.mask_heads
     if row_tables.known_beforehand(pairs):
-        table = row_tables.by_runs(pairs, heads).table
+        most = 1 + 2 * -(-geometry.columns // pairs.block[1]) if pairs.blocks else NARROW
+        found = row_tables.by_blocks(pairs, heads, most) if pairs.blocks else row_tables.by_runs(pairs, heads)
     else:
-        table = row_tables.by_many(pairs, heads, geometry.columns).table
-    return tiler.within(table, tiler.every_tile)[0]
+        found = row_tables.by_many(pairs, heads, geometry.columns)
+    return tiler.within(found.table, tiler.every_tile)[0]

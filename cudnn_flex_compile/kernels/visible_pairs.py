@@ -30,7 +30,8 @@ class Mask:
     Attributes:
         own: the mask_mod.
         always: the pairs that the score_mod leaves visible.
-        parts, own_parts: both together, and the mask_mod, as parts for runs of rows (row_runs.py), if they have any.
+        parts, own_parts, always_parts: both together, and each, as parts for runs of rows (row_runs.py), if they have
+            any.
         reads_ints, reads_floats: whether it reads scalars.
     """
 
@@ -38,6 +39,7 @@ class Mask:
     always: Expr
     parts: Parts | None
     own_parts: Parts | None
+    always_parts: Parts | None
     reads_ints: bool
     reads_floats: bool
 
@@ -49,11 +51,11 @@ def mask_of(program: str) -> Mask:
     own, always = parsed.mask, parsed.score.args[0] if parsed.score.kind == "where" else TRUE
     leaves = list(ir.walk(own, always))
     kinds = {n.dtype for n in leaves if n.kind == "scalar"}
-    parts = own_parts = None
+    parts = own_parts = always_parts = None
     if not any(n.kind == "operand" for n in leaves):
-        whole, alone = (normalize(ir.program(mask=m)).mask for m in (make("and", own, always), own))
-        parts, own_parts = parts_of(whole), parts_of(alone)
-    return Mask(own, always, parts, own_parts, I32 in kinds, F32 in kinds)
+        masks = (normalize(ir.program(mask=m)).mask for m in (make("and", own, always), own, always))
+        parts, own_parts, always_parts = map(parts_of, masks)
+    return Mask(own, always, parts, own_parts, always_parts, I32 in kinds, F32 in kinds)
 
 
 def text_of(own: Expr, always: Expr) -> str:

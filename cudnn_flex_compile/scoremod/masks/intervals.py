@@ -55,6 +55,28 @@ def few_endpoints(pairs: Iterable[tuple[Tensor, Tensor]], columns: int) -> tuple
     return torch.cat(found, 2), torch.stack(counts).amax()
 
 
+def of_runs_in_blocks(start: Tensor, end: Tensor, edges: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The endpoints of rows that see one run in each block of keys, [B, H, R, width], and how many a row has at most.
+
+    Args:
+        start, end: of the runs, [B, H, R, blocks], within each block; nothing is seen where start >= end.
+        edges: where blocks begin, and the number of keys, [blocks + 1].
+        width: more endpoints are left out.
+    """
+    there = torch.nn.functional.pad(start < end, (1, 1))  # with an imagined block before the first, and one at the end
+    there[..., 0] = True
+    to_the_end = torch.nn.functional.pad(end == edges[1:], (1, 0), value=True)
+    from_the_start = torch.nn.functional.pad(start == edges[:-1], (0, 1))
+    joined = there[..., :-1] & to_the_end & there[..., 1:] & from_the_start
+    ends = there[..., :-1] & ~joined
+    starts = there[..., 1:] & ~joined
+    place = torch.stack((torch.nn.functional.pad(end, (1, 0)), torch.nn.functional.pad(start, (0, 1))), -1).flatten(-2)
+    changes = torch.stack((ends, starts), -1).flatten(-2) & (place < edges[-1])
+    rank = torch.where(changes, (changes.cumsum(-1) - 1).clamp(max=width), width)
+    table = place.new_full((*place.shape[:-1], width + 1), 0) + edges[-1]
+    return table.scatter_(-1, rank, place)[..., :width], changes.sum(-1, dtype=torch.int32).amax()
+
+
 def most_endpoints(visible: Tensor) -> Tensor:
     """The most endpoints that a row has, 0-d, for some rows [B or 1, H or 1, R, Skv]."""
     return _changes(visible).sum(-1, dtype=torch.int32).amax()

@@ -82,6 +82,13 @@ def test_every_way_shows_what_stock_shows(source, kind):
             assert well
             assert right or not row_tables.known_beforehand(pairs)
             tables += [table] if right else []
+        if row_tables.has_runs_in_blocks(pairs):
+            for width in (most | 1, 1):
+                table, numbers = row_tables.by_blocks(pairs, heads, width)
+                count, right, well = numbers.tolist()
+                assert well
+                assert not right or count == most
+                tables += [table] if right and count <= width else []
         for table in tables:
             assert torch.equal(shown(table, sizes).expand(sizes), expected), (seed, len(tables))
 
@@ -116,13 +123,19 @@ def test_padding_is_a_run_of_keys_or_not(side):
     assert side == "scattered" or torch.equal(shown(table, (2, 3, 40, 40)), expected)
 
 
-def test_what_the_score_hides_is_hidden_in_full_blocks_too():
-    own, always = (normal(source).mask for source in ("q >= kv", "kv % 5 != 3"))
+@pytest.mark.parametrize("hides", ["kv % 5 != 3", "kv < q + 3", "kv != 4"])
+def test_what_the_score_hides_is_hidden_in_full_blocks_too(hides):
+    own, always = (normal(source).mask for source in ("q >= kv", hides))
     causal = torch.ones(24, 24, dtype=torch.bool).tril().expand(1, 1, -1, -1)
     blocks, partial, full = blocks_of("any", causal, 0)
     pairs = Pairs(text_of(own, always), [], (), [], [], (1, 1, 24, 24), blocks, BLOCK, CPU)
-    expected = ((causal & partial) | full) & (torch.arange(24) % 5 != 3)
-    assert torch.equal(shown(row_tables.by_many(pairs, 1, row_tables.count(pairs)).table, (1, 1, 24, 24)), expected)
+    expected = ((causal & partial) | full) & brute_force(hides, {}, (1, 1, 24, 24))
+    most = row_tables.count(pairs)
+    assert torch.equal(shown(row_tables.by_many(pairs, 1, most).table, (1, 1, 24, 24)), expected)
+    if row_tables.has_runs_in_blocks(pairs):
+        table, numbers = row_tables.by_blocks(pairs, 1, most | 1)
+        assert numbers[1] or hides != "kv < q + 3"
+        assert not numbers[1] or torch.equal(shown(table, (1, 1, 24, 24)), expected)
 
 
 ILL_FORMED = {
@@ -148,6 +161,7 @@ def test_no_list_is_made_of_what_stock_counts_twice(name):
 def test_long_calls_go_some_rows_at_a_time(chunk, monkeypatch):
     monkeypatch.setattr(visible_pairs, "CHUNK", chunk)
     monkeypatch.setattr(row_tables, "CHUNK", chunk)
+    long_calls_by_blocks()
     source, sizes = SOURCES["image blocks"], (2, 1, 24, 40)
     given, tensors, ints = given_of(source, 1, 40)
     pairs = Pairs(text_of(normal(source, given).mask, TRUE), tensors, (), ints, [], sizes, [], (), CPU)
@@ -155,3 +169,14 @@ def test_long_calls_go_some_rows_at_a_time(chunk, monkeypatch):
     most = row_tables.count(pairs)
     assert torch.equal(shown(row_tables.by_many(pairs, 1, most).table, sizes), expected)
     assert most > NARROW or torch.equal(shown(row_tables.by_few(pairs, 1).table, sizes), expected)
+
+
+def long_calls_by_blocks():
+    source, sizes = SOURCES["causal documents"], (2, 1, 24, 40)
+    given, tensors, ints = given_of(source, 1, 40)
+    own = brute_force(source, given, sizes)
+    blocks, partial, full = blocks_of("any", own, 0)
+    pairs = Pairs(text_of(normal(source, given).mask, TRUE), tensors, (), ints, [], sizes, blocks, BLOCK, CPU)
+    table, numbers = row_tables.by_blocks(pairs, 1, row_tables.count(pairs) | 1)
+    assert numbers[1]
+    assert torch.equal(shown(table, sizes), (own & partial) | full)

@@ -2,6 +2,7 @@
 step's mask, whatever the last one needed.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ from cudnn_flex_compile.reasons import Code
 from cudnn_flex_compile.scoremod.ir import TRUE
 from tests.support.mask_runs import SOURCES, shown
 from tests.support.mask_sources import CPU, brute_force, normal, used
+from tests.unit.kernels.test_row_tables import BLOCK, blocks_of
 
 SIZES = (2, 1, 64, 64)
 GEOMETRY = Geometry.of([2, 1, 64, 64, 1, 64, 64, 1, 0], torch.bfloat16)
@@ -47,6 +49,10 @@ class Tiler:
     def size(self, room):
         return sum(room)
 
+    @property
+    def every_tile(self):
+        return Room(10**6, 10**6)  # more than any table has
+
 
 @pytest.fixture
 def tiler(monkeypatch):
@@ -74,17 +80,20 @@ def pairs_of(source, ids):
     return Pairs(text_of(normal(source, given).mask, TRUE), list(given.values()), (), [], [], SIZES, [], (), CPU), given
 
 
-def step(needs, source, ids, budget=1):
+def step(needs, source, ids, kind="none", seed=0):
     """One list, as its first call finds it; with tensors of its own, for those of the op may have changed by then."""
     pairs, given = pairs_of(source, ids.clone())
-    listed = Listed(GEOMETRY, needs, budget)
+    own = brute_force(source, given, SIZES)
+    blocks, partial, full = blocks_of(kind, own, seed)
+    pairs, again = (replace(pairs, blocks=[t.clone() for t in blocks], block_sizes=BLOCK) for _ in range(2))
+    listed = Listed(GEOMETRY, needs, 1)
     tile_lists._begin(listed, pairs)
     if listed.found is None:
-        for tensor in pairs.captured:
+        again = replace(again, captured=[t.clone() for t in pairs.captured])
+        for tensor in (*pairs.captured, *pairs.blocks):
             tensor.zero_()
-        pairs, given = pairs_of(source, ids)
-        listed.settle(lambda: pairs)
-    assert torch.equal(shown(listed.found.numbers, SIZES), brute_force(source, given, SIZES)), ids
+        listed.settle(lambda: again)
+    assert torch.equal(shown(listed.found.numbers, SIZES), (own & partial) | full), ids
     return listed
 
 
@@ -94,6 +103,16 @@ def test_each_step_finds_its_own_list(source, tiler):
     layouts = [(1, False)] * 2 + [(9, False)] * 4 + [(30, False), (30, True), (30, True), (3, True), (2, False)]
     for seed, (count, shuffled) in enumerate(layouts * 3):
         step(needs, SOURCES[source], documents(seed, count, shuffled))
+
+
+@pytest.mark.parametrize("source", ["causal documents", "image blocks", "everything"])
+def test_each_step_has_the_blocks_of_its_block_mask(source, tiler):
+    needs, ways = Needs(), set()
+    for seed in range(24):
+        kind = ("needed", "any", "any, without full ones")[seed // 4 % 3]
+        step(needs, SOURCES[source], documents(seed, 1 + seed % 9, seed in (9, 10, 21)), kind, seed)
+        ways.add(needs.way)
+    assert ways == ({tile_lists.PAIRS} if source == "image blocks" else ways | {tile_lists.RUNS, tile_lists.BLOCKS})
 
 
 def test_a_step_like_the_last_one_waits_for_nothing_until_its_call(tiler):
@@ -129,6 +148,16 @@ def test_runs_of_rows_are_tried_again(tiler, monkeypatch):
     for seed in range(4):
         step(needs, source, documents(seed, 5))
     assert len(tried) == 4
+
+
+@pytest.mark.parametrize("kind", ["none", "needed", "any", "any, without full ones"])
+@pytest.mark.parametrize("source", ["causal documents", "image blocks", "everything", "prefix"])
+def test_what_is_captured_has_room_for_any_mask(source, kind, tiler):
+    pairs, given = pairs_of(SOURCES[source], documents(0, 9, shuffled=True))
+    own = brute_force(SOURCES[source], given, SIZES)
+    blocks, partial, full = blocks_of(kind, own, 1)
+    found = tile_lists._under_capture(replace(pairs, blocks=blocks, block_sizes=BLOCK), GEOMETRY)
+    assert torch.equal(shown(found.numbers, SIZES), (own & partial) | full)
 
 
 def test_reasons_instead_of_lists(tiler, monkeypatch):
