@@ -115,6 +115,7 @@ class TilePlan(Plan):
             self._kernels(tensors, parts, work)
             return
         addresses = [tensor.data_ptr() for tensor in (*tensors, *parts) if tensor is not None]
+        addresses.append(tiles.numbers.numel())  # lists of one geometry have several sizes
         self._replays.run(addresses, work.data_ptr(), (tensors, parts, work))
 
     def on_harder_mask(self) -> Plan | None:
