@@ -99,7 +99,8 @@ def assert_right(out, qkv, grad, mask_mod, what=""):
     for name, mine, exact, theirs in zip(names, found, (out, *gradients), (stock, *stock_gradients), strict=True):
         assert mine.isfinite().all(), f"{what}: {name}"
         error, theirs = (mine.double() - exact).norm(), (theirs.double() - exact).norm()
-        assert error <= 2 * theirs + 1e-6, f"{what}: {name} is off by {error:.3g}, stock by {theirs:.3g}"
+        least = 1e-6 * mine.numel() ** 0.5  # where the exact gradient is zero, stock's may be
+        assert error <= 2 * theirs + least, f"{what}: {name} is off by {error:.3g}, stock by {theirs:.3g}"
 
 
 @pytest.mark.parametrize(("spelling", "shape"), list(itertools.product(SPELLINGS, SHAPES)))
