@@ -30,6 +30,9 @@ from cudnn_flex_compile.scoremod.interpret import visible_rows
 from cudnn_flex_compile.scoremod.masks.intervals import every_endpoint, most_endpoints
 from cudnn_flex_compile.scoremod.text import parse
 
+# The deterministic backward waits on semaphores, in the order of the list: with one that does not fit it would never
+# end, and no check can say so. It was seen right at this head dim. (pytest tests/gpu/test_plain_masks.py -k deterministic)
+DETERMINISTIC_DIM = 64
 MOST_PAIRS = 2**30  # for which a list is made of a mask that is there for certification alone
 
 
@@ -50,8 +53,9 @@ def build(problem: Problem) -> "TilePlan | Reason":
     refused = unusable(problem.device)
     if refused is not None:
         return refused
-    if problem.deterministic and problem.direction == BACKWARD and _has_other_tiles(problem):
-        return Reason(Code.SHAPE_REFUSED, f"{NAME}: the deterministic backward of head dim 256 takes another list")
+    dims = {problem.query.shape[3], problem.value.shape[3]}
+    if problem.deterministic and problem.direction == BACKWARD and dims != {DETERMINISTIC_DIM}:
+        return Reason(Code.SHAPE_REFUSED, f"{NAME}: the deterministic backward of head dims {sorted(dims)}, not of 64")
     try:
         with quiet():
             return TilePlan(problem)
@@ -59,12 +63,6 @@ def build(problem: Problem) -> "TilePlan | Reason":
         raise
     except Exception as error:
         return Reason(Code.SHAPE_REFUSED, f"{NAME}, {problem.direction}: {type(error).__name__}: {str(error)[:200]}")
-
-
-def _has_other_tiles(problem: Problem) -> bool:
-    """Whether the deterministic backward has tiles of its own (the frontend's `_tile_size_bwd_sm90`)."""
-    dims, heads = {problem.query.shape[3], problem.value.shape[3]}, {problem.query.shape[1], problem.key.shape[1]}
-    return dims == {256} and len(heads) == 1
 
 
 def _counted(problem: Problem) -> "TilePlan | Reason":
