@@ -31,7 +31,8 @@ from cudnn_flex_compile.scoremod.masks.intervals import every_endpoint, most_end
 from cudnn_flex_compile.scoremod.text import parse
 
 # The deterministic backward waits on semaphores, in the order of the list: with one that does not fit it would never
-# end, and no check can say so. It was seen right at this head dim. (pytest tests/gpu/test_plain_masks.py -k deterministic)
+# end, and no check can say so. It was seen right at this head dim.
+# (python3 -m pytest tests/gpu/test_plain_masks.py -k deterministic)
 DETERMINISTIC_DIM = 64
 MOST_PAIRS = 2**30  # for which a list is made of a mask that is there for certification alone
 
