@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--csv", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="PNG; needs matplotlib")
     rows = parser.add_argument_group("rows", "layers of real training configurations, launched as their projects do")
-    rows.add_argument("--rows", nargs="*", metavar="N", help="numbers of rows, such as 1 or 3b (all of them)")
+    rows.add_argument("--rows", nargs="*", metavar="N", help="numbers or names of rows, such as 1 or 3b (all of them)")
     rows.add_argument("--layers", type=int, default=2, help="of a row's model (2)")
     rows.add_argument("--steps", type=int, default=10, help="samples of each side, of two steps each (10)")
     at_once = "rows that compile at once (1); one measures, alone. Kernels that are tuned then are tuned less well"

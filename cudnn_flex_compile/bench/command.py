@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from rich.console import Console
@@ -48,9 +48,9 @@ def run(given: argparse.Namespace) -> int:
         print("cudnn-flex bench: no NVIDIA GPU here; speed is only measured on one", file=sys.stderr)
         return 1
     if not given.into and not given.only_compile:
-        console.print(*facts(), highlight=False)
+        console.print(facts(), highlight=False)
     if given.rows is not None:
-        return run_rows(given, console)
+        return run_rows(given, console, facts())
     if given.only_compile:
         for case in share(cases, given.only_compile):
             _without_fail(case, lambda case=case: first_calls(case, case.functions(given.mode, with_sdpa=False), step))
@@ -63,11 +63,11 @@ def run(given: argparse.Namespace) -> int:
     return 0 if len(results) == len(cases) else 1
 
 
-def facts() -> tuple[Any, ...]:
-    """The device and the versions that the figures are measured with."""
+def facts() -> str:
+    """What the figures are of."""
     if not torch.cuda.is_available():
-        return "the CPU", "torch", torch.__version__
-    return torch.cuda.get_device_name(), "torch", torch.__version__, "cuDNN", torch.backends.cudnn.version()
+        return f"the CPU torch {torch.__version__}"
+    return f"{torch.cuda.get_device_name()} torch {torch.__version__} cuDNN {torch.backends.cudnn.version()}"
 
 
 def cases_of(given: argparse.Namespace) -> list[Case]:

@@ -23,7 +23,7 @@ from cudnn_flex_compile.report.report import Report
 
 STEPS = 3  # each with masks of its own
 SLACK = 1e-3  # of the norm
-FORMS = {"alone": "1", "blocks": "1b", "layers": "4", "disabled": "5", "whole": "9b"}  # the row that has it
+FORMS = {"alone": "1a", "blocks": "1b", "layers": "4a", "disabled": "5", "whole": "9b"}  # the row that has it
 CALLS = {"alone": 1, "blocks": 1, "disabled": 1, "layers": 4, "whole": 2}  # that are compiled, of two layers
 
 

@@ -4,9 +4,11 @@ measure.py measures one row in its process, and show.py shows the results. A row
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,16 +21,20 @@ from rich.progress import Progress
 
 from cudnn_flex_compile.bench.rows.measure import Bench, Measured, Result, measure
 from cudnn_flex_compile.bench.rows.rows import Row, chosen
-from cudnn_flex_compile.bench.rows.show import table, write_csv
+from cudnn_flex_compile.bench.rows.show import plot, table, write_csv
 from cudnn_flex_compile.bench.rows.turns import compiling
 
 LONGEST = 400  # seconds of a row, after which its process is ended
 TURNS = "turns.lock"
+ENDED = "it was ended, for another had failed"
 TOLD = 30  # lines that are shown of the output of a process that failed
 
 
-def run(given: argparse.Namespace, console: Console) -> int:
-    """Measures all rows, and returns the exit code: 0, or 1 where a row failed."""
+def run(given: argparse.Namespace, console: Console, facts: str) -> int:
+    """Measures all rows, of which `facts` say where, and returns the exit code: 0, or 1 where a row failed.
+
+    Where a row fails before any has been measured, the others are ended: they would fail, too.
+    """
     if given.into:
         return _measure_here(given)
     rows = chosen(given.rows)
@@ -36,24 +42,28 @@ def run(given: argparse.Namespace, console: Console) -> int:
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
         Progress(console=console, transient=True) as progress,
+        Processes() as processes,
         ThreadPoolExecutor(given.at_once) as pool,
     ):
         task = progress.add_task(f"{len(rows)} rows", total=len(rows))
-        running = {pool.submit(_in_a_process, row, given, Path(folder)): row for row in rows}
+        running = {pool.submit(_in_a_process, row, given, Path(folder), processes): row for row in rows}
         for done in as_completed(running):
             progress.advance(task)
-            found = done.result()
+            found, row = done.result(), running[done]
             if isinstance(found, str):
-                row = running[done]
-                print(f"cudnn-flex bench: row {row.name}, {row.who}, failed: {found}", file=sys.stderr)
+                told = found != ENDED
+                print(f"cudnn-flex bench: row {row.name}, {row.who}, failed: {found}\n" * told, end="", file=sys.stderr)
                 continue
             results.append(found)
             results.sort(key=lambda result: [row.name for row in rows].index(result.row))
             console.print(table([found], given.kernels))
+            sys.stdout.flush()  # for whoever ends this command
             if given.csv:  # as far as it got
                 write_csv(results, given.csv)
     if len(results) > 1:
         console.print(table(results))
+    if given.plot and results:
+        plot(results, given.plot, facts)
     return 0 if len(results) == len(rows) else 1
 
 
@@ -71,31 +81,73 @@ def _measure_here(given: argparse.Namespace) -> int:
     return 0
 
 
-def _in_a_process(row: Row, given: argparse.Namespace, folder: Path) -> Result | str:
-    """The result of a row in a process of its own, which begins with empty caches, or why it failed."""
+def _in_a_process(row: Row, given: argparse.Namespace, folder: Path, processes: "Processes") -> Result | str:
+    """What a process measures, which begins with empty caches, or why it failed."""
     own = folder / row.name
     own.mkdir()
     into = own / "result.json"
-    command = [sys.executable, "-m", "cudnn_flex_compile.cli", "bench", "--rows", row.name, "--into", str(into)]
-    command += ["--layers", str(given.layers), "--steps", str(given.steps), "--lower", given.lower]
-    command += ["--tiny"] if given.tiny else []
     caches = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "CUDNN_FLEX_CACHE_DIR": "plans", "TRITON_CACHE_DIR": "triton"}
-    failed = _run(command, {**os.environ, **{name: str(own / where) for name, where in caches.items()}})
+    environment = {**os.environ, **{name: str(own / where) for name, where in caches.items()}}
+    failed = processes.run(_command(row, given, into), environment, own / "log")
     return failed or result_from(json.loads(into.read_text()))
 
 
-def _run(command: list[str], environment: dict[str, str]) -> str:
-    """Runs a process, and says why it failed; empty if it did not."""
-    try:
-        done = subprocess.run(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LONGEST
-        )
-    except subprocess.TimeoutExpired as error:
-        told = error.stdout.decode(errors="replace") if isinstance(error.stdout, bytes) else (error.stdout or "")
-        return "\n".join([f"no end after {LONGEST} s", *told.splitlines()[-TOLD:]])
-    if not done.returncode:
-        return ""
-    return "\n".join([f"exit code {done.returncode}", *done.stdout.splitlines()[-TOLD:]])
+def _command(row: Row, given: argparse.Namespace, into: Path) -> list[str]:
+    command = [sys.executable, "-m", "cudnn_flex_compile.cli", "bench", "--rows", row.name, "--into", str(into)]
+    command += ["--layers", str(given.layers), "--steps", str(given.steps), "--lower", given.lower]
+    return command + (["--tiny"] if given.tiny else [])
+
+
+class Processes:
+    """A context manager: processes that are running end with it, and those that they have started.
+
+    One that fails before any has come to a good end ends all.
+    """
+
+    def __init__(self) -> None:
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._one_worked = self.ended = False
+
+    def __enter__(self) -> "Processes":
+        self._before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.end()
+        signal.signal(signal.SIGTERM, self._before)
+
+    def run(self, command: list[str], environment: dict[str, str], log: Path) -> str:
+        """Runs one to its end, and returns why it failed; the text is empty if it did not."""
+        if self.ended:
+            return ENDED
+        with log.open("wb") as file:
+            started = subprocess.Popen(
+                command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        self._running.add(started)
+        try:
+            code: int | str = started.wait(LONGEST)
+        except subprocess.TimeoutExpired:
+            code = f"none after {LONGEST} s"
+            _end(started)
+        self._running.discard(started)
+        if self.ended:
+            return ENDED
+        if code and not self._one_worked:
+            self.end()
+        self._one_worked |= not code
+        return "\n".join([f"exit code {code}", *log.read_text(errors="replace").splitlines()[-TOLD:]]) if code else ""
+
+    def end(self) -> None:
+        """Ends what is running; nothing more is started."""
+        self.ended = True
+        for process in list(self._running):
+            _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # it began a session: those that it started are its group
 
 
 def result_from(given: dict[str, Any]) -> Result:

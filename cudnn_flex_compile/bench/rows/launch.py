@@ -90,8 +90,7 @@ make_block_mask: Any = torch.compile(create_block_mask)  # it belongs to neither
 
 
 def block_masks(row: Row, x: Tensor, data: Data, make: Any = None) -> list[BlockMask]:
-    """The BlockMasks of a step with queries of x, [B, S, width]. On a CPU, compiling their making would take too long.
-    """
+    """The BlockMasks of a step with queries of x, [B, S, width]. On a CPU, to compile that would take too long."""
     if make is None:
         make = make_block_mask if x.is_cuda else create_block_mask
     batch, length = x.shape[:2]

@@ -114,7 +114,7 @@ WINDOWED: Any = {**DOCUMENTS, "mods": masks.offsets_and_window}
 PADDED: Any = {"draw": masks.draw_padding, "mods": masks.padded, "by_batch": True}
 UNSLOTH_GEMMA: Any = {**GEMMA_3, **PADDED, "form": LAYERS, "options": UNSLOTH, "checkpoint": "full", "lora": 16}
 _ROWS: tuple[dict[str, Any], ...] = (
-    {"name": "1", "who": "torchtitan Llama 3.1 8B", **LLAMA_8B, **DOCUMENTS, "length": 8192, "form": ALONE,
+    {"name": "1a", "who": "torchtitan Llama 3.1 8B", **LLAMA_8B, **DOCUMENTS, "length": 8192, "form": ALONE,
      "checkpoint": "selective"},
     {"name": "1b", "who": "torchtitan Llama 3.1 8B", **LLAMA_8B, **DOCUMENTS, "length": 8192, "form": BLOCKS,
      "checkpoint": "selective"},
@@ -122,15 +122,15 @@ _ROWS: tuple[dict[str, Any], ...] = (
      "qk_dim": 128, "dim": 8192, "mlp": 3584, "length": 65536, "form": ALONE, "checkpoint": "selective"},
     {"name": "1d", "who": "torchtitan Llama 3.1 8B, two sequences", **LLAMA_8B, **DOCUMENTS, "draw": masks.draw_ends,
      "mods": masks.ends, "by_batch": True, "batch": 2, "length": 8192, "form": ALONE, "checkpoint": "selective"},
-    {"name": "2", "who": "torchtitan DeepSeek-V3 16B", **DEEPSEEK, **DOCUMENTS, "length": 16384, "form": ALONE},
+    {"name": "2a", "who": "torchtitan DeepSeek-V3 16B", **DEEPSEEK, **DOCUMENTS, "length": 16384, "form": ALONE},
     {"name": "2b", "who": "torchtitan Kimi, reads the largest scores", **DEEPSEEK, **DOCUMENTS, "length": 16384,
      "form": ALONE, "max_scores": True},
-    {"name": "3", "who": "torchtitan Muse Glimmer 30B", **WINDOWED, "heads": 32, "kv_heads": 2, "qk_dim": 128,
+    {"name": "3a", "who": "torchtitan Muse Glimmer 30B", **WINDOWED, "heads": 32, "kv_heads": 2, "qk_dim": 128,
      "dim": 6656, "mlp": 19968, "window": 2048, "every_layer": True, "length": 8192, "form": ALONE,
      "checkpoint": "full"},
     {"name": "3b", "who": "torchtitan gpt-oss 20B", **WINDOWED, "heads": 64, "kv_heads": 8, "qk_dim": 64,
      "dim": 2880, "mlp": 11520, "window": 128, "sinks": True, "length": 8192, "form": ALONE, "checkpoint": "full"},
-    {"name": "4", "who": "Unsloth Gemma 3 4B", **UNSLOTH_GEMMA, "batch": 8, "length": 1024, "before": (2, 4096)},
+    {"name": "4a", "who": "Unsloth Gemma 3 4B", **UNSLOTH_GEMMA, "batch": 8, "length": 1024, "before": (2, 4096)},
     {"name": "4b", "who": "Unsloth Gemma 3 4B", **UNSLOTH_GEMMA, "batch": 2, "length": 4096, "before": (8, 1024)},
     {"name": "5", "who": "torchtune Llama 3 8B, packed", **LLAMA_8B, "draw": masks.draw_ids,
      "mods": masks.same_document, "by_batch": True, "batch": 2, "length": 8192, "form": DISABLED,

@@ -16,6 +16,7 @@ from cudnn_flex_compile.bench.rows.measure import Result
 from cudnn_flex_compile.bench.rows.rows import ROWS
 
 AGREES = 0.03  # the relative difference up to which two bfloat16 computations agree
+COLORS = {"step": "#8fb58a", "attention": "#2f6f4f"}
 NAMED = {row.name: row for row in ROWS}
 
 
@@ -90,3 +91,26 @@ def write_csv(results: Sequence[Result], path: Path) -> None:
             differs = [f"{result.out:.5f}", f"{result.gradient:.5f}"]
             what = (row.name, row.who, row.shape, row.launch, result.layers or "plain")
             rows.writerow([*what, *cells, *ratios, *differs, calls(result).replace("\n", "; ")])
+
+
+def plot(results: Sequence[Result], path: Path, title: str) -> None:
+    """Bars of the speed-up of step and attention by row. Raises ImportError without matplotlib."""
+    import matplotlib
+
+    matplotlib.use("agg")  # no window, whatever the machine has
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9.5, 0.42 * len(results) + 1.2), layout="constrained")
+    for i, (what, color) in enumerate(COLORS.items()):
+        places = [j + (i - 0.5) * 0.4 for j in range(len(results))]
+        bars = axes.barh(places, [result.ratio(what) for result in results], 0.38, label=what, color=color)
+        axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
+    axes.set_yticks(range(len(results)), [NAMED[result.row].who for result in results], fontsize=8)
+    axes.invert_yaxis()
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xlabel("times as fast as Inductor")
+    axes.set_title(title, fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

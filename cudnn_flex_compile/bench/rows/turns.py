@@ -28,4 +28,7 @@ def compiling(path: Path) -> Generator[Alone]:
                 fcntl.flock(file, fcntl.LOCK_SH)
 
         fcntl.flock(file, fcntl.LOCK_SH)
-        yield alone
+        try:
+            yield alone
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # a process that was forked meanwhile keeps the file open

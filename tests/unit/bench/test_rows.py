@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import random
+import sys
 import threading
 import time
 
@@ -17,13 +18,13 @@ from cudnn_flex_compile.bench.rows import command, masks
 from cudnn_flex_compile.bench.rows.launch import OURS, SIDES, STOCK
 from cudnn_flex_compile.bench.rows.measure import IN_A_ROW, WARM_UP, Bench, Measured, Result, is_attention, measure
 from cudnn_flex_compile.bench.rows.rows import FORMS, LAYERS, ROWS, chosen
-from cudnn_flex_compile.bench.rows.show import calls, table, write_csv
+from cudnn_flex_compile.bench.rows.show import calls, plot, table, write_csv
 from cudnn_flex_compile.bench.rows.turns import compiling
 from cudnn_flex_compile.cli import main
 
-CALLS = {"3b": 2, "4": 2, "9a": 2, "9b": 2, "9c": 2}  # compiled; of all others one
+CALLS = {"3b": 2, "4a": 2, "9a": 2, "9b": 2, "9c": 2}  # compiled; of all others one
 STEPS = 1 + WARM_UP + IN_A_ROW + 1
-TESTED = [row for row in ROWS if row.name != "4b"]  # in the tiny form, the same as 4
+TESTED = [row for row in ROWS if row.name != "4b"]  # in the tiny form, the same as 4a
 
 
 @pytest.mark.parametrize("row", TESTED, ids=lambda row: row.name)
@@ -54,11 +55,12 @@ def test_a_model_of_transformers(row, trainable):
 
 
 def test_rows_are_chosen_by_number_or_name():
-    assert [row.name for row in chosen(["4", "3b"])] == ["3b", "4", "4b"]
+    assert [row.name for row in chosen(["4", "3b"])] == ["3b", "4a", "4b"]
     assert chosen([]) == list(ROWS)
+    assert [chosen([row.name]) for row in ROWS] == [[row] for row in ROWS]
     assert {row.form for row in ROWS} == set(FORMS)
     assert {row.name.rstrip("abcd") for row in ROWS} == {str(i) for i in range(1, 10)}
-    with pytest.raises(ValueError, match=r"no row is named 'x', '10'; there are 1, 1b"):
+    with pytest.raises(ValueError, match=r"no row is named 'x', '10'; there are 1a, 1b"):
         chosen(["x", "1", "10"])
 
 
@@ -97,7 +99,7 @@ def test_kernels_of_attention_by_name(kernel, wanted):
     assert is_attention(kernel) is wanted
 
 
-def result(name="1", factor=2.0, **other):
+def result(name="1a", factor=2.0, **other):
     sides = {
         STOCK: Measured(20.0, [4.0 * factor] * 3, 3.0, 9.0, 100.0, {"triton_tem": 1.0}),
         OURS: Measured(10.0, [4.0], 1.0),
@@ -121,13 +123,19 @@ def test_the_table_and_the_file(tmp_path):
     assert {f"step_{name}" for name in SIDES} <= set(rows[0])
 
 
+def test_the_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    plot([result(), result("9a", 0.5)], tmp_path / "rows.png", "a GPU")
+    assert (tmp_path / "rows.png").read_bytes()[:4] == b"\x89PNG"
+
+
 def test_what_a_process_writes_comes_back():
     found = result(out=0.25)
     assert command.result_from(json.loads(json.dumps(dataclasses.asdict(found)))) == found
 
 
 def test_a_row_that_fails_costs_no_other(tmp_path, capsys, monkeypatch):
-    def measured(row, given, folder):
+    def measured(row, given, folder, processes):
         return result(row.name) if row.name != "7" else "it has no GPU"
 
     monkeypatch.setattr(command, "_in_a_process", measured)
@@ -141,23 +149,37 @@ def test_a_row_that_fails_costs_no_other(tmp_path, capsys, monkeypatch):
 
 
 def test_a_process_that_ends_badly_is_told_of(capsys, monkeypatch):
-    monkeypatch.setattr(command, "_run", lambda *_: "exit code 1\nCUDA error: an illegal memory access")
+    monkeypatch.setattr(command.Processes, "run", lambda *_: "exit code 1\nCUDA error: an illegal memory access")
     assert main(["bench", "--rows", "7", "--tiny"]) == 1
     assert "row 7, causal video diffusion, failed: exit code 1\nCUDA error" in capsys.readouterr().err
 
 
 def test_the_command_in_processes_of_its_own(capsys, tmp_path):
     path = tmp_path / "rows.csv"
-    assert (
-        main(
-            ["bench", "--rows", "8", "--tiny", "--layers", "1", "--steps", "1", "--lower", "always", "--csv", str(path)]
-        )
-        == 0
-    )
+    how = ["--layers", "1", "--steps", "1", "--lower", "always", "--at-once", "2", "--csv", str(path)]
+    assert main(["bench", "--rows", "1a", "8", "--tiny", *how]) == 0
     assert "SpecForge" in capsys.readouterr().out
     with open(path) as file:
-        (row,) = csv.DictReader(file)
-    assert row["calls"] == "1 lowered: chained"
+        rows = list(csv.DictReader(file))
+    assert [(row["row"], row["calls"]) for row in rows] == [("1a", "1 lowered: chained"), ("8", "1 lowered: chained")]
+
+
+def test_where_nothing_works_the_command_ends_early(capsys, monkeypatch, tmp_path):
+    """Processes that are running are ended, and no other is started."""
+    path = tmp_path / "started"
+
+    def script(row, given, into):
+        what = {"6": "import time; time.sleep(60)", "7": "raise SystemExit(7)"}.get(
+            row.name, f"open({str(path)!r}, 'w')"
+        )
+        return [sys.executable, "-c", what]
+
+    monkeypatch.setattr(command, "_command", script)
+    start = time.monotonic()
+    assert main(["bench", "--rows", "6", "7", "8", "--tiny", "--at-once", "2"]) == 1
+    assert time.monotonic() - start < 30
+    assert not path.exists()
+    assert "row 7, causal video diffusion, failed: exit code 7" in capsys.readouterr().err
 
 
 def test_one_measures_while_no_other_compiles(tmp_path):
