@@ -14,7 +14,7 @@ import logging
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -99,7 +99,7 @@ class Listed:
         Args:
             pairs: the pairs of the call that is about to be launched, whose tensors are as the op had them.
         """
-        self.found = self.look() or _anew(pairs(), self)
+        self.found = _or_why_not(lambda: self.look() or _anew(pairs(), self))
         self.keep()
         self.look, self.keep = lambda: None, lambda: None
 
@@ -222,13 +222,32 @@ def _handle(listed: Listed, device: torch.device) -> Tensor:
     return handle
 
 
+Made = TypeVar("Made")
+
+
+def _or_why_not(make: Callable[[], Made]) -> Made | Reason:
+    """Returns a reason where making a list fails, so that its calls run on Inductor's kernel."""
+    try:
+        return make()
+    except torch.OutOfMemoryError as error:
+        return Reason(Code.MEMORY, f"no memory for a list of tiles: {str(error)[:120]}", lasting=False)
+    except Exception as error:  # a bug of ours, or of what compiles for us, must not stop the model
+        if torch.cuda.is_current_stream_capturing():
+            raise
+        log.warning("cudnn_flex: a list of tiles could not be made", exc_info=True)
+        return Reason(Code.INTERNAL, f"a list of tiles: {type(error).__name__}: {error}", lasting=False)
+
+
 def _begin(listed: Listed, pairs: Pairs) -> None:
-    """Makes the list, or enqueues its making, and leaves it to the first call to look at the outcome."""
+    listed.found = _or_why_not(lambda: _first_found(listed, pairs))
+
+
+def _first_found(listed: Listed, pairs: Pairs) -> TileList | Reason | None:
+    """Makes the list, or enqueues its making, and leaves it to the first call to look at the outcome: None."""
     geometry, needs = listed.geometry, listed.needs
     room = needs.room
     if room is None or not pairs.tensors:
-        listed.found = _exact(pairs, listed)
-        return
+        return _exact(pairs, listed)
     table, found = _table(pairs, geometry.mask_heads, needs)
     width = table.shape[1]
     needs.alike += 1
@@ -256,6 +275,7 @@ def _begin(listed: Listed, pairs: Pairs) -> None:
         return tiles
 
     listed.look = look
+    return None
 
 
 def _table(pairs: Pairs, heads: int, needs: Needs) -> row_tables.Found:

@@ -175,6 +175,25 @@ def test_reasons_instead_of_lists(tiler, monkeypatch):
     assert listed.found is tile_lists.ILL_FORMED
 
 
+@pytest.mark.parametrize("later", [False, True], ids=["at first", "as its call looks"])
+@pytest.mark.parametrize(
+    ("error", "code"), [(RuntimeError("no kernel"), Code.INTERNAL), (torch.OutOfMemoryError("full"), Code.MEMORY)]
+)
+def test_a_list_that_cannot_be_made_is_a_reason(tiler, monkeypatch, error, code, later):
+    def fails(*_):
+        raise error
+
+    pairs, _ = pairs_of(SOURCES["documents"], documents(0, 9))
+    listed = Listed(GEOMETRY, Needs(), 1)
+    monkeypatch.setattr(tile_lists, "_exact", fails)
+    if later:
+        listed.settle(lambda: pairs)
+    else:
+        tile_lists._begin(listed, pairs)
+    assert listed.found.code is code
+    assert not listed.found.lasting
+
+
 def test_what_is_most_of_a_mask(tiler):
     for source, most in (("q >= kv", 3), ("(q >= kv) & ((q - kv < 5) | (kv < 4))", 3), ("(q - kv) % 4 < 2", 33)):
         pairs = Pairs(text_of(normal(source).mask, TRUE), [], (), [], [], SIZES, [], (), CPU)
