@@ -25,7 +25,7 @@ from cudnn_flex_compile.engine.versions import unusable_device
 from cudnn_flex_compile.engine.worker import run_clean
 from cudnn_flex_compile.phases import count
 from cudnn_flex_compile.reasons import Code, Reason
-from cudnn_flex_compile.scoremod.text import parse
+from cudnn_flex_compile.scoremod.ir import Program
 
 log = logging.getLogger("cudnn_flex_compile")
 
@@ -47,12 +47,12 @@ def remember_reference(problem: Problem, reference: Reference) -> None:
     engine.references.put(_reference_key(problem), reference)
 
 
-def _reference_key(problem: Problem) -> tuple[str, tuple[int, ...]]:
+def _reference_key(problem: Problem) -> tuple[Program, tuple[int, ...]]:
     return problem.program, (*problem.query.shape[:3], problem.key.shape[2])
 
 
 def _reference(problem: Problem) -> Reference:
-    return engine.references.get(_reference_key(problem)) or ProgramReference(parse(problem.program))
+    return engine.references.get(_reference_key(problem)) or ProgramReference(problem.program)
 
 
 def find_plan(
@@ -121,8 +121,7 @@ def _build(call: Key) -> CachedPlan | Reason:
 
 def _make(call: Key) -> CachedPlan | Reason:
     problem = problem_of(call)
-    program = parse(problem.program)
-    reason = unusable_device(problem.device) or refused(problem, program)
+    reason = unusable_device(problem.device) or refused(problem, problem.program)
     if reason is not None:
         return reason
     forward = None

@@ -11,6 +11,7 @@ import torch
 
 from cudnn_flex_compile.config import Policy, policy_from
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem, TensorSpec, dense_like, out_spec, usable
+from cudnn_flex_compile.scoremod.text import parse
 
 Key = tuple[Any, ...]
 
@@ -86,7 +87,7 @@ def problem_of(key: Key) -> Problem:
     gradients = tuple(dense_like(spec) for spec in given)
     grad = TensorSpec(out.shape, tuple(call.grad_stride), out.dtype) if call.direction == BACKWARD else None
     return Problem(
-        program=call.program,
+        program=parse(call.program),
         direction=call.direction,
         query=read[0],
         key=read[1],

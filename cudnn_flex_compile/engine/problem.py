@@ -12,7 +12,9 @@ import torch
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from cudnn_flex_compile.engine.launch.memory import Layout
-from cudnn_flex_compile.scoremod.learned import position_in
+from cudnn_flex_compile.scoremod.ir import Program
+from cudnn_flex_compile.scoremod.learned import position
+from cudnn_flex_compile.scoremod.text import text
 
 FORWARD, BACKWARD = "forward", "backward"
 
@@ -45,7 +47,7 @@ class Problem:
     """One attention call, forward or backward.
 
     Attributes:
-        program: canonical text (scoremod/text.py).
+        program: the score and the mask (scoremod/ir.py).
         direction: FORWARD or BACKWARD.
         query: [B, Hq, Sq, Dqk]; key: [B, Hkv, Skv, Dqk]; value: [B, Hkv, Skv, Dv]; last stride 1.
         out: [B, Hq, Sq, Dv]; the gradient of the output has this layout too, unless `grad` says otherwise.
@@ -62,7 +64,7 @@ class Problem:
         replay: whether the plan's launches may be replayed as CUDA graphs (engine/launch/replay.py).
     """
 
-    program: str
+    program: Program
     direction: str
     query: TensorSpec
     key: TensorSpec
@@ -102,7 +104,8 @@ class Problem:
 def problem_text(problem: Problem) -> str:
     """A problem without the index of its device and the way of its launch: one field a line, the program last."""
     names = [f.name for f in fields(problem) if f.name not in ("device", "program", "replay")]
-    return "\n".join([*(f"{name} {_text(getattr(problem, name))}" for name in names), f"program {problem.program}"])
+    lines = [f"{name} {_text(getattr(problem, name))}" for name in names]
+    return "\n".join([*lines, f"program {text(problem.program)}"])
 
 
 def _text(value: object) -> str:
@@ -162,7 +165,7 @@ def output_specs(problem: Problem) -> tuple[TensorSpec, ...]:
     if problem.direction == FORWARD:
         return problem.out, stats_spec(problem)
     found = problem.gradients or tuple(dense_like(s) for s in (problem.query, problem.key, problem.value))
-    bias = position_in(problem.program)
+    bias = position(problem.program)
     if bias is None:
         return found
     return *found, dense(TensorSpec(problem.operands[bias].shape, (), problem.query.dtype))

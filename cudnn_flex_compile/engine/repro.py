@@ -9,13 +9,13 @@ import hashlib
 import logging
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from cudnn_flex_compile.engine.certify.reference import ProgramReference, Reference
 from cudnn_flex_compile.engine.problem import BACKWARD, Problem
 from cudnn_flex_compile.reasons import Reason
-from cudnn_flex_compile.scoremod.text import parse
+from cudnn_flex_compile.scoremod.text import text
 
 log = logging.getLogger("cudnn_flex_compile")
 _warned: set[tuple[str, str, tuple[int, ...]]] = set()
@@ -36,6 +36,7 @@ import torch  # noqa: F401  (the layouts below name its dtypes)
 
 from cudnn_flex_compile.engine.problem import Problem, TensorSpec
 from cudnn_flex_compile.engine.repro import rerun
+from cudnn_flex_compile.scoremod.text import parse
 
 PROBLEM = {problem}
 
@@ -54,7 +55,7 @@ class Rejection:
 
 def warned(program: str) -> bool:
     """Whether the user has been told that certification rejected a plan of this program."""
-    return any(text == program for text, _, _ in _warned)
+    return any(warned_of == program for warned_of, _, _ in _warned)
 
 
 def warn_of(
@@ -65,7 +66,7 @@ def warn_of(
     """
     if not rejected:
         return
-    first, key = rejected[0], (problem.program, problem.direction, (*problem.query.shape, *problem.key.shape))
+    first, key = rejected[0], (text(problem.program), problem.direction, (*problem.query.shape, *problem.key.shape))
     if used == first.strategy or key in _warned:
         log.info("cudnn_flex: certification rejected a plan, which is not used: %s", first.verdict.detail)
         return
@@ -90,9 +91,16 @@ def script(rejection: Rejection, problem: Problem, source: str) -> str:
         verdict=str(rejection.verdict).replace('"""', "'''").replace("\\", "/"),
         source=source.replace('"""', "'''").replace("\\", "/"),
         versions=_versions(),
-        problem=repr(problem),
+        problem=_source(problem),
         attempt=rejection.attempt,
     )
+
+
+def _source(problem: Problem) -> str:
+    """The expression that makes the problem, in a script that imports what it names."""
+    values = {f.name: repr(getattr(problem, f.name)) for f in fields(problem)}
+    values["program"] = f"parse({text(problem.program)!r})"
+    return f"Problem({', '.join(f'{name}={value}' for name, value in values.items())})"
 
 
 def _versions() -> str:
@@ -127,7 +135,7 @@ def _wrong(problem: Problem, attempt: int) -> str | None:
     from cudnn_flex_compile.engine.candidates import attempts
     from cudnn_flex_compile.engine.certify.certify import certify
 
-    reference = ProgramReference(parse(problem.program))
+    reference = ProgramReference(problem.program)
     plan = attempts(problem)[attempt]()
     if isinstance(plan, Reason):
         return f"not built: {plan}"

@@ -22,7 +22,6 @@ from cudnn_flex_compile.engine.certify.samples import SEED
 from cudnn_flex_compile.engine.launch import timing
 from cudnn_flex_compile.engine.problem import Problem
 from cudnn_flex_compile.kernels.inductor import mods_of, score_mod_of
-from cudnn_flex_compile.scoremod.text import parse
 
 log = logging.getLogger("cudnn_flex_compile")
 PATIENCE = 300.0  # seconds that a process may take
@@ -64,7 +63,7 @@ def contenders(contest: Contest, device: torch.device) -> list[Callable[[], Any]
     """Functions that run the forward, and in training the backward, on made-up data."""
     problem = contest.problem
     generator = torch.Generator(device).manual_seed(SEED)
-    tensors, program = drawn(problem, generator), parse(problem.program)
+    tensors, program = drawn(problem, generator), problem.program
     sample = ProgramReference(program).sample(problem, generator)
     captured = (program, sample.operands, sample.ints, [float(f) for f in sample.floats])
     if contest.blocks:

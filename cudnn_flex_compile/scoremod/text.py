@@ -7,6 +7,8 @@ numbered in the order of `ir.walk`, which depends on structure alone.
     cudnn_flex 12; 0 f32 score; 1 f32 const 0x1.4000000000000p+4; 2 f32 div 0 1; 3 bool const true; score 2; mask 3
 """
 
+import copyreg
+import functools
 from itertools import zip_longest
 
 from cudnn_flex_compile.scoremod import ir
@@ -67,6 +69,7 @@ def _node(dtype: str, kind: str, rest: list[str], nodes: list[Expr]) -> Expr:
     return ir.intern(kind, dtype, args)
 
 
+@functools.lru_cache(1024)
 def parse(source: str) -> Program:
     """The program whose canonical text is `source`; ValueError says which item is wrong."""
     header, *lines = source.split(SEPARATOR)
@@ -96,6 +99,10 @@ def parse(source: str) -> Program:
         if given != canonical:  # a second spelling would be a second key for the same computation
             raise ValueError(f"bad program item {given!r}: expected {canonical!r}")
     return program
+
+
+# A program in another process, or a copy of one, is made of its text: expressions stay interned.
+copyreg.pickle(Program, lambda program: (parse, (text(program),)))  # pyright: ignore[reportUnknownMemberType]
 
 
 def infix(root: Expr) -> str:

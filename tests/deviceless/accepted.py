@@ -17,7 +17,6 @@ from cudnn_flex_compile.scoremod.optable import TABLE
 from cudnn_flex_compile.scoremod.partition import Hoisted, partition
 from cudnn_flex_compile.scoremod.ranges import narrow
 from cudnn_flex_compile.scoremod.simplify import normalize
-from cudnn_flex_compile.scoremod.text import text
 from cudnn_flex_compile.scoremod.trace import trace
 
 from .harness import SMS, judge
@@ -67,7 +66,7 @@ def problem(program, direction, operands=(), lengths=LENGTHS, dtype=torch.bfloat
         return TensorSpec((BATCH, heads, length, head_dim), stride, dtype)
 
     query, key = spec(HEADS, lengths[0]), spec(KV_HEADS, lengths[1])
-    forward = Problem(text(program), FORWARD, query, key, key, out_spec(query, key), operands, 0.125, 0)
+    forward = Problem(program, FORWARD, query, key, key, out_spec(query, key), operands, 0.125, 0)
     return forward if direction == FORWARD else forward.backward()
 
 

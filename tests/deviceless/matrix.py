@@ -27,7 +27,6 @@ from cudnn_flex_compile.engine.versions import cudnn_version
 from cudnn_flex_compile.passes import lower_call, lower_graph
 from cudnn_flex_compile.passes.decide import candidate
 from cudnn_flex_compile.reasons import Code, Reason
-from cudnn_flex_compile.scoremod.text import parse
 from tests.deviceless.accepted import verdict
 from tests.deviceless.harness import SMS, load_libraries
 from tests.support.docs_tables import show
@@ -118,7 +117,7 @@ def cell(name: str, sm: int, direction: str) -> Cell:
 
 def judged(asked: Problem, sm: int) -> Cell:
     """The cell of a problem."""
-    reason = refused(asked, parse(asked.program))
+    reason = refused(asked, asked.program)
     if reason is not None:
         return Cell(reason.code.name, False)
 
@@ -129,7 +128,7 @@ def judged(asked: Problem, sm: int) -> Cell:
         return Accepted(lowering.strategy, output_specs(given))
 
     with mock.patch.object(graph_plan, "build", build), mock.patch.object(choose, "certified", return_value=None):
-        found = choose.choose(asked, None, ProgramReference(parse(asked.program)), Policy())
+        found = choose.choose(asked, None, ProgramReference(asked.program), Policy())
     return Cell(_short(found), False) if isinstance(found, Reason) else Cell(found.strategy, True)
 
 

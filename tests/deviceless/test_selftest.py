@@ -4,7 +4,6 @@ import pytest
 
 from cudnn_flex_compile.engine.key import problem_of
 from cudnn_flex_compile.engine.selftest import PROGRAMS, call_of
-from cudnn_flex_compile.scoremod.text import parse
 from tests.deviceless.accepted import lowerings, verdict
 
 
@@ -12,5 +11,5 @@ from tests.deviceless.accepted import lowerings, verdict
 def test_accepted(program):
     forward = problem_of(call_of(program, 0))
     for problem in (forward, forward.backward()):
-        refusals = [verdict(problem, lowering) for lowering in lowerings(parse(problem.program))]
+        refusals = [verdict(problem, lowering) for lowering in lowerings(problem.program)]
         assert None in refusals, f"{problem.direction}: {refusals}"

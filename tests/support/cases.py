@@ -133,7 +133,7 @@ class Case:
             TensorSpec((batch, heads, n, 64), (heads * n * 64, n * 64, 64, 1), torch.bfloat16) for n in lengths
         )
         operands = tuple(TensorSpec.of(t) for t in self.prepared[1])
-        forward = Problem(text(program), FORWARD, query, key, key, out_spec(query, key), operands, 0.125, 0)
+        forward = Problem(program, FORWARD, query, key, key, out_spec(query, key), operands, 0.125, 0)
         return forward.backward(lse_gradient) if training else forward
 
     def lowerings(self, training: bool, lse_gradient: bool = False) -> Iterator[tuple[str, Problem, Lowering]]:

@@ -20,9 +20,8 @@ from cudnn_flex_compile.engine.problem import BACKWARD, Problem, TensorSpec
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.interpret import environment, evaluate, in_range
 from cudnn_flex_compile.scoremod.ir import Program
-from cudnn_flex_compile.scoremod.learned import position_in
+from cudnn_flex_compile.scoremod.learned import position
 from cudnn_flex_compile.scoremod.masks.form import split
-from cudnn_flex_compile.scoremod.text import parse
 
 # The relative error of a sum of a few terms, where float16 may round an intermediate result.
 CHANGE_ERROR = {torch.float64: 2.0**-16, torch.float32: 2.0**-16, torch.float16: 2.0**-8, torch.bfloat16: 2.0**-5}
@@ -192,7 +191,7 @@ class SubgraphReference:
     source: str = ""
 
     def sample(self, problem: Problem, generator: torch.Generator, extremes: bool = False) -> Sample:
-        infinite = only_added(parse(problem.program))
+        infinite = only_added(problem.program)
         values = [self._draw(c, generator, extremes, infinite) for c in self.captured]
         sizes = (*problem.lse_shape, problem.lengths[1])
         joint = self.joint if problem.direction == BACKWARD else None
@@ -244,7 +243,7 @@ class SubgraphReference:
                 given[i] = torch_private.make_dual(values[i], direction, level=level)
             duals, order = self.operands(given, sizes, device)
             found = [fwAD.unpack_dual(dual) for dual in duals]
-        learned = position_in(problem.program)
+        learned = position(problem.program)
         error = max(CHANGE_ERROR[direction.dtype] for direction in directions)
         change = Change(None if learned is None else found[learned].tangent, error)
         return [dual.primal for dual in found], order, change

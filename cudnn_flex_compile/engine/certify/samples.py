@@ -14,7 +14,7 @@ import torch
 from cudnn_flex_compile.engine.certify.reference import Sample
 from cudnn_flex_compile.engine.problem import Problem
 from cudnn_flex_compile.scoremod import ir
-from cudnn_flex_compile.scoremod.text import parse
+from cudnn_flex_compile.scoremod.ir import Program
 
 SEED = 20240817
 TILE = 128
@@ -82,12 +82,12 @@ def _candidates(usual: list[int], length: int, other: int) -> list[int]:
 
 
 @functools.cache
-def _constants(program: str, lengths: tuple[int, int]) -> tuple[int, ...]:
+def _constants(program: Program, lengths: tuple[int, int]) -> tuple[int, ...]:
     """Positions on either axis to which the mask's constants may move a bound: beside each constant, and beside its
     distance to the ends.
     """
     found: set[int] = set()
-    for node in ir.walk(parse(program).mask):
+    for node in ir.walk(program.mask):
         if node.kind == "const" and node.dtype == ir.I32:
             size = abs(int(node.value or 0))
             found |= {size, size - 1, size + 1, TILE - size % TILE}

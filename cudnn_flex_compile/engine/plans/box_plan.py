@@ -22,7 +22,6 @@ from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import Program
 from cudnn_flex_compile.scoremod.masks.boxes import Box, boxes, in_boxes, pruned, unshifted
 from cudnn_flex_compile.scoremod.masks.form import MaskForm, split
-from cudnn_flex_compile.scoremod.text import parse, text
 
 # The cost of a further plan for each query row, in pairs: launches, merging, and reading and writing of the row. It was
 # measured with 10 keys (cudnn-flex bench --mods "sink tokens + small window" --mode reduce-overhead --lower always).
@@ -186,7 +185,7 @@ class BoxPlan(Plan):
 
 def _divided(problem: Problem) -> tuple[Program, list[Box]]:
     """The program without bounds that hide nothing at these lengths, and its boxes; none where one plan is as fast."""
-    program = pruned(parse(problem.program), problem.lengths)
+    program = pruned(problem.program, problem.lengths)
     return program, divided(program, problem.lengths, problem.direction) or []
 
 
@@ -241,7 +240,7 @@ def _cut(
     rows, columns = box.bottom - box.top, box.right - box.left
     near = {name: _resized(getattr(problem, name), rows) for name in ("query", "out")}
     far = {name: _resized(getattr(problem, name), columns) for name in ("key", "value")}
-    common: dict[str, Any] = {**near, **far, "program": text(local), "stats": True}
+    common: dict[str, Any] = {**near, **far, "program": local, "stats": True}
     if problem.direction == FORWARD:
         out = near["out"] if rows_own else dense(near["out"])
         return replace(problem, **{**common, "out": out})

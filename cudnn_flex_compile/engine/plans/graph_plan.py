@@ -27,7 +27,6 @@ from cudnn_flex_compile.phases import phase
 from cudnn_flex_compile.reasons import Code, Reason, most_telling
 from cudnn_flex_compile.scoremod.ir import Program
 from cudnn_flex_compile.scoremod.masks.boxes import pruned
-from cudnn_flex_compile.scoremod.text import parse
 
 PYTHON_ENGINES = 20_000  # the first id of an engine of the frontend's own (cudnn.engines.engine_ids)
 EXPECTED = (cudnn.cudnnGraphNotSupportedError, RuntimeError, ValueError)  # errors for a graph that is not supported
@@ -74,7 +73,7 @@ class GraphPlan(AddressPlan):
     def attempts(cls, problem: Problem, every: Callable[[Problem], list[Attempt]]) -> list[Attempt]:
         if problem.tiled:
             return []
-        program = pruned(parse(problem.program), problem.lengths)
+        program = pruned(problem.program, problem.lengths)
         return [
             Attempt(functools.partial(_build_variant, variant, program, problem), variant.last_resort, variant.written)
             for variant in variants(program, problem)

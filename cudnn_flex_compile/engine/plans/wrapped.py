@@ -11,7 +11,6 @@ from cudnn_flex_compile.engine.plans.plan import Attempt, Plan, Record
 from cudnn_flex_compile.engine.problem import Problem
 from cudnn_flex_compile.engine.support import refused
 from cudnn_flex_compile.reasons import Reason
-from cudnn_flex_compile.scoremod.text import parse
 
 
 class WrappedPlan(Plan):
@@ -38,7 +37,7 @@ class WrappedPlan(Plan):
         if problem.tiled or not problem.lse_gradient or not cls.takes(problem):
             return []
         plain = cls.inner_problem(problem)
-        if refused(plain, parse(plain.program)) is not None:
+        if refused(plain, plain.program) is not None:
             return []
         return [
             Attempt(functools.partial(cls._around, problem, inner), inner.last_resort, cls._variant(inner))

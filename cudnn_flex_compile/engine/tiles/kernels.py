@@ -18,7 +18,6 @@ from cudnn_flex_compile.engine.tiles.layout import Layout
 from cudnn_flex_compile.engine.tiles.tile_list import Arguments, Geometry
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.masks.intervals import NARROW
-from cudnn_flex_compile.scoremod.text import parse
 
 # The memory of the backward that must be zero: sums over heads that share keys, and the deterministic one's semaphores.
 ZEROS = ("dk_accum", "dv_accum", "dq_semaphore", "dk_semaphore", "dv_semaphore")
@@ -26,7 +25,7 @@ ZEROS = ("dk_accum", "dv_accum", "dq_semaphore", "dk_semaphore", "dv_semaphore")
 
 def geometry_of(problem: Problem, training: bool) -> Geometry:
     batch, heads, rows, dim = problem.query.shape
-    by_head = problem.tiled > 1 or "h" in ir.axes_of(parse(problem.program).mask)
+    by_head = problem.tiled > 1 or "h" in ir.axes_of(problem.program.mask)
     return Geometry(
         batch=batch, heads=heads, kv_heads=problem.key.shape[1], rows=rows, columns=problem.key.shape[2], dim=dim,
         value_dim=problem.value.shape[3], mask_heads=heads if by_head else 1, training=training,

@@ -28,7 +28,6 @@ from cudnn_flex_compile.phases import phase
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod.interpret import visible_rows
 from cudnn_flex_compile.scoremod.masks.intervals import every_endpoint, most_endpoints
-from cudnn_flex_compile.scoremod.text import parse
 
 # The deterministic backward waits on semaphores, in the order of the list: with one that does not fit it would never
 # end, and no check can say so. It was seen right at this head dim.
@@ -82,7 +81,7 @@ class TilePlan(Plan):
         """Compiles the kernels on the current device, which must be the problem's. Raises the frontend's errors."""
         super().__init__(problem, NAME)
         forward = self._forward = problem.direction == FORWARD
-        self._mask = parse(problem.program).mask
+        self._mask = problem.program.mask
         self._listed: TileList | None = None  # where all runs have one mask
         self._tiler = tiler_of(geometry_of(problem, training=not forward), problem.device)
         self._kernels = Forward(problem) if forward else Backward(problem)

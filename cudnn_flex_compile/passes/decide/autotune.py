@@ -30,7 +30,6 @@ from cudnn_flex_compile.passes.decide.candidate import Candidate, backward_call,
 from cudnn_flex_compile.passes.read.call import example, hint
 from cudnn_flex_compile.phases import phase
 from cudnn_flex_compile.reasons import Code, Reason
-from cudnn_flex_compile.scoremod.text import parse
 
 # The host's time for a forward and a backward, in milliseconds. (python3 -m tests.measure.host_time)
 HOST = (0.032, 0.043)
@@ -100,7 +99,7 @@ def _compared(key: str, found: list[CachedPlan], contest: Contest) -> Times | No
 
 
 def _ours(found: list[CachedPlan]) -> tuple[float, ...]:
-    reference = ProgramReference(parse(found[0].plan.problem.program))
+    reference = ProgramReference(found[0].plan.problem.program)
     return tuple(timing.milliseconds([run_of(ready.plan, found[0].plan, reference) for ready in found]))
 
 

@@ -20,7 +20,6 @@ from cudnn_flex_compile.scoremod.ir import F32, I32, Program
 from cudnn_flex_compile.scoremod.learned import with_bias
 from cudnn_flex_compile.scoremod.masks.linear import KV, Q
 from cudnn_flex_compile.scoremod.optable import make
-from cudnn_flex_compile.scoremod.text import parse, text
 
 BATCH, HEADS, LENGTH = 2, 4, 256
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -34,7 +33,7 @@ FULL_BIAS = ir.SCORE + ir.operand(0, F32, "bhqk")
 def problem(program: Program, direction: str, *operands: tuple[int, ...], dtype: torch.dtype = BF16) -> Problem:
     query = dense(TensorSpec((BATCH, HEADS, LENGTH, 64), (), dtype))
     given = tuple(dense(TensorSpec(shape, (), torch.float32)) for shape in operands)
-    forward = Problem(text(program), FORWARD, query, query, query, out_spec(query, query), given, 0.125, 0)
+    forward = Problem(program, FORWARD, query, query, query, out_spec(query, query), given, 0.125, 0)
     return forward if direction == FORWARD else forward.backward(direction == WITH_LSE)
 
 
@@ -47,7 +46,7 @@ def wide(*strategies: str) -> list[str]:
 
 
 def chosen(given: Problem):
-    return choose(given, None, ProgramReference(parse(given.program)), Policy())
+    return choose(given, None, ProgramReference(given.program), Policy())
 
 
 @pytest.fixture

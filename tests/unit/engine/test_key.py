@@ -8,6 +8,8 @@ import torch
 
 from cudnn_flex_compile.engine.key import Meta, backward_key, by_list, forward_key, forward_of, problem_of
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, TensorSpec
+from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod.text import text
 
 CUDA = torch.device("cuda", 0)
 
@@ -21,11 +23,12 @@ def tensor(*shape: int, order: str = "bhsd", dtype: torch.dtype = torch.bfloat16
 
 
 BASE = {
-    "program": "a program", "query": tensor(2, 4, 16, 64), "key": tensor(2, 2, 24, 64), "value": tensor(2, 2, 24, 32),
+    "program": text(ir.program()),
+    "query": tensor(2, 4, 16, 64), "key": tensor(2, 2, 24, 64), "value": tensor(2, 2, 24, 32),
     "operands": (tensor(1, 4, 1, 1, dtype=torch.float32),), "scale": 0.125, "stats": True,
 }  # fmt: skip
 CHANGES = [
-    {"program": "another program"},
+    {"program": text(ir.program(ir.SCORE * 2.0))},
     {"query": tensor(3, 4, 16, 64)}, {"query": tensor(2, 4, 16, 64, order="bshd")},
     {"query": tensor(2, 4, 16, 64, dtype=torch.float16)},
     {"query": tensor(2, 4, 16, 64, device=torch.device("cuda", 1))},
@@ -105,7 +108,7 @@ def test_a_call_by_a_list_differs_in_that_alone() -> None:
 
 def test_the_problem_is_the_call() -> None:
     problem = problem_of(key())
-    assert problem.program == BASE["program"]
+    assert problem.program is ir.program()
     assert problem.direction == FORWARD
     assert (problem.query.shape, problem.key.shape, problem.value.shape) == (
         (2, 4, 16, 64),

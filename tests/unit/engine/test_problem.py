@@ -1,7 +1,9 @@
 """Problems: the layout of the output is flex_attention's own, and what cuDNN cannot read is made dense."""
 
+import copy
 import importlib
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from cudnn_flex_compile.engine.problem import (
     strides_like,
     usable,
 )
+from cudnn_flex_compile.scoremod import ir
 
 flex = importlib.import_module("torch._higher_order_ops.flex_attention")
 
@@ -124,7 +127,7 @@ def problem() -> Problem:
         for s, t in (((2, 4, 9, 64), (2304, 64, 256, 1)), ((2, 2, 7, 32), (448, 224, 32, 1)))
     )
     key = TensorSpec((2, 2, 7, 64), (896, 448, 64, 1), torch.bfloat16)
-    return Problem("text", FORWARD, query, key, value, out_spec(query, value), (), 0.125, 0, stats=False)
+    return Problem(ir.program(), FORWARD, query, key, value, out_spec(query, value), (), 0.125, 0, stats=False)
 
 
 def test_forward_and_backward_belong_together() -> None:
@@ -143,7 +146,8 @@ def test_problems_that_differ_are_unequal() -> None:
     base = _fields(problem())
     other = TensorSpec((2, 4, 9, 64), (2304, 576, 64, 1), torch.bfloat16)
     changes = {
-        "program": "other", "direction": BACKWARD, "query": other, "key": other, "value": other, "out": other,
+        "program": ir.program(ir.SCORE * 2.0),
+        "direction": BACKWARD, "query": other, "key": other, "value": other, "out": other,
         "operands": (other,),
         "scale": 0.25, "device": 1, "stats": True, "grad": other, "deterministic": True,
         "gradients": (other, other, other), "lse_gradient": True, "tiled": True, "replay": False,
@@ -153,3 +157,7 @@ def test_problems_that_differ_are_unequal() -> None:
     assert len(set(made)) == len(made)
     assert all(a != b for a, b in itertools.combinations(made, 2))
     assert hash(Problem(**base)) == hash(made[0])
+
+
+def test_problems_that_another_process_gets_are_equal() -> None:
+    assert pickle.loads(pickle.dumps(problem())) == copy.deepcopy(problem()) == problem()

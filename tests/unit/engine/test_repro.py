@@ -11,6 +11,7 @@ from cudnn_flex_compile.engine.certify.reference import ProgramReference
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem
 from cudnn_flex_compile.kernels import cuda
 from cudnn_flex_compile.reasons import Code, Reason
+from cudnn_flex_compile.scoremod.text import text
 from tests.unit.engine.certify.test_certify import PROGRAM, WRONG, StandIn, problem
 
 PROBLEM = problem(PROGRAM, FORWARD)
@@ -124,7 +125,7 @@ def test_the_script_says_whether_the_plan_is_wrong(direction, monkeypatch, tmp_p
 def test_the_kernel_does_not_repeat_it(monkeypatch, caplog):
     monkeypatch.setattr(cuda, "_warned", set())
     found = tried(monkeypatch, ("chained", True))
-    cuda._explain(PROBLEM.program, found)
+    cuda._explain(text(PROBLEM.program), found)
     assert len(warnings(caplog)) == 1
     cuda._explain("another program", found)
     assert len(warnings(caplog)) == 2

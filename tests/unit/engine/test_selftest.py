@@ -12,7 +12,6 @@ from cudnn_flex_compile.engine.plans.variants import _needs_guard
 from cudnn_flex_compile.engine.problem import BACKWARD
 from cudnn_flex_compile.engine.support import refused
 from cudnn_flex_compile.reasons import Code, Reason
-from cudnn_flex_compile.scoremod.text import parse
 
 PROBLEMS = {program.name: problem_of(selftest.call_of(program, 0)) for program in selftest.PROGRAMS}
 
@@ -20,13 +19,13 @@ PROBLEMS = {program.name: problem_of(selftest.call_of(program, 0)) for program i
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_a_strategy_takes_it(name):
     problem = PROBLEMS[name].backward()
-    program = parse(problem.program)
+    program = problem.program
     assert refused(problem, program) is None
     assert any(not isinstance(s.lower(program, True), Reason) for s in STRATEGIES)
 
 
 def test_every_strategy_and_form_of_plan_takes_part():
-    programs = {name: (parse(p.program), p.backward()) for name, p in PROBLEMS.items()}
+    programs = {name: (p.program, p.backward()) for name, p in PROBLEMS.items()}
     first = {
         name: next(s.name for s in STRATEGIES if not isinstance(s.lower(program, True), Reason))
         for name, (program, _) in programs.items()

@@ -129,7 +129,7 @@ class HostPlan:
         inputs = [p.query, p.key, p.value, *([] if p.direction == FORWARD else [p.out, stats, p.grad])]
         tensors = [memory(*of) for of in zip(addresses, (*inputs, *self.outputs), strict=p.stats)]
         operands = [memory(t.data_ptr(), spec) for t, spec in zip(operands, p.operands, strict=True)]
-        rest = (operands, ints, floats, p.program, p.scale)
+        rest = (operands, ints, floats, text(p.program), p.scale)
         if p.direction == FORWARD:
             cpu.forward(*tensors[:3], *rest, tensors[3], tensors[4].squeeze(-1))
             return

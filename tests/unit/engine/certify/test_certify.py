@@ -34,7 +34,7 @@ def spec(heads, length, dtype=torch.bfloat16, dim=16):
 
 def problem(program, direction, operands=(), lengths=(70, 90), dtype=torch.bfloat16):
     query, key = spec(4, lengths[0], dtype), spec(2, lengths[1], dtype)
-    return Problem(text(program), direction, query, key, key, out_spec(query, key), operands, 0.25, 0)
+    return Problem(program, direction, query, key, key, out_spec(query, key), operands, 0.25, 0)
 
 
 class StandIn:
@@ -44,7 +44,7 @@ class StandIn:
 
     def __init__(self, problem, program=None, spoil=lambda tensors: None):
         self.problem, self.spoil = problem, spoil
-        self.program = text(program) if program is not None else problem.program
+        self.program = text(problem.program if program is None else program)
         self.outputs = (problem.query, problem.key, problem.value)
 
     def on_harder_mask(self):

@@ -21,7 +21,6 @@ from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem, Tensor
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import F32
 from cudnn_flex_compile.scoremod.learned import with_bias
-from cudnn_flex_compile.scoremod.text import text
 from tests.unit.engine.certify.test_certify import CAUSAL, KV, PROGRAM, Q, StandIn, joint
 
 pytestmark = pytest.mark.any_torch
@@ -41,7 +40,7 @@ def standard(program=PROGRAM, operands=(), batch=2, heads=8, kv_heads=2, length=
         TensorSpec((batch, n, length, dim), (length * n * dim, dim, n * dim, 1), torch.bfloat16)
         for n in (heads, kv_heads)
     )
-    return Problem(text(program), FORWARD, query, key, key, out_spec(query, key), operands, dim**-0.5, 0)
+    return Problem(program, FORWARD, query, key, key, out_spec(query, key), operands, dim**-0.5, 0)
 
 
 class Uncounted(StandIn):

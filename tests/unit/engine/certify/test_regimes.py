@@ -19,7 +19,6 @@ from cudnn_flex_compile.scoremod.ir import F32, I32, SCORE
 from cudnn_flex_compile.scoremod.masks.form import hides
 from cudnn_flex_compile.scoremod.masks.linear import KV, Q
 from cudnn_flex_compile.scoremod.optable import make
-from cudnn_flex_compile.scoremod.text import text
 from tests.support.flash import FlashStandIn
 from tests.unit.engine.certify.test_certify import StandIn, problem
 
@@ -171,7 +170,7 @@ def test_places_by_bounds_and_by_what_is_visible():
     mask = make("and", make("ge", Q + ir.const(-300, I32), KV), make("ge", ir.const(777, I32), KV))
     program = ir.program(mask=mask)
     spec = TensorSpec((2, 4, 1000, 16), (64000, 16000, 16, 1), torch.bfloat16)
-    found = Problem(text(program), FORWARD, spec, spec, spec, out_spec(spec, spec), (), 0.25, 0)
+    found = Problem(program, FORWARD, spec, spec, spec, out_spec(spec, spec), (), 0.25, 0)
     sample = ProgramReference(program).sample(found, torch.Generator().manual_seed(0))
     where = sample_plan(found, sample, torch.device("cpu"))
     rows, columns = set(where.rows.tolist()), set(where.columns.tolist())

@@ -32,7 +32,6 @@ from cudnn_flex_compile.scoremod.masks.intervals import VIEWS
 from cudnn_flex_compile.scoremod.masks.linear import KV, Q
 from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.partition import partition
-from cudnn_flex_compile.scoremod.text import parse, text
 from tests.support.mask_sources import normal
 
 BATCH, HEADS, KV_HEADS, DIM, VALUE_DIM, SCALE = 2, 4, 2, 8, 16, 0.25
@@ -89,7 +88,7 @@ class StandIn:
     strategy = "stand-in"
 
     def __init__(self, program, problem):
-        assert parse(problem.program) is program
+        assert problem.program is program
         self.program, self.problem, self.outputs, self.runs = program, problem, output_specs(problem), 0
 
     def run_at(self, addresses, operands, ints, floats):
@@ -136,7 +135,7 @@ def problem_of(program, direction, layout, heads=HEADS):
         for of in ((heads, LENGTHS[0], DIM), (KV_HEADS, LENGTHS[1], DIM), (KV_HEADS, LENGTHS[1], VALUE_DIM))
     )
     operands = (TensorSpec.of(OPERANDS[0]),)
-    forward = Problem(text(program), FORWARD, query, key, value, out_spec(query, value), operands, SCALE, 0)
+    forward = Problem(program, FORWARD, query, key, value, out_spec(query, value), operands, SCALE, 0)
     return forward if direction == FORWARD else forward.backward()
 
 

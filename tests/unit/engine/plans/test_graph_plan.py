@@ -23,7 +23,6 @@ from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import F32, I32
 from cudnn_flex_compile.scoremod.masks.linear import KV, Q
 from cudnn_flex_compile.scoremod.optable import make
-from cudnn_flex_compile.scoremod.text import text
 
 STEPS = ("validate", "build_operation_graph", "create_execution_plans", "check_support", "build_plans")
 ROWS = ("minus_lse", "grad_lse")
@@ -63,7 +62,7 @@ def problem_of(program, direction):
     query = dense(TensorSpec((2, 4, 128, 64), (), torch.bfloat16))
     lengths, heads = ((2, 1, 1, 1), (1,) * 4, torch.int32), ((1, 4, 1, 1), (4, 1, 1, 1), torch.float32)
     operands = (TensorSpec(*lengths), TensorSpec(*heads))
-    forward = Problem(text(program), FORWARD, query, query, query, out_spec(query, query), operands, 0.125, 0)
+    forward = Problem(program, FORWARD, query, query, query, out_spec(query, query), operands, 0.125, 0)
     return forward if direction == FORWARD else forward.backward(direction == WITH_LSE)
 
 

@@ -113,7 +113,7 @@ def without(lost):
 @pytest.mark.parametrize("backward", [False, True])
 def test_right_lists_pass_and_wrong_ones_do_not(backward):
     problem = causal_problem()
-    reference = ProgramReference(parse(problem.program))
+    reference = ProgramReference(problem.program)
     asked, forward = (problem.backward() if backward else problem), ByList(problem)
     plan = ByList(asked)
     assert certified(plan, forward if backward else plan, reference, Policy()) is None
@@ -124,6 +124,6 @@ def test_right_lists_pass_and_wrong_ones_do_not(backward):
 
 def test_a_graph_beside_a_list_has_no_such_mask():
     problem = causal_problem()
-    reference = ProgramReference(parse(problem.program))
+    reference = ProgramReference(problem.program)
     for plan, forward in ((ByList, Graph), (Graph, ByList)):
         assert certified(plan(problem.backward()), forward(problem), reference, Policy()) is None

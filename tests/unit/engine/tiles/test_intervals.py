@@ -53,7 +53,7 @@ def problem_of(source):
     operands = tuple(dense(TensorSpec(s, (), part.stored)) for s, part in zip(shapes, hoisted, strict=True))
     query, key = (dense(TensorSpec((BATCH, heads, LENGTH, DIM), (), torch.bfloat16)) for heads in (HEADS, 2))
     rest = (query, key, key, out_spec(query, key), operands, 0.25, 0)
-    return Problem(text(program), FORWARD, *rest, tiled=True), program
+    return Problem(program, FORWARD, *rest, tiled=True), program
 
 
 @pytest.mark.parametrize("source", MASKS)

@@ -20,10 +20,9 @@ from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.interpret import visible_rows
 from cudnn_flex_compile.scoremod.masks.intervals import every_endpoint
-from cudnn_flex_compile.scoremod.text import parse, text
 
 CPU, STREAM = torch.device("cpu"), 5
-PROGRAM = text(ir.program())
+PROGRAM = ir.program()
 BATCH, HEADS, ROWS, COLUMNS, DIM = 2, 4, 70, 90, 16
 
 
@@ -180,7 +179,7 @@ def test_the_same_kernels_are_certified_on_another_mask(monkeypatch, mask_heads)
     wanted, launched, tables = problem(backward=False), [], []
     made = object.__new__(plan.TilePlan)
     Plan.__init__(made, wanted, "tile_lists")
-    made._forward, made._mask, made._replays, made.device = True, parse(PROGRAM).mask, None, CPU
+    made._forward, made._mask, made._replays, made.device = True, PROGRAM.mask, None, CPU
     made._listed = None
     launch = {"work": SimpleNamespace(size=1), "__call__": lambda self, *given: launched.append(given)}
     made._kernels = type("Kernels", (), launch)()
