@@ -24,7 +24,7 @@ class Code(enum.Enum):
     BIAS_BUDGET = "raise options={'bias_budget_mb': ...}, or write the mask as bounds on q - kv and kv"
     LIST_BUDGET = "raise options={'bias_budget_mb': ...}: the mask has many tiles of which it hides a part"
     CAPTURED_GRADIENT = "only add it to the score, as in `score + table[h, q - kv]`, or detach it"
-    LSE_GRADIENT = "detach the LSE where it takes part in no loss, or try options={'lower': 'always'}"
+    LSE_GRADIENT = "detach the LSE where it takes part in no loss, or, in bfloat16, try options={'lower': 'always'}"
     MAX_SCORES = "ask for the LSE only"
     FORCED_BACKEND = "drop the option that is named, from kernel_options or from the options of the compile"
     DATA_DEPENDENT = "give sizes that are known before the call: pad to a length, and mask what is padding"

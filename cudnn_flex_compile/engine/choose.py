@@ -16,7 +16,6 @@ from cudnn_flex_compile.engine.certify.reference import ProgramReference, Refere
 from cudnn_flex_compile.engine.certify.regimes import REGIMES, drawn
 from cudnn_flex_compile.engine.certify.samples import SEED
 from cudnn_flex_compile.engine.launch import timing
-from cudnn_flex_compile.engine.plans.lse_rows import rows_of
 from cudnn_flex_compile.engine.plans.plan import Plan
 from cudnn_flex_compile.engine.problem import BACKWARD, Problem
 from cudnn_flex_compile.engine.repro import Rejection, warn_of
@@ -119,5 +118,5 @@ def run_of(plan: Plan, forward: Plan, reference: Reference) -> Callable[[], None
         return functools.partial(plan.run, (*inputs, *wanted), *rest)
     forward.run((*inputs, *wanted), *rest)
     gradients = [spec.empty(plan.device) for spec in plan.outputs]
-    rows = rows_of(t.stats, t.grad_lse if problem.lse_gradient else None)
+    rows = [t.grad_lse] if problem.lse_gradient else []
     return functools.partial(plan.run, (*inputs, t.out, t.stats, t.grad, *rows, *gradients), *rest)

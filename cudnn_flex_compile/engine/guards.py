@@ -12,7 +12,7 @@ measured on an H200 with cuDNN 9.19:
   until its weight overflows (slopes[h] * (kv - q), where the score_mod sees 0), makes dV NaN. Scores of -inf have
   weights of 0.
 - Where the gradient reads the score_mod's very result (sigmoid(x), |x|), dV is off by 200x. A select after the result
-  mends it. A gradient of the log-sum-exp reads the result of every score_mod that no mask follows.
+  mends it.
 """
 
 import math
@@ -21,7 +21,7 @@ import torch
 
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.interpret import TORCH_DTYPE, const_tensor, evaluate
-from cudnn_flex_compile.scoremod.ir import F32, GRAD, GRAD_LSE, I32, SCORE, TRUE, Expr, Program
+from cudnn_flex_compile.scoremod.ir import F32, GRAD, I32, SCORE, Expr, Program
 from cudnn_flex_compile.scoremod.learned import with_bias, without_bias
 from cudnn_flex_compile.scoremod.masks.form import as_predicate, split
 from cudnn_flex_compile.scoremod.optable import make
@@ -29,14 +29,6 @@ from cudnn_flex_compile.scoremod.simplify import simplify
 from cudnn_flex_compile.scoremod.switches import on
 
 TILE = 128
-
-
-def ends(lengths: tuple[int, int]) -> Expr:
-    """A predicate: whether a pair is below `lengths` of q and kv. It is true where tiles end at these lengths."""
-    if all(n % TILE == 0 for n in lengths):
-        return TRUE
-    rows, columns = _below(lengths)
-    return make("and", rows, columns)
 
 
 def _below(lengths: tuple[int, int]) -> tuple[Expr, Expr]:
@@ -69,10 +61,9 @@ def needs_guard(program: Program, gradient: Expr, lengths: tuple[int, int]) -> b
         gradient: the gradient of the raw score, in legal forms.
         lengths: the lengths of q and kv.
     """
-    reads_rows, form = ir.depends_on(gradient, GRAD_LSE), split(program.mask)
-    if program.score is SCORE and not reads_rows:
+    if program.score is SCORE:
         return False
-    if form.unmasked and (reads_rows or ir.depends_on(gradient, program.score)) and on("results guarded"):
+    if split(program.mask).unmasked and ir.depends_on(gradient, program.score) and on("results guarded"):
         return True
     if all(n % TILE == 0 for n in lengths) or not on("ends guarded"):
         return False

@@ -89,6 +89,11 @@ def _bias_in_float16(problem: Problem, program: Program) -> str | None:
     return "a captured tensor that requires grad, in another dtype than bfloat16" if learned else None
 
 
+def _lse_in_float16(problem: Problem, program: Program) -> str | None:
+    added = problem.lse_gradient and not problem.tiled and problem.query.dtype != torch.bfloat16
+    return "the LSE takes part in the loss, in another dtype than bfloat16" if added else None
+
+
 def _finite_fill(problem: Problem, program: Program) -> str | None:
     numbers = [float(n.value or 0) for n in ir.walk(program.score) if n.kind == "const" and n.dtype == F32]
     far = [n for n in numbers if FAR_SCORE <= abs(n) < math.inf]
@@ -104,6 +109,9 @@ RULES: tuple[Rule, ...] = (
          "predicate: out off by 70% (tests/gpu/test_learned.py)", measured="one H200 (SM90), cuDNN 9.19"),
     Rule(Code.CAPTURED_GRADIENT, _bias_in_float16, evidence="dBias is float16, too: that of T5's table is off by 2.04 "
          "times what stock's is (S 1000, D 128)", measured="one H200 (SM90), cuDNN 9.19"),
+    Rule(Code.LSE_GRADIENT, _lse_in_float16, evidence="an output that holds the gradient may be too large for float16 "
+         "(engine/plans/folded_output.py); by row vectors or wider values cuDNN took 1.1 to 3.4 times as long as "
+         "Inductor's kernel for plain scores"),
     Rule(Code.FINITE_FILL, _finite_fill, evidence="rows that only see such scores: out is off by 0.24 for "
          "finfo(bfloat16).min, which becomes -inf on the way; at -1e9 a float32 log-sum-exp has lost log n, and the "
          "backward's weights add up to n (tests/compile/test_numbers.py)", of_plans=True),

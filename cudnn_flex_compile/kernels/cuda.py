@@ -15,7 +15,6 @@ from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.engine.find_plan import find_plan
 from cudnn_flex_compile.engine.key import Key, backward_key, forward_key
 from cudnn_flex_compile.engine.launch.memory import empty
-from cudnn_flex_compile.engine.plans.lse_rows import rows_of
 from cudnn_flex_compile.engine.problem import TensorSpec, dense, dense_like, out_spec
 from cudnn_flex_compile.engine.repro import warned
 from cudnn_flex_compile.engine.state import engine
@@ -114,7 +113,8 @@ def backward(
     dq, dk, dv = empty(*q_layout), empty(*k_layout), empty(*v_layout)
     dbias = empty(*bias_layout[0]) if bias_layout else empty((0,), (1,), query.dtype)
     gradients = (dq, dk, dv, dbias) if bias_layout else (dq, dk, dv)
-    inputs = _aligned((query, key, value, out, stats, grad_out, *rows_of(stats, grad_lse)))
+    of_lse = () if grad_lse is None else (grad_lse.to(torch.float32).contiguous(),)
+    inputs = _aligned((query, key, value, out, stats, grad_out, *of_lse))
     try:
         operands = _aligned(operands) if operands and listed is None else operands
         found.plan.run((*inputs, *gradients), operands, fitting or (), floats, listed and listed.tiles)

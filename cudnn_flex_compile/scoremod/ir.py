@@ -30,8 +30,6 @@ class Expr:
     Leaves:
         score        the scaled score, F32
         grad         the gradient with respect to the modified score, F32 (only in backward expressions)
-        minus_lse    the row's log-sum-exp, negated, F32, 0 in rows that see no key (in backward expressions)
-        grad_lse     the gradient with respect to the row's log-sum-exp, F32 (in backward expressions)
         index        `value` names the axis: b, h, q or k; I32
         const        `value` is the Python number
         capture      `value` is the position of a captured tensor, before hoisting (never in a Program)
@@ -90,8 +88,6 @@ def intern(
 
 SCORE = intern("score", F32)
 GRAD = intern("grad", F32)
-MINUS_LSE, GRAD_LSE = intern("minus_lse", F32), intern("grad_lse", F32)
-ROWS = (MINUS_LSE, GRAD_LSE)
 
 
 def index(axis: str) -> Expr:

@@ -14,7 +14,7 @@ from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
 from cudnn_flex_compile.engine.graph.lowering import Lowering
 from cudnn_flex_compile.engine.graph.strategies import STRATEGIES
-from cudnn_flex_compile.engine.guards import ends, guarded
+from cudnn_flex_compile.engine.guards import guarded
 from cudnn_flex_compile.engine.problem import FORWARD, Problem, TensorSpec, out_spec
 from cudnn_flex_compile.engine.support import refused
 from cudnn_flex_compile.passes.write.operands import operand_value
@@ -125,34 +125,32 @@ class Case:
         parts = {"bounds": form.bounds, "biases": form.biases, "residual": form.residual is not TRUE}
         return " and ".join(name for name, part in parts.items() if part) or "no mask"
 
-    def problem(
-        self, program: Program, training: bool, lengths: tuple[int, int], lse_gradient: bool = False
-    ) -> Problem:
+    def problem(self, program: Program, training: bool, lengths: tuple[int, int]) -> Problem:
         batch, heads = self.sizes[:2]
         query, key = (
             TensorSpec((batch, heads, n, 64), (heads * n * 64, n * 64, 64, 1), torch.bfloat16) for n in lengths
         )
         operands = tuple(TensorSpec.of(t) for t in self.prepared[1])
         forward = Problem(program, FORWARD, query, key, key, out_spec(query, key), operands, 0.125, 0)
-        return forward.backward(lse_gradient) if training else forward
+        return forward.backward() if training else forward
 
-    def lowerings(self, training: bool, lse_gradient: bool = False) -> Iterator[tuple[str, Problem, Lowering]]:
+    def lowerings(self, training: bool) -> Iterator[tuple[str, Problem, Lowering]]:
         """Every lowering that the package might try: of the program, less bounds that always hold, and guarded."""
         program, _ = self.prepared
         lengths = self.sizes[2:]
         less = pruned(program, lengths)
         for variant, name in {guarded(less, lengths): " guarded", less: " pruned", program: ""}.items():
-            for strategy, problem, lowering in self._tried(variant, training, lengths, lse_gradient):
+            for strategy, problem, lowering in self._tried(variant, training, lengths):
                 yield strategy + name, problem, lowering
 
     def _tried(
-        self, program: Program, training: bool, lengths: tuple[int, int], lse_gradient: bool = False
+        self, program: Program, training: bool, lengths: tuple[int, int]
     ) -> Iterator[tuple[str, Problem, Lowering]]:
-        problem = self.problem(program, training, lengths, lse_gradient)
+        problem = self.problem(program, training, lengths)
         if refused(problem, program) is not None:
             return
         for strategy in STRATEGIES:
-            lowering = strategy.lower(program, training, ends(lengths) if lse_gradient else None)
+            lowering = strategy.lower(program, training)
             if not isinstance(lowering, Reason):
                 yield strategy.name, problem, lowering
 
@@ -170,11 +168,11 @@ class Case:
                 yield name, [(box, *first[0][1:]) for box, first in zip(these, tried, strict=True)]
 
     def emulated(
-        self, problem: Problem, lowering: Lowering, score: torch.Tensor, grad: Any = None, rows: Any = None
+        self, problem: Problem, lowering: Lowering, score: torch.Tensor, grad: Any = None
     ) -> torch.Tensor:
         """[B, H, Q, K]: the modified, masked score, or in training the gradient of the raw score."""
         operands = dict(enumerate(self.prepared[1]))
-        return emulated(problem, lowering, score, operands, INT_VALUES, FLOAT_VALUES, grad, rows)
+        return emulated(problem, lowering, score, operands, INT_VALUES, FLOAT_VALUES, grad)
 
     def emulated_parts(self, parts: list[tuple[Box, Problem, Lowering]], score: torch.Tensor) -> torch.Tensor:
         """[B, H, Q, K]: what the parts write, each pair by one of them at most."""

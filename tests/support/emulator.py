@@ -16,7 +16,6 @@ import torch
 from cudnn_flex_compile.engine.graph import build
 from cudnn_flex_compile.engine.graph.lowering import Lowering
 from cudnn_flex_compile.engine.problem import Problem
-from cudnn_flex_compile.scoremod.ir import Expr
 from tests.support.dialect import BOOLEAN, FLOAT, INT32, MISREAD, POINTWISE, REFUSED, STORED, WRONG, Refused, Tensor
 
 BANDS = (
@@ -190,7 +189,6 @@ def emulated(
     ints: dict[int, int],
     floats: dict[int, float],
     grad: torch.Tensor | None = None,
-    rows: dict[Expr, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """The modified, masked score of a forward problem; of a backward one, the gradient of the raw score.
 
@@ -200,7 +198,6 @@ def emulated(
         score: [B, H, Q, K] raw scaled scores, float32 or float64, in which all floats are computed.
         operands, ints, floats: by position.
         grad: [B, H, Q, K], with respect to the modified score.
-        rows: [B, H, Q, 1], float32: those of ir.ROWS, if the problem takes a gradient of the log-sum-exp.
     """
     with mock.patch.object(build.frontend, "Graph", Graph):
         built = build.assemble(problem, lowering)
@@ -212,7 +209,6 @@ def emulated(
     memory |= {tensor: operands[i] for i, tensor in inputs.operands.items()}
     memory |= {t: torch.full((1,) * 4, ints[i], dtype=torch.int32) for i, t in inputs.ints.items()}
     memory |= {t: torch.full((1,) * 4, floats[i], dtype=torch.float32) for i, t in inputs.floats.items()}
-    memory |= {tensor: (rows or {})[leaf] for leaf, tensor in inputs.rows.items()}
     if graph.modified.given or graph.gradient.given:
         raise Refused("a result that does not descend from the score")
     run = Run(graph, score, torch.zeros_like(score) if grad is None else grad, memory)

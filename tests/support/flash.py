@@ -55,15 +55,15 @@ class FlashStandIn:
             stats.copy_(safe + total.log())
 
     def _backward(self, query, key, value, out, stats, grad, *tensors, rest):
-        of_rows, gradients = tensors[:-3], tensors[-3:]
+        of_lse, gradients = tensors[:-3], tensors[-3:]
         dtype, heads = query.dtype, query.shape[1]
         block = self._block(query, key, rest)
         modified = self._modified(block, rest)
         weights = torch.where(stats == -math.inf, 0.0, torch.exp(modified - stats))
         delta = (grad.float() * out.float()).sum(-1, keepdim=True)
         d_masked = weights * (grad.float() @ per_head(value, heads).mT - delta)
-        for minus_lse, grad_lse in [of_rows] if of_rows else []:  # a weight of its own, as the score_mod_bprop has it
-            d_masked = d_masked + torch.exp(modified + minus_lse) * grad_lse
+        for grad_lse in of_lse:
+            d_masked = d_masked + weights * grad_lse
         d_scores = torch.where(modified == -math.inf, 0.0, block.gradient_of(d_masked)) * self.problem.scale
         d_scores, weights = d_scores.to(dtype).float(), weights.to(dtype).float()
         found = [d_scores @ per_head(key, heads), d_scores.mT @ query.float(), weights.mT @ grad.float()]

@@ -26,7 +26,6 @@ from cudnn_flex_compile.engine.certify.regimes import (
     surrounded,
 )
 from cudnn_flex_compile.engine.certify.samples import SEED, SamplePlan, sample_plan
-from cudnn_flex_compile.engine.plans.lse_rows import rows_of
 from cudnn_flex_compile.engine.plans.plan import Plan
 from cudnn_flex_compile.engine.problem import BACKWARD, Problem
 from cudnn_flex_compile.reasons import Code, Reason
@@ -155,6 +154,6 @@ def _run(plan: Plan, forward: Plan, t: Tensors, written: Outputs, sample: Sample
         return
     for gradient in written.tensors.values():
         gradient.renew()
-    rows = [surrounded(r) for r in rows_of(t.stats, t.grad_lse if plan.problem.lse_gradient else None)]
+    rows = [t.grad_lse] if plan.problem.lse_gradient else []
     gradients = (gradient.tensor for gradient in written.tensors.values())
     plan.run((t.query, t.key, t.value, t.out, t.stats, t.grad, *rows, *gradients), *values)

@@ -13,7 +13,6 @@ from cudnn_flex_compile.engine.graph.callbacks import Callbacks
 from cudnn_flex_compile.engine.graph.emit import FLOAT, TENSOR_TYPES, Inputs
 from cudnn_flex_compile.engine.graph.lowering import Lowering
 from cudnn_flex_compile.engine.problem import FORWARD, Problem, TensorSpec, output_specs, stats_spec
-from cudnn_flex_compile.scoremod.ir import ROWS
 from cudnn_flex_compile.scoremod.switches import on
 
 
@@ -23,7 +22,7 @@ class AttentionGraph:
 
     Attributes:
         graph: the pygraph.
-        roles: the graph tensor of each device tensor: query, key, value, out, stats, grad_out, minus_lse, grad_lse, dq,
+        roles: the graph tensor of each device tensor: query, key, value, out, stats, grad_out, dq,
             dk, dv, dbias.
         inputs: operands, scalars and constants.
         callbacks: the state of the graph's callbacks while it is built.
@@ -102,8 +101,6 @@ def _backward(graph: Any, problem: Problem, callbacks: Callbacks, roles: dict[st
     roles["out"] = _declare(graph, problem.out)
     roles["grad_out"] = _declare(graph, problem.grad or problem.out)
     roles["stats"] = _declare(graph, stats_spec(problem))
-    for leaf in ROWS if problem.lse_gradient else ():
-        roles[leaf.kind] = callbacks.building[0][0].rows[leaf] = _declare(graph, stats_spec(problem))
     extra, modified = _arguments(callbacks)
     if modified:
         extra |= {"score_mod": callbacks.score_mod, "score_mod_bprop": callbacks.score_mod_bprop}

@@ -38,9 +38,9 @@ def typed(tensor: Any, dtype: Any) -> Any:
 class Inputs:
     """The graph tensors that expressions read: operands by position, scalars and constants by value.
 
-    `expanded` is the lowering's. `rows` has the tensors of ir.ROWS, where the problem takes a gradient of the
-    log-sum-exp. `filled` has int32 [B, 1, 1, 1] device tensors of one number, and `hosts` a host buffer for each
-    pass-by-value tensor. `operands`, `ints` and `floats` have the tensors that get their value at each call.
+    `expanded` is the lowering's. `filled` has int32 [B, 1, 1, 1] device tensors of one number, and `hosts` a host
+    buffer for each pass-by-value tensor. `operands`, `ints` and `floats` have the tensors that get their value at each
+    call.
     """
 
     graph: Any
@@ -52,7 +52,6 @@ class Inputs:
     constants: dict[Expr, Any] = field(default_factory=dict[Expr, Any])
     expanded: bool = False
     filled: list[tuple[Any, int]] = field(default_factory=list[tuple[Any, int]])
-    rows: dict[Expr, Any] = field(default_factory=dict[Expr, Any])
 
     def length(self, number: int | None = None, operand: int | None = None) -> Any:
         """An int32 [B, 1, 1, 1] tensor of lengths: one number, or an operand as it is."""
@@ -148,8 +147,6 @@ class Emitter:
                 return self.score
             case "grad":
                 return self.grad
-            case "minus_lse" | "grad_lse":
-                return self.inputs.rows[node]
             case "index":
                 return self.index(str(node.value))
             case "operand":

@@ -95,7 +95,7 @@ class BoxPlan(Plan):
         from cudnn_flex_compile.engine.plans.graph_plan import first_built
 
         program, found = _divided(problem)
-        if not found or problem.tiled:
+        if not found or problem.tiled or problem.lse_gradient:
             return []
         return [Attempt(functools.partial(assemble_boxes, problem, program, found, first_built))]
 
@@ -156,10 +156,9 @@ class BoxPlan(Plan):
 
     def _backward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, stats: torch.Tensor,
-        grad: torch.Tensor, *tensors: torch.Tensor, rest: tuple[Any, ...],
+        grad: torch.Tensor, *gradients: torch.Tensor, rest: tuple[Any, ...],
     ) -> None:  # fmt: skip
-        of_rows = [t.view(*query.shape[:3], 1) for t in (stats, *tensors[:-3])]
-        gradients = tensors[-3:]
+        lse = stats.view(*query.shape[:3], 1)
         bare = (self._bare_rows, self._bare_columns, self._bare_columns)
         for gradient, gaps in zip(gradients, bare, strict=True):
             for start, end in gaps:
@@ -167,9 +166,9 @@ class BoxPlan(Plan):
         for part in self._parts:
             box = part.box
             rows, columns = (box.top, box.bottom - box.top), (box.left, box.right - box.left)
-            near = [t if rows[1] == t.shape[2] else t.narrow(2, *rows).contiguous() for t in of_rows]
+            near = lse if rows[1] == lse.shape[2] else lse.narrow(2, *rows).contiguous()
             addresses = [_at(query, box.top), _at(key, box.left), _at(value, box.left), _at(out, box.top)]
-            addresses += [_at(near[0], 0), _at(grad, box.top), *(_at(t, 0) for t in near[1:])]
+            addresses += [_at(near, 0), _at(grad, box.top)]
             added: list[tuple[torch.Tensor, torch.Tensor]] = []
             for gradient, place, spec in zip(gradients, (rows, columns, columns), part.plan.outputs, strict=True):
                 if part.rows_own if place is rows else part.columns_own:

@@ -13,16 +13,18 @@ The rounding of O' to bfloat16 would change delta for all pairs of a row alike, 
 these changes up. So one entry of O', of those that count least, is changed to make up for the rounding of all.
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from cudnn_flex_compile.engine.plans.wrapped import WrappedPlan
+from cudnn_flex_compile.engine.plans.plan import Attempt, Plan, Record
 from cudnn_flex_compile.engine.problem import Problem
 from cudnn_flex_compile.engine.tiles.tile_list import TileList
+from cudnn_flex_compile.reasons import Reason
 
 TINY = 2.0**-100
 SECOND = 2.0**-8  # the second tiny entry, relative to the first
@@ -30,22 +32,53 @@ LEAST = 2.0**-12  # the least entry of dO' by which O' can be divided, relative 
 ROWS = 16  # rows of one block of threads
 
 
-class FoldedPlan(WrappedPlan):
-    KIND = "folded"
+class FoldedPlan(Plan):
+    """A plan around `inner`, one of `inner_problem(problem)`, of any kind."""
 
-    @staticmethod
-    def takes(problem: Problem) -> bool:
-        return problem.query.dtype == torch.bfloat16
+    KIND = "folded"
+    __slots__ = ("inner",)
+
+    def __init__(self, problem: Problem, inner: Plan) -> None:
+        super().__init__(problem, f"{inner.strategy}, {self.KIND}")
+        self.inner, self.device = inner, inner.device
 
     @staticmethod
     def inner_problem(problem: Problem) -> Problem:
+        """The problem without a gradient of the log-sum-exp."""
         return replace(problem, grad=problem.out, lse_gradient=False)
+
+    @classmethod
+    def attempts(cls, problem: Problem, every: Callable[[Problem], list[Attempt]]) -> list[Attempt]:
+        if problem.tiled or not problem.lse_gradient:
+            return []
+        return [
+            Attempt(functools.partial(cls._around, problem, inner), inner.last_resort, cls._variant(inner))
+            for inner in every(cls.inner_problem(problem))
+        ]
+
+    @classmethod
+    def _around(cls, problem: Problem, inner: Attempt) -> Plan | Reason:
+        plan = inner()
+        return plan if isinstance(plan, Reason) else cls(problem, plan)
+
+    @classmethod
+    def _variant(cls, inner: Attempt) -> tuple[Hashable, ...] | None:
+        return inner.variant and (cls.KIND, *inner.variant)
+
+    @property
+    def parts(self) -> tuple[Plan, ...]:
+        return (self.inner,)
+
+    @classmethod
+    def from_record(cls, problem: Problem, record: Record, restore: Callable[[Problem, Record], Plan]) -> Plan:
+        (inner,) = record.parts
+        return cls(problem, restore(cls.inner_problem(problem), inner))
 
     def run(
         self, tensors: Sequence[Tensor], operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor],
         tiles: TileList | None = None,
     ) -> None:  # fmt: skip
-        query, key, value, out, stats, grad, _, grad_lse, *gradients = tensors
+        query, key, value, out, stats, grad, grad_lse, *gradients = tensors
         given = [self.problem.out.empty(out.device) for _ in range(2)]
         fold(out, grad, grad_lse.view(out.shape[:3]), *given)
         self.inner.run((query, key, value, given[0], stats, given[1], *gradients), operands, ints, floats)

@@ -31,9 +31,7 @@ from cudnn_flex_compile.scoremod.masks.boxes import pruned
 PYTHON_ENGINES = 20_000  # the first id of an engine of the frontend's own (cudnn.engines.engine_ids)
 EXPECTED = (cudnn.cudnnGraphNotSupportedError, RuntimeError, ValueError)  # errors for a graph that is not supported
 FORWARD_ROLES = ("query", "key", "value", "out", "stats")
-BACKWARD_ROLES = (
-    "query", "key", "value", "out", "stats", "grad_out", "minus_lse", "grad_lse", "dq", "dk", "dv", "dbias",
-)  # fmt: skip
+BACKWARD_ROLES = ("query", "key", "value", "out", "stats", "grad_out", "dq", "dk", "dv", "dbias")
 
 
 DTYPES = {int: torch.int32, float: torch.float32}
@@ -71,7 +69,7 @@ class GraphPlan(AddressPlan):
 
     @classmethod
     def attempts(cls, problem: Problem, every: Callable[[Problem], list[Attempt]]) -> list[Attempt]:
-        if problem.tiled:
+        if problem.tiled or problem.lse_gradient:
             return []
         program = pruned(problem.program, problem.lengths)
         return [

@@ -11,16 +11,13 @@ from cudnn_flex_compile.engine.problem import Problem, problem_text
 
 @functools.cache
 def kinds() -> tuple[type[Plan], ...]:
-    """All kinds. With a gradient of the log-sum-exp, a folded output comes before graphs that take it, and wider values
-    come last.
-    """
+    """All kinds, imported now."""
     from cudnn_flex_compile.engine.plans.box_plan import BoxPlan
     from cudnn_flex_compile.engine.plans.folded_output import FoldedPlan
     from cudnn_flex_compile.engine.plans.graph_plan import GraphPlan
-    from cudnn_flex_compile.engine.plans.widened_values import WidenedPlan
     from cudnn_flex_compile.engine.tiles.plan import TilePlan
 
-    return TilePlan, FoldedPlan, BoxPlan, GraphPlan, WidenedPlan
+    return TilePlan, FoldedPlan, BoxPlan, GraphPlan
 
 
 def restore(problem: Problem, record: Record) -> Plan:

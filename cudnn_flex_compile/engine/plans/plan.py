@@ -91,8 +91,8 @@ class Plan(ABC):
 
         Args:
             tensors: query, key, value, out, and stats if the problem asks for them; in a backward query, key, value,
-                out, stats, the gradient of out, minus_lse and grad_lse if it takes a gradient of the log-sum-exp
-                (engine/plans/lse_rows.py), then `outputs`. Stats and these are contiguous, [B, H, Sq] or [B, H, Sq, 1].
+                out, stats, the gradient of out, that of the log-sum-exp if it takes one, then `outputs`. Stats and the
+                gradient of the log-sum-exp are float32, contiguous, [B, H, Sq] or [B, H, Sq, 1].
             operands: as in the problem.
             ints, floats: all scalars of the program; the floats are 0-d host tensors.
             tiles: the list of the mask's tiles where the problem is tiled; if it is not given, the plan makes one.

@@ -11,11 +11,11 @@ from cudnn_flex_compile.engine.graph.lowering import Lowering
 from cudnn_flex_compile.engine.graph.strategies import STRATEGIES, Strategy
 from cudnn_flex_compile.engine.graph.strategies.dense import NAME as DENSE
 from cudnn_flex_compile.engine.graph.strategies.scores import biased, legal_backward
-from cudnn_flex_compile.engine.guards import ends, guarded, needs_guard
+from cudnn_flex_compile.engine.guards import guarded, needs_guard
 from cudnn_flex_compile.engine.problem import BACKWARD, Problem
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
-from cudnn_flex_compile.scoremod.ir import Expr, Program
+from cudnn_flex_compile.scoremod.ir import Program
 from cudnn_flex_compile.scoremod.masks.form import split
 from cudnn_flex_compile.scoremod.switches import on
 
@@ -37,7 +37,7 @@ class Variant:
     def lowering(self, program: Program, problem: Problem) -> Lowering | Reason:
         """The lowering of the program, or the reason why there is none, or why it is the graph of another variant."""
         program = guarded(program, problem.lengths) if self.guard else program
-        found: Lowering | Reason = self.strategy.lower(program, problem.direction == BACKWARD, _inside(problem))
+        found: Lowering | Reason = self.strategy.lower(program, problem.direction == BACKWARD)
         if isinstance(found, Reason):
             return found
         if self.strategy.name == DENSE and split(program.mask).unmasked:
@@ -67,13 +67,8 @@ def _expands(lowering: Lowering, problem: Problem) -> bool:
     return any(operand_view(n, problem) != operand_view(n, problem, expanded=True) for n in operands)
 
 
-def _inside(problem: Problem) -> Expr | None:
-    """The predicate of the pairs at which a gradient of the log-sum-exp counts, if the problem takes one."""
-    return ends(problem.lengths) if problem.lse_gradient else None
-
-
 def _needs_guard(program: Program, problem: Problem) -> bool:
-    score, gradient = biased(program), legal_backward(program, _inside(problem))
+    score, gradient = biased(program), legal_backward(program)
     if isinstance(score, Reason) or isinstance(gradient, Reason):
         return False
     return needs_guard(ir.program(score, program.mask), gradient, problem.lengths)

@@ -84,7 +84,7 @@ class Forward:
 
 
 class Backward:
-    """The backward's kernels, on (query, key, value, out, stats, grad_out[, minus_lse, grad_lse], dq, dk, dv).
+    """The backward's kernels, on (query, key, value, out, stats, grad_out[, grad_lse], dq, dk, dv).
 
     Attributes:
         work: the memory to work in; the part that must be zero comes first.
@@ -117,7 +117,7 @@ class Backward:
     def __call__(self, tensors: Sequence[Tensor], tiles: Arguments, work: Tensor) -> None:
         query, key, value, out, grad, dq, dk, dv = _turned((*tensors[:4], tensors[5], *tensors[-3:]))
         lse = tensors[4].view(self._lse_shape)
-        grad_lse = tensors[7].view(self._lse_shape) if self._lse_gradient else None
+        grad_lse = tensors[6].view(self._lse_shape) if self._lse_gradient else None
         (rows, columns), kernels, scale = self._lengths, self._kernels, self._scale
         if self._zeros:
             work[: self._zeros].zero_()

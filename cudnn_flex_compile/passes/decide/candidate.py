@@ -6,7 +6,7 @@ lower_call.py makes candidates; passes/write rewrites the graph by them.
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -15,9 +15,7 @@ from torch.fx import Node
 from cudnn_flex_compile.config import policy_from
 from cudnn_flex_compile.engine.certify.reference import CapturedValue, SubgraphReference
 from cudnn_flex_compile.engine.graph.strategies import STRATEGIES
-from cudnn_flex_compile.engine.guards import ends
 from cudnn_flex_compile.engine.key import Key, Meta, backward_key, by_list, forward_key, problem_of
-from cudnn_flex_compile.engine.plans.folded_output import FoldedPlan
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Error, Problem, TensorSpec, dense
 from cudnn_flex_compile.engine.support import refused
 from cudnn_flex_compile.engine.tiles.tile_list import NAME as TILE_LISTS
@@ -96,23 +94,24 @@ def plan_or_reason(candidate: Candidate) -> Lowered | Reason:
     device = example(candidate.call.query).device
     call = forward_call(candidate, candidate.running, device)
     problem = problem_of(call)
-    if device.type == "cuda":
-        return _certified(candidate, call, problem)
-    program, _ = candidate.running
-    asked = problem.backward(candidate.lse_gradient) if candidate.training else problem
-    reason = refused(asked, program, on_cpu=True)
+    program, on_cpu = candidate.running[0], device.type != "cuda"
+    asked = problem
+    if candidate.training:
+        asked = replace(problem.backward(candidate.lse_gradient), tiled=BACKWARD in candidate.tiled)
+    reason = refused(asked, program, on_cpu)
     if reason is not None:
         return reason
+    if not on_cpu:
+        return _certified(candidate, call, problem)
     if candidate.tiled == candidate.directions:
         return Lowered((TILE_LISTS,))
-    inside = ends(problem.lengths) if candidate.lse_gradient and not FoldedPlan.takes(problem) else None
     reasons: list[Reason] = []
     forced = policy_from(candidate.policy).strategy
     for strategy in STRATEGIES:
         if forced not in ("", "parts", strategy.name):
             reasons.append(Reason(Code.FORCED_BACKEND, f"options have strategy={forced!r}"))
             continue
-        lowering = strategy.lower(program, candidate.training, inside)
+        lowering = strategy.lower(program, candidate.training)
         if not isinstance(lowering, Reason):
             names = [TILE_LISTS if way in candidate.tiled else strategy.name for way in candidate.directions]
             return Lowered(tuple(names) if candidate.tiled else (strategy.name,))

@@ -7,8 +7,6 @@ reproduces it.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD
 from cudnn_flex_compile.passes.decide.cost_model import (
     DOCUMENTS,
@@ -68,17 +66,11 @@ class Row:
 
 
 def _lse_in_the_loss(inputs: CostInputs) -> str | None:
-    """A gradient of the log-sum-exp is slower on cuDNN in float16, and under narrow windows in bfloat16.
-
-    float16 needs row vectors or wider values, by which cuDNN took 1.1 to 3.4 times as long as Inductor's kernel for
-    plain scores, and 0.6 to 1.1 times with a soft cap (measured in bfloat16, which needs neither, because of
-    engine/plans/folded_output.py). In bfloat16 it takes a pass over the outputs, which is as long as the kernels of a
-    narrow window.
+    """A gradient of the log-sum-exp takes a pass over the outputs (engine/plans/folded_output.py), which is as long as
+    the kernels of a narrow window.
     """
     if not inputs.lse_gradient:
         return None
-    if example(inputs.call.query).dtype != torch.bfloat16:
-        return "the LSE takes part in the loss, in another dtype than bfloat16"
     queries, keys = inputs.lengths
     stock, ours = (sum(times.values()) for times in (stock_times(inputs), graph_times(inputs)))
     rates = (inputs.rate(INDUCTOR, way, PLAIN) or 0.0 for way in inputs.directions)

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from cudnn_flex_compile.engine.graph.strategies.scores import biased, legal_backward
-from cudnn_flex_compile.engine.guards import TILE, ends, guarded, needs_guard
+from cudnn_flex_compile.engine.guards import TILE, guarded, needs_guard
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.interpret import environment, evaluate
-from cudnn_flex_compile.scoremod.ir import F32, GRAD, GRAD_LSE, I32, MINUS_LSE, SCORE
+from cudnn_flex_compile.scoremod.ir import F32, GRAD, I32, SCORE
 from cudnn_flex_compile.scoremod.masks.form import hides, split
 from cudnn_flex_compile.scoremod.optable import make
 
@@ -76,50 +76,6 @@ def test_within_the_ends_nothing_changes(name):
     (masked, gradient), (guarded_masked, guarded_gradient) = results
     torch.testing.assert_close(guarded_masked.expand(LENGTHS), masked.expand(LENGTHS), rtol=0, atol=0)
     torch.testing.assert_close(guarded_gradient.expand(LENGTHS), gradient.expand(LENGTHS))
-
-
-@pytest.mark.parametrize("guard", [True, False])
-@pytest.mark.parametrize("name", [*PROGRAMS, "the score"])
-def test_a_gradient_of_the_log_sum_exp_reaches_nothing_beyond_the_ends(name, guard):
-    """It adds nothing there, whatever its rows hold, and nothing to a gradient that it does not belong to."""
-    program = PROGRAMS.get(name, ir.program())
-    program = guarded(program, LENGTHS) if guard else program
-    q, kv = torch.arange(TILE, dtype=torch.int32).view(-1, 1), torch.arange(TILE, dtype=torch.int32)
-    inside = (q < LENGTHS[0]) & (kv < LENGTHS[1])
-    score = torch.where(inside, 0.5, -math.inf)
-    there = environment(score, {"q": q, "k": kv}, {0: torch.zeros(())}, {}, {}, torch.zeros_like(score))
-    rows = {MINUS_LSE: -1.0, GRAD_LSE: 2.0}
-
-    def leaf(node):
-        return torch.where(q < LENGTHS[0], rows[node], math.nan) if node in rows else there(node)
-
-    slope = evaluate(legal_backward(program), lambda n: torch.ones(()) if n is GRAD else there(n))
-    found = evaluate(legal_backward(program, ends(LENGTHS)), leaf).expand(TILE, TILE)
-    visible = evaluate(program.mask, there) & (evaluate(biased(program), there) != -math.inf) & inside
-    expected = slope * torch.exp(evaluate(biased(program), there) - 1) * 2
-    torch.testing.assert_close(
-        found[: LENGTHS[0], : LENGTHS[1]],
-        torch.where(visible, expected, 0.0).expand(TILE, TILE)[: LENGTHS[0], : LENGTHS[1]],
-    )
-    finite = slope.isfinite().expand(TILE, TILE) & ~inside
-    assert not found[finite].any()
-    assert found[~inside].isfinite().all() or not guard
-
-
-def test_tiles_that_end_with_the_lengths_need_no_ends():
-    assert ends((128, 256)) is ir.TRUE
-    assert ends((128, 100)) is not ir.TRUE
-
-
-def test_a_gradient_of_the_log_sum_exp_reads_the_result():
-    """Of a score_mod that has no select behind it."""
-    for program, expected in ((ir.program(), True), (ir.program(mask=make("ge", Q, K)), False)):
-        assert needs_guard(program, legal_backward(program, ir.TRUE), (128, 128)) == expected
-        assert not needs_guard(program, GRAD, (128, 128))
-    columns = ir.program(SCORE, hides(COLUMNS))
-    biased_score = ir.program(biased(columns), columns.mask)
-    assert needs_guard(biased_score, legal_backward(columns, ir.TRUE), (128, 128))
-    assert not needs_guard(biased_score, GRAD, (128, 128))
 
 
 @pytest.mark.parametrize("operand", [PAIRS, ROWS, COLUMNS])

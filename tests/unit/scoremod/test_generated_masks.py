@@ -14,8 +14,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cudnn_flex_compile.engine.plans.lse_rows import rows_of
-from cudnn_flex_compile.scoremod.ir import ROWS
 from tests.support.cases import REFUSED, Case, round_trips, scores
 from tests.support.emulator import Refused
 from tests.support.generate_masks import SIZES, masked_scores, masks
@@ -96,33 +94,6 @@ def check_gradients(case: Case, count: Counter[str]) -> None:
             got = case.emulated(problem, lowering, score.detach(), grad)
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n} backward: {m}")
             count[f"gradient {name}"] += 1
-    check_lse_gradients(case, count, modified, score, grad)
-
-
-def check_lse_gradients(
-    case: Case, count: Counter[str], modified: torch.Tensor, score: torch.Tensor, grad: torch.Tensor
-) -> None:
-    """Every backward graph with a gradient of the log-sum-exp: each visible pair's weight times it is added to `grad`.
-
-    Args:
-        modified: of the score, by brute force; -inf where nothing is visible.
-    """
-    stats = modified.detach().logsumexp(-1, keepdim=True).float()
-    if not (stats < math.inf).all():  # an infinite score: no weights
-        count["infinite"] += 1
-        return
-    visible = modified.detach() != -math.inf
-    grad_lse = torch.linspace(-2, 1, stats.numel()).view(stats.shape)
-    weights = torch.where(visible, torch.exp(modified.detach() - stats), 0.0)
-    expected = torch.zeros_like(score)
-    if modified.requires_grad:
-        (expected,) = torch.autograd.grad(torch.where(visible, modified, 0.0), score, grad + weights * grad_lse)
-    rows = dict(zip(ROWS, rows_of(stats, grad_lse), strict=True))
-    for name, problem, lowering in case.lowerings(training=True, lse_gradient=True):
-        with refusals(count):
-            got = case.emulated(problem, lowering, score.detach(), grad, rows)
-            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n} LSE: {m}")
-            count[f"LSE gradient {name}"] += 1
 
 
 def test_masks() -> None:

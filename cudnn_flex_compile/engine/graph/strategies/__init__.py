@@ -1,8 +1,7 @@
 """The strategies, in the order in which they are tried.
 
-A strategy is one file with NAME and `lower(program, training, inside) -> Lowering | Reason`. In a backward that takes a
-gradient of the log-sum-exp, `inside` is a predicate of the pairs at which this gradient counts: those below the lengths
-of q and kv (guards.ends). Elsewhere it is None. No strategy imports cudnn before it writes nodes.
+A strategy is one file with NAME and `lower(program, training) -> Lowering | Reason`. No strategy imports cudnn
+before it writes nodes.
 """
 
 from dataclasses import dataclass
@@ -11,11 +10,11 @@ from typing import Protocol
 from cudnn_flex_compile.engine.graph.lowering import Lowering
 from cudnn_flex_compile.engine.graph.strategies import chained, dense, native
 from cudnn_flex_compile.reasons import Reason
-from cudnn_flex_compile.scoremod.ir import Expr, Program
+from cudnn_flex_compile.scoremod.ir import Program
 
 
 class Lower(Protocol):
-    def __call__(self, program: Program, training: bool, inside: Expr | None = None) -> Lowering | Reason: ...
+    def __call__(self, program: Program, training: bool) -> Lowering | Reason: ...
 
 
 @dataclass(frozen=True, slots=True)

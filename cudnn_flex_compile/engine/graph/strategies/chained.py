@@ -24,12 +24,12 @@ INDICES = {"lower": ("q", "k"), "upper": ("k", "q"), "start": ("k", ""), "end": 
 FILL, ZERO = ir.const(float("-inf"), F32), ir.const(0, I32)
 
 
-def lower(program: Program, training: bool, inside: Expr | None = None) -> Lowering | Reason:
+def lower(program: Program, training: bool) -> Lowering | Reason:
     form = split(program.mask)
     if not form.skips_tiles or any(bound.side not in INDICES for bound in form.bounds):
         return Reason(Code.UNSUPPORTED_CALL, "chained takes integer bounds only")
     score = biased(program)
-    gradient = legal_backward(program, inside) if training else GRAD
+    gradient = legal_backward(program) if training else GRAD
     if isinstance(score, Reason) or isinstance(gradient, Reason):
         return score if isinstance(score, Reason) else gradient  # pyright: ignore[reportReturnType]
 

@@ -9,7 +9,7 @@ from cudnn_flex_compile.engine.graph.lowering import Lowering
 from cudnn_flex_compile.engine.graph.strategies.chained import FILL
 from cudnn_flex_compile.engine.graph.strategies.scores import backward_writer, biased, legal, legal_backward
 from cudnn_flex_compile.reasons import Reason
-from cudnn_flex_compile.scoremod.ir import F32, GRAD, TRUE, Expr, Program
+from cudnn_flex_compile.scoremod.ir import F32, GRAD, TRUE, Program
 from cudnn_flex_compile.scoremod.learned import position
 from cudnn_flex_compile.scoremod.masks.form import as_predicate, split
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 NAME = "dense"
 
 
-def lower(program: Program, training: bool, inside: Expr | None = None) -> Lowering | Reason:
+def lower(program: Program, training: bool) -> Lowering | Reason:
     form = split(program.mask)
     score, mask = biased(program), legal(as_predicate(form.without_biases()))
-    gradient = legal_backward(program, inside) if training else GRAD
+    gradient = legal_backward(program) if training else GRAD
     for found in (score, mask, gradient):
         if isinstance(found, Reason):
             return found

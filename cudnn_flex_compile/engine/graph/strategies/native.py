@@ -8,7 +8,7 @@ from typing import Any
 
 from cudnn_flex_compile.engine.graph.lowering import Lowering
 from cudnn_flex_compile.reasons import Code, Reason
-from cudnn_flex_compile.scoremod.ir import SCORE, Expr, Program
+from cudnn_flex_compile.scoremod.ir import SCORE, Program
 from cudnn_flex_compile.scoremod.learned import position, without_bias
 from cudnn_flex_compile.scoremod.masks.bound import Bound
 from cudnn_flex_compile.scoremod.masks.form import split
@@ -16,10 +16,8 @@ from cudnn_flex_compile.scoremod.masks.form import split
 NAME = "native"
 
 
-def lower(program: Program, training: bool, inside: Expr | None = None) -> Lowering | Reason:
+def lower(program: Program, training: bool) -> Lowering | Reason:
     form = split(program.mask)
-    if inside is not None:
-        return Reason(Code.UNSUPPORTED_CALL, "native takes no gradient of the log-sum-exp")
     score, bias = without_bias(program.score)
     if score is not SCORE or not form.only_bounds:
         return Reason(Code.UNSUPPORTED_CALL, "native takes plain scores and bounds only")

@@ -50,8 +50,8 @@ class StandIn:
     def on_harder_mask(self):
         return None
 
-    def grad_lse(self, minus_lse, grad_lse):
-        """[B, H, Sq], from the tensors that the plan is given."""
+    def grad_lse(self, grad_lse):
+        """[B, H, Sq], from the tensor that the plan is given."""
         return grad_lse.squeeze(-1)
 
     def run(self, tensors, operands, ints, floats):
@@ -61,9 +61,9 @@ class StandIn:
             cpu.forward(query, key, value, *rest, out, stats.squeeze(-1))
             self.spoil((out, stats))
         else:
-            query, key, value, out, stats, grad, *of_rows = tensors[:-3]
+            query, key, value, out, stats, grad, *of_lse = tensors[:-3]
             gradients = tensors[-3:]
-            grad_lse = self.grad_lse(*of_rows) if of_rows else None
+            grad_lse = self.grad_lse(*of_lse) if of_lse else None
             found = cpu.backward(grad, grad_lse, query, key, value, out, stats.squeeze(-1), *rest)
             for into, gradient in zip(gradients, found, strict=True):
                 into.copy_(gradient)

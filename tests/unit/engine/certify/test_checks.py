@@ -13,7 +13,6 @@ from cudnn_flex_compile.engine.certify.certify import certify
 from cudnn_flex_compile.engine.certify.reference import ProgramReference
 from cudnn_flex_compile.engine.certify.regimes import REGIMES
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD
-from cudnn_flex_compile.scoremod.text import text
 from tests.unit.engine.certify.test_certify import PROGRAM, StandIn, problem
 from tests.unit.engine.plans.test_learned import Plan, learned, operand
 
@@ -93,7 +92,7 @@ def test_errors_are_the_same_however_many_are_computed_at_a_time(direction, monk
 def test_right_sums_pass_and_wrong_ones_do_not():
     """Over the heads of a kv head, and those that share an entry of a bias."""
     program = learned("soft cap, causal")
-    given, right = (replace(of_learned(d), program=text(program)) for d in (BACKWARD, FORWARD))
+    given, right = (replace(of_learned(d), program=program) for d in (BACKWARD, FORWARD))
     assert certify(Plan(given), StandIn(right), ProgramReference(program)) is None
     wrong = Plan(given, lambda g: g * torch.where(torch.arange(90) == 64, 3.0, 1.0))
     assert "dBias is off by" in certify(wrong, StandIn(right), ProgramReference(program)).detail

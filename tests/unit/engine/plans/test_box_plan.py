@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from cudnn_flex_compile.engine.plans.box_plan import BoxPlan, assemble_boxes, divided
-from cudnn_flex_compile.engine.plans.lse_rows import rows_of
 from cudnn_flex_compile.engine.problem import (
     BACKWARD,
     FORWARD,
@@ -96,8 +95,7 @@ class StandIn:
         self.runs += 1
         p = self.problem
         inputs = [p.query, p.key, p.value]
-        of_rows = [stats_spec(p)] * (2 * p.lse_gradient)
-        backward = [*inputs, p.out, stats_spec(p), p.grad, *of_rows, *self.outputs]
+        backward = [*inputs, p.out, stats_spec(p), p.grad, *self.outputs]
         specs = [*inputs, *self.outputs] if p.direction == FORWARD else backward
         tensors = [tensor_at(address, spec) for address, spec in zip(addresses, specs, strict=True)]
         (self.forward if p.direction == FORWARD else self.backward)(*tensors)
@@ -107,7 +105,7 @@ class StandIn:
         out.copy_(found)
         stats.copy_(lse)
 
-    def backward(self, query, key, value, out, stats, grad, *tensors):
+    def backward(self, query, key, value, out, stats, grad, *gradients):
         """As flash attention's: weights from the given log-sum-exp, row sums from the given output."""
         leaves = [t.double().requires_grad_() for t in (query, key, value)]
         *_, modified, _, values = attention(*leaves, self.program)
@@ -116,11 +114,8 @@ class StandIn:
         row_sum = (grad * out.double()).sum(-1, keepdim=True)
         of_scores = weights * (grad @ values.detach().mT - row_sum)
         visible = modified.detach() != -math.inf
-        if self.problem.lse_gradient:
-            minus_lse, grad_lse = (t.double() for t in tensors[:2])
-            of_scores = of_scores + torch.exp(modified.detach() + minus_lse) * grad_lse
         loss = (torch.where(visible, modified, 0.0) * of_scores).sum() + ((weights @ values) * grad).sum()
-        for gradient, found in zip(tensors[-3:], torch.autograd.grad(loss, leaves), strict=True):
+        for gradient, found in zip(gradients, torch.autograd.grad(loss, leaves), strict=True):
             gradient.copy_(found)
 
 
@@ -199,27 +194,23 @@ def test_forward(mask, score, layout, stats):
     assert [part.runs for part in built] == [1] * len(built)
 
 
-@pytest.mark.parametrize("lse_gradient", [False, True])
 @pytest.mark.parametrize(("mask", "score", "layout"), CASES)
-def test_backward(mask, score, layout, lse_gradient):
+def test_backward(mask, score, layout):
     """Gradients are written over NaN, in the layouts of the whole problem."""
     program = program_of(score, mask)
     problem = problem_of(program, BACKWARD, layout)
-    problem = replace(problem, grad=dense(problem.out), lse_gradient=lse_gradient)
+    problem = replace(problem, grad=dense(problem.out))
     plan, built = in_parts(program, problem, mask)
     leaves = [drawn(s).double().requires_grad_() for s in (problem.query, problem.key, problem.value)]
     query, key, value = (drawn(s) for s in (problem.query, problem.key, problem.value))
     whole, lse, *_ = attention(*leaves, program)
     grad = drawn(problem.grad)
-    grad_lse = drawn(TensorSpec.of(lse)) if lse_gradient else None
-    seen = torch.where(lse == -math.inf, 0.0, lse)
-    loss = (whole * grad.double()).sum() + (seen * (0.0 if grad_lse is None else grad_lse)).sum()
-    expected = torch.autograd.grad(loss, leaves)
+    expected = torch.autograd.grad((whole * grad.double()).sum(), leaves)
     expected = [e.nan_to_num() for e in expected]  # autograd's own, of rows without pairs
     out = problem.out.empty("cpu").copy_(whole.detach())
     gradients = [poisoned(s) for s in plan.outputs]
     stats = lse.detach().float()
-    plan.run((query, key, value, out, stats, grad, *rows_of(stats, grad_lse), *gradients), OPERANDS, INTS, FLOATS)
+    plan.run((query, key, value, out, stats, grad, *gradients), OPERANDS, INTS, FLOATS)
     for found, right in zip(gradients, expected, strict=True):
         torch.testing.assert_close(found.double(), right, rtol=1e-4, atol=1e-5)
     assert [part.runs for part in built] == [1] * len(built)

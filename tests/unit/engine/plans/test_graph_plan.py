@@ -25,8 +25,6 @@ from cudnn_flex_compile.scoremod.masks.linear import KV, Q
 from cudnn_flex_compile.scoremod.optable import make
 
 STEPS = ("validate", "build_operation_graph", "create_execution_plans", "check_support", "build_plans")
-ROWS = ("minus_lse", "grad_lse")
-WITH_LSE = "backward with a gradient of the log-sum-exp"
 STRATEGY = {strategy.name: strategy for strategy in STRATEGIES}
 PROGRAMS = {
     "constants, an operand, scalars": (
@@ -63,7 +61,7 @@ def problem_of(program, direction):
     lengths, heads = ((2, 1, 1, 1), (1,) * 4, torch.int32), ((1, 4, 1, 1), (4, 1, 1, 1), torch.float32)
     operands = (TensorSpec(*lengths), TensorSpec(*heads))
     forward = Problem(program, FORWARD, query, query, query, out_spec(query, query), operands, 0.125, 0)
-    return forward if direction == FORWARD else forward.backward(direction == WITH_LSE)
+    return forward if direction == FORWARD else forward.backward()
 
 
 def read(address, like):
@@ -72,18 +70,16 @@ def read(address, like):
 
 
 CASES = [(*case, direction) for case in PROGRAMS.values() for direction in (FORWARD, BACKWARD)]
-CASES.append((*PROGRAMS["constants, an operand, scalars"], WITH_LSE))
 
 
 @pytest.mark.parametrize(("strategy", "program", "direction"), CASES)
 def test_a_restored_plan_is_bound_as_the_built_one(runs, strategy, program, direction):
     problem = problem_of(program, direction)
-    inside = ir.TRUE if direction == WITH_LSE else None
-    built = module.build(problem, STRATEGY[strategy].lower(program, direction != FORWARD, inside))
+    built = module.build(problem, STRATEGY[strategy].lower(program, direction != FORWARD))
     assert not isinstance(built, Reason), built
     restored = kinds.restore(problem, decode(encode(Certified(built.to_record()))).plan)
     roles = module.FORWARD_ROLES if direction == FORWARD else module.BACKWARD_ROLES
-    roles = [role for role in roles if (direction == WITH_LSE or role not in ROWS) and role != "dbias"]
+    roles = [role for role in roles if role != "dbias"]
     tensors = [torch.empty(16) for _ in roles]
     operands = [torch.tensor([100, 128], dtype=torch.int32).view(2, 1, 1, 1), torch.rand(1, 4, 1, 1)]
     ints, floats = [7, 8, 9], [torch.tensor(n, dtype=torch.float64) for n in (1.5, 2.5)]

@@ -23,6 +23,7 @@ from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, TensorSpec
 from cudnn_flex_compile.engine.state import engine
 from cudnn_flex_compile.engine.store import identity
 from cudnn_flex_compile.reasons import Code, Reason
+from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.partition import partition
 from tests.support import stand_in
 from tests.support.mask_sources import normal
@@ -321,7 +322,7 @@ def spec(*shape, dtype=torch.bfloat16):
 
 
 CHANGES = [
-    {"program": "another"}, {"direction": BACKWARD}, {"query": spec(2, 4, 16, 64)}, {"key": spec(2, 4, 17, 64)},
+    {"program": ir.program()}, {"direction": BACKWARD}, {"query": spec(2, 4, 16, 64)}, {"key": spec(2, 4, 17, 64)},
     {"value": spec(2, 4, 16, 32)}, {"out": spec(2, 4, 16, 32)}, {"operands": (spec(1, 4, 1, 1),)},
     {"operands": (spec(1, 4, 1, 1), spec(1, 4, 1, 1))}, {"operands": (spec(1, 4, 1, 1, dtype=torch.float32),)},
     {"scale": 0.125 + 2**-55}, {"scale": 0.0}, {"scale": -0.0}, {"stats": True}, {"deterministic": True},

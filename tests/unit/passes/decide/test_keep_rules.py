@@ -82,7 +82,6 @@ KEPT = {
     ),
     "a padding mask, few layers": ({**PADDED, "sharing": 2}, "takes some time at each step, and 2 calls would spare"),
     "a padding mask that hides much": ({**PADDED, "share": 0.65, "sharing": 100}, "the BlockMask lists 65%"),
-    "a loss of the LSE": ({"lse_gradient": True, "dtype": torch.float16}, "the LSE takes part"),
     "a loss of the LSE, few keys": ({"lse_gradient": True, "queries": 512, "keys": 512}, "256 keys to compute"),
     "a loss of the LSE, few blocks": ({"lse_gradient": True, "share": 0.43}, "1024 keys to compute"),
     "a loss of the LSE, fewer keys, a soft cap": (
