@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cudnn_flex_compile.kernels.arguments import Arguments
 from cudnn_flex_compile.kernels.stock import Stock
 from cudnn_flex_compile.scoremod.derive import derive
 from cudnn_flex_compile.scoremod.interpret import environment, evaluate
@@ -59,9 +60,8 @@ def per_head(tensor: Tensor, heads: int) -> Tensor:
 
 
 def _blocks(
-    query: Tensor, key: Tensor, operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor],
-    program: Program, scale: float, stock: Stock | None = None,
-) -> Iterator[Block]:  # fmt: skip
+    query: Tensor, key: Tensor, given: Arguments, program: Program, stock: Stock | None = None
+) -> Iterator[Block]:
     captured = () if stock is None else stock.captured
     batch, heads, length, _ = query.shape
     columns = key.shape[2]
@@ -73,12 +73,13 @@ def _blocks(
         "q": torch.arange(length, dtype=torch.int32).view(-1, 1),
         "k": torch.arange(columns, dtype=torch.int32),
     }
-    numbers = dict(enumerate(exact((program.score, program.mask), ints))), {i: float(t) for i, t in enumerate(floats)}
+    ints = dict(enumerate(exact((program.score, program.mask), given.ints)))
+    numbers = ints, {i: float(t) for i, t in enumerate(given.floats)}
     for start in range(0, length, step):
         rows = slice(start, start + step)
-        scores = query[:, :, rows].float() @ keys.transpose(-2, -1) * scale
+        scores = query[:, :, rows].float() @ keys.transpose(-2, -1) * given.scale
         indices = {**every, "q": every["q"][rows]}
-        near = {i: t[:, :, rows] if t.shape[2] > 1 else t for i, t in enumerate(operands)}
+        near = {i: t[:, :, rows] if t.shape[2] > 1 else t for i, t in enumerate(given.operands)}
         leaf = environment(scores, indices, near, *numbers, captured=captured)
         visible = evaluate(program.mask, leaf).expand(scores.shape)
         if stock is not None:
@@ -89,14 +90,14 @@ def _blocks(
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor], ints: Sequence[int],
-    floats: Sequence[Tensor], program: str, scale: float, out: Tensor, stats: Tensor, stock: Stock | None = None,
+    query: Tensor, key: Tensor, value: Tensor, given: Arguments, out: Tensor, stats: Tensor, stock: Stock | None = None
 ) -> None:  # fmt: skip
     """Fills `out` [B, H, Sq, Dv] and `stats` [B, H, Sq] (natural log-sum-exp, float32); with `stock`, by its blocks."""
+    program = parse(given.program if stock is None else stock.program)
     if stock is not None:
-        key, value, program = stock.own_order(key), stock.own_order(value), stock.program
+        key, value = stock.own_order(key), stock.own_order(value)
     values = per_head(value, query.shape[1])
-    for block in _blocks(query, key, operands, ints, floats, parse(program), scale, stock):
+    for block in _blocks(query, key, given, program, stock):
         stats[:, :, block.rows] = block.masked.logsumexp(-1)
         out[:, :, block.rows] = (_weights(block).to(query.dtype).float() @ values).to(query.dtype)
 
@@ -112,32 +113,31 @@ def _weights(block: Block) -> Tensor:
 
 def backward(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
-    operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor], program: str, scale: float,
-    stock: Stock | None = None,
+    given: Arguments, stock: Stock | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """dQ, dK, dV in float32, dK and dV per kv head, and the gradient of the learned operand, if there is one.
 
     `grad_lse` is with respect to the natural log-sum-exp.
     """
+    program = parse(given.program if stock is None else stock.program)
     if stock is not None:
-        key, value, program = stock.own_order(key), stock.own_order(value), stock.program
+        key, value = stock.own_order(key), stock.own_order(value)
     heads, kv_heads = query.shape[1], key.shape[1]
     keys, values = per_head(key, heads), per_head(value, heads)
-    parsed = parse(program)
-    learned = position(parsed)
-    dbias = [] if learned is None else [torch.zeros(operands[learned].shape)]
+    learned = position(program)
+    dbias = [] if learned is None else [torch.zeros(given.operands[learned].shape)]
     dq = torch.empty(query.shape)
     dk, dv = torch.zeros(keys.shape), torch.zeros(values.shape)
     delta = (grad_out.float() * out.float()).sum(-1)
     if grad_lse is not None:  # the log-sum-exp's derivative with respect to a score is its weight
         delta = delta - grad_lse
-    for block in _blocks(query, key, operands, ints, floats, parsed, scale, stock):
+    for block in _blocks(query, key, given, program, stock):
         rows = block.rows
         grad, weights = grad_out[:, :, rows].float(), _weights(block)
         d_masked = weights * (grad @ values.transpose(-2, -1) - delta[:, :, rows].unsqueeze(-1))
         for near in (tensor[:, :, rows] for tensor in dbias):
             near += torch.where(block.visible, d_masked, 0.0).sum_to_size(near.shape)
-        d_scores = torch.where(block.visible, block.gradient_of(d_masked), 0.0) * scale
+        d_scores = torch.where(block.visible, block.gradient_of(d_masked), 0.0) * given.scale
         dq[:, :, rows] = d_scores @ keys
         dk += d_scores.transpose(-2, -1) @ query[:, :, rows].float()
         dv += weights.transpose(-2, -1) @ grad

@@ -20,6 +20,7 @@ from cudnn_flex_compile.engine.repro import warned
 from cudnn_flex_compile.engine.state import engine
 from cudnn_flex_compile.engine.store.plan_cache import CachedPlan
 from cudnn_flex_compile.kernels import block_mask_contract, inductor, tile_lists
+from cudnn_flex_compile.kernels.arguments import Arguments
 from cudnn_flex_compile.kernels.stock import Given, Stock
 from cudnn_flex_compile.kernels.tile_lists import Listed
 from cudnn_flex_compile.reasons import Code, Reason
@@ -50,15 +51,15 @@ def forward(
     if tiles is not None:
         listed = tile_lists.settled(tiles, query, key, value, operands, ints, floats, program, stock)
     elif stock is not None and not block_mask_contract.agrees(stock, query, key, ints, floats):
-        by_blocks = (operands, ints, floats, program, scale, stats, policy, Stock.of(*stock))
-        return _forward_by_blocks(query, key, value, *by_blocks)
+        given = Arguments(operands, ints, floats, program, scale)
+        return _forward_by_blocks(query, key, value, given, stats, policy, Stock.of(*stock))
     call = forward_key(program, query, key, value, operands, scale, stats, listed.mask_heads if listed else 0, policy)
     found = _found(call, listed)
     fitting = _fitting(program, ints, query, key) if ints else ints
     if isinstance(found, Reason) or (fitting is None and listed is None):
         _explain(program, found)
-        out, lse = _fallback_forward(query, key, value, operands, ints, floats, program, scale, _stock_of(stock))
-        return out, lse if stats else lse.new_empty(0)
+        given = Arguments(operands, ints, floats, program, scale)
+        return _fallback_forward(query, key, value, given, stats, _stock_of(stock))
     if found.copied:
         query, key, value = _copied(found, query, key, value)
     out, lse = empty(*found.layouts[0]), empty(*found.layouts[1])
@@ -70,8 +71,8 @@ def forward(
     except torch.OutOfMemoryError as error:
         _explain(program, _no_workspace(found, error))
         del out, outputs
-        out, lse = _fallback_forward(query, key, value, operands, ints, floats, program, scale, _stock_of(stock))
-        return out, lse if stats else lse.new_empty(0)
+        given = Arguments(operands, ints, floats, program, scale)
+        return _fallback_forward(query, key, value, given, stats, _stock_of(stock))
     _hold_if_captured(found)
     return out, lse
 
@@ -94,8 +95,8 @@ def backward(
     if tiles is not None:
         listed = tile_lists.settled(tiles, query, key, value, operands, ints, floats, program, stock)
     elif stock is not None and not block_mask_contract.agrees(stock, query, key, ints, floats):
-        by_blocks = (out, stats, operands, ints, floats, program, scale, policy, Stock.of(*stock))
-        return _backward_by_blocks(grad_out, grad_lse, query, key, value, *by_blocks)
+        given = Arguments(operands, ints, floats, program, scale)
+        return _backward_by_blocks(grad_out, grad_lse, query, key, value, out, stats, given, policy, Stock.of(*stock))
     heads = listed.mask_heads if listed else 0
     before = forward_key(program, query, key, value, operands, scale, True, heads, policy)
     call = backward_key(before, grad_out, grad_lse is not None)
@@ -103,8 +104,8 @@ def backward(
     fitting = _fitting(program, ints, query, key) if ints else ints
     if isinstance(found, Reason) or (fitting is None and listed is None):
         _explain(program, found)
-        rest = (operands, ints, floats, program, scale)
-        return _fallback_backward(grad_out, grad_lse, query, key, value, *rest, _stock_of(stock))
+        given = Arguments(operands, ints, floats, program, scale)
+        return _fallback_backward(grad_out, grad_lse, query, key, value, given, _stock_of(stock))
     if found.copied:
         query, key, value, grad_out = _copied(found, query, key, value, grad_out)
     if out.stride() != found.out_stride:  # a hook on saved tensors may have brought it back in another layout
@@ -121,8 +122,8 @@ def backward(
     except torch.OutOfMemoryError as error:
         _explain(program, _no_workspace(found, error))
         del dq, dk, dv, dbias, gradients
-        rest = (operands, ints, floats, program, scale)
-        return _fallback_backward(grad_out, grad_lse, query, key, value, *rest, _stock_of(stock))
+        given = Arguments(operands, ints, floats, program, scale)
+        return _fallback_backward(grad_out, grad_lse, query, key, value, given, _stock_of(stock))
     _hold_if_captured(found)
     return dq, dk, dv, dbias
 
@@ -218,58 +219,52 @@ def _stock_of(given: Given | None) -> Stock | None:
 
 
 def _forward_by_blocks(
-    query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor], ints: Sequence[int],
-    floats: Sequence[Tensor], program: str, scale: float, stats: bool, policy: str, stock: Stock,
+    query: Tensor, key: Tensor, value: Tensor, given: Arguments, stats: bool, policy: str, stock: Stock
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Runs a call as stock flex_attention does.
 
     Where the device chooses, the plan runs, too; then one of both has no block to compute.
     """
-    call = (query, key, value, operands, ints, floats, program, scale)
     if not stock.chosen_by_device:
-        _explain(program, DISAGREE)
-        out, lse = _fallback_forward(*call, stock)
-        return out, lse if stats else lse.new_empty(0)
-    out, lse = forward(*call, stats, None, policy)
-    other, other_lse = _fallback_forward(*call, stock.where_plans_are_wrong())
+        _explain(given.program, DISAGREE)
+        return _fallback_forward(query, key, value, given, stats, stock)
+    out, lse = forward(query, key, value, *given, stats, None, policy)
+    other, other_lse = _fallback_forward(query, key, value, given, stats, stock.where_plans_are_wrong())
     return torch.where(stock.guard, out, other), torch.where(stock.guard, lse, other_lse) if stats else lse
 
 
 def _backward_by_blocks(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
-    operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor], program: str, scale: float, policy: str,
-    stock: Stock,
+    given: Arguments, policy: str, stock: Stock,
 ) -> Gradients:  # fmt: skip
-    given = (grad_out, grad_lse, query, key, value)
-    rest = (operands, ints, floats, program, scale)
+    tensors = (grad_out, grad_lse, query, key, value)
     if not stock.chosen_by_device:
-        return _fallback_backward(*given, *rest, stock)
-    planned = backward(*given, out, stats, *rest, None, policy)
-    others = _fallback_backward(*given, *rest, stock.where_plans_are_wrong())
+        return _fallback_backward(*tensors, given, stock)
+    planned = backward(*tensors, out, stats, *given, None, policy)
+    others = _fallback_backward(*tensors, given, stock.where_plans_are_wrong())
     dq, dk, dv, dbias = (torch.where(stock.guard, *pair) for pair in zip(planned, others, strict=True))
     return dq, dk, dv, dbias
 
 
 def _fallback_forward(
-    query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor], ints: Sequence[int],
-    floats: Sequence[Tensor], program: str, scale: float, stock: Stock | None,
+    query: Tensor, key: Tensor, value: Tensor, given: Arguments, stats: bool, stock: Stock | None
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     # Dynamo compiles again where a tensor no longer requires a gradient, as while a CUDA graph is being recorded.
-    query, key, value, *operands = (t.detach() for t in (query, key, value, *operands))
-    stock = stock and stock.detached()
+    query, key, value, *operands = (t.detach() for t in (query, key, value, *given.operands))
+    given, stock = given._replace(operands=operands), stock and stock.detached()
     with torch_private.above_autograd(), torch.no_grad():
-        out, lse = inductor.forward(query, key, value, operands, ints, floats, program, scale, stock)
+        out, lse = inductor.forward(query, key, value, given, stock)
     wanted = out_spec(TensorSpec.of(query), TensorSpec.of(value))
-    return _laid_out(out, wanted), _laid_out(lse, dense(TensorSpec.of(lse)))
+    lse = _laid_out(lse, dense(TensorSpec.of(lse))) if stats else lse.new_empty(0)
+    return _laid_out(out, wanted), lse
 
 
 def _fallback_backward(
-    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor],
-    ints: Sequence[int], floats: Sequence[Tensor], program: str, scale: float, stock: Stock | None,
+    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, given: Arguments,
+    stock: Stock | None,
 ) -> Gradients:  # fmt: skip
-    call = (grad_out, grad_lse, query, key, value, operands, ints, floats, program, scale, stock)
     with torch_private.above_autograd():
-        gradients = inductor.backward(*call)
+        gradients = inductor.backward(grad_out, grad_lse, query, key, value, given, stock)
     of_inputs = zip(gradients, (query, key, value), strict=False)
     dq, dk, dv = (_laid_out(g, dense_like(TensorSpec.of(t))) for g, t in of_inputs)
     if len(gradients) == 3:

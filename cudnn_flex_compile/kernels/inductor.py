@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+from cudnn_flex_compile.kernels.arguments import Arguments
 from cudnn_flex_compile.kernels.recompiling import Recompiling
 from cudnn_flex_compile.kernels.stock import Stock
 from cudnn_flex_compile.scoremod.interpret import environment, evaluate
@@ -96,39 +97,38 @@ def _compiled_by_blocks(program: str, block_sizes: tuple[int, int]) -> Callable[
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor], ints: Sequence[int],
-    floats: Sequence[Tensor], program: str, scale: float, stock: Stock | None = None,
+    query: Tensor, key: Tensor, value: Tensor, given: Arguments, stock: Stock | None = None
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The output, and the natural log-sum-exp [B, H, Sq]. With `stock`, its blocks and its program count."""
     # Captured tensors: Dynamo makes a float that changes symbolic, and flex_attention fails with it.
-    numbers = [torch.full((), float(f), dtype=torch.float32, device=query.device) for f in floats]
+    numbers = [torch.full((), float(f), dtype=torch.float32, device=query.device) for f in given.floats]
     gqa = query.shape[1] != key.shape[1]
+    program = parse(given.program if stock is None else stock.program)
+    ints = exact((program.score, program.mask), given.ints)
     if stock is None:
-        parsed = parse(program)
-        score_mod = score_mod_of(parsed, operands, exact((parsed.score, parsed.mask), ints), numbers)
-        return _compiled(program)(query, key, value, score_mod, scale, gqa)
-    parsed = parse(stock.program)
-    mods = mods_of(parsed, operands, exact((parsed.score, parsed.mask), ints), numbers, stock.captured)
+        score_mod = score_mod_of(program, given.operands, ints, numbers)
+        return _compiled(given.program)(query, key, value, score_mod, given.scale, gqa)
+    mods = mods_of(program, given.operands, ints, numbers, stock.captured)
     tensors = query, stock.own_order(key), stock.own_order(value)
     compiled = _compiled_by_blocks(stock.program, stock.block_sizes)
-    return compiled(*tensors, mods, stock.named_blocks(), stock.block_sizes, scale, gqa)
+    return compiled(*tensors, mods, stock.named_blocks(), stock.block_sizes, given.scale, gqa)
 
 
 def backward(
-    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor],
-    ints: Sequence[int], floats: Sequence[Tensor], program: str, scale: float, stock: Stock | None = None,
+    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, given: Arguments,
+    stock: Stock | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """dQ, dK, dV, and the gradient of the learned operand, if there is one, contiguous and in its dtype.
 
     It computes the forward again, and needs autograd to be on.
     """
-    position, given = position_in(program), [t.detach() for t in operands]
+    position, operands = position_in(given.program), [t.detach() for t in given.operands]
     stock = stock and stock.detached()
     learned = [] if position is None else [position]
-    leaves = [t.detach().requires_grad_() for t in (query, key, value, *(given[i] for i in learned))]
+    leaves = [t.detach().requires_grad_() for t in (query, key, value, *(operands[i] for i in learned))]
     for i in learned:
-        given[i] = leaves[3]
-    out, lse = forward(leaves[0], leaves[1], leaves[2], given, ints, floats, program, scale, stock)
+        operands[i] = leaves[3]
+    out, lse = forward(leaves[0], leaves[1], leaves[2], given._replace(operands=operands), stock)
     if grad_lse is None:
         return torch.autograd.grad(out, leaves, grad_out)
     return torch.autograd.grad((out, lse), leaves, (grad_out, grad_lse))

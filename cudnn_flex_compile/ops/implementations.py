@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cudnn_flex_compile.engine.problem import strides_like
+from cudnn_flex_compile.kernels.arguments import Arguments
 from cudnn_flex_compile.ops.profiling import named
 from cudnn_flex_compile.ops.schemas import Gradients, library
 from cudnn_flex_compile.scoremod.learned import position_in
@@ -86,7 +87,7 @@ def _forward_cpu(
     out, natural = _new_out(query, value), new_stats(query, True)
     kept = _disagreeing(query, key, ints, floats, stock, layout, by_blocks, tiles)
     with named("forward", program), torch.autocast("cpu", enabled=False):
-        cpu.forward(query, key, value, operands, ints, floats, program, scale, out, natural, kept)
+        cpu.forward(query, key, value, Arguments(operands, ints, floats, program, scale), out, natural, kept)
     return out, natural if stats else new_stats(query, False)
 
 
@@ -120,10 +121,10 @@ def _backward_cpu(
 ) -> Gradients:  # fmt: skip
     from cudnn_flex_compile.kernels import cpu
 
-    rest = (operands, ints, floats, program, scale)
+    given = Arguments(operands, ints, floats, program, scale)
     kept = _disagreeing(query, key, ints, floats, stock, layout, by_blocks, tiles)
     with named("backward", program), torch.autocast("cpu", enabled=False):
-        gradients = cpu.backward(grad_out, grad_stats, query, key, value, out, stats, *rest, kept)
+        gradients = cpu.backward(grad_out, grad_stats, query, key, value, out, stats, given, kept)
     into = (*_new_gradients(query, key, value), _new_bias(query, operands, program))
     for tensor, gradient in zip(into, gradients, strict=False):
         tensor.copy_(gradient)

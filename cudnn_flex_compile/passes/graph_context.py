@@ -90,9 +90,11 @@ def measured_slower(candidate: Candidate, context: Context) -> Reason | None:
 def cost_inputs_of(candidate: Candidate, context: Context) -> cost_model.CostInputs:
     call, real = candidate.call, context.real.get
     blocks = context.once(("blocks", *given_to(call)), lambda: cost_model.blocks_of(call, real))  # pyright: ignore
-    sharing = context.sharing[mask_of(call)]
-    asked = candidate.training, candidate.lse_gradient, blocks, context.around, candidate.tiled, sharing
-    return cost_model.CostInputs(call, *candidate.running, *asked)
+    program, hoisted = candidate.running
+    return cost_model.CostInputs(
+        call, program, hoisted, training=candidate.training, lse_gradient=candidate.lse_gradient, blocks=blocks,
+        around=context.around, tiled=candidate.tiled, sharing=context.sharing[mask_of(call)],
+    )  # fmt: skip
 
 
 def given_to(call: Call) -> tuple[Any, ...]:

@@ -46,7 +46,10 @@ def lower_calls(graph_module: GraphModule, example_inputs: Sequence[Any], option
     tiles = tile_lists.Tiles(writer, options.bias_budget_mb) if tiled else None
     guards = block_mask_guards.Guards(writer, captures)
     around = None if captures or is_alone(graph_module, found) else workload_of(graph_module, len(found))
-    context = Context(writer, tiles, guards, real, options, Counter(map(mask_of, found)), around)
+    context = Context(
+        operands=writer, tiles=tiles, guards=guards, real=real, options=options,
+        sharing=Counter(map(mask_of, found)), around=around,
+    )  # fmt: skip
     reports: list[CallReport] = []
     changed: list[GraphModule] = []
     live: dict[Graph, set[Node]] = {}

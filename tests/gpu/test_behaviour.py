@@ -9,6 +9,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from cudnn_flex_compile import cache_clear, cache_info
 from cudnn_flex_compile.bench.mods import causal, softcap
 from cudnn_flex_compile.kernels import inductor
+from cudnn_flex_compile.kernels.arguments import Arguments
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.report.report import collect
 from cudnn_flex_compile.scoremod import ir
@@ -188,7 +189,7 @@ def test_the_fallback_takes_programs_that_differ_in_a_constant_and_floats_that_c
     grad = torch.randn_like(qkv[0])
     for limit, factor in ((2.0, 0.5), (3.0, 0.5), (3.0, 0.25)):
         program = text(ir.program(make("tanh", ir.SCORE / limit) * limit * ir.scalar(0, F32)))
-        given = (*qkv, [], [], [torch.tensor(factor, dtype=torch.float64)], program, 0.125)
+        given = (*qkv, Arguments([], [], [torch.tensor(factor, dtype=torch.float64)], program, 0.125))
         out, _ = inductor.forward(*given)
 
         def score_mod(score, b, h, q, kv, limit=limit, factor=factor):

@@ -12,6 +12,7 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile.kernels import inductor
+from cudnn_flex_compile.kernels.arguments import Arguments
 from cudnn_flex_compile.reasons import Code
 from cudnn_flex_compile.report.report import collect
 from cudnn_flex_compile.scoremod import ir
@@ -156,7 +157,7 @@ def test_where_no_plan_is_found_inductors_kernel_gives_the_gradient(dims):
     sizes = (2, 4, 256, 256)
     bias = torch.randn([n if a in dims else 1 for a, n in zip("bhqk", sizes, strict=True)], device="cuda")
     program = text(ir.program(with_bias(ir.SCORE, ir.operand(0, F32, dims))))
-    *_, found = inductor.backward(grad, None, query, key, value, [bias], [], [], program, 0.125)
+    *_, found = inductor.backward(grad, None, query, key, value, Arguments([bias], [], [], program, 0.125))
     own = dense.leaf(bias, True)
 
     def score_mod(s, b, h, q, kv):

@@ -19,6 +19,7 @@ from cudnn_flex_compile.engine.key import backward_key, forward_key
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD
 from cudnn_flex_compile.engine.store.plan_cache import CachedPlan
 from cudnn_flex_compile.engine.support import BOTH, V928, rewrites_off
+from cudnn_flex_compile.kernels.arguments import Arguments
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod.interpret import environment, evaluate
 from cudnn_flex_compile.scoremod.text import text
@@ -186,10 +187,10 @@ def test_right_numbers_with_the_rewrites(name):
     plans = [find_plan(call), find_plan(backward_key(call, grad))]
     assert [str(plan) for plan in plans if not isinstance(plan, CachedPlan)] == []
     out, lse = cuda.forward(query, key, value, operands, [], [], text(program), SCALE, True)
-    rest = (operands, [], [], text(program), SCALE)
-    *gradients, _ = cuda.backward(grad, None, query, key, value, out, lse, *rest)
-    kernels = inductor.forward(query, key, value, *rest)
-    kernels += inductor.backward(grad, None, query, key, value, *rest)
+    given = Arguments(operands, [], [], text(program), SCALE)
+    *gradients, _ = cuda.backward(grad, None, query, key, value, out, lse, *given)
+    kernels = inductor.forward(query, key, value, given)
+    kernels += inductor.backward(grad, None, query, key, value, given)
     for label, f, e, *others in zip(NAMES, (out, lse, *gradients), exact, stock, kernels, strict=True):
         if case.shift and label in ("dQ", "dK"):  # component 0 is a sum that cancels, times the shift: noise
             f, e, *others = (t[..., 1:] for t in (f, e, *others))

@@ -9,6 +9,7 @@ import math
 import torch
 
 from cudnn_flex_compile.engine.problem import FORWARD
+from cudnn_flex_compile.kernels.arguments import Arguments
 from cudnn_flex_compile.kernels.cpu import _blocks, per_head
 
 CUT_OFF = 2.0**-23  # of what a tensor core sums, relative to the sum of magnitudes
@@ -22,14 +23,14 @@ class FlashStandIn:
         self.outputs = (problem.query, problem.key, problem.value)
 
     def run(self, tensors, operands, ints, floats):
-        rest = (operands, ints, floats, self.problem.program, self.problem.scale)
+        rest = Arguments(operands, ints, floats, self.problem.program, self.problem.scale)
         (self._forward if self.problem.direction == FORWARD else self._backward)(*tensors, rest=rest)
 
     def _block(self, query, key, rest):
         """All rows, with scores off by what a tensor core may cut off."""
         heads = query.shape[1]
         size = query.float().abs() @ per_head(key, heads).abs().mT * abs(self.problem.scale)
-        (block,) = _blocks(query, key, *rest)
+        (block,) = _blocks(query, key, rest, rest.program)
         seed = 1 if self.problem.direction == FORWARD else 2
         noise = torch.empty_like(size).uniform_(-CUT_OFF, CUT_OFF, generator=torch.Generator().manual_seed(seed))
         block.gradient_of.scores.add_(noise * size)
@@ -41,7 +42,7 @@ class FlashStandIn:
         gradient = block.gradient_of
         numbers = gradient.ints, gradient.floats
         leaf = environment(gradient.scores, gradient.indices, gradient.operands, *numbers)
-        return torch.where(block.visible, evaluate(rest[3].score, leaf), -math.inf)
+        return torch.where(block.visible, evaluate(rest.program.score, leaf), -math.inf)
 
     def _forward(self, query, key, value, out, stats=None, *, rest):
         modified = self._modified(self._block(query, key, rest), rest)

@@ -97,7 +97,8 @@ def plan_or_reason(candidate: Candidate) -> Lowered | Reason:
     program, on_cpu = candidate.running[0], device.type != "cuda"
     asked = problem
     if candidate.training:
-        asked = replace(problem.backward(candidate.lse_gradient), tiled=BACKWARD in candidate.tiled)
+        tiled = candidate.mask_heads if BACKWARD in candidate.tiled else 0
+        asked = replace(problem.backward(candidate.lse_gradient), tiled=tiled)
     reason = refused(asked, program, on_cpu)
     if reason is not None:
         return reason
@@ -153,20 +154,26 @@ def backward_call(forward: Key, tiled: int = 0, lse_gradient: bool = False) -> K
 def forward_call(candidate: Candidate, running: tuple[Program, tuple[Hoisted, ...]], device: torch.device) -> Key:
     """The key of the call with this program and these operands: those of the plans, or the user's own."""
     call = candidate.call
-    query, key, value = (Meta(_spec(example(n)), device) for n in (call.query, call.key, call.value))
-    if key.shape[0] != query.shape[0]:
-        for tensor in (key, value):
-            spec = TensorSpec((query.shape[0], *tensor.shape[1:]), (0, *tensor.stride()[1:]), tensor.dtype)
-            tensor.__init__(spec, device)
+    query, *given = (_spec(example(n)) for n in (call.query, call.key, call.value))
+    key, value = (_with_batch(spec, query.shape[0]) for spec in given)
     sizes = (*query.shape[:3], key.shape[2])
     program, hoisted = running
     if candidate.compact is not None and running == candidate.running:  # the op gets permuted copies
-        key, value = (Meta(dense(TensorSpec(t.shape, t.stride(), t.dtype)), device) for t in (key, value))
+        key, value = dense(key), dense(value)
     operands = [Meta(_operand_spec(h, sizes), device) for h in hoisted]
     stats = candidate.training or call.uses(1)
     tiled = candidate.mask_heads if FORWARD in candidate.tiled else 0
-    rest = (operands, scale_of(call) or 0.0, stats, tiled, candidate.policy)
-    return forward_key(text(program), query, key, value, *rest)
+    return forward_key(
+        text(program), Meta(query, device), Meta(key, device), Meta(value, device), operands,
+        scale=scale_of(call) or 0.0, stats=stats, tiled=tiled, policy=candidate.policy,
+    )  # fmt: skip
+
+
+def _with_batch(spec: TensorSpec, batch: int) -> TensorSpec:
+    """Keys and values of batch 1 serve queries of any batch."""
+    if spec.shape[0] == batch:
+        return spec
+    return TensorSpec((batch, *spec.shape[1:]), (0, *spec.stride[1:]), spec.dtype)
 
 
 def _spec(tensor: torch.Tensor) -> TensorSpec:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 
 from cudnn_flex_compile.kernels import cpu
+from cudnn_flex_compile.kernels.arguments import Arguments
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import F32, I32, TRUE
 from cudnn_flex_compile.scoremod.learned import with_bias
@@ -59,8 +60,9 @@ def reference(query, key, value, grad, masked: Masked, scale: float, dtype: torc
 def computed(query, key, value, grad, program: str, operands, scale: float, ints=(), floats=(), grad_lse=None):
     out = torch.full((*query.shape[:3], value.shape[3]), math.nan, dtype=query.dtype)
     stats = torch.full(query.shape[:3], math.nan)
-    cpu.forward(query, key, value, operands, ints, floats, program, scale, out, stats)
-    gradients = cpu.backward(grad, grad_lse, query, key, value, out, stats, operands, ints, floats, program, scale)
+    given = Arguments(operands, ints, floats, program, scale)
+    cpu.forward(query, key, value, given, out, stats)
+    gradients = cpu.backward(grad, grad_lse, query, key, value, out, stats, given)
     return [out, stats, *gradients]
 
 

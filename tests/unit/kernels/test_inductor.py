@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from cudnn_flex_compile.kernels import cpu, inductor
+from cudnn_flex_compile.kernels.arguments import Arguments
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import F32, I32
 from cudnn_flex_compile.scoremod.optable import make
@@ -42,10 +43,10 @@ def test_right_at_every_length_and_compiled_twice(name):
     before = graphs["unique_graphs"]
     for length in LENGTHS:
         qkv = draw(length)
-        rest = (operands, ints, [], text(program), 0.25)
-        out, lse = inductor.forward(*qkv, *rest)
+        rest = Arguments(operands, ints, [], text(program), 0.25)
+        out, lse = inductor.forward(*qkv, rest)
         expected, expected_lse = torch.empty_like(out), torch.empty_like(lse)
-        cpu.forward(*qkv, *rest, expected, expected_lse)
+        cpu.forward(*qkv, rest, expected, expected_lse)
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(lse, expected_lse, rtol=1e-4, atol=1e-5)
     assert graphs["unique_graphs"] - before <= 2
@@ -53,13 +54,14 @@ def test_right_at_every_length_and_compiled_twice(name):
 
 def differentiated(program, floats=(), scale=0.25):
     """Outputs and gradients of the fallback and of the interpreter."""
-    qkv, rest = draw(LENGTHS[0]), ([], [], [torch.tensor(f, dtype=torch.float64) for f in floats], text(program), scale)
-    out, lse = inductor.forward(*qkv, *rest)
+    qkv, floats = draw(LENGTHS[0]), [torch.tensor(f, dtype=torch.float64) for f in floats]
+    rest = Arguments([], [], floats, text(program), scale)
+    out, lse = inductor.forward(*qkv, rest)
     grad = torch.randn_like(out)
     wanted, wanted_lse = torch.empty_like(out), torch.empty_like(lse)
-    cpu.forward(*qkv, *rest, wanted, wanted_lse)
-    found = (out, *inductor.backward(grad, None, *qkv, *rest))
-    return found, (wanted, *cpu.backward(grad, None, *qkv, out, lse, *rest)[:3])
+    cpu.forward(*qkv, rest, wanted, wanted_lse)
+    found = (out, *inductor.backward(grad, None, *qkv, rest))
+    return found, (wanted, *cpu.backward(grad, None, *qkv, out, lse, rest)[:3])
 
 
 @pytest.mark.parametrize("constants", [(0.5, 0.25, -3.0), (10, 20, 30)], ids=["floats", "ints"])
@@ -88,9 +90,9 @@ def test_a_float_and_a_scale_that_change():
 def test_gradients():
     program, _, _ = PROGRAMS["soft cap + causal"]
     for length in LENGTHS[:3]:
-        qkv, rest = draw(length), ([], [], [], text(program), 0.25)
-        out, lse = inductor.forward(*qkv, *rest)
+        qkv, rest = draw(length), Arguments([], [], [], text(program), 0.25)
+        out, lse = inductor.forward(*qkv, rest)
         grad = torch.randn_like(out)
-        expected = cpu.backward(grad, None, *qkv, out, lse, *rest)
-        for found, wanted in zip(inductor.backward(grad, None, *qkv, *rest), expected, strict=True):
+        expected = cpu.backward(grad, None, *qkv, out, lse, rest)
+        for found, wanted in zip(inductor.backward(grad, None, *qkv, rest), expected, strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)

@@ -19,6 +19,7 @@ from cudnn_flex_compile.engine.certify import certify
 from cudnn_flex_compile.engine.plans import box_plan, graph_plan
 from cudnn_flex_compile.engine.problem import FORWARD, output_specs, stats_spec
 from cudnn_flex_compile.kernels import cpu, cuda
+from cudnn_flex_compile.kernels.arguments import Arguments
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import F32, I32
@@ -129,13 +130,13 @@ class HostPlan:
         inputs = [p.query, p.key, p.value, *([] if p.direction == FORWARD else [p.out, stats, p.grad])]
         tensors = [memory(*of) for of in zip(addresses, (*inputs, *self.outputs), strict=p.stats)]
         operands = [memory(t.data_ptr(), spec) for t, spec in zip(operands, p.operands, strict=True)]
-        rest = (operands, ints, floats, text(p.program), p.scale)
+        rest = Arguments(operands, ints, floats, text(p.program), p.scale)
         if p.direction == FORWARD:
-            cpu.forward(*tensors[:3], *rest, tensors[3], tensors[4].squeeze(-1))
+            cpu.forward(*tensors[:3], rest, tensors[3], tensors[4].squeeze(-1))
             return
         query, key, value, out, lse, grad, *gradients = tensors
         share = self._share(tensors, rest)
-        found = cpu.backward(grad * share, None, query, key, value, out, lse.squeeze(-1), *rest)
+        found = cpu.backward(grad * share, None, query, key, value, out, lse.squeeze(-1), rest)
         for into, gradient in zip(gradients, found, strict=True):
             into.copy_(gradient)
 
@@ -144,7 +145,7 @@ class HostPlan:
         """Which part of a row's weights the program has, [B, H, Sq, 1]: less than all if it is one part of a mask."""
         query, key, value, out, lse, *_ = tensors
         mine = torch.empty(lse.shape[:3])
-        cpu.forward(query, key, value, *rest, torch.empty(out.shape, dtype=out.dtype), mine)
+        cpu.forward(query, key, value, rest, torch.empty(out.shape, dtype=out.dtype), mine)
         return torch.where(mine == -torch.inf, 0.0, (mine - lse.squeeze(-1)).exp()).unsqueeze(-1).to(out.dtype)
 
 
@@ -208,10 +209,9 @@ class Fallback:
         view = strided.view_of(self.chance, tuple(tensor.shape))
         return strided.tensors([view], tensor.dtype)[0].copy_(tensor)
 
-    def forward(self, query, key, value, *rest):
-        *call, by_blocks = rest
+    def forward(self, query, key, value, given, by_blocks):
         out, stats = query.new_empty(*query.shape[:3], value.shape[3]), query.new_empty(query.shape[:3]).float()
-        cpu.forward(query, key, value, *call, out, stats, by_blocks)
+        cpu.forward(query, key, value, given, out, stats, by_blocks)
         return self._strided(out), self._strided(stats)
 
     def backward(self, grad_out, grad_lse, query, key, value, *rest):

@@ -5,6 +5,7 @@ import torch
 from torch.nn.attention.flex_attention import flex_attention
 
 from cudnn_flex_compile.kernels import cpu, cuda, inductor
+from cudnn_flex_compile.kernels.arguments import Arguments
 from cudnn_flex_compile.kernels.stock import Stock
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import F32, I64
@@ -41,7 +42,7 @@ def test_inductor_and_the_interpreter_agree(full, permuted, monkeypatch):
     slots = torch.stack([torch.randperm(LENGTHS[1]) for _ in range(2)]) if permuted else None
     given = stock(full, slots)
     query, key, value = (torch.randn(2, h, n, 16) for h, n in ((4, LENGTHS[0]), (2, LENGTHS[1]), (2, LENGTHS[1])))
-    call = (query, key, value, [torch.randn(1, 4, 1, 1)], [], [], "", 0.25)
+    call = (query, key, value, Arguments([torch.randn(1, 4, 1, 1)], [], [], "", 0.25))
     expected = torch.empty_like(query)
     cpu.forward(*call, expected, torch.empty(query.shape[:3]), given)
     torch.testing.assert_close(inductor.forward(*call, given)[0], expected, rtol=1e-4, atol=1e-5)
@@ -68,8 +69,8 @@ def test_the_kernel_is_compiled_once_for_tensors_with_and_without_gradients(monk
     """A CUDA graph records a training step on tensors that require none; nothing can be compiled meanwhile."""
     seen = []
 
-    def ran(query, key, value, operands, ints, floats, program, scale, stock):
-        tensors = (query, key, value, *operands, *stock.captured)
+    def ran(query, key, value, given, stock):
+        tensors = (query, key, value, *given.operands, *stock.captured)
         seen.append([t.requires_grad for t in tensors])
         return torch.zeros_like(query), torch.zeros(query.shape[:3])
 
@@ -79,5 +80,5 @@ def test_the_kernel_is_compiled_once_for_tensors_with_and_without_gradients(monk
         operand = torch.randn(1, 4, 1, 1, requires_grad=requires_grad)
         captured = torch.randn(3, requires_grad=requires_grad)
         call = stock(False, None)._replace(captured=[captured])
-        cuda._fallback_forward(*tensors, [operand], [], [], "", 0.25, call)
+        cuda._fallback_forward(*tensors, Arguments([operand], [], [], "", 0.25), True, call)
     assert seen[0] == seen[1]

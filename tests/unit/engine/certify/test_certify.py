@@ -13,6 +13,7 @@ from cudnn_flex_compile.engine.certify.reference import CapturedValue, ProgramRe
 from cudnn_flex_compile.engine.certify.regimes import REGIMES
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem, TensorSpec, out_spec, output_specs
 from cudnn_flex_compile.kernels import cpu
+from cudnn_flex_compile.kernels.arguments import Arguments
 from cudnn_flex_compile.passes.write.operands import operand_value
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.aten import fake_mode, joint_graph
@@ -55,16 +56,16 @@ class StandIn:
         return grad_lse.squeeze(-1)
 
     def run(self, tensors, operands, ints, floats):
-        rest = (operands, ints, floats, self.program, self.problem.scale)
+        rest = Arguments(operands, ints, floats, self.program, self.problem.scale)
         if self.problem.direction == FORWARD:
             query, key, value, out, stats = tensors
-            cpu.forward(query, key, value, *rest, out, stats.squeeze(-1))
+            cpu.forward(query, key, value, rest, out, stats.squeeze(-1))
             self.spoil((out, stats))
         else:
             query, key, value, out, stats, grad, *of_lse = tensors[:-3]
             gradients = tensors[-3:]
             grad_lse = self.grad_lse(*of_lse) if of_lse else None
-            found = cpu.backward(grad, grad_lse, query, key, value, out, stats.squeeze(-1), *rest)
+            found = cpu.backward(grad, grad_lse, query, key, value, out, stats.squeeze(-1), rest)
             for into, gradient in zip(gradients, found, strict=True):
                 into.copy_(gradient)
             self.spoil(tuple(gradients))
@@ -281,8 +282,8 @@ class WithBias(StandIn):
 
     def run(self, tensors, operands, ints, floats):
         query, key, value, out, stats, grad, *gradients = tensors
-        rest = (operands, ints, floats, self.program, self.problem.scale)
-        found = cpu.backward(grad, None, query, key, value, out, stats.squeeze(-1), *rest)
+        rest = Arguments(operands, ints, floats, self.program, self.problem.scale)
+        found = cpu.backward(grad, None, query, key, value, out, stats.squeeze(-1), rest)
         for into, gradient in zip(gradients, found, strict=True):
             into.copy_(gradient)
 

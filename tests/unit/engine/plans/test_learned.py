@@ -16,6 +16,7 @@ from cudnn_flex_compile.engine.guards import guarded
 from cudnn_flex_compile.engine.plans.folded_output import FoldedPlan
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, TensorSpec, dense, output_specs
 from cudnn_flex_compile.kernels import cpu
+from cudnn_flex_compile.kernels.arguments import Arguments
 from cudnn_flex_compile.kernels.cpu import _blocks, per_head
 from cudnn_flex_compile.reasons import Reason
 from cudnn_flex_compile.scoremod import ir
@@ -61,8 +62,8 @@ class Plan(StandIn):
             super().run(tensors, operands, ints, floats)
             return
         query, key, value, out, stats, grad, *gradients = tensors
-        rest = (operands, ints, floats, self.program, self.problem.scale)
-        found = cpu.backward(grad, None, query, key, value, out, stats.squeeze(-1), *rest)
+        rest = Arguments(operands, ints, floats, self.program, self.problem.scale)
+        found = cpu.backward(grad, None, query, key, value, out, stats.squeeze(-1), rest)
         for into, gradient in zip(gradients[:3], found[:3], strict=True):
             into.copy_(gradient)
         gradients[3].copy_(self.change(found[3]))
@@ -77,7 +78,8 @@ class Rounded(Plan):
             return
         query, key, value, out, stats, grad, *_, dbias = tensors
         heads = query.shape[1]
-        (block,) = _blocks(query, key, operands, ints, floats, parse(self.program), self.problem.scale)
+        given = Arguments(operands, ints, floats, self.program, self.problem.scale)
+        (block,) = _blocks(query, key, given, parse(self.program))
         weights = torch.where(stats == -math.inf, 0.0, torch.exp(block.masked - stats))
         delta = (grad.float() * out.float()).sum(-1, keepdim=True)
         found = weights * (grad.float() @ per_head(value, heads).mT - delta)
@@ -165,8 +167,8 @@ def test_a_sum_over_less_than_all_that_share_it_is_caught():
                 query, key, value, out, stats, grad, *_, dbias = tensors
                 grad = grad.clone()
                 grad[-1 if dbias.shape[1] > 1 else slice(None), 2 if dbias.shape[1] == 1 else 0 :] = 0.0
-                rest = (operands, ints, floats, self.program, self.problem.scale)
-                dbias.copy_(cpu.backward(grad, None, query, key, value, out, stats.squeeze(-1), *rest)[3])
+                rest = Arguments(operands, ints, floats, self.program, self.problem.scale)
+                dbias.copy_(cpu.backward(grad, None, query, key, value, out, stats.squeeze(-1), rest)[3])
 
     for dims in ("qk", "hqk", "bqk"):
         assert "dBias" in verdict(Less, learned("causal", dims), dims).detail

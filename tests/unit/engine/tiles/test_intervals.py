@@ -7,6 +7,7 @@ from cudnn_flex_compile.engine.certify.certify import certify
 from cudnn_flex_compile.engine.certify.reference import ProgramReference
 from cudnn_flex_compile.engine.problem import FORWARD, Problem, TensorSpec, dense, out_spec, output_specs
 from cudnn_flex_compile.kernels import cpu
+from cudnn_flex_compile.kernels.arguments import Arguments
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.masks.intervals import every_endpoint
 from cudnn_flex_compile.scoremod.optable import make
@@ -35,13 +36,13 @@ class Runs:
         self.problem, self.outputs, self.program = problem, output_specs(problem), text(ir.program(mask=mask))
 
     def run(self, tensors, operands, ints, floats):
-        rest = (operands, ints, floats, self.program, self.problem.scale)
+        rest = Arguments(operands, ints, floats, self.program, self.problem.scale)
         if self.problem.direction == FORWARD:
             query, key, value, out, stats = tensors
-            cpu.forward(query, key, value, *rest, out, stats.view(BATCH, HEADS, LENGTH))
+            cpu.forward(query, key, value, rest, out, stats.view(BATCH, HEADS, LENGTH))
             return
         query, key, value, out, stats, grad, *gradients = tensors
-        found = cpu.backward(grad, None, query, key, value, out, stats.view(BATCH, HEADS, LENGTH), *rest)
+        found = cpu.backward(grad, None, query, key, value, out, stats.view(BATCH, HEADS, LENGTH), rest)
         for gradient, value in zip(gradients, found, strict=True):
             gradient.copy_(value)
 
