@@ -166,30 +166,6 @@ def above_autograd() -> Generator[None]:
             yield
 
 
-# A backward that runs.
-graph_task: Callable[[], int] | None = _now(
-    "torch:_C._current_graph_task_id", "whether a backward runs in this thread",
-    "the host looks at BlockMasks at the end of each graph", None,
-)  # fmt: skip
-engine: Any = _now(
-    "torch.autograd:Variable._execution_engine", "calls a function at the end of a backward",
-    "the host looks at BlockMasks at the end of each graph", None,
-)  # fmt: skip
-_compiled_autograd = _later(
-    "torch._dynamo.compiled_autograd:compiled_autograd_enabled", "whether backwards are traced, and hooks with them",
-    "the host looks at BlockMasks at the end of each graph",
-)  # fmt: skip
-
-
-def traces_backwards() -> bool:
-    """Whether compiled autograd is on, which would trace a hook; true where that is not known."""
-    if _compiled_autograd() is None:
-        return True
-    from torch._dynamo import compiled_autograd
-
-    return bool(compiled_autograd.compiled_autograd_enabled)
-
-
 # Reading Dynamo's graphs.
 set_grad_mode: Any = _now(
     "torch:_C._set_grad_enabled", "the grad mode at each call of a graph", "that of its compile is taken", None
