@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import AuxOutput, flex_attention
 
 from cudnn_flex_compile.kernels import cpu, cuda, inductor
 from cudnn_flex_compile.kernels.arguments import Arguments
@@ -28,9 +28,9 @@ def stock(full, slots, program=PROGRAM):
     return Stock(torch.empty(0), tensors_of(mask), [torch.tensor([170, 40])], slots, (64, 64), text(program))
 
 
-def without_lse(*tensors, return_lse, **how):
+def without_lse(*tensors, return_aux, **how):
     """Inductor's kernel of the CPU gives none."""
-    return flex_attention(*tensors, **how), tensors[0].sum(-1)
+    return flex_attention(*tensors, **how), AuxOutput(lse=tensors[0].sum(-1))
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["partial", "full, too"])
