@@ -22,7 +22,6 @@ from cudnn_flex_compile.engine.repro import Rejection, warn_of
 from cudnn_flex_compile.engine.state import engine
 from cudnn_flex_compile.phases import phase
 from cudnn_flex_compile.reasons import Code, Reason, most_telling
-from cudnn_flex_compile.scoremod.text import parse
 
 OF_SHAPES = tuple(regime for regime in REGIMES if regime.shapes)
 
@@ -95,7 +94,7 @@ def _wrong_on_harder_mask(plan: Plan, forward: Plan) -> Reason | None:
     before = harder if forward is plan else forward.on_harder_mask()
     if harder is None or before is None:
         return None
-    return certify(harder, before, ProgramReference(parse(harder.problem.program)), OF_SHAPES)
+    return certify(harder, before, ProgramReference(harder.problem.program), OF_SHAPES)
 
 
 def _fastest(right: Sequence[Plan], forward: Plan | None, reference: Reference) -> Plan:

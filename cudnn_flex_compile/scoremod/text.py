@@ -69,9 +69,13 @@ def _node(dtype: str, kind: str, rest: list[str], nodes: list[Expr]) -> Expr:
     return ir.intern(kind, dtype, args)
 
 
-@functools.lru_cache(1024)
 def parse(source: str) -> Program:
     """The program whose canonical text is `source`; ValueError says which item is wrong."""
+    return _parsed(source)
+
+
+@functools.lru_cache(1024)
+def _parsed(source: str) -> Program:
     header, *lines = source.split(SEPARATOR)
     if header != HEADER:
         raise ValueError(f"a program starts with {HEADER!r}, got {header!r}")

@@ -9,7 +9,6 @@ from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import BOOL, I32, Expr
 from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.simplify import simplify
-from cudnn_flex_compile.scoremod.text import text
 
 BLOCK, STEP, KINDS = 128, 16, 5  # all lengths of tiles are multiples of STEP
 FIRST, COUNT = 4, 9  # the edges are at 4 to 12 times STEP
@@ -41,4 +40,4 @@ def _edge_mask() -> Expr:
 
 
 EDGE_MASK = _edge_mask()
-EDGE_PROGRAM = text(ir.program(mask=EDGE_MASK))
+EDGE_PROGRAM = ir.program(mask=EDGE_MASK)

@@ -13,11 +13,12 @@ from cudnn_flex_compile.engine.choose import OF_SHAPES, certified
 from cudnn_flex_compile.engine.problem import FORWARD, Problem, TensorSpec, dense, out_spec
 from cudnn_flex_compile.engine.tiles.edge_mask import BLOCK, EDGE_MASK, EDGE_PROGRAM, KINDS
 from cudnn_flex_compile.kernels import cpu
+from cudnn_flex_compile.kernels.arguments import Arguments
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.interpret import visible_rows
 from cudnn_flex_compile.scoremod.masks.intervals import most_endpoints
 from cudnn_flex_compile.scoremod.optable import make
-from cudnn_flex_compile.scoremod.text import parse, text
+from cudnn_flex_compile.scoremod.text import text
 from tests.support.flash import FlashStandIn
 
 CPU = torch.device("cpu")
@@ -59,15 +60,15 @@ class ByList:
         return other
 
     def run(self, tensors, operands, ints, floats):
-        mask = self.wrong(parse(self.problem.program).mask)
-        rest = (operands, ints, floats, text(ir.program(mask=mask)), self.problem.scale)
+        mask = self.wrong(self.problem.program.mask)
+        rest = Arguments(operands, ints, floats, text(ir.program(mask=mask)), self.problem.scale)
         shape = self.problem.lse_shape
         if self.problem.direction == FORWARD:
             query, key, value, out, stats = tensors
-            cpu.forward(query, key, value, *rest, out, stats.view(shape))
+            cpu.forward(query, key, value, rest, out, stats.view(shape))
             return
         query, key, value, out, stats, grad, *gradients = tensors
-        found = cpu.backward(grad, None, query, key, value, out, stats.view(shape), *rest)
+        found = cpu.backward(grad, None, query, key, value, out, stats.view(shape), rest)
         for gradient, other in zip(gradients, found, strict=True):
             gradient.copy_(other)
 
@@ -81,7 +82,7 @@ class Graph(ByList):
 
 def causal_problem():
     query, key = (dense(TensorSpec((BATCH, heads, 300, DIM), (), torch.bfloat16)) for heads in (HEADS, 1))
-    program = text(ir.program(mask=make("ge", ROW, KEY)))
+    program = ir.program(mask=make("ge", ROW, KEY))
     return Problem(program, FORWARD, query, key, key, out_spec(query, key), (), 0.25, 0, tiled=1)
 
 
@@ -91,7 +92,7 @@ def causal_problem():
 def test_plans_that_round_as_flash_attention_does_pass_at_any_lengths(rows, columns, dtype, lse_gradient):
     query, key = (dense(TensorSpec((1, heads, n, 64), (), dtype)) for heads, n in ((2, rows), (1, columns)))
     problem = Problem(EDGE_PROGRAM, FORWARD, query, key, key, out_spec(query, key), (), 0.125, 0, tiled=1)
-    reference, forward = ProgramReference(parse(EDGE_PROGRAM)), FlashStandIn(problem)
+    reference, forward = ProgramReference(EDGE_PROGRAM), FlashStandIn(problem)
     assert certify(forward, forward, reference, OF_SHAPES) is None
     assert certify(FlashStandIn(problem.backward(lse_gradient)), forward, reference, OF_SHAPES) is None
 
