@@ -93,8 +93,15 @@ def cost_inputs_of(candidate: Candidate, context: Context) -> cost_model.CostInp
     program, hoisted = candidate.running
     return cost_model.CostInputs(
         call, program, hoisted, training=candidate.training, lse_gradient=candidate.lse_gradient, blocks=blocks,
-        around=context.around, tiled=candidate.tiled, sharing=context.sharing[mask_of(call)],
+        around=context.around, tiled=candidate.tiled, sharing=_sharing(call, blocks, context),
     )  # fmt: skip
+
+
+def _sharing(call: Call, blocks: cost_model.Blocks | None, context: Context) -> int:
+    known = context.sharing[mask_of(call)]
+    given = [block for block in call.blocks if block is not None]
+    outside = blocks is None and given and all(block.op == "placeholder" for block in given)
+    return cost_model.LAYERS if outside and known == 1 else known
 
 
 def given_to(call: Call) -> tuple[Any, ...]:

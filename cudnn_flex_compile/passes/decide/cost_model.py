@@ -43,6 +43,9 @@ COSTLY = {"tanh", "sigmoid", "exp", "exp2", "log", "erf", "sin", "cos", "pow"}
 # The shares of a BlockMask that is not at hand: the blocks that it lists, and the listed ones at which the mask is
 # computed, if that reads captured tensors.
 GUESSED = (0.1, 0.25)
+# The calls that share a BlockMask which comes from outside of a graph with one call, and whose tensors are not at hand:
+# a trainer compiles flex_attention, or each layer, by itself, and models have as many layers, or more.
+LAYERS = 12
 DOCUMENTS = "python3 -m tests.measure.documents_time"
 
 
@@ -108,7 +111,7 @@ class CostInputs:
         blocks: the blocks that its BlockMask lists; None without one, or if they are not known.
         around: None where the host's time for the call does not count: attention alone, or under CUDA graphs.
         tiled: the directions that would run by a list of its mask's tiles (passes/write/tile_lists.py).
-        sharing: the number of calls of the graph that have its mask.
+        sharing: the number of calls that have its mask: of the graph, or LAYERS.
     """
 
     call: Call
@@ -171,21 +174,28 @@ def pairs_of(program: Program, lengths: tuple[int, int], direction: str) -> floa
 def stock_times(inputs: CostInputs) -> dict[str, float]:
     """Milliseconds of the GPU on Inductor's kernel, by direction.
 
-    It computes the blocks that the BlockMask lists, and the mask where a block is partial. If the blocks are not known,
-    it is taken to compute the same pairs as the graphs.
+    It computes the blocks that the BlockMask lists, and the mask where a block is partial.
     """
-    queries, keys = inputs.lengths
-    share, partial = inputs.blocks or (None, GUESSED[1])
+    share, partial = inputs.blocks or (None if inputs.call.blocks else 1.0, GUESSED[1])
     found: dict[str, float] = {}
     for way in inputs.directions:
         rate = inputs.rate(INDUCTOR, way, inputs.kind) or 0.0
         if inputs.reads_mask and inputs.call.blocks:
             plain, masked = (inputs.rate(INDUCTOR, way, kind) or 0.0 for kind in (PLAIN, MASKED))
             rate += partial * max(masked - plain, 0.0)
-        known = share if inputs.call.blocks else 1.0
-        computed = pairs_of(inputs.program, inputs.lengths, way) / (queries * keys) if known is None else known
-        found[way] = rate * inputs.tflop * computed
+        found[way] = rate * inputs.tflop * (_guessed(inputs, way) if share is None else share)
     return found
+
+
+def _guessed(inputs: CostInputs, direction: str) -> float:
+    """The share of the blocks that a BlockMask lists whose tensors are not at hand.
+
+    A mask that reads captured tensors, such as packed documents, is taken to show little: graphs, which compute more
+    than they have to for it, must not be chosen by a guess.
+    """
+    queries, keys = inputs.lengths
+    bounds = cost(pruned(inputs.program, inputs.lengths), inputs.lengths, direction) / (queries * keys)
+    return min(bounds, GUESSED[0]) if inputs.reads_mask or split(inputs.program.mask).reads_pairs else bounds
 
 
 def graph_times(inputs: CostInputs) -> dict[str, float]:
@@ -203,14 +213,15 @@ def graph_times(inputs: CostInputs) -> dict[str, float]:
 def tile_times(inputs: CostInputs) -> dict[str, float] | None:
     """Milliseconds of the GPU by a list of tiles, by direction, without making the list; None without such kernels."""
     queries, keys = inputs.lengths
-    unknown = GUESSED[0] if inputs.call.blocks and split(inputs.program.mask).reads_pairs else 1.0
-    share = unknown if inputs.blocks is None else inputs.blocks.share
+    unknown = inputs.blocks is None and inputs.call.blocks
+    share = 1.0 if inputs.blocks is None else inputs.blocks.share
     found: dict[str, float] = {}
     for way in inputs.directions:
         rate = inputs.rate(TILE_LISTS, way, PLAIN)
         if rate is None:
             return None
-        visible = min(share, cost(pruned(inputs.program, inputs.lengths), inputs.lengths, way) / (queries * keys))
+        bounds = cost(pruned(inputs.program, inputs.lengths), inputs.lengths, way) / (queries * keys)
+        visible = _guessed(inputs, way) if unknown else min(share, bounds)
         found[way] = rate * inputs.tflop * visible
     return found
 

@@ -158,8 +158,10 @@ def _unknown_blocks(inputs: CostInputs) -> str | None:
 
 
 def _more_pairs(inputs: CostInputs) -> str | None:
-    if inputs.blocks is None or spared(inputs) >= 0:
+    if not inputs.call.blocks or spared(inputs) >= 0:
         return None
+    if inputs.blocks is None:
+        return "cuDNN would compute every pair that bounds show, the BlockMask is not at hand and may list few blocks"
     queries, keys = inputs.lengths
     ours = pairs_of(inputs.program, inputs.lengths, BACKWARD if inputs.training else FORWARD) / (queries * keys)
     return f"cuDNN would compute {ours:.0%} of the pairs, the BlockMask lists {inputs.blocks.share:.0%}"

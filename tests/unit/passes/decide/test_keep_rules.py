@@ -28,6 +28,7 @@ LLAMA = Workload(products=29, tflop=3.64, calls=4)  # of 4 layers of a width of 
 LARGE, LITTLE = replace(BUSY, tflop=3.0), Workload(products=0, tflop=0.0, calls=1)
 PADDED = {"program": SHORT_ROWS, "queries": 4096, "keys": 4096, "heads": 16, "share": 1.0, "around": LARGE}
 DOCUMENTS = ir.program(mask=make("eq", ir.operand(0, ir.I32, "bq"), ir.operand(1, ir.I32, "bk")))
+BOUNDED = ir.program(mask=make("and", CAUSAL.mask, make("ge", ir.index("k"), ir.operand(0, ir.I32, "bq"))))
 STRIPED = ir.program(mask=make("eq", make("mod", DISTANCE, ir.const(3, ir.I32)), ir.const(0, ir.I32)))
 
 
@@ -91,6 +92,9 @@ KEPT = {
     "a bias of bfloat16 in the forward": (stored(torch.bfloat16) | {"training": False}, "read from memory"),
     "blocks that are not known": ({"program": STRIPED}, "without tile skipping"),
     "fewer blocks": ({"share": 0.2}, "of the pairs, the BlockMask lists 20%"),
+    "documents by bounds, a BlockMask that is not at hand": (
+        {"program": BOUNDED, "queries": 8192, "keys": 8192, "heads": 32}, "is not at hand",
+    ),
     "a list of tiles for one short call": ({"tiled": True, "share": 0.2}, "and 1 call would save"),
     "a list of tiles, blocks that are not known": ({"tiled": True}, "and 1 call would save"),
     "a list of tiles for layers that see little": (
@@ -154,6 +158,9 @@ LOWERED = {
     "no BlockMask": {"program": STRIPED, "blocks": False},
     "a list of tiles in a model that keeps the GPU busy": {
         "tiled": True, "queries": 4096, "keys": 4096, "heads": 16, "share": 0.75, "sharing": 8, "around": LARGE,
+    },
+    "a list of tiles, a BlockMask that is not at hand": {
+        "tiled": True, "program": BOUNDED, "queries": 8192, "keys": 8192, "heads": 32, "sharing": cost_model.LAYERS,
     },
     "a list of tiles that layers share": {"tiled": True, "queries": 16384, "keys": 16384, "share": 0.2, "sharing": 12},
     "a list of tiles, a loss of the LSE": {
