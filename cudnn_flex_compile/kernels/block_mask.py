@@ -57,9 +57,9 @@ def well_formed(blocks: Sequence[Tensor], sizes: Sequence[int], block: tuple[int
     good = ~(partial & full).any()
     pairs = [blocks[i : i + 2] for i in range(0, len(blocks) - len(transposed), 2)]
     for (count, indices), mine in zip(pairs, (partial, full), strict=False):
-        width = max(columns, indices.shape[-1])
-        every = mine if width == columns else listed(count, indices, width)
-        good &= (every[:, :, :rows].sum(-1) == count[:, :, :rows]).all()
+        valid = torch.arange(indices.shape[-1], device=indices.device) < count.unsqueeze(-1)
+        inside = valid & (indices < columns)  # a BlockMask that was cropped lists blocks beyond the end, which hide all
+        good &= (mine[:, :, :rows].sum(-1) == inside[:, :, :rows].sum(-1)).all()
     for mine, pair in zip((partial, full), (transposed[:2], transposed[2:]), strict=True):
         if len(pair) == 2:
             good &= (listed(pair[0], pair[1], rows).transpose(-2, -1)[..., :columns] == mine[:, :, :rows]).all()
