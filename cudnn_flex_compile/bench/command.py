@@ -64,7 +64,7 @@ def run(given: argparse.Namespace) -> int:
 
 
 def facts() -> str:
-    """What the figures are of."""
+    """The figures' source."""
     if not torch.cuda.is_available():
         return f"the CPU torch {torch.__version__}"
     return f"{torch.cuda.get_device_name()} torch {torch.__version__} cuDNN {torch.backends.cudnn.version()}"

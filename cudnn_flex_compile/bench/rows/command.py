@@ -82,7 +82,7 @@ def _measure_here(given: argparse.Namespace) -> int:
 
 
 def _in_a_process(row: Row, given: argparse.Namespace, folder: Path, processes: "Processes") -> Result | str:
-    """What a process measures, which begins with empty caches, or why it failed."""
+    """The result of a process that begins with empty caches, or why it failed."""
     own = folder / row.name
     own.mkdir()
     into = own / "result.json"
