@@ -116,7 +116,7 @@ def _lower_by_plans(
 ) -> Reason | None:
     """Rewrites the call to run by plans that know its mask, or gives the reason against it."""
     measured = context.options.autotune and autotune.measurable(candidate)
-    why = None if checked is None else context.guards.unsuitable(candidate.call, checked)
+    why = None if checked is None else context.guards.unsuitable(candidate.call, checked, candidate.training)
     why = why or (slower(candidate, context) if context.only_faster and not measured else None)
     if why is not None:
         return why

@@ -90,7 +90,8 @@ def steps(function, training, masks):
             with torch.set_grad_enabled(training):
                 found = [t.clone() for t in run(function, qkv, argument, grad)]
             check(found, qkv, mask_mod, grad)
-    assert not report.kept, report.summary
+    # In training Inductor's kernel honours the BlockMask.
+    assert not (report.lowered if training else report.kept), report.summary
 
 
 @TRAINING
