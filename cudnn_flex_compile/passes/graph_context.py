@@ -75,10 +75,22 @@ def disagreement(call: Call, captures: Captures, checked: MaskProgram, context: 
 
 
 def slower(candidate: Candidate, context: Context) -> Reason | None:
-    facts, query = cost_inputs_of(candidate, context), example(candidate.call.query)
-    tensors = *given_to(candidate.call), query.dtype, hint(query.shape[3])
-    known = facts.program, facts.hoisted, facts.training, facts.lse_gradient, facts.tiled, facts.sharing
-    return context.once(("slower", *tensors, *known), lambda: keep_rules.slower(facts))
+    """The reason of a call that stock flex_attention runs faster, by the rules."""
+    return _once_for_equal_costs("slower", candidate, context, keep_rules.slower)
+
+
+def expected(candidate: Candidate, context: Context) -> float | None:
+    """How many times as fast as Inductor's kernel the call is, by prediction."""
+    return _once_for_equal_costs("expected", candidate, context, cost_model.expected)
+
+
+def _once_for_equal_costs(
+    what: str, candidate: Candidate, context: Context, find: Callable[[cost_model.CostInputs], Any]
+) -> Any:
+    inputs, query = cost_inputs_of(candidate, context), example(candidate.call.query)
+    dims = (hint(example(node).shape[3]) for node in (candidate.call.query, candidate.call.value))
+    known = inputs.program, inputs.hoisted, inputs.training, inputs.lse_gradient, inputs.tiled, inputs.sharing
+    return context.once((what, *given_to(candidate.call), query.dtype, *dims, *known), lambda: find(inputs))
 
 
 def measured_slower(candidate: Candidate, context: Context) -> Reason | None:

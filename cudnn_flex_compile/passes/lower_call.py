@@ -6,7 +6,7 @@ lower_graph.py calls it for each call. The calls of a graph share a `Context` (g
 from collections.abc import Sequence
 
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD
-from cudnn_flex_compile.passes.decide import autotune, cost_model, eligibility
+from cudnn_flex_compile.passes.decide import autotune, eligibility
 from cudnn_flex_compile.passes.decide.candidate import Candidate, Lowered, plan_or_reason
 from cudnn_flex_compile.passes.decide.key_compaction import COUNTS, compacted
 from cudnn_flex_compile.passes.decide.tile_speed import faster_by_tiles
@@ -15,6 +15,7 @@ from cudnn_flex_compile.passes.graph_context import (
     Context,
     cost_inputs_of,
     disagreement,
+    expected,
     given_to,
     measured_slower,
     slower,
@@ -158,7 +159,7 @@ def _lower_by_tiles(
 
 def _accept(candidate: Candidate, verdict: Lowered, context: Context, report: CallReport) -> None:
     report.strategies, report.errors = verdict
-    report.expected = cost_model.expected(cost_inputs_of(candidate, context))
+    report.expected = expected(candidate, context)
 
 
 def _rewrite(candidate: Candidate, checked: MaskProgram | None, context: Context) -> None:

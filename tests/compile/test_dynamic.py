@@ -40,11 +40,11 @@ def backend(monkeypatch):
         call = candidate.forward_call(given, given.running, stand_in.CUDA)
         return candidate._certified(given, call, candidate.problem_of(call))
 
-    def run(query, keys, value, operands, ints, floats, program, scale, *outputs):
-        metas = [Meta(TensorSpec.of(t), stand_in.CUDA) for t in (query, keys, value, *operands)]
-        key = forward_key(program, *metas[:3], metas[3:], scale, False, policy=found.policy)
+    def run(query, keys, value, given, *outputs):
+        metas = [Meta(TensorSpec.of(t), stand_in.CUDA) for t in (query, keys, value, *given.operands)]
+        key = forward_key(given.program, *metas[:3], metas[3:], given.scale, False, policy=found.policy)
         found.asked.append(find_plan(key))
-        forward(query, keys, value, operands, ints, floats, program, scale, *outputs)
+        forward(query, keys, value, given, *outputs)
 
     monkeypatch.setattr(module, "plan_or_reason", judge)
     monkeypatch.setattr(cpu, "forward", run)

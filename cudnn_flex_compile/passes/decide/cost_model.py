@@ -4,6 +4,7 @@ that each way takes for them on this kind of device (device_times.py).
 The rules (keep_rules.py, tile_speed.py) decide by it. Each constant names the command that reproduces it.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -163,6 +164,7 @@ def pair_operands(inputs: CostInputs) -> list[torch.dtype]:
     return [inputs.hoisted[int(n.value or 0)].stored for n in operands if {"q", "k"} <= set(n.dims)]
 
 
+@functools.lru_cache(1024)
 def pairs_of(program: Program, lengths: tuple[int, int], direction: str) -> float:
     """The number of pairs of a head that the graphs of a direction compute, with other costs counted in pairs."""
     program = pruned(program, lengths)
@@ -187,14 +189,19 @@ def stock_times(inputs: CostInputs) -> dict[str, float]:
     return found
 
 
+@functools.lru_cache(1024)
+def _bounds(program: Program, lengths: tuple[int, int], direction: str) -> float:
+    """The share of all pairs that the mask's bounds show, in whole tiles of a graph."""
+    return cost(pruned(program, lengths), lengths, direction) / (lengths[0] * lengths[1])
+
+
 def _guessed(inputs: CostInputs, direction: str) -> float:
     """The share of the blocks that a BlockMask lists whose tensors are not at hand.
 
     A mask that reads captured tensors, such as packed documents, is taken to show little: graphs, which compute more
     than they have to for it, must not be chosen by a guess.
     """
-    queries, keys = inputs.lengths
-    bounds = cost(pruned(inputs.program, inputs.lengths), inputs.lengths, direction) / (queries * keys)
+    bounds = _bounds(inputs.program, inputs.lengths, direction)
     return min(bounds, GUESSED[0]) if inputs.reads_mask or split(inputs.program.mask).reads_pairs else bounds
 
 
@@ -212,7 +219,6 @@ def graph_times(inputs: CostInputs) -> dict[str, float]:
 
 def tile_times(inputs: CostInputs) -> dict[str, float] | None:
     """Milliseconds of the GPU by a list of tiles, by direction, without making the list; None without such kernels."""
-    queries, keys = inputs.lengths
     unknown = inputs.blocks is None and inputs.call.blocks
     share = 1.0 if inputs.blocks is None else inputs.blocks.share
     found: dict[str, float] = {}
@@ -220,8 +226,7 @@ def tile_times(inputs: CostInputs) -> dict[str, float] | None:
         rate = inputs.rate(TILE_LISTS, way, PLAIN)
         if rate is None:
             return None
-        bounds = cost(pruned(inputs.program, inputs.lengths), inputs.lengths, way) / (queries * keys)
-        visible = _guessed(inputs, way) if unknown else min(share, bounds)
+        visible = _guessed(inputs, way) if unknown else min(share, _bounds(inputs.program, inputs.lengths, way))
         found[way] = rate * inputs.tflop * visible
     return found
 

@@ -40,9 +40,17 @@ class DeviceTimes:
 
     def rate(self, way: str, direction: str, kind: str, dim: int, length: int) -> float | None:
         """The milliseconds a TFLOP at a head dim and length, interpolated between those measured; None without any."""
-        dims = sorted({cell[3] for cell in self.cells if cell[:3] == (way, direction, kind)})
+        dims = self._dims.get((way, direction, kind), ())
         rates = [_at(*self.cells[way, direction, kind, d], length) for d in dims]
-        return _at(tuple(dims), tuple(rates), dim) if dims else None
+        return _at(dims, tuple(rates), dim) if dims else None
+
+    @functools.cached_property
+    def _dims(self) -> dict[tuple[str, str, str], tuple[int, ...]]:
+        """The head dims that were measured, ascending."""
+        found: dict[tuple[str, str, str], list[int]] = {}
+        for way, direction, kind, dim in sorted(self.cells):
+            found.setdefault((way, direction, kind), []).append(dim)
+        return {of: tuple(dims) for of, dims in found.items()}
 
 
 def _at(places: tuple[int, ...], values: tuple[float, ...], place: int) -> float:

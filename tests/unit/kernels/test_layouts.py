@@ -122,6 +122,9 @@ class HostPlan:
     def __init__(self, problem):
         self.problem, self.outputs = problem, output_specs(problem)
 
+    def on_harder_mask(self):
+        return None
+
     def run(self, tensors, operands, ints, floats, tiles=None):
         self.run_at([tensor.data_ptr() for tensor in tensors], operands, ints, floats)
 

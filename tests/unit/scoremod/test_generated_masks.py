@@ -28,7 +28,6 @@ FLOORS = {
     },
     "scores": {
         "lowered": 500, "native": 10, "chained": 400, "gradient chained": 400, "gradient dense": 400, "boxes": 60,
-        "LSE gradient chained": 400, "LSE gradient dense": 400, "LSE gradient chained guarded": 400,
     },
 }  # fmt: skip
 
