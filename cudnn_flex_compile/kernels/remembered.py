@@ -70,6 +70,8 @@ class Remembered(Generic[Made]):
         if noted is None or made is None or any(reference() is None for reference, _, _ in noted[1]):
             return
         key, states = noted
-        while len(self._entries) >= self._kept and key not in self._entries:
-            self._entries.pop(next(iter(self._entries)), None)
+        if key not in self._entries:
+            # A copy: another thread may add an entry meanwhile, and a tensor that is freed takes one away.
+            for oldest in list(self._entries)[: max(0, len(self._entries) + 1 - self._kept)]:
+                self._entries.pop(oldest, None)
         self._entries[key] = made, states

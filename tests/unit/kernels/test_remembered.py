@@ -1,6 +1,8 @@
 """What was made of tensors is found again for the very tensors, as they were, and for as long as they live."""
 
 import gc
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -86,3 +88,20 @@ def test_inference_tensors_are_forgotten(known):
         a = torch.zeros(3)
     known.put("how", (a,), "so")
     assert known.get("how", (a,)) is None
+
+
+def test_threads_add_values_at_once(known):
+    """More than are kept, while others are dropped: no thread trips over another one's change."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+
+    def add(thread):
+        for number in range(20000):
+            known.put((thread, number), (), "so")
+
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(add, range(8)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(known) <= 4 + 7, "as many as are kept, and one that each other thread adds meanwhile"
