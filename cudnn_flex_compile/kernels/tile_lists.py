@@ -89,6 +89,11 @@ class Listed:
         return self.geometry.mask_heads
 
     @property
+    def passing(self) -> bool:
+        """Whether there is no list for a reason that may pass, such as a lack of memory: the next call tries again."""
+        return isinstance(self.found, Reason) and not self.found.lasting
+
+    @property
     def tiles(self) -> TileList | None:
         """The list."""
         return self.found if isinstance(self.found, TileList) else None
@@ -100,7 +105,8 @@ class Listed:
             pairs: the pairs of the call that is about to be launched, whose tensors are as the op had them.
         """
         self.found = _or_why_not(lambda: self.look() or _anew(pairs(), self))
-        self.keep()
+        if not self.passing:
+            self.keep()
         self.look, self.keep = lambda: None, lambda: None
 
 
@@ -149,7 +155,8 @@ def handle_of(
             return handle
         if not tensors:  # the list stays right, on all streams
             torch.cuda.current_stream().synchronize()
-    _known.keep(noted, handle)
+    if not listed.passing:
+        _known.keep(noted, handle)
     return handle
 
 
@@ -235,7 +242,7 @@ def _or_why_not(make: Callable[[], Made]) -> Made | Reason:
         if torch.cuda.is_current_stream_capturing():
             raise
         log.warning("cudnn_flex: a list of tiles could not be made", exc_info=True)
-        return Reason(Code.INTERNAL, f"a list of tiles: {type(error).__name__}: {error}", lasting=False)
+        return Reason(Code.INTERNAL, f"a list of tiles: {type(error).__name__}: {error}")
 
 
 def _begin(listed: Listed, pairs: Pairs) -> None:

@@ -186,12 +186,15 @@ def test_a_list_that_cannot_be_made_is_a_reason(tiler, monkeypatch, error, code,
     pairs, _ = pairs_of(SOURCES["documents"], documents(0, 9))
     listed = Listed(GEOMETRY, Needs(), 1)
     monkeypatch.setattr(tile_lists, "_exact", fails)
+    kept = []
+    listed.keep = lambda: kept.append(1)
     if later:
         listed.settle(lambda: pairs)
     else:
         tile_lists._begin(listed, pairs)
     assert listed.found.code is code
-    assert not listed.found.lasting
+    assert listed.passing == (code is Code.MEMORY)
+    assert kept == ([1] if later and code is Code.INTERNAL else []), "a lack of memory is not remembered"
 
 
 def test_what_is_most_of_a_mask(tiler):
