@@ -53,22 +53,33 @@ def backend(graphs, graph_module, example_inputs):
     return cudnn_flex(graph_module, example_inputs, options=OPTIONS)
 
 
-class Model(nn.Module):
-    """Attention and an MLP in turn, of more than DDP's smallest bucket each."""
+class Block(nn.Module):
+    """Attention and an MLP of more than DDP's smallest bucket each.
 
+    It is no nn.Sequential: torch 2.14 would trace FSDP's hooks of one, too, and break the graph there.
+    """
+
+    def __init__(self, attention, width, **made):
+        super().__init__()
+        inner = LEAST_BUCKET // width
+        self.attention, self.out = attention, nn.Linear(inner, width, **made)
+        self.hidden = nn.Linear(width, inner, **made)
+
+    def forward(self, x):
+        return x + self.out(nn.functional.gelu(self.hidden(self.attention(x))))
+
+
+class Model(nn.Module):
     def __init__(self, device):
         super().__init__()
         length, dim = SIZES[device]
-        width, inner = layers.HEADS * dim, LEAST_BUCKET // (layers.HEADS * dim)
-        made = {"device": device, "dtype": torch.bfloat16}
-        self.layers = nn.ModuleList(
-            nn.Sequential(attention, nn.Linear(width, inner, **made), nn.GELU(), nn.Linear(inner, width, **made))
-            for attention in layers.model(layers.KINDS, length, dim, device)
-        )
+        width = layers.HEADS * dim
+        attentions = layers.model(layers.KINDS, length, dim, device)
+        self.layers = nn.ModuleList(Block(each, width, device=device, dtype=torch.bfloat16) for each in attentions)
 
     def forward(self, x):
         for layer in self.layers:
-            x = x + layer(x)
+            x = layer(x)
         return x
 
 
