@@ -20,6 +20,7 @@ from cudnn_flex_compile.engine.support import refused
 from cudnn_flex_compile.passes.write.operands import operand_value
 from cudnn_flex_compile.reasons import Reason
 from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod.aten_table import HALVES, dtype_of
 from cudnn_flex_compile.scoremod.interpret import environment, evaluate
 from cudnn_flex_compile.scoremod.ir import F32, I32, TRUE, Expr, Program
 from cudnn_flex_compile.scoremod.masks.boxes import Box, boxes, pruned, unshifted
@@ -28,7 +29,7 @@ from cudnn_flex_compile.scoremod.partition import ScoreGather, partition
 from cudnn_flex_compile.scoremod.ranges import narrow
 from cudnn_flex_compile.scoremod.simplify import normalize
 from cudnn_flex_compile.scoremod.text import parse, text
-from cudnn_flex_compile.scoremod.trace import HALVES, Captured, dtype_of, trace
+from cudnn_flex_compile.scoremod.trace import Captured, trace
 from tests.support.emulator import emulated
 
 from .evaluate import raised

@@ -12,11 +12,12 @@ from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
 from cudnn_flex_compile.passes.write.operands import operand_value
 from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod.aten_table import dtype_of
 from cudnn_flex_compile.scoremod.interpret import environment, evaluate
 from cudnn_flex_compile.scoremod.ir import Expr, Program
 from cudnn_flex_compile.scoremod.partition import Hoisted
 from cudnn_flex_compile.scoremod.ranges import narrow
-from cudnn_flex_compile.scoremod.trace import Captured, dtype_of, trace
+from cudnn_flex_compile.scoremod.trace import Captured, trace
 
 from .generate import CAPTURED, B, H, K, Mod, Q
 

@@ -11,6 +11,7 @@ from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
 from cudnn_flex_compile.passes.write.operands import operand_value
 from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod.aten_table import dtype_of
 from cudnn_flex_compile.scoremod.interpret import environment, evaluate
 from cudnn_flex_compile.scoremod.ir import I32, TRUE, Expr, Program
 from cudnn_flex_compile.scoremod.masks.form import as_predicate, split
@@ -21,7 +22,7 @@ from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.partition import partition
 from cudnn_flex_compile.scoremod.ranges import narrow
 from cudnn_flex_compile.scoremod.simplify import normalize
-from cudnn_flex_compile.scoremod.trace import Captured, dtype_of, trace
+from cudnn_flex_compile.scoremod.trace import Captured, trace
 
 CPU = torch.device("cpu")
 Captures = Mapping[str, torch.Tensor | int]

@@ -12,8 +12,9 @@ from torch.fx import GraphModule, Node
 from cudnn_flex_compile.passes.read.call import Call, ancestors, example
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod.aten_table import HALVES, Untraceable, dtype_of
 from cudnn_flex_compile.scoremod.ir import F32, I32, Expr
-from cudnn_flex_compile.scoremod.trace import HALVES, Captured, Untraceable, dtype_of
+from cudnn_flex_compile.scoremod.trace import Captured
 
 
 @dataclass(slots=True)

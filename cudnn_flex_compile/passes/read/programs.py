@@ -20,13 +20,14 @@ from cudnn_flex_compile.phases import count, phase
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.aten import OwnGradient
+from cudnn_flex_compile.scoremod.aten_table import Untraceable
 from cudnn_flex_compile.scoremod.fingerprint import graph_text
 from cudnn_flex_compile.scoremod.ir import SCORE, Expr, Program
 from cudnn_flex_compile.scoremod.learned import NotAdditive
 from cudnn_flex_compile.scoremod.partition import Hoisted, ScoreGather, pairwise, partition
 from cudnn_flex_compile.scoremod.ranges import narrow
 from cudnn_flex_compile.scoremod.simplify import normalize
-from cudnn_flex_compile.scoremod.trace import Captured, Untraceable, trace
+from cudnn_flex_compile.scoremod.trace import Captured, trace
 
 KEPT = 256
 LONGEST, MOST = 200, 2**15  # the longest chain of ops of a function, and their number, as limits for recursion

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod.aten_table import DIRECT, SPECIAL
 from cudnn_flex_compile.scoremod.derive import derive
 from cudnn_flex_compile.scoremod.interpret import TORCH_DTYPE, evaluate
 from cudnn_flex_compile.scoremod.ir import BOOL, F32, GRAD, I32, I64, SCORE, Expr
 from cudnn_flex_compile.scoremod.legalize import RULES, legalize
 from cudnn_flex_compile.scoremod.optable import ROWS, TABLE, Row, make
 from cudnn_flex_compile.scoremod.text import infix, parse, text
-from cudnn_flex_compile.scoremod.trace import DIRECT, SPECIAL
 
 SIGNATURES = {"float", "number", "compare", "logic", "integer", "where", "gather", F32, I32, I64, BOOL}
 CASTS = {F32, I32, I64, BOOL}

@@ -8,12 +8,13 @@ from hypothesis import given, settings
 
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.aten import plain
+from cudnn_flex_compile.scoremod.aten_table import Untraceable, dtype_of
 from cudnn_flex_compile.scoremod.ir import BOOL, F32, I32, I64, SCORE
 from cudnn_flex_compile.scoremod.optable import well_typed
 from cudnn_flex_compile.scoremod.ranges import narrow
 from cudnn_flex_compile.scoremod.simplify import simplify
 from cudnn_flex_compile.scoremod.text import infix
-from cudnn_flex_compile.scoremod.trace import Captured, Untraceable, dtype_of, trace
+from cudnn_flex_compile.scoremod.trace import Captured, trace
 from tests.support.evaluate import CPU, differing, direct, interpreted, scores, traced
 from tests.support.generate import Grammar, Mod, mask_mods, score_mods
 
