@@ -97,7 +97,10 @@ FORMS: Forms = {
         ),
     ),
     "i": (
-        ("q", "kv", "(q - kv)", "(kv - q)", "(q - kv + {n})", "(q - kv + offset[b])", "({n} - kv + q)"),
+        (
+            "q", "kv", "(q - kv)", "(kv - q)", "((q // {m} + 1) * {m} + q % {m})", "(kv % {m} + kv // {m} * {m})",
+            "(q - kv + {n})", "(q - kv + offset[b])", "({n} - kv + q)",
+        ),
         (
             "(q - kv).clamp({n}, {n})", "torch.clamp(kv - q, min={n})", "(q - kv).clamp(max={n})",
             "torch.clamp(q + {n}, max=n0)", "torch.minimum({i}, {i})", "torch.maximum({i}, {i})", "{i}.abs()",

@@ -25,7 +25,7 @@ class Linear:
         for atom, factor in other.factors.items():
             factors[atom] = factors.get(atom, 0) + sign * factor
         kept = {atom: factor for atom, factor in factors.items() if factor}
-        return Linear(kept, self.constant + sign * other.constant)
+        return Linear(kept, self.constant + sign * other.constant)._rejoined()
 
     def times(self, factor: int) -> "Linear":
         return Linear({a: f * factor for a, f in self.factors.items() if factor}, self.constant * factor)
@@ -42,6 +42,16 @@ class Linear:
 
     def without(self, atom: Expr) -> "Linear":
         return Linear({a: f for a, f in self.factors.items() if a is not atom}, self.constant)
+
+    def _rejoined(self) -> "Linear":
+        """x // d * d + x % d -> x"""
+        for atom, factor in self.factors.items():
+            if atom.kind != "mod" or atom.args[1].kind != "const":
+                continue
+            quotient = make("idiv", *atom.args)
+            if self.factors.get(quotient) == factor * int(atom.args[1].value or 0) != 0:
+                return self.without(atom).without(quotient).plus(linear(atom.args[0]).times(factor))
+        return self
 
     def expression(self) -> Expr:
         """The form as a 64-bit expression that does not wrap.
