@@ -3,11 +3,14 @@
 row_tables.py makes tables of endpoints from the runs. A mask can be described so if it is made of bounds, of equalities
 between a value of the row and a value of the key (document ids), and of conditions of the keys alone (padding). Whether
 each row sees one run depends on the data, and is part of the result.
+
+A mask that reads keys at `order[kv]` alone, as that of torch's context parallel does, is described for keys in their
+first order. Where a block of keys has successive ones of that order, each row sees one run in the block.
 """
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,8 +19,9 @@ from torch import Tensor
 from cudnn_flex_compile.kernels.block_mask import covered, row_limits
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.hoisting import computed
-from cudnn_flex_compile.scoremod.ir import F32, I32, TRUE, Expr, Program
+from cudnn_flex_compile.scoremod.ir import F32, I32, I64, TRUE, Expr, Program
 from cudnn_flex_compile.scoremod.masks.form import conjuncts, split
+from cudnn_flex_compile.scoremod.masks.linear import KV
 from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.partition import Hoisted, partition
 from cudnn_flex_compile.scoremod.simplify import normalize
@@ -44,11 +48,13 @@ class Parts:
     Attributes:
         equal: pairs of values, of the row and of the key, that must be equal.
         program, hoisted: the program of all other conjuncts, and its operands.
+        order: the place in their first order of the keys of the call, for which the parts are; None for the call's own.
     """
 
     equal: tuple[tuple[Hoisted, Hoisted], ...]
     program: Program
     hoisted: tuple[Hoisted, ...]
+    order: Hoisted | None = None
 
 
 @functools.lru_cache(256)
@@ -68,6 +74,30 @@ def parts_of(mask: Expr) -> Parts | None:
     return Parts(tuple(equal), program, tuple(hoisted))
 
 
+@functools.lru_cache(256)
+def parts_in_blocks(mask: Expr) -> Parts | None:
+    """The parts of a simplified mask over captures, in which each block of keys may be a run of another order."""
+    plain, order = parts_of(mask), _order(mask)
+    if order is None or (plain is not None and not _is_index(order, mask)):
+        return plain
+    parts = parts_of(normalize(ir.program(mask=ir.rebuild(mask, {order: ir.cast(KV, order.dtype)}))).mask)
+    return plain if parts is None else replace(parts, order=Hoisted(order, torch.int64))
+
+
+def _order(mask: Expr) -> Expr | None:
+    """The integer of a captured tensor, such as order[kv], through which alone the mask depends on keys."""
+    for node in ir.walk(mask):
+        if node.kind != "gather" or node.dtype not in (I32, I64) or {"q", "k"} & set(ir.axes_of(node)) != {"k"}:
+            continue
+        if "k" not in ir.axes_of(ir.rebuild(mask, {node: ir.const(0, node.dtype)})):
+            return node
+    return None
+
+
+def _is_index(order: Expr, mask: Expr) -> bool:
+    return any(node.kind == "gather" and order in node.args[1:] for node in ir.walk(mask))
+
+
 def _sides(term: Expr) -> tuple[Hoisted, Hoisted] | None:
     """The sides of an equality: the row's first, then the key's."""
     if term.kind != "eq" or any(arg.dtype == F32 for arg in term.args):
@@ -83,14 +113,10 @@ def runs_of(
     parts: Parts, captured: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor], sizes: Sequence[int],
     device: torch.device,
 ) -> Runs:  # fmt: skip
-    """The runs of a mask's rows."""
-
-    def value(leaf: Expr) -> Any:
-        source: Sequence[Any] = captured if leaf.kind == "capture" else ints if leaf.dtype == I32 else floats
-        return source[int(leaf.value or 0)]
+    """The runs of a mask's rows, of keys in the parts' order."""
 
     def operand(hoisted: Hoisted) -> Tensor:
-        return computed(hoisted, value, tuple(sizes), device)
+        return _computed(hoisted, captured, ints, floats, sizes, device)
 
     operands = [operand(hoisted) for hoisted in parts.hoisted]
     limits = row_limits(parts.program, operands, ints, sizes, device)
@@ -104,6 +130,31 @@ def runs_of(
         right = right & contiguous
     empty = start >= end
     return Runs(torch.where(empty, sizes[3], start), torch.where(empty, sizes[3], end), right)
+
+
+def _computed(
+    hoisted: Hoisted, captured: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor], sizes: Sequence[int],
+    device: torch.device,
+) -> Tensor:  # fmt: skip
+    def value(leaf: Expr) -> Any:
+        source: Sequence[Any] = captured if leaf.kind == "capture" else ints if leaf.dtype == I32 else floats
+        return source[int(leaf.value or 0)]
+
+    return computed(hoisted, value, tuple(sizes), device)
+
+
+def moved_blocks(
+    order: Hoisted, captured: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor], sizes: Sequence[int],
+    kv_block: int, device: torch.device,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """How far each block of keys is from its place in the first order, [B or 1, H or 1, 1, blocks], int32, and whether
+    all keys of each block are, a boolean scalar.
+    """
+    place = _computed(order, captured, ints, floats, sizes, device)
+    moved = place - torch.arange(sizes[3], device=device)
+    of_block = moved[..., ::kv_block]
+    together = (moved == of_block.repeat_interleave(kv_block, -1)[..., : sizes[3]]).all()
+    return of_block.to(torch.int32), together & ((place >= 0) & (place < sizes[3])).all()
 
 
 def _run_of_columns(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:

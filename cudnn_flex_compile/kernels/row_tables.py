@@ -6,7 +6,7 @@ endpoints at most. `by_many` takes any number of endpoints, and is slower.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cudnn_flex_compile.kernels import block_mask
 from cudnn_flex_compile.kernels.hot_function import HotFunction
-from cudnn_flex_compile.kernels.row_runs import Parts, Runs, agree, runs_of
+from cudnn_flex_compile.kernels.row_runs import Parts, Runs, agree, moved_blocks, runs_of
 from cudnn_flex_compile.kernels.visible_pairs import Pairs
 from cudnn_flex_compile.scoremod.interpret import CHUNK
 from cudnn_flex_compile.scoremod.masks.form import split
@@ -51,13 +51,14 @@ def by_runs(pairs: Pairs, heads: int) -> Found:
 
 def has_runs_in_blocks(pairs: Pairs) -> bool:
     """Whether a BlockMask selects blocks of rows that otherwise see one run of keys."""
-    return bool(pairs.blocks) and pairs.mask.own_parts is not None and pairs.mask.always_parts is not None
+    return bool(pairs.blocks) and pairs.mask.in_blocks is not None
 
 
 def by_blocks(pairs: Pairs, heads: int, width: int) -> Found:
     """With `width` endpoints of each row, or fewer, by the run that it sees in each block of keys."""
-    mask, (q_block, kv_block) = pairs.mask, pairs.block
-    own, always = _runs_of(mask.own_parts, pairs), _runs_of(mask.always_parts, pairs)
+    q_block, kv_block = pairs.block
+    assert pairs.mask.in_blocks is not None
+    limits, right = _limits_in_blocks(pairs.mask.in_blocks, pairs)
     kinds = block_mask.by_kind(pairs.blocks, pairs.sizes, pairs.block)
     columns, count = pairs.sizes[3], kinds[0].shape[3]
     edges = (torch.arange(count + 1, dtype=torch.int32, device=pairs.device) * kv_block).clamp(max=columns)
@@ -68,15 +69,32 @@ def by_blocks(pairs: Pairs, heads: int, width: int) -> Found:
         rows = slice(first, min(first + step, pairs.sizes[2]))
         block = torch.arange(rows.start, rows.stop, device=pairs.device) // q_block
         partial, full = (kind[:, :, block] for kind in kinds)
-        start, end, low, high = (_of_rows(t, rows) for t in (own.start, own.end, always.start, always.end))
-        start = torch.where(full, edges[:-1], torch.where(partial, start.maximum(edges[:-1]), edges[1:]))
-        end = torch.where(full, edges[1:], torch.where(partial, end.minimum(edges[1:]), edges[:-1]))
+        near = ((_of_rows(limit, rows) - moved).clamp(edges[:-1], edges[1:]) for limit, moved in limits)
+        start, end, low, high = near
+        start = torch.where(full, edges[:-1], torch.where(partial, start, edges[1:]))
+        end = torch.where(full, edges[1:], torch.where(partial, end, edges[:-1]))
         shown = torch.broadcast_tensors(start.maximum(low), end.minimum(high))
         table, most = of_runs_in_blocks(shown[0], shown[1], edges, width)
         tables.append(table)
         counts.append(most)
-    right = own.right & always.right
     return Found(as_table(torch.cat(tables, 2), pairs.sizes, heads), _numbers(torch.stack(counts).amax(), right, pairs))
+
+
+def _limits_in_blocks(in_blocks: Sequence[Parts], pairs: Pairs) -> tuple[list[tuple[Tensor, Any]], Tensor]:
+    """The start and the end of the runs of each parts' rows, each beside how far a block of keys is from the place that
+    they are about; and whether they are right.
+    """
+    limits: list[tuple[Tensor, Any]] = []
+    right = torch.ones((), dtype=torch.bool, device=pairs.device)
+    for parts in in_blocks:
+        runs, moved = _runs_of(parts, pairs), 0
+        if parts.order is not None:
+            given = pairs.captured, pairs.ints, pairs.floats, pairs.sizes
+            moved, together = moved_blocks(parts.order, *given, pairs.block[1], pairs.device)
+            right = right & together
+        limits += [(runs.start, moved), (runs.end, moved)]
+        right = right & runs.right
+    return limits, right
 
 
 def _of_rows(limit: Tensor, rows: slice) -> Tensor:
@@ -119,8 +137,8 @@ def well_formed(pairs: Pairs) -> Tensor:
 def known_beforehand(pairs: Pairs) -> bool:
     """Whether the runs of rows, in blocks under a BlockMask, are right for any data."""
     mask = pairs.mask
-    parts = (mask.own_parts, mask.always_parts) if pairs.blocks else (mask.parts,)
-    return all(p is not None and not p.equal and not split(p.program.mask).biases for p in parts)
+    parts = (mask.in_blocks or (None,)) if pairs.blocks else (mask.parts,)
+    return all(p is not None and p.order is None and not p.equal and not split(p.program.mask).biases for p in parts)
 
 
 def _numbers(most: Tensor, right: Tensor | None, pairs: Pairs) -> Tensor:

@@ -14,7 +14,7 @@ import logging
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -211,15 +211,22 @@ def found_now(handle: Tensor, pairs: Pairs) -> TileList | Reason | None:
     return listed.found
 
 
-def most_endpoints(pairs: Pairs) -> int | Reason:
+class Most(NamedTuple):
+    """The most endpoints that a row has, and whether all pairs had to be looked at."""
+
+    endpoints: int
+    by_pairs: bool
+
+
+def most_endpoints(pairs: Pairs) -> Most | Reason:
     """The most endpoints that a row has, or the reason why there can be no list. Waits for the device."""
     found = _checked_runs(pairs, pairs.axes[1])
     if isinstance(found, Reason):
         return found
     if found is not None:
-        return NARROW
+        return Most(NARROW, False)
     most = _most_by_blocks(pairs, pairs.axes[1])
-    return row_tables.count(pairs) if most is None else most
+    return Most(row_tables.count(pairs), True) if most is None else Most(most, False)
 
 
 def _handle(listed: Listed, device: torch.device) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cudnn_flex_compile.kernels.block_mask import by_kind, clipped
-from cudnn_flex_compile.kernels.row_runs import Parts, parts_of
+from cudnn_flex_compile.kernels.row_runs import Parts, parts_in_blocks, parts_of
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.interpret import CHUNK, environment, evaluate
 from cudnn_flex_compile.scoremod.ir import F32, I32, TRUE, Expr
@@ -30,8 +30,8 @@ class Mask:
     Attributes:
         own: the mask_mod.
         always: the pairs that the score_mod leaves visible.
-        parts, own_parts, always_parts: both together, and each, as parts for runs of rows (row_runs.py), if they have
-            any.
+        parts, own_parts: both together, and the first, as parts for runs of rows (row_runs.py), if they have any.
+        in_blocks: each, as parts for a run of a row in each block of keys, if both have any.
         reads_ints, reads_floats: whether it reads scalars.
     """
 
@@ -39,7 +39,7 @@ class Mask:
     always: Expr
     parts: Parts | None
     own_parts: Parts | None
-    always_parts: Parts | None
+    in_blocks: tuple[Parts, Parts] | None
     reads_ints: bool
     reads_floats: bool
 
@@ -51,11 +51,13 @@ def mask_of(program: str) -> Mask:
     own, always = parsed.mask, parsed.score.args[0] if parsed.score.kind == "where" else TRUE
     leaves = list(ir.walk(own, always))
     kinds = {n.dtype for n in leaves if n.kind == "scalar"}
-    parts = own_parts = always_parts = None
+    parts = own_parts = in_blocks = None
     if not any(n.kind == "operand" for n in leaves):
-        masks = (normalize(ir.program(mask=m)).mask for m in (make("and", own, always), own, always))
-        parts, own_parts, always_parts = map(parts_of, masks)
-    return Mask(own, always, parts, own_parts, always_parts, I32 in kinds, F32 in kinds)
+        both, *each = (normalize(ir.program(mask=m)).mask for m in (make("and", own, always), own, always))
+        parts, own_parts = parts_of(both), parts_of(each[0])
+        found = [p for p in map(parts_in_blocks, each) if p is not None]
+        in_blocks = (found[0], found[1]) if len(found) == 2 else None
+    return Mask(own, always, parts, own_parts, in_blocks, I32 in kinds, F32 in kinds)
 
 
 def text_of(own: Expr, always: Expr) -> str:

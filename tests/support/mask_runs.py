@@ -22,6 +22,11 @@ SOURCES = {
     "sinks": "(ids[b, q] == ids[b, kv]) & (q >= kv) & ((q - kv <= 4) | (kv < 2))",
     "everything": "q >= 0",
     "nothing": "q < 0",
+    "causal in another order": "order[b, q] >= order[b, kv]",
+    "window in another order": "(places[q // 8 * 8 + q % 8] >= places[kv]) & (places[q] - places[kv] <= 9)",
+    "documents in another order": "ids[b, order[b, q]] == ids[b, order[b, kv]]",
+    "causal documents in another order":
+        "(ids[b, order[b, q]] == ids[b, order[b, kv]]) & (order[b, q] >= order[b, kv])",
     "scalar": "(ids[b, q] == ids[b, kv]) & (q - kv <= n) & (q >= kv)",
 }  # fmt: skip
 
@@ -55,11 +60,21 @@ def captured(seed, batch, length):
         ids = draw(0, 3, (batch, count)).gather(1, ids.sort(-1).values)
     elif kind == 3:  # a tail of padding
         ids = torch.where(torch.arange(length) < draw(0, length + 1, (batch, 1)), ids.sort(-1).values + 1, 0)
+    order = torch.stack([_order(draw, kind, length) for _ in range(batch)])
     starts = draw(0, length, (length + 2,)).sort().values
     return {
         "ids": ids, "row": ids[0].to(torch.int32), "starts": starts, "prefix": draw(0, length + 1, (batch,)),
-        "padding": draw(0, 2, (batch, length)).bool(), "n": int(draw(0, length, (1,))),
+        "padding": draw(0, 2, (batch, length)).bool(), "order": order, "places": order[-1].to(torch.int32),
+        "n": int(draw(0, length, (1,))),
     }  # fmt: skip
+
+
+def _order(draw, kind, length, block=8):
+    """An order of keys: of blocks in any order, or, for kind 0, where keys may have the place of another one."""
+    if kind == 0:
+        return draw(0, length, (length,))
+    whole = torch.arange(length // block * block).view(-1, block)
+    return torch.cat((whole[draw(0, 2**20, (len(whole),)).argsort()].flatten(), torch.arange(whole.numel(), length)))
 
 
 def shown(table, sizes):

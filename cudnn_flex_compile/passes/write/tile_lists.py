@@ -31,7 +31,7 @@ from cudnn_flex_compile.scoremod.ir import SCORE
 from cudnn_flex_compile.scoremod.masks.form import split
 from cudnn_flex_compile.scoremod.masks.intervals import NARROW
 
-MOST = 65  # the most endpoints of a row of a mask that stays the same: with more, hardly a tile is hidden whole
+MOST = 65  # the most endpoints of a row: with more, hardly a tile is hidden whole
 
 
 def tiled(candidate: Candidate, traced: Traced, directions: tuple[str, ...]) -> Candidate | None:
@@ -82,8 +82,9 @@ def _unsuitable(given: "Given", geometry: Geometry, device: torch.device, budget
     most = tile_lists.most_endpoints(pairs)
     if isinstance(most, Reason):
         return most
-    if most > (NARROW if captured else MOST):
-        return Reason(Code.SLOWER, f"rows of the mask change up to {most} times between visible and hidden")
+    made_slowly = bool(captured) and most.by_pairs
+    if most.endpoints > (NARROW if made_slowly else MOST):
+        return Reason(Code.SLOWER, f"rows of the mask change up to {most.endpoints} times between visible and hidden")
     if device.type != "cuda":
         return None
     handle = tile_lists.handle_of(*given, geometry.numbers, geometry.dtype, device, budget)
