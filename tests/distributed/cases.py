@@ -25,6 +25,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.experimental import local_map
+from torch.distributed.tensor.experimental._attention import (
+    _context_parallel_shard,
+    _ContextParallel,
+    _HeadTailLoadBalancer,
+)
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.attention import flex_attention as stock
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -96,8 +101,8 @@ def batch(device):
     return whole, whole[dist.get_rank()].unsqueeze(0)
 
 
-def step(function, x):
-    function(x).float().square().mean().backward()
+def step(function, *given):
+    function(*given).float().square().mean().backward()
 
 
 def gradients(module):
@@ -105,13 +110,13 @@ def gradients(module):
     return {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in found.items()}
 
 
-def by_one_process(module, x):
+def by_one_process(module, x, *rest):
     """Gradients in float64 and in stock precision, by eager flex_attention."""
     found = []
     for dtype in (torch.float64, torch.bfloat16):
         own = copy.deepcopy(module).to(dtype)
         with uncompiled():
-            step(own, x.to(dtype))
+            step(own, x.to(dtype), *rest)
         found.append(gradients(own))
     return found
 
@@ -132,7 +137,7 @@ def assert_close(found, exact, stock_precision, what):
     assert bool(error <= allowed), f"{what}: off by {error / exact.norm():.2e}, allowed {allowed / exact.norm():.2e}"
 
 
-def train_alike(function, module, x, expected, calls):
+def train_alike(function, module, x, expected, calls, gradients=gradients):
     """A step of the compiled module gives the gradients of one process on the whole batch, all calls lowered."""
     with collect() as report:
         step(function, x)
@@ -259,6 +264,69 @@ def tensor_parallel(device):
     train_alike(compiled, module, whole, expected, calls=1)
 
 
+class Attend(nn.Module):
+    """Attention alone, as torch's context parallel takes it: it gathers the keys and values of all ranks."""
+
+    def forward(self, q, k, v, block_mask):
+        return flex_attention(q, k, v, block_mask=block_mask)
+
+
+class Sequences(nn.Module):
+    """Two layers of attention over a rank's part of the sequence, with one BlockMask."""
+
+    def __init__(self, device, dim):
+        super().__init__()
+        width = layers.HEADS * dim
+        made = {"bias": False, "device": device, "dtype": torch.bfloat16}
+        self.qkv = nn.ModuleList(nn.Linear(width, 3 * width, **made) for _ in range(2))
+        self.attend, self.dim = nn.ModuleList(Attend() for _ in range(2)), dim
+
+    def forward(self, x, mask):
+        for qkv, attend in zip(self.qkv, self.attend, strict=True):
+            q, k, v = qkv(x).unflatten(-1, (3, -1, self.dim)).permute(2, 0, 3, 1, 4)
+            x = x + attend(q, k, v, mask).transpose(1, 2).flatten(2)
+        return x
+
+
+def context_parallel(device, balanced=False, installed=False):
+    """The sequence split over ranks: BlockMasks of a rank's queries and all keys, by torch, with documents."""
+    (_, dim), length = SIZES[device], 256 * RANKS
+    mesh = init_device_mesh(device, (RANKS,))
+    torch.manual_seed(0)
+    ids = torch.arange(length, device=device) // 300
+    mask = create_block_mask(lambda b, h, q, kv: (q >= kv) & (ids[q] == ids[kv]), 1, 1, length, length, device=device)
+    module, x = Sequences(device, dim), layers.inputs(length, dim, device, batch=2)
+    expected = by_one_process(module, x, mask)
+    over_ranks = _ContextParallel(seq_dim=2, attention_type=_ContextParallel.AttentionType.FLEX)
+    parallelize_module(module, mesh, {"attend.*": over_ranks})
+    balancer = _HeadTailLoadBalancer(length, RANKS, device) if balanced else None
+    with torch.compiler.set_stance("force_eager"):  # it would compile create_block_mask
+        x, mask = _context_parallel_shard(mesh, [x, mask], [1, 0], balancer)
+    compiled = module if installed else torch.compile(module, backend=functools.partial(backend, []))
+    with contextlib.ExitStack() as stack:
+        if installed:  # flex_attention compiled alone, once for both layers
+            stack.enter_context(patch.object(sys.modules[__name__], "flex_attention", torch.compile(flex_attention)))
+            stack.enter_context(install(lower="always"))
+        train_alike(lambda x: compiled(x, mask), module, x, expected, 1 if installed else 2, mean_gradients)
+
+
+def mean_gradients(module):
+    found = gradients(module)
+    for gradient in found.values():
+        dist.all_reduce(gradient)
+        gradient /= RANKS
+    return found
+
+
+def context_parallel_balanced(device):
+    context_parallel(device, balanced=True)
+
+
+def context_parallel_installed(device):
+    context_parallel(device, balanced=True, installed=True)
+
+
+
 def qkv(device, heads=4, kv_heads=4, batch=2):
     length, dim = SIZES[device]
     torch.manual_seed(2)
@@ -337,7 +405,8 @@ def example(device):
 
 CASES = {case.__name__: case for case in (
     ddp, ddp_in_one_graph, ddp_adds_no_work, fsdp2, fsdp2_as_a_whole, fsdp2_installed, ddp_installed,
-    tensor_parallel, dtensor_by_local_map, alibi_of_all_heads, example,
+    tensor_parallel, dtensor_by_local_map, alibi_of_all_heads, context_parallel, context_parallel_balanced,
+    context_parallel_installed, example,
 )}  # fmt: skip
 
 

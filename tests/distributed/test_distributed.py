@@ -1,4 +1,4 @@
-"""Two processes with gloo, on the CPU: DDP, FSDP2, tensor parallelism, DTensors, and the example.
+"""Two processes with gloo, on the CPU: DDP, FSDP2, tensor and context parallelism, DTensors, and the example.
 
 The cases run once, whatever number of processes pytest has. On GPUs: `python3 -m tests.measure.distributed`.
 """
@@ -52,6 +52,10 @@ def test_tensor_parallel_over_heads(found):
 
 def test_dtensors_by_local_map(found):
     assert_ok(found, "dtensor_by_local_map", "alibi_of_all_heads")
+
+
+def test_context_parallel(found):
+    assert_ok(found, "context_parallel", "context_parallel_balanced", "context_parallel_installed")
 
 
 def test_the_example(found):
