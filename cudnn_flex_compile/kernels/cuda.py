@@ -21,8 +21,8 @@ from cudnn_flex_compile.engine.state import engine
 from cudnn_flex_compile.engine.store.plan_cache import CachedPlan
 from cudnn_flex_compile.kernels import block_mask_contract, inductor, tile_lists
 from cudnn_flex_compile.kernels.arguments import Arguments
+from cudnn_flex_compile.kernels.list_making import Listed
 from cudnn_flex_compile.kernels.stock import Given, Stock
-from cudnn_flex_compile.kernels.tile_lists import Listed
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod.saturate import limit_of, saturated
 from cudnn_flex_compile.scoremod.text import parse

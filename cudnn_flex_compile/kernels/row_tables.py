@@ -1,6 +1,6 @@
 """Makes the table of endpoints of a call's rows (scoremod/masks/intervals.py), in three ways.
 
-tile_lists.py chooses the way. `by_runs` is for rows of one run of keys each, which the mask's form gives, and for
+list_making.py chooses the way. `by_runs` is for rows of one run of keys each, which the mask's form gives, and for
 blocks that agree with it; the result says whether both hold. `by_few` looks at all pairs once, for rows of NARROW
 endpoints at most. `by_many` takes any number of endpoints, and is slower.
 """

@@ -1,20 +1,14 @@
-"""Makes the list of a mask's tiles once for all calls, layers and graphs that share the mask, and keeps it.
+"""Keeps the list of a mask's tiles for all calls, layers and graphs that share the mask.
 
-engine/tiles says what a list is, and makes it. A list is identified by the tensors that it was made from, in their
-versions; the list of a mask that reads no tensor, by its geometry. The op returns a handle, an empty tensor that leads
-to the list: compiled graphs must not own the list's memory, whose size depends on the data.
-
-A step makes its list in the room that the last one needed, with a reserve. The host reads whether the room was enough
-when the first call is launched; where it was not, the list is made again. Under CUDA graph capture the host cannot
-read, and there is room for any mask.
+engine/tiles says what a list is, and list_making.py makes one. A list is identified by the tensors that it was made
+from, in their versions; the list of a mask that reads no tensor, by its geometry. The op returns a handle, an empty
+tensor that leads to the list: compiled graphs must not own the list's memory, whose size depends on the data.
 """
 
 import functools
-import logging
 import weakref
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,92 +16,16 @@ from torch import Tensor
 from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.engine.state import engine
 from cudnn_flex_compile.engine.tiles.recording import recording_of
-from cudnn_flex_compile.engine.tiles.tile_list import ITEMSIZE, Geometry, Room, TileList
-from cudnn_flex_compile.engine.tiles.tiler import tiler_of
-from cudnn_flex_compile.kernels import row_tables
-from cudnn_flex_compile.kernels.async_read import AsyncRead
+from cudnn_flex_compile.engine.tiles.tile_list import Geometry, TileList
+from cudnn_flex_compile.kernels.list_making import Listed, Needs, begin, held, under_capture
 from cudnn_flex_compile.kernels.remembered import Remembered
 from cudnn_flex_compile.kernels.stock import Given, Stock
 from cudnn_flex_compile.kernels.visible_pairs import Pairs, mask_of
-from cudnn_flex_compile.reasons import Code, Reason
-from cudnn_flex_compile.scoremod.masks.intervals import NARROW
+from cudnn_flex_compile.reasons import Reason
 
-log = logging.getLogger("cudnn_flex_compile")
 HANDLE = "_cudnn_flex_tiles"  # the attribute of a handle
 KEPT = 64  # the number of lists, and of masks whose needs are remembered
-MIB = 2**20
-RECORDED = 2  # lists that are made alike before the making is recorded
-RUNS, BLOCKS, PAIRS = range(3)  # how a table of rows is made: each takes longer than the one before
-RETRY = 16  # lists that are made in another way before runs of rows are tried again
-ILL_FORMED = Reason(Code.BLOCK_MASK, "lists a block twice, or has other blocks for queries than for keys and values")
-_held: list[Any] = []  # objects that CUDA graphs read, kept as long as the process
 _known = Remembered[Tensor](KEPT)
-
-
-@dataclass(slots=True)
-class Needs:
-    """The needs of the last lists of a mask.
-
-    Attributes:
-        room: the memory, with some reserve; None before the first list.
-        width: the endpoints of a row.
-        alike: the number of lists that were made with this room.
-        way: RUNS, BLOCKS or PAIRS: how the table of rows was made.
-        since: counts the lists since RUNS were last tried.
-    """
-
-    room: Room | None = None
-    width: int = NARROW
-    alike: int = 0
-    way: int = RUNS
-    since: int = 0
-
-
-@dataclass(eq=False, slots=True)
-class Listed:
-    """The list, or the reason why there is none, that a handle leads to.
-
-    Attributes:
-        needs, budget: the needs and the budget of a list that is made again.
-        found: the list, or why there is none; None before the host has looked, and on the CPU.
-        look: makes the host look. It returns None where the list must be made again.
-        keep: a function that is called with the list.
-        stream: the stream on which it was made.
-    """
-
-    geometry: Geometry
-    needs: Needs
-    budget: int | None
-    found: TileList | Reason | None = None
-    look: Callable[[], TileList | Reason | None] = lambda: None
-    keep: Callable[[], None] = lambda: None
-    stream: int = 0
-
-    @property
-    def mask_heads(self) -> int:
-        """1 if all heads share the list, else as many as there are."""
-        return self.geometry.mask_heads
-
-    @property
-    def passing(self) -> bool:
-        """Whether there is no list for a reason that may pass, such as a lack of memory: the next call tries again."""
-        return isinstance(self.found, Reason) and not self.found.lasting
-
-    @property
-    def tiles(self) -> TileList | None:
-        """The list."""
-        return self.found if isinstance(self.found, TileList) else None
-
-    def settle(self, pairs: Callable[[], Pairs]) -> None:
-        """Makes the host look whether the list is right.
-
-        Args:
-            pairs: the pairs of the call that is about to be launched, whose tensors are as the op had them.
-        """
-        self.found = _or_why_not(lambda: self.look() or _anew(pairs(), self))
-        if not self.passing:
-            self.keep()
-        self.look, self.keep = lambda: None, lambda: None
 
 
 @functools.lru_cache(KEPT)
@@ -145,10 +63,10 @@ def handle_of(
     listed = Listed(Geometry.of(geometry, dtype), _needs_of(*kind), budget, stream=stream)
     handle, noted = _handle(listed, device), _known.noted(question, tensors)
     if capturing:
-        listed.found = _under_capture(pairs, listed.geometry)
+        listed.found = under_capture(pairs, listed.geometry)
         return handle
     if cuda:
-        _begin(listed, pairs)
+        begin(listed, pairs)
         if listed.found is None:
             reference = weakref.ref(handle)
             listed.keep = lambda: _known.keep(noted, reference())
@@ -164,7 +82,7 @@ def _also_on(stream: int, handle: Tensor, capturing: bool) -> None:
     """Keeps the memory of a list that is read on a stream on which it was not made, or by each replay."""
     listed: Any = getattr(handle, HANDLE)
     if capturing:
-        _held.append(handle)
+        held.append(handle)
     elif listed.stream != stream and isinstance(listed.found, TileList):
         listed.found.numbers.record_stream(torch.cuda.current_stream())
 
@@ -211,172 +129,8 @@ def found_now(handle: Tensor, pairs: Pairs) -> TileList | Reason | None:
     return listed.found
 
 
-class Most(NamedTuple):
-    """The most endpoints that a row has, and whether all pairs had to be looked at."""
-
-    endpoints: int
-    by_pairs: bool
-
-
-def most_endpoints(pairs: Pairs) -> Most | Reason:
-    """The most endpoints that a row has, or the reason why there can be no list. Waits for the device."""
-    found = _checked_runs(pairs, pairs.axes[1])
-    if isinstance(found, Reason):
-        return found
-    if found is not None:
-        return Most(NARROW, False)
-    most = _most_by_blocks(pairs, pairs.axes[1])
-    return Most(row_tables.count(pairs), True) if most is None else Most(most, False)
-
-
 def _handle(listed: Listed, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # an inference tensor could not be saved for a backward
         handle = torch.empty(0, dtype=torch.int32, device=device)
     setattr(handle, HANDLE, listed)
     return handle
-
-
-Made = TypeVar("Made")
-
-
-def _or_why_not(make: Callable[[], Made]) -> Made | Reason:
-    """Returns a reason where making a list fails, so that its calls run on Inductor's kernel."""
-    try:
-        return make()
-    except torch.OutOfMemoryError as error:
-        return Reason(Code.MEMORY, f"no memory for a list of tiles: {str(error)[:120]}", lasting=False)
-    except Exception as error:  # a bug of ours, or of what compiles for us, must not stop the model
-        if torch.cuda.is_current_stream_capturing():
-            raise
-        log.warning("cudnn_flex: a list of tiles could not be made", exc_info=True)
-        return Reason(Code.INTERNAL, f"a list of tiles: {type(error).__name__}: {error}")
-
-
-def _begin(listed: Listed, pairs: Pairs) -> None:
-    listed.found = _or_why_not(lambda: _first_found(listed, pairs))
-
-
-def _first_found(listed: Listed, pairs: Pairs) -> TileList | Reason | None:
-    """Makes the list, or enqueues its making, and leaves it to the first call to look at the outcome: None."""
-    geometry, needs = listed.geometry, listed.needs
-    room = needs.room
-    if room is None or not pairs.tensors:
-        return _exact(pairs, listed)
-    table, found = _table(pairs, geometry.mask_heads, needs)
-    width = table.shape[1]
-    needs.alike += 1
-    maker = None
-    if needs.alike > RECORDED:
-        stream = torch.cuda.current_stream().cuda_stream
-        maker = recording_of(geometry, room, width, pairs.device.index, stream)
-    tiler = tiler_of(geometry, pairs.device.index)
-    tiles, needed = tiler.within(table, room) if maker is None else maker.within(table)
-    numbers = AsyncRead(torch.cat((found, needed)))
-
-    def look() -> TileList | Reason | None:
-        most, right, well, *counted = numbers()
-        if not well:
-            return ILL_FORMED
-        if not right or most > width:
-            needs.way, needs.since = min(needs.way + (not right), PAIRS), 1
-            needs.width = max(NARROW, most | 1)
-            return None
-        wanted = Room(*counted)
-        if not room.holds(wanted):
-            return _of_table(table, listed)
-        if room.is_wide_for(wanted):
-            needs.room, needs.alike = wanted.with_reserve(), 0
-        return tiles
-
-    listed.look = look
-    return None
-
-
-def _table(pairs: Pairs, heads: int, needs: Needs) -> row_tables.Found:
-    """Made as the last one was."""
-    if needs.since == RETRY:
-        needs.way, needs.since, needs.width = RUNS, 0, NARROW
-    if needs.way == RUNS and pairs.mask.parts is not None:
-        return row_tables.by_runs(pairs, heads)
-    needs.since += 1
-    if needs.way < PAIRS and row_tables.has_runs_in_blocks(pairs):
-        needs.way = BLOCKS
-        return row_tables.by_blocks(pairs, heads, needs.width)
-    needs.way = PAIRS
-    return row_tables.by_few(pairs, heads) if needs.width == NARROW else row_tables.by_many(pairs, heads, needs.width)
-
-
-def _exact(pairs: Pairs, listed: Listed) -> TileList | Reason:
-    """The list, with the room that it needs. Waits for the device."""
-    g, needs, budget = listed.geometry, listed.needs, listed.budget
-    found = _checked_runs(pairs, g.mask_heads)
-    if isinstance(found, Reason):
-        return found
-    if found is None:
-        most = _most_by_blocks(pairs, g.mask_heads)
-        needs.way, needs.since = PAIRS if most is None else BLOCKS, 1
-        needs.width = max(NARROW, (row_tables.count(pairs) if most is None else most) | 1)
-        mebibytes = g.mask_heads * g.batch * g.rows * needs.width * ITEMSIZE // MIB
-        if budget is not None and mebibytes > budget:
-            return _too_large(mebibytes, budget)
-        made = row_tables.by_many if most is None else row_tables.by_blocks
-        found = made(pairs, g.mask_heads, needs.width).table
-    else:
-        needs.way, needs.since, needs.width = RUNS, 0, NARROW
-    return _of_table(found, listed)
-
-
-def _anew(pairs: Pairs, listed: Listed) -> TileList | Reason:
-    """Makes the list again, also in place of a list whose handle was lost."""
-    if torch.cuda.is_current_stream_capturing():
-        return _under_capture(pairs, listed.geometry)
-    return _exact(pairs, listed)
-
-
-def _checked_runs(pairs: Pairs, heads: int) -> Tensor | Reason | None:
-    """The table by runs of rows, None if it is not right, or the reason why there can be no list. Waits for the device.
-    """
-    if pairs.mask.parts is None:
-        return None if bool(row_tables.well_formed(pairs)) else ILL_FORMED
-    table, numbers = row_tables.by_runs(pairs, heads)
-    _, right, well = numbers.tolist()
-    return (table if right else None) if well else ILL_FORMED
-
-
-def _most_by_blocks(pairs: Pairs, heads: int) -> int | None:
-    """How many endpoints a row has at most, by its runs in blocks; None where it has others. Waits for the device."""
-    if not row_tables.has_runs_in_blocks(pairs):
-        return None
-    most, right, _ = row_tables.by_blocks(pairs, heads, 1).numbers.tolist()
-    return most if right else None
-
-
-def _of_table(table: Tensor, listed: Listed) -> TileList | Reason:
-    tiler, needs, budget = tiler_of(listed.geometry, table.device.index), listed.needs, listed.budget
-    counted, room = tiler.count(table)
-    mebibytes, reserve = tiler.size(room) * ITEMSIZE // MIB, room.with_reserve()
-    if budget is not None and mebibytes > budget:
-        return _too_large(mebibytes, budget)
-    within = budget is None or tiler.size(reserve) * ITEMSIZE // MIB <= budget
-    needs.room, needs.alike = reserve if within else room, 0
-    return tiler.write(counted, room)
-
-
-def _too_large(mebibytes: int, budget: int) -> Reason:
-    return Reason(Code.LIST_BUDGET, f"a list of tiles takes {mebibytes} MiB, more than bias_budget_mb={budget}")
-
-
-def _under_capture(pairs: Pairs, geometry: Geometry) -> TileList:
-    """The list in room for any mask."""
-    log.warning("cudnn_flex: a mask's tiles are listed under CUDA graph capture, for any mask, which is slow")
-    if pairs.blocks:
-        torch_private.assert_on_device(row_tables.well_formed(pairs))
-    tiler = tiler_of(geometry, pairs.device.index)
-    _held.append(tiler)  # the graph launches its kernels
-    heads = geometry.mask_heads
-    if row_tables.known_beforehand(pairs):
-        most = 1 + 2 * -(-geometry.columns // pairs.block[1]) if pairs.blocks else NARROW
-        found = row_tables.by_blocks(pairs, heads, most) if pairs.blocks else row_tables.by_runs(pairs, heads)
-    else:
-        found = row_tables.by_many(pairs, heads, geometry.columns)
-    return tiler.within(found.table, tiler.every_tile)[0]

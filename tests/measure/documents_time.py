@@ -227,7 +227,7 @@ def host_times():
     from cudnn_flex_compile.kernels import cuda, tile_lists
 
     kept, small = {}, Model((1, 512, 2, 2), 1)
-    watched = {"list of tiles": (tile_lists, "_begin"), "forward": (cuda, "forward"), "backward": (cuda, "backward")}
+    watched = {"list of tiles": (tile_lists, "begin"), "forward": (cuda, "forward"), "backward": (cuda, "backward")}
     watched["a list that is there"] = (tile_lists, "handle_of")
     originals = {name: getattr(*where) for name, where in watched.items()}
 

@@ -1,6 +1,6 @@
 """Records the making of a list of tiles (tiler.py) in a CUDA graph, so that a list costs the host one launch.
 
-kernels/tile_lists.py uses it for masks that change at each step. A recording reads and writes memory of its own; the
+kernels/list_making.py uses it for masks that change at each step. A recording reads and writes memory of its own; the
 list is copied out of it, so that it lives as long as it is read, also after the next one is made. A recording belongs
 to one stream, on which its uses follow each other.
 """

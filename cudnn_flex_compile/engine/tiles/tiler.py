@@ -1,6 +1,6 @@
 """Makes lists of tiles (tile_list.py) from the endpoints of a mask's rows, in memory for as many tiles as there are.
 
-kernels/tile_lists.py calls it with a table of endpoints (scoremod/masks/intervals.py). Stages of the frontend find the
+kernels/list_making.py calls it with a table of endpoints (scoremod/masks/intervals.py). Stages of the frontend find the
 tiles and write their bits. They are private: where one is missing, or takes other arguments, there is no plan, and
 their lists are certified with the kernels that read them. The frontend's stages that add counts up run on one
 thread; torch does that here.

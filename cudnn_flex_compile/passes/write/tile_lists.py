@@ -17,7 +17,7 @@ from cudnn_flex_compile import ops, torch_private
 from cudnn_flex_compile.engine.problem import BACKWARD
 from cudnn_flex_compile.engine.tiles.tile_list import Geometry
 from cudnn_flex_compile.engine.tiles.tiler import tiler_of
-from cudnn_flex_compile.kernels import tile_lists
+from cudnn_flex_compile.kernels import list_making, tile_lists
 from cudnn_flex_compile.kernels.visible_pairs import Pairs, text_of
 from cudnn_flex_compile.passes.decide.candidate import Candidate
 from cudnn_flex_compile.passes.read.call import example, hint
@@ -79,7 +79,7 @@ def unsuitable(candidate: Candidate, real: Callable[[Node], Any], budget: int) -
 def _unsuitable(given: "Given", geometry: Geometry, device: torch.device, budget: int) -> Reason | None:
     blocks, captured, ints, floats, program, block_sizes = given
     pairs = Pairs(program, captured, (), ints, floats, geometry.sizes, blocks, block_sizes, device)
-    most = tile_lists.most_endpoints(pairs)
+    most = list_making.most_endpoints(pairs)
     if isinstance(most, Reason):
         return most
     made_slowly = bool(captured) and most.by_pairs

@@ -10,8 +10,8 @@ import torch
 
 from cudnn_flex_compile.engine.tiles.layout import Layout
 from cudnn_flex_compile.engine.tiles.tile_list import Geometry, Room, TileList
-from cudnn_flex_compile.kernels import row_tables, tile_lists
-from cudnn_flex_compile.kernels.tile_lists import Listed, Needs
+from cudnn_flex_compile.kernels import list_making, row_tables
+from cudnn_flex_compile.kernels.list_making import Listed, Needs
 from cudnn_flex_compile.kernels.visible_pairs import Pairs, text_of
 from cudnn_flex_compile.reasons import Code
 from cudnn_flex_compile.scoremod.ir import TRUE
@@ -62,8 +62,8 @@ def tiler(monkeypatch):
         made.recorded += 1
         return SimpleNamespace(within=lambda table: made.within(table, room))
 
-    monkeypatch.setattr(tile_lists, "tiler_of", lambda geometry, device: made)
-    monkeypatch.setattr(tile_lists, "recording_of", recording_of)
+    monkeypatch.setattr(list_making, "tiler_of", lambda geometry, device: made)
+    monkeypatch.setattr(list_making, "recording_of", recording_of)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
     return made
@@ -87,7 +87,7 @@ def step(needs, source, ids, kind="none", seed=0):
     blocks, partial, full = blocks_of(kind, own, seed)
     pairs, again = (replace(pairs, blocks=[t.clone() for t in blocks], block_sizes=BLOCK) for _ in range(2))
     listed = Listed(GEOMETRY, needs, 1)
-    tile_lists._begin(listed, pairs)
+    list_making.begin(listed, pairs)
     if listed.found is None:
         again = replace(again, captured=[t.clone() for t in pairs.captured])
         for tensor in (*pairs.captured, *pairs.blocks):
@@ -112,7 +112,7 @@ def test_each_step_has_the_blocks_of_its_block_mask(source, tiler):
         kind = ("needed", "any", "any, without full ones")[seed // 4 % 3]
         step(needs, SOURCES[source], documents(seed, 1 + seed % 9, seed in (9, 10, 21)), kind, seed)
         ways.add(needs.way)
-    assert ways == ({tile_lists.PAIRS} if source == "image blocks" else ways | {tile_lists.RUNS, tile_lists.BLOCKS})
+    assert ways == ({list_making.PAIRS} if source == "image blocks" else ways | {list_making.RUNS, list_making.BLOCKS})
 
 
 def test_a_step_like_the_last_one_waits_for_nothing_until_its_call(tiler):
@@ -120,7 +120,7 @@ def test_a_step_like_the_last_one_waits_for_nothing_until_its_call(tiler):
     for seed in range(6):
         step(needs, SOURCES["causal documents"], documents(seed, 5))
     assert tiler.made == ["exact"] + ["within"] * 5
-    assert tiler.recorded == 6 - 1 - tile_lists.RECORDED
+    assert tiler.recorded == 6 - 1 - list_making.RECORDED
 
 
 def test_a_list_that_is_too_small_is_made_anew_of_its_table_alone(tiler, monkeypatch):
@@ -142,7 +142,7 @@ def test_runs_of_rows_are_tried_again(tiler, monkeypatch):
     needs, source = Needs(), SOURCES["causal documents"]
     step(needs, source, documents(0, 5, True))
     tried.clear()
-    for seed in range(tile_lists.RETRY - 1):
+    for seed in range(list_making.RETRY - 1):
         step(needs, source, documents(seed, 5))
     assert not tried
     for seed in range(4):
@@ -156,23 +156,23 @@ def test_what_is_captured_has_room_for_any_mask(source, kind, tiler):
     pairs, given = pairs_of(SOURCES[source], documents(0, 9, shuffled=True))
     own = brute_force(SOURCES[source], given, SIZES)
     blocks, partial, full = blocks_of(kind, own, 1)
-    found = tile_lists._under_capture(replace(pairs, blocks=blocks, block_sizes=BLOCK), GEOMETRY)
+    found = list_making.under_capture(replace(pairs, blocks=blocks, block_sizes=BLOCK), GEOMETRY)
     assert torch.equal(shown(found.numbers, SIZES), (own & partial) | full)
 
 
 def test_reasons_instead_of_lists(tiler, monkeypatch):
-    monkeypatch.setattr(tile_lists, "MIB", 1)
+    monkeypatch.setattr(list_making, "MIB", 1)
     pairs, _ = pairs_of(SOURCES["documents"], documents(0, 9))
     for budget in (10**9, 1):
         listed = Listed(GEOMETRY, Needs(), budget)
-        tile_lists._begin(listed, pairs)
+        list_making.begin(listed, pairs)
         assert isinstance(listed.found, TileList) == (budget > 1)
     assert listed.found.code is Code.LIST_BUDGET
     blocks = [torch.tensor([[[2]]]), torch.tensor([[[[0, 0]]]])]
     twice = Pairs(text_of(normal("q >= kv").mask, TRUE), [], (), [], [], SIZES, blocks, (64, 64), CPU)
     listed = Listed(GEOMETRY, Needs(), None)
-    tile_lists._begin(listed, twice)
-    assert listed.found is tile_lists.ILL_FORMED
+    list_making.begin(listed, twice)
+    assert listed.found is list_making.ILL_FORMED
 
 
 @pytest.mark.parametrize("later", [False, True], ids=["at first", "as its call looks"])
@@ -185,13 +185,13 @@ def test_a_list_that_cannot_be_made_is_a_reason(tiler, monkeypatch, error, code,
 
     pairs, _ = pairs_of(SOURCES["documents"], documents(0, 9))
     listed = Listed(GEOMETRY, Needs(), 1)
-    monkeypatch.setattr(tile_lists, "_exact", fails)
+    monkeypatch.setattr(list_making, "_exact", fails)
     kept = []
     listed.keep = lambda: kept.append(1)
     if later:
         listed.settle(lambda: pairs)
     else:
-        tile_lists._begin(listed, pairs)
+        list_making.begin(listed, pairs)
     assert listed.found.code is code
     assert listed.passing == (code is Code.MEMORY)
     assert kept == ([1] if later and code is Code.INTERNAL else []), "a lack of memory is not remembered"
@@ -200,4 +200,4 @@ def test_a_list_that_cannot_be_made_is_a_reason(tiler, monkeypatch, error, code,
 def test_what_is_most_of_a_mask(tiler):
     for source, most in (("q >= kv", 3), ("(q >= kv) & ((q - kv < 5) | (kv < 4))", 3), ("(q - kv) % 4 < 2", 33)):
         pairs = Pairs(text_of(normal(source).mask, TRUE), [], (), [], [], SIZES, [], (), CPU)
-        assert tile_lists.most_endpoints(pairs).endpoints in (most, most - 1), source
+        assert list_making.most_endpoints(pairs).endpoints in (most, most - 1), source
