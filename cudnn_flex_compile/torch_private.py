@@ -375,9 +375,33 @@ _add_needs_realized_inputs, _register_lowering, _fallback_handler, _fallback_ker
 )  # fmt: skip
 
 
+_tracing, _tracing_context, _shape_env = (
+    _later(where, "lets Inductor's caches take graphs of ours", "each process compiles such graphs")
+    for where in (
+        "torch._guards:tracing", "torch._guards:TracingContext", "torch.fx.experimental.symbolic_shapes:ShapeEnv",
+    )
+)  # fmt: skip
+
+
 def compile_fx() -> Callable[..., Any]:
     """Inductor: takes a graph, its inputs and `config_patches`."""
     return _compile_fx() or lookup_backend()("inductor")
+
+
+@contextlib.contextmanager
+def without_dynamo() -> Generator[None]:
+    """Has Inductor's caches take a graph that Dynamo did not make, whose sizes are constants.
+
+    Note [A tracing context of our own]. The caches read the guards of a graph's sizes from the shape environment of the
+    current tracing context, and are bypassed without one (`FxGraphCache._get_shape_env`). The context lasts for one
+    compilation, in its thread. It may go when `torch._inductor.standalone_compile` is as fast to call.
+    """
+    tracing, context, shapes = _tracing(), _tracing_context(), _shape_env()
+    if None in (tracing, context, shapes, fake_mode_type):
+        yield
+        return
+    with tracing(context(fake_mode_type(shape_env=shapes(assume_static_by_default=True)))):
+        yield
 
 
 def mode_options(mode: str) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class HotFunction:
 
     def _compile(self, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
         try:
-            with torch.no_grad():
+            with torch.no_grad(), torch_private.without_dynamo():
                 compiled: Any = torch_private.compile_fx()(make_fx(self._function)(*tensors), list(tensors))
                 compiled(*tensors)  # Inductor's kernels are made in the first call
         except Exception:

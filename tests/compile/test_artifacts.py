@@ -47,8 +47,13 @@ print(json.dumps({
 
 
 def step(action, path, cache):
+    return started(cache, STEP, action, str(path))
+
+
+def started(cache, script, *arguments):
+    """What a process prints last, with this folder for Inductor's caches."""
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "CUDNN_FLEX_CACHE": "0"}
-    command = [sys.executable, "-c", STEP, action, str(path)]
+    command = [sys.executable, "-c", script, *arguments]
     ran = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr[-2000:]
     return json.loads(ran.stdout.splitlines()[-1])
@@ -60,6 +65,68 @@ def test_cache_artifacts_serve_another_process(tmp_path):
     loaded = step("load", tmp_path / "artifacts", tmp_path / "second")
     assert (loaded["lowered"], loaded["graphs"], loaded["missed graphs"], loaded["joint"]) == (1, 2, 0, 1)
     assert loaded["results"] == saved["results"]
+
+
+# Trains a step of a call whose BlockMask is compared and one whose keys are permuted, by the backend and by install(),
+# and calls a function that a GPU runs at each step. Prints how often each way found a graph, did not, or did not look.
+WAYS = """
+import json, torch
+from torch._dynamo.utils import counters
+from torch.nn.attention import flex_attention as module
+import cudnn_flex_compile
+from cudnn_flex_compile.kernels import hot_function
+from cudnn_flex_compile.report.report import collect
+
+module._validate_device = lambda *_: None
+hot_function._pays = lambda tensor: True
+padding, options = torch.arange(96)[None] < 70, {"lower": "always"}
+masks = [module.create_block_mask(mask, 1, 1, 96, 96, device="cpu") for mask in (
+    lambda b, h, q, kv: q >= kv, lambda b, h, q, kv: padding[b, kv],
+)]
+
+def attend(q, k, v):
+    for mask in masks:
+        q = module.flex_attention(q, k, v, block_mask=mask)
+    return q.cos()
+
+def train(**compiled):
+    qkv = [torch.randn(1, 2, 96, 16).bfloat16().requires_grad_() for _ in range(3)]
+    with collect() as report:
+        torch.compile(attend, **compiled)(*qkv).sum().backward()
+    report.assert_all_lowered()
+    assert len(report.lowered) == 2, report
+
+def hot():
+    total = hot_function.HotFunction(lambda a, b: (a > b).all())
+    for _ in range(4):
+        total(torch.ones(3), torch.zeros(3))
+
+def installed():
+    with cudnn_flex_compile.install(**options):
+        train()
+
+found = {}
+for name, run in {"backend": lambda: train(backend="cudnn_flex", options=options), "install": installed,
+                  "hot": hot}.items():
+    torch._dynamo.reset()
+    counters.clear()
+    run()
+    caches = {**counters["inductor"], **counters["aot_autograd"]}
+    found[name] = {key: caches.get(key, 0) for cache in ("fxgraph_cache", "autograd_cache")
+                   for key in (f"{cache}_hit", f"{cache}_miss", f"{cache}_bypass")}
+print(json.dumps(found))
+"""
+
+
+def test_a_second_process_finds_every_graph_in_inductors_caches(tmp_path):
+    first, second = (started(tmp_path / "cache", WAYS) for _ in range(2))
+    assert sorted(first) == sorted(second) == ["backend", "hot", "install"]
+    for name, graphs in (("backend", 2), ("install", 2), ("hot", 1)):  # forward and backward
+        made, read = first[name], second[name]
+        assert made["fxgraph_cache_miss"] + made["fxgraph_cache_hit"] == graphs, (name, made)
+        expected = dict.fromkeys(read, 0) | {"fxgraph_cache_hit": graphs, "autograd_cache_hit": 1}
+        assert read == expected, name
+        assert not any(n for key, n in made.items() if key.endswith("bypass")), (name, made)
 
 
 class Capped(nn.Module):

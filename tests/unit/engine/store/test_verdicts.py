@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cudnn_flex_compile import configure
+from cudnn_flex_compile import configure, settings
 from cudnn_flex_compile.engine.certify.reference import SubgraphReference
 from cudnn_flex_compile.engine.find_plan import cache_clear, cache_info, find_plan, remember_reference
 from cudnn_flex_compile.engine.key import forward_of, problem_of
@@ -73,6 +74,17 @@ def test_a_plan_is_built_once(backend, backward):
     assert second.plan.errors == first.plan.errors == stand_in.ERRORS
     info = cache_info()
     assert (info.builds, info.certifications, info.restored) == (0, 0, 1 + backward)
+
+
+def test_a_copy_of_the_folder_serves_another_machine(backend, folder, tmp_path, monkeypatch):
+    key = call(backward=True)
+    find_plan(key)
+    shutil.copytree(folder, tmp_path / "another")
+    shutil.rmtree(folder)
+    monkeypatch.setenv("CUDNN_FLEX_CACHE_DIR", str(tmp_path / "another"))
+    settings.forget()
+    _, built, restored = again(backend, key)
+    assert (built, restored) == (0, 2)
 
 
 def test_a_plan_around_another_is_built_once(backend, monkeypatch):
