@@ -42,6 +42,7 @@ from cudnn_flex_compile.kernels import block_mask
 from cudnn_flex_compile.report.report import collect
 from tests.support import layers
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 RANKS = 2
 SIZES = {"cpu": (64, 16), "cuda": (256, 64)}  # length, head dim
 OPTIONS = {"inner_backend": "aot_eager", "lower": "always"}
@@ -385,7 +386,6 @@ def alibi_with(slopes):
 
 def example(device):
     """examples/distributed.py: each way of it has the losses of one process."""
-    sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
     import distributed
 
     length, dim = SIZES[device]
@@ -403,10 +403,38 @@ def example(device):
         assert all(abs(f - e) <= 2e-3 * e for f, e in zip(found, losses["none"], strict=True)), (way, losses)
 
 
+@patch("context_parallel.LENGTH", 512)  # also on GPUs, for eager flex_attention has all scores in memory
+def context_parallel_example(device):
+    """examples/context_parallel.py: each way has the losses of a whole sequence in one process."""
+    import context_parallel as example
+
+    found, steps = {}, 3
+    for way, balance in (("backend", True), ("install", False)):
+        torch._dynamo.reset()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(patch.object(example, "OPTIONS", OPTIONS))
+            stack.enter_context(install(lower="always"))
+            report = stack.enter_context(collect())
+            found[way] = list(itertools.islice(example.train(way, balance), steps))
+        report.assert_all_lowered()
+        assert len(report.lowered) == {"backend": example.LAYERS, "install": 1}[way], report.summary
+    torch.manual_seed(0)
+    whole, given = example.Model().to(device, torch.bfloat16), example.batch()
+    optimizer, expected = torch.optim.AdamW(whole.parameters(), lr=1e-3), []
+    for _ in range(steps):
+        with uncompiled():
+            expected.append(whole(*given))
+        expected[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for way, losses in found.items():
+        assert all(abs(f - e) <= 2e-3 * e for f, e in zip(losses, expected, strict=True)), (way, losses, expected)
+
+
 CASES = {case.__name__: case for case in (
     ddp, ddp_in_one_graph, ddp_adds_no_work, fsdp2, fsdp2_as_a_whole, fsdp2_installed, ddp_installed,
     tensor_parallel, dtensor_by_local_map, alibi_of_all_heads, context_parallel, context_parallel_balanced,
-    context_parallel_installed, example,
+    context_parallel_installed, example, context_parallel_example,
 )}  # fmt: skip
 
 

@@ -60,3 +60,7 @@ def test_context_parallel(found):
 
 def test_the_example(found):
     assert_ok(found, "example")
+
+
+def test_the_example_of_context_parallel(found):
+    assert_ok(found, "context_parallel_example")
