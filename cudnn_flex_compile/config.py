@@ -66,8 +66,9 @@ class Options:
             machine, driver and versions; "always" checks in each process anew; "off" is for debugging only.
         lower: "when_faster" keeps calls that measurements say are slower on cuDNN; "always" lowers all it can.
         strategy: the one way in which calls run, be it the fastest or not, for experiments; calls that can't are kept.
-        autotune: calls are measured when they are compiled (passes/decide/autotune.py), and lowered by their times, in
-            place of the rules.
+        autotune: all contenders for a call are measured when it is compiled, also where predictions tell them apart,
+            and so are all graphs that are right.
+        tune_seconds: the seconds that one compile may spend on measuring; 0 has predictions decide.
         tile_lists: masks of few runs of keys for each row, such as packed documents, may run on kernels of
             cudnn.flex_attention. `intervals` is its former name, which is taken, too.
         replay: launches of plans on addresses that come back are replayed as CUDA graphs (engine/launch/replay.py).
@@ -84,6 +85,7 @@ class Options:
     lower: str = "when_faster"
     strategy: str | None = None
     autotune: bool = False
+    tune_seconds: int = 15
     tile_lists: bool = True
     replay: bool = True
     bias_budget_mb: int = 256
@@ -111,7 +113,7 @@ class Options:
 
 FORMER = {"intervals": "tile_lists"}  # names that options once had
 # The tables below are by the name of a field, of Options or of settings.Settings.
-LEAST = {"plan_cache_size": 1, "cache_mb": 1, "bias_budget_mb": 0}
+LEAST = {"plan_cache_size": 1, "cache_mb": 1, "bias_budget_mb": 0, "tune_seconds": 0}
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "mode": (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
     "certify": CERTIFY,
@@ -131,7 +133,8 @@ SWITCH = {
 }
 KINDS: dict[str, type] = {
     "inner_backend": str, "plan_cache_size": int, "bias_budget_mb": int, "verbose": bool, "inner_options": Mapping,
-    "autotune": bool, "tile_lists": bool, "replay": bool, "cache": bool, "cache_dir": str, "cache_mb": int,
+    "autotune": bool, "tune_seconds": int, "tile_lists": bool, "replay": bool, "cache": bool, "cache_dir": str,
+    "cache_mb": int,
 }  # fmt: skip
 
 

@@ -105,12 +105,21 @@ def _fastest(right: Sequence[Plan], forward: Plan | None, reference: Reference) 
     return right[times.index(min(times))]
 
 
-def run_of(plan: Plan, forward: Plan, reference: Reference) -> Callable[[], None]:
-    """A function that runs a plan on made-up data of its problem."""
+# The operands, integers and floats of a call.
+Values = tuple[Sequence[torch.Tensor], Sequence[int], Sequence[torch.Tensor]]
+
+
+def run_of(plan: Plan, forward: Plan, reference: Reference, values: Values | None = None) -> Callable[[], None]:
+    """A function that runs a plan on made-up queries, keys and values of its problem, and on values of its program that
+    are given, or made up, too.
+    """
     problem = plan.problem
     generator = torch.Generator(plan.device).manual_seed(SEED)
-    t, sample = drawn(problem, generator), reference.sample(problem, generator)
-    rest = (sample.operands, sample.ints, sample.floats)
+    t = drawn(problem, generator)
+    if values is None:
+        sample = reference.sample(problem, generator)
+        values = (sample.operands, sample.ints, sample.floats)
+    rest, plan = values, plan.prepared(*values)
     inputs = (t.query, t.key, t.value)
     wanted = (t.out, t.stats) if forward.problem.stats else (t.out,)
     if problem.direction != BACKWARD:

@@ -1,7 +1,7 @@
 """`engine` holds everything that this process remembers of plans, so that one lock and one reset serve all of it.
 
-find_plan.py, certification and autotune keep their maps here. All compiles share it, so options of one compile are not
-in it: they are in the keys of its plans (config.Policy).
+find_plan.py, certification and the chooser keep their maps here. All compiles share it, so options of one compile are
+not in it: they are in the keys of its plans (config.Policy).
 """
 
 import atexit
@@ -32,7 +32,7 @@ class Engine:
         references: the users' functions that plans are compared with, by program and sizes (engine/find_plan.py).
         coverage: the classes of plans that were certified in full, so that a new shape of one takes fewer regimes
             (engine/certify/coverage.py).
-        times: the times of calls that autotune measured, by everything that they depend on (passes/decide/autotune.py).
+        times: the kernel times of contenders, by everything that they depend on (passes/decide/measured_times.py).
         graph_pool: the launches that are replayed.
         also_clear: drops what others keep for plans, such as lists of tiles.
     """

@@ -1,15 +1,19 @@
 """Times Inductor's kernel for a program, in a process of its own, because Dynamo is compiling the caller's graph.
 
-passes/decide/autotune.py compares the times with those of plans.
+passes/decide/measured_times.py starts it, has our plans built meanwhile, and asks for the times when the device is
+free.
 """
 
+import contextlib
 import json
 import logging
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +28,7 @@ from cudnn_flex_compile.engine.problem import Problem
 from cudnn_flex_compile.kernels.inductor import mods_of, score_mod_of
 
 log = logging.getLogger("cudnn_flex_compile")
-PATIENCE = 300.0  # seconds that a process may take
+GO = b"go\n"  # the line by which the process is told that the device is free
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,7 @@ class Contest:
     Attributes:
         problem: its forward, on the user's own keys.
         training: whether the backward is timed, too.
+        lse_gradient: whether the log-sum-exp has a gradient there.
         blocks: kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices of its BlockMask, on the CPU (the latter
             two may be None); empty without one.
         block_sizes: the BlockMask's block sizes of q and kv.
@@ -41,22 +46,44 @@ class Contest:
 
     problem: Problem
     training: bool
+    lse_gradient: bool
     blocks: tuple[torch.Tensor | None, ...]
     block_sizes: tuple[int, int]
 
 
-def milliseconds(contest: Contest) -> tuple[float, ...] | None:
-    """The time of the forward, and in training that of the backward; None if they cannot be measured."""
-    command = [sys.executable, "-m", "cudnn_flex_compile.kernels.inductor_timer"]
-    try:
-        done = subprocess.run(command, input=pickle.dumps(contest), capture_output=True, timeout=PATIENCE, check=True)
-        return tuple(json.loads(done.stdout.splitlines()[-1]))
-    except subprocess.CalledProcessError as error:
-        what = error.stderr.decode(errors="replace")[-500:]
-        log.warning("cudnn_flex: Inductor's kernel could not be timed: %s", what)
-    except (OSError, subprocess.TimeoutExpired, ValueError, IndexError) as error:
-        log.warning("cudnn_flex: Inductor's kernel could not be timed: %s: %s", type(error).__name__, error)
-    return None
+@contextlib.contextmanager
+def compiling(contest: Contest) -> Generator[Callable[[float], tuple[float, ...]]]:
+    """Starts a process that compiles the call, and ends it with the block.
+
+    It gives a function that has the call timed, within some seconds: the time of the forward, and in training that of
+    the backward. That raises RuntimeError if the process fails, and TimeoutError if it takes longer.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "contest"
+        path.write_bytes(pickle.dumps(contest))
+        with open(Path(folder) / "errors", "w+b") as errors:
+            command = [sys.executable, "-m", "cudnn_flex_compile.kernels.inductor_timer", str(path)]
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
+
+            def milliseconds(seconds: float) -> tuple[float, ...]:
+                try:
+                    printed, _ = process.communicate(GO, seconds)
+                except subprocess.TimeoutExpired as error:
+                    raise TimeoutError(f"Inductor's kernel was not timed within {seconds:.0f} s") from error
+                if process.returncode:
+                    errors.seek(0)
+                    raise RuntimeError(errors.read()[-500:].decode(errors="replace"))
+                return tuple(json.loads(printed.splitlines()[-1]))
+
+            try:
+                yield milliseconds
+            finally:
+                process.kill()
+                process.wait()
+                for pipe in (process.stdin, process.stdout):
+                    if pipe is not None:
+                        with contextlib.suppress(OSError):  # what was not written to a process that has ended
+                            pipe.close()
 
 
 def contenders(contest: Contest, device: torch.device) -> list[Callable[[], Any]]:
@@ -77,22 +104,30 @@ def contenders(contest: Contest, device: torch.device) -> list[Callable[[], Any]
     compiled: Any = torch.compile(flex_attention, dynamic=False, fullgraph=True, options=inductor_seam.STOCK)
     leaves = [t.detach().requires_grad_(contest.training) for t in (tensors.query, tensors.key, tensors.value)]
 
-    def forward() -> torch.Tensor:
-        return compiled(*leaves, score_mod, mask, problem.scale, gqa)
+    def forward() -> Any:
+        return compiled(*leaves, score_mod, mask, problem.scale, gqa, contest.lse_gradient)
 
     if not contest.training:
         return [forward]
     out = forward()
-    return [forward, lambda: torch.autograd.grad(out, leaves, tensors.grad, retain_graph=True)]
+    if not contest.lse_gradient:
+        return [forward, lambda: torch.autograd.grad(out, leaves, tensors.grad, retain_graph=True)]
+    grads = [tensors.grad, torch.randn_like(out[1])]
+    return [forward, lambda: torch.autograd.grad(out, leaves, grads, retain_graph=True)]
 
 
-def main() -> None:
+def main(path: str) -> None:
     torch_private.keep_buffers()  # the backward is called several times
-    contest: Contest = pickle.load(sys.stdin.buffer)
+    contest: Contest = pickle.loads(Path(path).read_bytes())
     device = torch.device("cuda", contest.problem.device)
     with torch.cuda.device(device):
-        print(json.dumps(timing.milliseconds(contenders(contest, device))))
+        calls = contenders(contest, device)
+        for call in calls:
+            call()
+        torch.cuda.synchronize()
+        if sys.stdin.buffer.readline() == GO:  # or nothing, if the caller has ended
+            print(json.dumps(timing.milliseconds(calls)))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

@@ -5,15 +5,17 @@ lower_graph.py makes one for each graph, and lower_call.py asks it.
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
 from torch.fx import Node
 
 from cudnn_flex_compile.config import Options
-from cudnn_flex_compile.passes.decide import autotune, cost_model, eligibility, keep_rules
+from cudnn_flex_compile.passes.decide import cost_inputs, eligibility
 from cudnn_flex_compile.passes.decide.candidate import Candidate
+from cudnn_flex_compile.passes.decide.key_compaction import COUNTS, Compact, counts_of
+from cudnn_flex_compile.passes.decide.measured_times import Budget, several_ranks
 from cudnn_flex_compile.passes.read.call import Call, example, hint
 from cudnn_flex_compile.passes.read.captures import Captures
 from cudnn_flex_compile.passes.write import block_mask_guards, tile_lists
@@ -37,6 +39,7 @@ class Context:
         options: the options of this compile.
         around: the graph's other work; None where this is nothing but views, and under CUDA graphs, which launch all
             kernels of a step at once.
+        budget: the time that this compile may spend on measuring.
     """
 
     operands: Writer
@@ -45,7 +48,8 @@ class Context:
     real: dict[Node, Any]
     options: Options
     sharing: Counter[Hashable]
-    around: cost_model.Workload | None
+    around: cost_inputs.Workload | None
+    budget: Budget
     known: dict[tuple[Any, ...], Any] = field(default_factory=dict[tuple[Any, ...], Any])
 
     @property
@@ -74,63 +78,58 @@ def disagreement(call: Call, captures: Captures, checked: MaskProgram, context: 
     return context.once(given, find)
 
 
-def slower(candidate: Candidate, context: Context) -> Reason | None:
-    """The reason of a call that stock flex_attention runs faster, by the rules."""
-    return _once_for_equal_costs("slower", candidate, context, keep_rules.slower)
-
-
-def expected(candidate: Candidate, context: Context) -> float | None:
-    """How many times as fast as Inductor's kernel the call is, by prediction."""
-    return _once_for_equal_costs("expected", candidate, context, cost_model.expected)
-
-
-def _once_for_equal_costs(
-    what: str, candidate: Candidate, context: Context, find: Callable[[cost_model.CostInputs], Any]
-) -> Any:
-    inputs, query = cost_inputs_of(candidate, context), example(candidate.call.query)
-    dims = (hint(example(node).shape[3]) for node in (candidate.call.query, candidate.call.value))
-    known = inputs.program, inputs.hoisted, inputs.training, inputs.lse_gradient, inputs.tiled, inputs.sharing
-    return context.once((what, *given_to(candidate.call), query.dtype, *dims, *known), lambda: find(inputs))
-
-
-def measured_slower(candidate: Candidate, context: Context) -> Reason | None:
-    """The reason of a call that autotune measured as slower, or by the rules, where measuring fails."""
-    times = autotune.times_of(candidate)
-    return slower(candidate, context) if times is None else times.reason
-
-
-def cost_inputs_of(candidate: Candidate, context: Context) -> cost_model.CostInputs:
+def cost_inputs_of(candidate: Candidate, context: Context) -> cost_inputs.CostInputs:
     call, real = candidate.call, context.real.get
-    blocks = context.once(("blocks", *given_to(call)), lambda: cost_model.blocks_of(call, real))  # pyright: ignore
+    blocks = context.once(("blocks", *given_to(call)), lambda: cost_inputs.blocks_of(call, real))  # pyright: ignore
     program, hoisted = candidate.running
-    return cost_model.CostInputs(
+    inputs = cost_inputs.CostInputs(
         call, program, hoisted, training=candidate.training, lse_gradient=candidate.lse_gradient, blocks=blocks,
         around=context.around, tiled=candidate.tiled, sharing=_sharing(call, blocks, context),
     )  # fmt: skip
+    if blocks is None or not inputs.reads_mask or not several_ranks():
+        return inputs
+    # Ranks, each with data of its own, choose alike: by what is the same for all.
+    return replace(inputs, blocks=None, sharing=_sharing(call, None, context))
 
 
-def _sharing(call: Call, blocks: cost_model.Blocks | None, context: Context) -> int:
+def _sharing(call: Call, blocks: cost_inputs.Blocks | None, context: Context) -> int:
     known = context.sharing[mask_of(call)]
     given = [block for block in call.blocks if block is not None]
     outside = blocks is None and given and all(block.op == "placeholder" for block in given)
-    return cost_model.LAYERS if outside and known == 1 else known
+    return cost_inputs.LAYERS if outside and known == 1 else known
 
 
 def given_to(call: Call) -> tuple[Any, ...]:
     return call.node.graph, call.blocks, call.block_sizes, eligibility.sizes_of(call)
 
 
+Values = tuple[list[torch.Tensor], list[int], list[Any]]  # operands, integers and floats
+
+
+def at_hand(captures: Captures, context: Context) -> bool:
+    """Whether the values of all captured inputs in the call that is being compiled are known."""
+    nodes = [node for node in captures.nodes.values() if isinstance(node, Node)]
+    return all(context.real.get(node) is not None for node in nodes)
+
+
+def values_of(candidate: Candidate, context: Context) -> Values | None:
+    """The values of the program that runs in the call that is being compiled, if its captured inputs are at hand."""
+    return real_values(candidate.call, candidate.captures, candidate.running[1], context, candidate.compact)
+
+
 def real_values(
-    call: Call, captures: Captures, hoisted: Sequence[Hoisted], context: Context
-) -> tuple[list[torch.Tensor], list[int], list[Any]] | None:
+    call: Call, captures: Captures, hoisted: Sequence[Hoisted], context: Context, compact: Compact | None = None
+) -> Values | None:
     """Operands, integers and floats of the call that is being compiled, if its captured inputs are at hand."""
-    values = {leaf: context.real.get(node) if isinstance(node, Node) else node for leaf, node in captures.nodes.items()}
-    if any(v is None for v in values.values()):
+    if not at_hand(captures, context):
         return None
+    values = {leaf: context.real[node] if isinstance(node, Node) else node for leaf, node in captures.nodes.items()}
     numbers = [hint(values[leaf]) for leaf in captures.ints]
     for leaf, number in zip(captures.ints, numbers, strict=True):
         values[leaf] = number
     sizes, device = eligibility.sizes_of(call), example(call.query).device
     with torch.no_grad():
+        if compact is not None:
+            values[COUNTS] = counts_of(operand_value(compact.columns, values.__getitem__, sizes, device))
         operands = [operand_value(h, values.__getitem__, sizes, device) for h in hoisted]
     return operands, numbers, [values[leaf] for leaf in captures.floats]

@@ -3,39 +3,30 @@
 lower_graph.py calls it for each call. The calls of a graph share a `Context` (graph_context.py).
 """
 
-from collections.abc import Sequence
-
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD
-from cudnn_flex_compile.passes.decide import autotune, eligibility
-from cudnn_flex_compile.passes.decide.candidate import Candidate, Lowered, plan_or_reason
+from cudnn_flex_compile.passes.contenders import GRAPHS, Contenders
+from cudnn_flex_compile.passes.decide import eligibility
+from cudnn_flex_compile.passes.decide.candidate import Candidate
+from cudnn_flex_compile.passes.decide.chooser import STOCK, Choice, Way, unplannable
 from cudnn_flex_compile.passes.decide.key_compaction import COUNTS, compacted
-from cudnn_flex_compile.passes.decide.tile_speed import faster_by_tiles
 from cudnn_flex_compile.passes.describe import describe_mask
-from cudnn_flex_compile.passes.graph_context import (
-    Context,
-    cost_inputs_of,
-    disagreement,
-    expected,
-    given_to,
-    measured_slower,
-    slower,
-)  # fmt: skip
-from cudnn_flex_compile.passes.read.call import Call, example, requires_grad
+from cudnn_flex_compile.passes.graph_context import Context, cost_inputs_of
+from cudnn_flex_compile.passes.read.call import Call, requires_grad
 from cudnn_flex_compile.passes.read.captures import read_captures
-from cudnn_flex_compile.passes.read.programs import Traced, traced_of
-from cudnn_flex_compile.passes.write import block_mask_guards, tile_lists
+from cudnn_flex_compile.passes.read.programs import traced_of
+from cudnn_flex_compile.passes.write import block_mask_guards
 from cudnn_flex_compile.passes.write.block_mask_guards import MaskProgram
 from cudnn_flex_compile.passes.write.replace_call import replace, with_batch
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.report.call import CallReport
-from cudnn_flex_compile.scoremod.masks.form import split
 from cudnn_flex_compile.scoremod.text import text
 
-# Why a call is not run by plans, but may be by a tile list, which honours any blocks.
-TRY_TILES = (
+# Why a call is not run by graphs, but may be by a tile list, which honours any blocks.
+TRY_LISTS = (
     Code.SLOWER, Code.BIAS_BUDGET, Code.LSE_GRADIENT, Code.SHAPE_REFUSED, Code.ILLEGAL_OP, Code.CERTIFICATION,
     Code.BLOCK_MASK,
 )  # fmt: skip
+NO_LIST = Reason(Code.FORCED_BACKEND, "options have strategy='tile_lists', and no list serves this score or mask")
 
 
 def lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason | None:
@@ -64,21 +55,8 @@ def lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason 
         compacted(program, hoisted), traced.fingerprint,
     )  # fmt: skip
 
-    plans = tiles = None
-    for way, faster in _contenders(candidate, traced, context):
-        compared = None if way.tiled == way.directions else checked
-        wrong = None if compared is None else disagreement(call, captures, compared, context)
-        if way.tiled:
-            tiles = why = wrong or _lower_by_tiles(way, faster, checked, context, report)
-        else:
-            plans = why = wrong or large or _lower_by_plans(way, checked, context, report)
-        if why is None:
-            return None
-        if not way.tiled and why.code not in TRY_TILES:
-            return why
-    forced = Reason(Code.FORCED_BACKEND, "options have strategy='tile_lists', and no list serves this score or mask")
-    needed = plans is None or (plans.code in TRY_TILES and tiles is not None and tiles.code is Code.TILE_LISTS)
-    return (tiles or forced) if needed else plans
+    why = unplannable(cost_inputs_of(candidate, context)) if context.only_faster else None
+    return why or _lower_in_order(Contenders(candidate, traced, checked, large, context), checked, context, report)
 
 
 def _forced_away(context: Context) -> Reason | None:
@@ -86,80 +64,34 @@ def _forced_away(context: Context) -> Reason | None:
     return Reason(Code.FORCED_BACKEND, "options have strategy='inductor'") if forced else None
 
 
-def _contenders(candidate: Candidate, traced: Traced, context: Context) -> Sequence[tuple[Candidate, bool]]:
-    """The ways to run the call, in the order of trial, each with whether it is surely faster than Inductor's kernel."""
-    forced, plans = context.options.strategy, [(candidate, False)]
-    listed = tile_lists.tiled(candidate, traced, candidate.directions)
-    tiles = [] if listed is None else [(listed, False)]
-    if forced is not None:
-        return tiles if forced == "tile_lists" else plans
-    if split(candidate.program.mask).reads_pairs:
-        return [*tiles, *plans]
-    faster = _faster_by_tiles(candidate, traced, context)
-    return [*plans, *tiles] if faster is None else [(faster, True), *plans]
-
-
-def _faster_by_tiles(candidate: Candidate, traced: Traced, context: Context) -> Candidate | None:
-    """The call by a list in the directions in which a list is faster than plans; None where plans are slower than
-    Inductor's kernel.
-    """
-    apart = tile_lists.tiled(candidate, traced, ()) is not None
-    if context.tiles is None or context.options.autotune or tile_lists.unusable(example(candidate.call.query).device):
-        return None
-    if context.only_faster and slower(candidate, context) is not None:
-        return None
-    directions = faster_by_tiles(cost_inputs_of(candidate, context), apart)
-    return tile_lists.tiled(candidate, traced, directions) if directions else None
-
-
-def _lower_by_plans(
-    candidate: Candidate, checked: MaskProgram | None, context: Context, report: CallReport
+def _lower_in_order(
+    contenders: Contenders, checked: MaskProgram | None, context: Context, report: CallReport
 ) -> Reason | None:
-    """Rewrites the call to run by plans that know its mask, or gives the reason against it."""
-    measured = context.options.autotune and autotune.measurable(candidate)
-    why = None if checked is None else context.guards.unsuitable(candidate.call, checked, candidate.training)
-    why = why or (slower(candidate, context) if context.only_faster and not measured else None)
-    if why is not None:
-        return why
-    verdict = plan_or_reason(candidate)
-    if isinstance(verdict, Reason):
-        return verdict
-    why = measured_slower(candidate, context) if context.only_faster and measured else None
-    if why is not None:
-        return why
-    _accept(candidate, verdict, context, report)
-    _rewrite(candidate, checked, context)
-    return None
+    """Rewrites the call to run in the first way of the order that has plans, or gives the reason why none has."""
+    choice = contenders.choice()
+    refusals: dict[Way, Reason] = {}
+    for way in contenders.order(choice):
+        verdict = contenders.tried(way)
+        if not isinstance(verdict, Reason):
+            report.strategies, report.errors = verdict
+            report.contenders = choice.contenders(way) if choice is not None else ()
+            _rewrite(contenders.ways[way], checked, context)
+            return None
+        refusals[way] = verdict
+        if way == GRAPHS and verdict.code not in TRY_LISTS:
+            break
+    report.contenders = choice.contenders(STOCK) if choice is not None else ()
+    return _most_telling(contenders, choice, refusals)
 
 
-def _lower_by_tiles(
-    candidate: Candidate, faster: bool, checked: MaskProgram | None, context: Context, report: CallReport
-) -> Reason | None:
-    """Rewrites the call to run by a list of its mask's tiles, in some directions or both, or gives the reason against
-    it.
-    """
-    call = candidate.call
-    if context.tiles is None:
-        return Reason(Code.UNSUPPORTED_CALL, "tile lists are not asked for, or CUDA graphs are captured")
-    why = slower(candidate, context) if context.only_faster and not faster else None
-    if why is not None:
-        return why
-
-    def unsuitable() -> Reason | None:
-        return tile_lists.unsuitable(candidate, context.real.get, context.options.bias_budget_mb)
-
-    known = candidate.tiled, candidate.program, candidate.hoisted, *candidate.captures.nodes.values()
-    verdict = context.once(("unsuitable", *given_to(call), *known), unsuitable) or plan_or_reason(candidate)
-    if isinstance(verdict, Reason):
-        return verdict
-    _accept(candidate, verdict, context, report)
-    _rewrite(candidate, checked, context)
-    return None
-
-
-def _accept(candidate: Candidate, verdict: Lowered, context: Context, report: CallReport) -> None:
-    report.strategies, report.errors = verdict
-    report.expected = expected(candidate, context)
+def _most_telling(contenders: Contenders, choice: Choice | None, refusals: dict[Way, Reason]) -> Reason:
+    """The reason against graphs; that against lists where this is what a user can change, or where these are forced."""
+    lists = next((reason for way, reason in refusals.items() if way == contenders.ways[way].directions), None)
+    if choice is None:
+        return next(iter(refusals.values()), NO_LIST)
+    graphs = refusals.get(GRAPHS) or contenders.refused(GRAPHS) or choice.slower
+    missing = graphs.code in TRY_LISTS and lists is not None and lists.code is Code.TILE_LISTS
+    return lists if missing and lists is not None else graphs
 
 
 def _rewrite(candidate: Candidate, checked: MaskProgram | None, context: Context) -> None:

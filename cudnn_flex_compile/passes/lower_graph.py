@@ -14,6 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.config import Options
 from cudnn_flex_compile.passes.decide.eligibility import unrecorded
+from cudnn_flex_compile.passes.decide.measured_times import Budget
 from cudnn_flex_compile.passes.decide.workload import is_alone, workload_of
 from cudnn_flex_compile.passes.describe import describe_functions
 from cudnn_flex_compile.passes.graph_context import Context, mask_of
@@ -48,7 +49,7 @@ def lower_calls(graph_module: GraphModule, example_inputs: Sequence[Any], option
     around = None if captures or is_alone(graph_module, found) else workload_of(graph_module, len(found))
     context = Context(
         operands=writer, tiles=tiles, guards=guards, real=real, options=options,
-        sharing=Counter(map(mask_of, found)), around=around,
+        sharing=Counter(map(mask_of, found)), around=around, budget=Budget(options.tune_seconds),
     )  # fmt: skip
     reports: list[CallReport] = []
     changed: list[GraphModule] = []

@@ -3,6 +3,7 @@
 The pass fills it in, and report.py collects it. render.py shows it.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,26 @@ class Outside:
         return REMEDIES[self.ran]
 
 
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A way in which a call could run.
+
+    Attributes:
+        name: "inductor", "graphs", or "tile lists (forward)".
+        milliseconds: the time that it takes of a step, forward and backward.
+        measured: whether its kernels were timed on this device, or are predicted.
+        won: whether the call runs so.
+    """
+
+    name: str
+    milliseconds: float
+    measured: bool = False
+    won: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.milliseconds:.3f} ms"
+
+
 @dataclass(slots=True)
 class CallReport:
     """One call.
@@ -50,7 +71,7 @@ class CallReport:
         score_source, mask_source: the functions as the user wrote them; empty if their text is not known.
         picture: the picture of the mask, or why there is none; empty where there is no program.
         errors: the errors of the plans that certification measured, on a GPU.
-        expected: the speed relative to Inductor's kernel, by the pairs that either computes; None if it is not known.
+        contenders: the ways that were compared, the fastest first; empty where there was no choice.
     """
 
     source: str
@@ -61,7 +82,14 @@ class CallReport:
     mask_source: str = ""
     picture: Picture | str = ""
     errors: tuple[Error, ...] = ()
-    expected: float | None = None
+    contenders: tuple[Contender, ...] = ()
+
+    @property
+    def expected(self) -> float | None:
+        """The speed relative to Inductor's kernel, as predicted or measured; None if it is not known."""
+        stock = next((c.milliseconds for c in self.contenders if c.name == "inductor"), None)
+        ours = next((c.milliseconds for c in self.contenders if c.won and c.name != "inductor"), None)
+        return stock / ours if stock and ours else None
 
     def to_dict(self) -> dict[str, Any]:
         """Every field, as JSON takes it; unknown values are None."""
@@ -78,5 +106,6 @@ class CallReport:
             "strategies": list(self.strategies),
             "errors": {error.name: {"found": error.found, "stock": error.stock} for error in self.errors},
             "expected": self.expected,
+            "contenders": [dataclasses.asdict(contender) for contender in self.contenders],
             "reason": reason.to_dict() if reason else None,
         }

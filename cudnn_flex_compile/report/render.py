@@ -180,7 +180,11 @@ def _facts(call: CallReport) -> Iterator[tuple[str, str]]:
         yield "error", ", ".join(f"{e.name} {e.found:.1e} ({e.stock:.1e})" for e in call.errors)
         yield "", "as certified, and in parentheses that of stock precision"
     if call.expected is not None:
-        yield "expected", f"about {call.expected:.1f}x as fast as Inductor, by the pairs that each computes"
+        yield "expected", f"about {call.expected:.1f}x as fast as Inductor"
+    if call.contenders:
+        known = "measured here" if all(contender.measured for contender in call.contenders) else "predicted"
+        won = next((f", {c.name} won" for c in call.contenders if c.won), "")
+        yield "times", f"{', '.join(map(str, call.contenders))}, {known}{won}"
 
 
 def outcome(call: CallReport) -> str:

@@ -25,9 +25,9 @@ COUNTS = (
 )  # fmt: skip
 # lower: our whole pass, with the next phases as far as they happen while compiling, but inner. trace: from functions to
 # expressions; solve: masks, and the division of programs; restore, keep: verdicts in the cache folder; build, certify:
-# plans; autotune: timing of plans and of Inductor's kernel; inner: the inner backend. (Inductor's backward comes later,
-# and is not in it.)
-PHASES = ("lower", "trace", "solve", "restore", "build", "certify", "autotune", "keep", "inner")
+# plans; autotune: timing of all plans that are right; measure: timing of contenders, with finding their plans; inner:
+# the inner backend. (Inductor's backward comes later, and is not in it.)
+PHASES = ("lower", "trace", "solve", "restore", "build", "certify", "autotune", "measure", "keep", "inner")
 
 
 @dataclass(slots=True, repr=False)

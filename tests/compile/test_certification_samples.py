@@ -6,7 +6,7 @@ Knows nothing of plans: no GPU is needed to draw.
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from cudnn_flex_compile.passes import lower_call
+from cudnn_flex_compile.passes import contenders
 from cudnn_flex_compile.passes.decide import candidate
 from tests.compile.test_backend import fresh, qkv, run
 
@@ -22,8 +22,8 @@ def test_indices_stay_in_range_and_lengths_do_not(monkeypatch):
         seen.append({c.spec.shape: c.limit for c in candidate._reference(found).captured if c.spec is not None})
         return real(found)
 
-    real = lower_call.plan_or_reason
-    monkeypatch.setattr(lower_call, "plan_or_reason", judge)
+    real = contenders.plan_or_reason
+    monkeypatch.setattr(contenders, "plan_or_reason", judge)
     _, calls = run(lambda q, k, v: flex_attention(q, k, v, lambda s, b, h, i, j: s + table[h, kinds[i]], mask), *qkv())
     assert calls[0].reason is None, str(calls[0].reason)
     assert seen[0][lengths.shape] == 160
@@ -39,8 +39,8 @@ def test_an_index_stays_in_range_where_simplification_leaves_no_trace_of_it(monk
         seen.append({c.spec.shape: c.index for c in reference.captured if c.spec is not None})
         return real(found)
 
-    real = lower_call.plan_or_reason
-    monkeypatch.setattr(lower_call, "plan_or_reason", judge)
+    real = contenders.plan_or_reason
+    monkeypatch.setattr(contenders, "plan_or_reason", judge)
 
     def score_mod(s, b, h, i, j):  # always true
         return torch.where(torch.where(j >= starts[kinds[i]], 150, 1) > 0, s, -float("inf"))

@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from cudnn_flex_compile.engine.key import problem_of
 from cudnn_flex_compile.engine.state import engine
-from cudnn_flex_compile.passes import lower_call
+from cudnn_flex_compile.passes import contenders
 from cudnn_flex_compile.passes import lower_graph as module
 from cudnn_flex_compile.passes.decide import candidate
 from cudnn_flex_compile.passes.read import programs
@@ -42,7 +42,7 @@ def fresh(monkeypatch):
         call = candidate.forward_call(given, given.running, stand_in.CUDA)
         return candidate._certified(given, call, problem_of(call))
 
-    monkeypatch.setattr(lower_call, "plan_or_reason", judge)
+    monkeypatch.setattr(contenders, "plan_or_reason", judge)
     with torch.no_grad():
         yield backend
 

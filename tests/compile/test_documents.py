@@ -9,13 +9,13 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from cudnn_flex_compile import ops
 from cudnn_flex_compile.config import Options
 from cudnn_flex_compile.kernels import tile_lists
-from cudnn_flex_compile.passes import lower_call
-from cudnn_flex_compile.passes.decide import keep_rules
+from cudnn_flex_compile.passes import contenders
 from cudnn_flex_compile.passes.write import tile_lists as write_lists
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.report.report import collect
 from tests.support import dense
 from tests.support.any_block_masks import as_mask_mod
+from tests.support.fastest import KEPT, make_fastest
 
 BATCH, HEADS, LENGTH, DIM = 2, 4, 96, 16
 
@@ -212,11 +212,11 @@ def with_lse(q, k, v, ids):
 def test_a_loss_of_the_lse_runs_by_intervals_only_if_that_is_certified(monkeypatch, lists, right):
     asked = []
 
-    def judge(target, judge=lower_call.plan_or_reason):
+    def judge(target, judge=contenders.plan_or_reason):
         asked.append((bool(target.tiled), target.lse_gradient))
         return judge(target) if right or not target.tiled else Reason(Code.CERTIFICATION, "of the LSE's gradient")
 
-    monkeypatch.setattr(lower_call, "plan_or_reason", judge)
+    monkeypatch.setattr(contenders, "plan_or_reason", judge)
     with collect() as report:
         compiled(with_lse)(*inputs(), packed(0))
     assert asked == [(True, True)] + [(False, True)] * (not right)
@@ -229,16 +229,13 @@ def test_what_plans_are_slower_for_is_tried_by_intervals(monkeypatch):
         return flex_attention(q, k, v, hiding(lambda b, h, i, j: j < ends[b, i]), enable_gqa=True)
 
     given = (*inputs(False), torch.randint(1, LENGTH, (BATCH, LENGTH)))
-    slower = Reason(Code.SLOWER, "blocks")
-    for reasons, strategies in (
-        ((slower, None), ("tile_lists",)), ((None, None), ("chained",)), ((slower, slower), ()),
-    ):  # fmt: skip
-        monkeypatch.setattr(keep_rules, "slower", lambda facts, reasons=reasons: reasons[bool(facts.tiled)])
+    for winner, strategies in ((("forward",), ("tile_lists",)), ((), ("chained",)), (KEPT, ())):
+        make_fastest(monkeypatch, winner)
         torch._dynamo.reset()
         with collect() as report:
             compiled(rows, lower="when_faster")(*given)
         assert report.calls[0].strategies == strategies
-        assert report.calls[0].reason == (None if strategies else slower)
+        assert report.calls[0].reason is None or report.calls[0].reason.code is Code.SLOWER
 
 
 def test_no_intervals_under_cuda_graphs(monkeypatch):
@@ -258,8 +255,7 @@ def test_a_small_call_by_itself_is_kept():
 
 def test_what_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(write_lists, "unusable", lambda device: Reason(Code.TILE_LISTS, "no cutlass"))
-    slower = Reason(Code.SLOWER, "blocks")
-    monkeypatch.setattr(keep_rules, "slower", lambda facts: None if facts.tiled else slower)
+    make_fastest(monkeypatch, ("forward",), rest=8.0)
     with collect() as report:
         compiled(attend, lower="when_faster")(*inputs(False), packed(0))
     assert report.calls[0].reason == Reason(Code.TILE_LISTS, "no cutlass")

@@ -11,7 +11,7 @@ from cudnn_flex_compile.bench.mods import causal, sliding, softcap
 from cudnn_flex_compile.engine import find_plan
 from cudnn_flex_compile.engine.problem import BACKWARD
 from cudnn_flex_compile.engine.store.plan_cache import CachedPlan
-from cudnn_flex_compile.passes import lower_call
+from cudnn_flex_compile.passes import contenders
 from cudnn_flex_compile.passes.decide import candidate
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.report.report import collect
@@ -133,7 +133,7 @@ def test_plans_of_both_backwards_are_wanted(monkeypatch):
         return candidate._certified(wanted, key, problem)
 
     monkeypatch.setattr(find_plan, "find_plan", found)
-    monkeypatch.setattr(lower_call, "plan_or_reason", judge)
+    monkeypatch.setattr(contenders, "plan_or_reason", judge)
     attend = attention("causal", {"return_lse": True})
 
     def reports(function, grad=True):

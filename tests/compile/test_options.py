@@ -18,7 +18,7 @@ from cudnn_flex_compile.engine.find_plan import find_plan
 from cudnn_flex_compile.engine.key import Meta, forward_key, problem_of
 from cudnn_flex_compile.engine.problem import TensorSpec
 from cudnn_flex_compile.ops import autograd
-from cudnn_flex_compile.passes import lower_call
+from cudnn_flex_compile.passes import contenders
 from cudnn_flex_compile.passes.decide import candidate
 from cudnn_flex_compile.passes.read import programs
 from tests.support import stand_in
@@ -75,7 +75,7 @@ def backend(monkeypatch):
         found.asked.setdefault(policy, {})[query.shape[2]] = plan
         return forward(query, key, value, operands, ints, floats, program, scale, stats, *kept)
 
-    monkeypatch.setattr(lower_call, "plan_or_reason", judge)
+    monkeypatch.setattr(contenders, "plan_or_reason", judge)
     monkeypatch.setattr(autograd, "forward", run)
     with torch.no_grad():
         yield found

@@ -6,10 +6,11 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from cudnn_flex_compile import ops
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD
-from cudnn_flex_compile.passes import lower_call
+from cudnn_flex_compile.passes import contenders
 from cudnn_flex_compile.passes.write import tile_lists
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.report.report import collect
+from tests.support.fastest import KEPT, make_fastest
 from tests.support.plain_masks import MASKS, assert_right, attend, block_mask, inputs
 
 BATCH, LENGTH = 2, 160
@@ -63,19 +64,12 @@ def test_all_plain_masks_run_by_a_list(name):
 @pytest.mark.parametrize("directions", [(FORWARD,), (BACKWARD,), BOTH, ()], ids=" and ".join)
 @pytest.mark.parametrize("name", ["causal", "full", "right padding"])
 def test_each_direction_runs_in_its_own_way(monkeypatch, name, directions):
-    asked = []
-
-    def chosen(inputs, apart):
-        asked.append(apart)
-        return directions if apart or len(directions) == 2 else ()
-
-    monkeypatch.setattr(lower_call, "faster_by_tiles", chosen)
+    make_fastest(monkeypatch, directions)
     arguments, grad, mask_mod = call(name)
     with collect() as report:
         out = compiled(lower="always")(*arguments)
     (found,) = lists_of_calls()
     assert found == [way in directions for way in BOTH]
-    assert asked == [True]
     graph = "native"
     expected = [("tile_lists" if way in directions else graph) for way in BOTH]
     assert report.calls[0].strategies in (tuple(expected), tuple(expected[:1]))
@@ -86,7 +80,7 @@ def test_each_direction_runs_in_its_own_way(monkeypatch, name, directions):
 
 @pytest.mark.parametrize("directions", [(FORWARD,), (BACKWARD,), BOTH], ids=" and ".join)
 def test_checkpointed_layers(monkeypatch, directions):
-    monkeypatch.setattr(lower_call, "faster_by_tiles", lambda inputs, apart: directions)
+    make_fastest(monkeypatch, directions)
 
     def layers(q, k, v, mask):
         for _ in range(2):
@@ -116,7 +110,7 @@ def test_the_gradient_of_the_log_sum_exp(monkeypatch):
     expected = torch.autograd.grad(with_sinks(*arguments), arguments[:3], grad)
     for directions in ((FORWARD,), (BACKWARD,), BOTH):
         torch._dynamo.reset()
-        monkeypatch.setattr(lower_call, "faster_by_tiles", lambda inputs, apart, found=directions: found)
+        make_fastest(monkeypatch, directions)
         with collect() as report:
             out = compiled(with_sinks, lower="always", inner_backend="aot_eager")(*arguments)
             found = torch.autograd.grad(out, arguments[:3], grad)
@@ -126,7 +120,7 @@ def test_the_gradient_of_the_log_sum_exp(monkeypatch):
 
 
 def test_without_gradients_the_forward_is_all(monkeypatch):
-    monkeypatch.setattr(lower_call, "faster_by_tiles", lambda inputs, apart: (FORWARD,))
+    make_fastest(monkeypatch, (FORWARD,))
     arguments, _, _ = call("causal")
     with collect() as report, torch.no_grad():
         compiled(lower="always")(*arguments)
@@ -135,21 +129,21 @@ def test_without_gradients_the_forward_is_all(monkeypatch):
 
 
 def test_keys_that_plans_would_permute_are_all_or_nothing(monkeypatch):
-    asked = []
-    monkeypatch.setattr(lower_call, "faster_by_tiles", lambda inputs, apart: asked.append(apart) or BOTH)
     arguments, grad, mask_mod = call("scattered padding")
-    with collect() as report:
-        out = compiled(lower="always")(*arguments)
-    assert asked == [False]
-    assert report.calls[0].strategies == ("tile_lists",)
-    assert_right(out, arguments[:3], grad, mask_mod)
+    for directions, expected in ((BOTH, ("tile_lists",)), ((FORWARD,), ("chained",))):
+        torch._dynamo.reset()
+        make_fastest(monkeypatch, directions)
+        with collect() as report:
+            out = compiled(lower="always")(*arguments)
+        assert report.calls[0].strategies == expected
+        assert_right(out, arguments[:3], grad, mask_mod)
 
 
 def test_what_the_kernels_refuse_is_tried_by_plans(monkeypatch):
     """And is the reason where a list is forced."""
-    refused, judge = Reason(Code.SHAPE_REFUSED, "no such head dim"), lower_call.plan_or_reason
-    monkeypatch.setattr(lower_call, "faster_by_tiles", lambda inputs, apart: BOTH)
-    monkeypatch.setattr(lower_call, "plan_or_reason", lambda given: refused if given.tiled else judge(given))
+    refused, judge = Reason(Code.SHAPE_REFUSED, "no such head dim"), contenders.plan_or_reason
+    make_fastest(monkeypatch, BOTH)
+    monkeypatch.setattr(contenders, "plan_or_reason", lambda given: refused if given.tiled else judge(given))
     arguments, _, _ = call("causal")
     for options, expected in (({"lower": "always"}, (("native",), None)), ({"strategy": "tile_lists"}, ((), refused))):
         torch._dynamo.reset()
@@ -160,12 +154,12 @@ def test_what_the_kernels_refuse_is_tried_by_plans(monkeypatch):
 
 @pytest.mark.parametrize("code", [Code.LSE_GRADIENT, Code.CERTIFICATION, Code.SHAPE_REFUSED])
 def test_what_plans_do_not_give_is_tried_by_a_list(monkeypatch, code):
-    judge = lower_call.plan_or_reason
-    monkeypatch.setattr(lower_call, "plan_or_reason", lambda given: judge(given) if given.tiled else Reason(code, "no"))
+    judge = contenders.plan_or_reason
+    monkeypatch.setattr(contenders, "plan_or_reason", lambda given: judge(given) if given.tiled else Reason(code, "no"))
     arguments, grad, mask_mod = call("causal")
     with collect() as report:
         out = compiled(lower="always")(*arguments)
-    assert report.calls[0].strategies == ("tile_lists",)
+    assert report.calls[0].strategies[0] == "tile_lists"
     assert_right(out, arguments[:3], grad, mask_mod)
 
 
@@ -176,14 +170,17 @@ def test_short_calls_do_not():
     assert report.calls[0].strategies == ("native",)
 
 
-def test_what_is_faster_by_plans_than_by_inductor_is_what_may_be_faster_by_a_list(monkeypatch):
-    """A rule that compares a list with plans says nothing of Inductor's kernel."""
-    monkeypatch.setattr(lower_call, "faster_by_tiles", lambda inputs, apart: pytest.fail("asked"))
-    monkeypatch.setattr(lower_call, "slower", lambda *given: Reason(Code.SLOWER, "than Inductor's"))
+def test_what_is_slower_than_inductor_in_all_ways_is_kept(monkeypatch):
+    make_fastest(monkeypatch, KEPT)
     arguments, _, _ = call("causal")
     with collect() as report:
         compiled()(*arguments)
-    assert report.calls[0].reason.detail == "than Inductor's"
+    (found,) = report.calls
+    assert found.reason.code is Code.SLOWER
+    assert [(c.name, c.won) for c in found.contenders] == [
+        ("inductor", True), ("graphs", False), ("tile lists (forward, backward)", False),
+        ("tile lists (forward)", False), ("tile lists (backward)", False),
+    ]  # fmt: skip
 
 
 def soft_cap(score, b, h, q, kv):

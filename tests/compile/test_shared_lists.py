@@ -10,12 +10,11 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile import cache_clear, ops
 from cudnn_flex_compile.kernels import tile_lists
-from cudnn_flex_compile.passes.decide import keep_rules
 from cudnn_flex_compile.passes.write import tile_lists as write_lists
-from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.report.report import collect
 from tests.support.any_block_masks import MASKS, SCORES, Case, check
 from tests.support.documents import causal_documents
+from tests.support.fastest import make_fastest
 
 BATCH, HEADS, LENGTH, DIM, STEPS = 2, 4, 96, 16, 6
 PLAIN = ("plain", "hides")  # scores that change no number
@@ -24,9 +23,8 @@ PLAIN = ("plain", "hides")  # scores that change no number
 @pytest.fixture(autouse=True)
 def on_cpu(trainable, monkeypatch):
     """As if there were kernels for the CPU, and all others were slower."""
-    slower = Reason(Code.SLOWER, "so that a list is tried")
     monkeypatch.setattr(write_lists, "unusable", lambda device: None)
-    monkeypatch.setattr(keep_rules, "slower", lambda facts: None if facts.tiled else slower)
+    make_fastest(monkeypatch, "all", rest=8.0)
     for most in ("MOST", "NARROW"):  # of endpoints: any mask
         monkeypatch.setattr(write_lists, most, 2**20)
     tile_lists._known.clear()

@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile import collect
 from cudnn_flex_compile.engine.key import problem_of
-from cudnn_flex_compile.passes import lower_call
+from cudnn_flex_compile.passes import contenders
 from cudnn_flex_compile.passes.decide import candidate
 from tests.compile.test_backend import fresh, mask_of, qkv, run
 
@@ -128,8 +128,8 @@ def test_certification_reads_nothing_out_of_range(number, drawn, monkeypatch):
             sampled.append(sample)
         return real(asked)
 
-    real = lower_call.plan_or_reason
-    monkeypatch.setattr(lower_call, "plan_or_reason", judge)
+    real = contenders.plan_or_reason
+    monkeypatch.setattr(contenders, "plan_or_reason", judge)
     run(lambda q, k, v: flex_attention(q, k, v, score_mod, mask), *qkv(length=LENGTH), lower="always")
     assert len(sampled) == 2
 

@@ -24,7 +24,7 @@ from cudnn_flex_compile.engine.plans import graph_plan
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem, output_specs
 from cudnn_flex_compile.engine.support import refused
 from cudnn_flex_compile.engine.versions import cudnn_version
-from cudnn_flex_compile.passes import lower_call, lower_graph
+from cudnn_flex_compile.passes import contenders, lower_graph
 from cudnn_flex_compile.passes.decide import candidate
 from cudnn_flex_compile.reasons import Code, Reason
 from tests.deviceless.accepted import verdict
@@ -86,7 +86,7 @@ def problem(name: str) -> Problem:
 
     qkv = [torch.empty(BATCH, LENGTH, HEADS, DIM, dtype=torch.bfloat16).transpose(1, 2) for _ in range(3)]
     torch._dynamo.reset()
-    with torch.no_grad(), mock.patch.object(lower_call, "plan_or_reason", judge):
+    with torch.no_grad(), mock.patch.object(contenders, "plan_or_reason", judge):
         torch.compile(lambda q, k, v: flex_attention(q, k, v, score_mod, mask), backend=backend)(*qkv)
     (only,) = found
     return replace(only, device=0, stats=True)

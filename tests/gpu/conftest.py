@@ -1,11 +1,9 @@
 """Skips everything here without an NVIDIA GPU: numbers and speed are the GPU's to say."""
 
-import math
-
 import pytest
 import torch
 
-from cudnn_flex_compile.passes.decide import keep_rules
+from cudnn_flex_compile.passes.decide import cost_model
 from tests.measure.measuring_lock import compiling, measuring_within
 
 
@@ -22,17 +20,15 @@ def no_cache_folder(monkeypatch):
     monkeypatch.setenv("CUDNN_FLEX_CACHE", "0")
 
 
-NONE = -math.inf
-RULES = {
-    "MIN_SAVING_MS": {False: NONE, True: NONE}, "MIN_SAVING_WITH_LSE_MS": NONE, "MIN_MASK_SHARE": NONE,
-}  # fmt: skip
+BESIDES = {"HOST_TIME": {False: 0.0, True: 0.0}, "HOST_TIME_WITH_LSE": 0.0, "MASK_TIME": 0.0}
 
 
 @pytest.fixture(autouse=True)
-def no_rules_by_size(monkeypatch):
-    """Tests are small, and about what is lowered."""
-    for name, value in RULES.items():
-        monkeypatch.setattr(keep_rules, name, value)
+def kernels_decide(monkeypatch):
+    """Tests are small, and about what is lowered: the rest of a step counts for nothing, and nothing is measured."""
+    monkeypatch.setenv("CUDNN_FLEX_TUNE_SECONDS", "0")
+    for name, value in BESIDES.items():
+        monkeypatch.setattr(cost_model, name, value)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -17,9 +17,9 @@ from cudnn_flex_compile.engine.launch.replay import RECORD_AFTER
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD
 from cudnn_flex_compile.engine.state import engine
 from cudnn_flex_compile.engine.tiles.frontend import kernels_missing
-from cudnn_flex_compile.passes import lower_call
 from cudnn_flex_compile.report.report import collect
 from tests.support import dense
+from tests.support.fastest import make_fastest
 from tests.support.plain_masks import MASKS, assert_right, attend, block_mask, inputs, window
 
 NINETY = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -142,7 +142,7 @@ def test_lengths(rows, columns):
 @pytest.mark.parametrize("how", DIMS)
 @pytest.mark.parametrize("name", ["causal", "full"])
 def test_each_direction_in_its_own_way(monkeypatch, name, how, directions):
-    monkeypatch.setattr(lower_call, "faster_by_tiles", lambda inputs, apart: directions)
+    make_fastest(monkeypatch, directions)
     report = check(MASKS[name], 2, 333, how, compiled(lower="always"))
     found = [strategy == "tile_lists" for strategy in report.calls[0].strategies]
     assert found == [way in directions for way in (FORWARD, BACKWARD)]

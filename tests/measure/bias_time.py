@@ -2,7 +2,8 @@
 
 Knows nothing of right numbers (tests/gpu/test_learned.py). Inductor's time / ours, medians, interleaved, of calls as
 they are made; both with Inductor around attention. The last column is the error of the bias's gradient against float64,
-as a multiple of what Inductor's kernel has, where float64 fits. Rows of passes/decide/keep_rules.py come from it.
+as a multiple of what Inductor's kernel has, where float64 fits. LEARNED_BY_PLACE of passes/decide/cost_model.py comes
+from it.
 """
 
 import statistics

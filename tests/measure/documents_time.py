@@ -13,7 +13,7 @@ Each row is Inductor's milliseconds / ours, medians of interleaved steps, with e
     forward, backward   what the device computes for a layer, and set-up of the step in the forward, by the profiler
 
 A process for each shape compiles, and measures in turn, some steps in a row, as in training nobody waits for a step.
-The last tables are the ratios, with what the rule of passes/decide/keep_rules.py says of each case, and the line of
+The last tables are the ratios, with what the chooser predicts of each case (passes/decide/chooser.py), and the line of
 passes/decide/cost_model.py.
 """
 
@@ -34,7 +34,7 @@ from cudnn_flex_compile import configure
 from cudnn_flex_compile.engine.tiles.recording import recording_of
 from cudnn_flex_compile.engine.tiles.tile_list import Geometry
 from cudnn_flex_compile.engine.tiles.tiler import tiler_of
-from cudnn_flex_compile.passes.decide import cost_model, keep_rules
+from cudnn_flex_compile.passes.decide import cost_inputs, cost_model
 from cudnn_flex_compile.report.report import collect
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.masks.intervals import NARROW
@@ -180,13 +180,14 @@ def told(name, times, rows):
 
 
 def rule(shape, share, layers):
-    """What passes/decide/keep_rules.py says of so many layers in training: whether they run by intervals."""
+    """Whether so many layers in training are predicted to be faster by lists than by Inductor's kernel."""
     batch, length, heads, kv_heads = shape
     query, key = (torch.empty(batch, h, length, DIM, device="meta") for h in (heads, kv_heads))
     call = SimpleNamespace(query=query, key=key, value=key, blocks=("there",))
-    blocks, ways = cost_model.Blocks(share, 0.5), ("forward", "backward")
-    facts = cost_model.CostInputs(call, ir.program(), (), True, False, blocks, None, ways, layers)
-    return keep_rules.slower(facts) is None
+    blocks, ways = cost_inputs.Blocks(share, 0.5), ("forward", "backward")
+    facts = cost_inputs.CostInputs(call, ir.program(), (), True, False, blocks, None, ways, layers)
+    by_lists = cost_model.ours(facts)
+    return by_lists is not None and by_lists.total <= cost_model.inductors(facts).total
 
 
 def line(points):

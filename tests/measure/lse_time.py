@@ -2,7 +2,7 @@
 
 Knows nothing of right numbers (tests/gpu/test_lse_gradient.py). Inductor's time / ours, forward and backward, medians,
 interleaved: a row for each case as it comes, with the keys that a query sees on average, which is what LSE_COST of
-passes/decide/keep_rules.py is about. Several processes compile, and measure in turn.
+passes/decide/cost_model.py is about. Several processes compile, and measure in turn.
 """
 
 import argparse

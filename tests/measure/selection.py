@@ -1,4 +1,4 @@
-"""Where we are faster than Inductor, for the rules by sizes (passes/decide/keep_rules.py): decoding, and short
+"""Where we are faster than Inductor, beside what the chooser predicts (passes/decide/chooser.py): decoding, and short
 sequences.
 
     python3 -m tests.measure.selection [log file] [--processes 12] [--only decode]

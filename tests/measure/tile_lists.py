@@ -10,7 +10,7 @@ and the ways Inductor's kernel, cuDNN's graphs, tile lists, each forced, and wha
 LAYERS calls with queries, keys and values of their own, which share a BlockMask that stays the same. Each row has for
 each way milliseconds a call as called, forward and both, medians of interleaved steps, and in brackets what its kernels
 take in the forward and in the backward, by the profiler. A process for some cases compiles; they measure in turn. The
-last lines are geometric means of the ratios, and what passes/decide/tile_speed.py has as SPEEDS.
+last lines are geometric means of the ratios.
 """
 
 import itertools

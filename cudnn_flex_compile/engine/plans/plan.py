@@ -98,6 +98,11 @@ class Plan(ABC):
             tiles: the list of the mask's tiles where the problem is tiled; if it is not given, the plan makes one.
         """
 
+    def prepared(self, operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor]) -> "Plan":
+        """The plan with all that a step has made before it runs, such as the list of its mask's tiles for these values.
+        """
+        return self
+
     def on_harder_mask(self) -> "Plan | None":
         """The same kernels on another problem, whose program is the reference, on which they are certified, too."""
         return None

@@ -116,6 +116,11 @@ class TilePlan(Plan):
         addresses.append(tiles.numbers.numel())  # lists of one geometry have several sizes
         self._replays.run(addresses, work.data_ptr(), (tensors, parts, work))
 
+    def prepared(self, operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor]) -> Plan:
+        other = copy.copy(self)
+        other._listed = other._list(operands, ints, floats)
+        return other
+
     def on_harder_mask(self) -> Plan | None:
         """The same kernels on a list of EDGE_MASK, which is made as those of its own mask are; None at lengths where
         that takes long, for all pairs are looked at.

@@ -1,53 +1,46 @@
-"""Predicts the time of a call on cuDNN and on Inductor's kernel, from the pairs that either computes, and from the time
-that each way takes for them on this kind of device (device_times.py).
+"""Predicts the time of each way to run a call: by the pairs that it computes, by what it takes for them on this kind of
+device (device_times.py), and by what a step takes besides.
 
-The rules (keep_rules.py, tile_speed.py) decide by it. Each constant names the command that reproduces it.
+chooser.py compares the times. Each constant names the command that reproduces it.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-from torch.fx import Node
-
 from cudnn_flex_compile.engine.plans.box_plan import cost, divided
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD
-from cudnn_flex_compile.kernels.block_mask import listed
-from cudnn_flex_compile.passes.decide.device_times import (
-    CAPPED,
-    CHAINED,
-    INDUCTOR,
-    MASKED,
-    NATIVE,
-    PLAIN,
-    TILE_LISTS,
-    times_of,
-)  # fmt: skip
-from cudnn_flex_compile.passes.read.call import Call, example, hint
+from cudnn_flex_compile.passes.decide.cost_inputs import CostInputs
+from cudnn_flex_compile.passes.decide.device_times import CHAINED, INDUCTOR, MASKED, NATIVE, PLAIN, TILE_LISTS
+from cudnn_flex_compile.passes.read.call import example, hint
 from cudnn_flex_compile.scoremod import ir
-from cudnn_flex_compile.scoremod.ir import Program
+from cudnn_flex_compile.scoremod.ir import F32, Program
 from cudnn_flex_compile.scoremod.learned import without_bias
 from cudnn_flex_compile.scoremod.masks.boxes import pruned
 from cudnn_flex_compile.scoremod.masks.form import split
-from cudnn_flex_compile.scoremod.partition import Hoisted
 
+TILE = 128  # rows and columns of the tiles in which all ways compute pairs
 # The cost of hiding pairs by a bias. (cudnn-flex bench --mods "dilated window" documents --lower always)
 BIAS_COST = 1.8
 # Several plans in the forward keep the host busy: as called, sinks + window take 1.11 times as long as Inductor's
 # kernel, prefix-LM 0.95 times, where by their pairs it were 0.94 and 0.76 times.
 # (cudnn-flex bench --mods "sink tokens + window" prefix-LM --lower always)
 PARTS_COST = 1.15
-# Functions that a kernel computes with many instructions. A score with one of them costs as much as a soft cap.
-COSTLY = {"tanh", "sigmoid", "exp", "exp2", "log", "erf", "sin", "cos", "pow"}
 # The shares of a BlockMask that is not at hand: the blocks that it lists, and the listed ones at which the mask is
 # computed, if that reads captured tensors.
 GUESSED = (0.1, 0.25)
-# The calls that share a BlockMask which comes from outside of a graph with one call, and whose tensors are not at hand:
-# a trainer compiles flex_attention, or each layer, by itself, and models have as many layers, or more.
-LAYERS = 12
-DOCUMENTS = "python3 -m tests.measure.documents_time"
+# Graphs read a score over (q, kv) pairs from memory, which Inductor's kernel computes. They take so many times its
+# time, but for items of FORWARD_ITEMSIZE bytes in the forward.
+# (cudnn-flex bench --mods "relative table" "bias tensor" --lower always)
+PAIRS_READ, FORWARD_ITEMSIZE = 1.15, 4
+# The same of a learned tensor with an entry for each query or key: 1.05 for t[h, q, kv], and 1.09 for t[kv]. For
+# slopes[h] * (kv - q) cuDNN takes a 64th. Where a table is read at a captured index, as for T5, Inductor's kernel of
+# torch 2.11 needs more shared memory than an H200 has. (python3 -m tests.measure.bias_time)
+LEARNED_BY_PLACE = 1.07
+# The cost of a gradient of the log-sum-exp on cuDNN for each query, in keys of the query on Inductor's kernel: a pass
+# over the outputs (engine/plans/folded_output.py). (python3 -m tests.measure.lse_time)
+LSE_COST = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +54,23 @@ class Line:
         return self.base + self.slope * units
 
 
-# The time that a list of tiles adds to a step, by 10^9 pairs of the mask. (DOCUMENTS)
-LIST_TIME = Line(1.254, 0.56)
+# The time that a list of tiles adds to a step, by 10^9 pairs of the mask, and how much longer it may take.
+# (python3 -m tests.measure.documents_time)
+LIST_TIME, LIST_ERROR = Line(1.254, 0.56), 1.2
+# Milliseconds that the host takes for a launch by a list: shorter ones wait for it.
+# (python3 -m tests.measure.documents_time)
+LIST_LAUNCH = {FORWARD: 0.063, BACKWARD: 0.099}
+# The milliseconds that a call takes the host longer than Inductor's, without and with its backward, mostly for launches
+# of cold code by cuDNN, where the GPU may wait for the host. With launches that are replayed
+# (engine/launch/replay.py) it is 0.09 and 0.15 by `python3 -m tests.measure.host_share`, some 0.17 and 0.2 in BERT.
+# (CUDNN_FLEX_LOWER=always python3 -m tests.measure.models --cases bert:full)
+HOST_TIME = {False: 0.17, True: 0.2}
+# The same wherever the log-sum-exp has a gradient. (python3 -m tests.measure.lse_time)
+HOST_TIME_WITH_LSE = 0.55
+# The milliseconds that a mask of captured tensors takes of a step of a model, for all its calls: each step has a new
+# BlockMask, which is compared or listed, and keys are permuted.
+# (python3 -m tests.measure.models --cases bert:right gpt_neox:right)
+MASK_TIME = 0.95
 # The time of a graph's work besides attention, without and with the backward, in milliseconds: the GPU's for each TFLOP
 # of matrix products, and the host's for each product and each call. (python3 -m tests.measure.host_share)
 PRODUCTS = {False: 2.3, True: 3 * 2.3}
@@ -75,93 +83,47 @@ LAUNCHES = {False: 0.1, True: 0.28}
 SURELY_GPU = {False: 3.5, True: 1.7}
 
 
-@dataclass(frozen=True, slots=True)
-class Workload:
-    """The work of a graph whose kernels the host launches one by one.
+class Estimate(NamedTuple):
+    """The milliseconds of a step that a call takes in one way.
 
     Attributes:
-        products: the number of matrix products in the forward. tflop: their TFLOP.
-        calls: the number of attention calls.
+        kernels: those of the GPU's kernels, by direction.
+        rest: those of all else, by its name.
+        measured: whether the kernels were timed on this device, or are predicted.
     """
 
-    products: int
-    tflop: float
-    calls: int
-
-
-class Blocks(NamedTuple):
-    """The blocks that a BlockMask lists.
-
-    Attributes:
-        share: the share of all blocks that is listed.
-        partial: the share of the listed blocks at which the mask is computed.
-    """
-
-    share: float
-    partial: float
-
-
-@dataclass(frozen=True, slots=True)
-class CostInputs:
-    """The facts of a call that its costs depend on.
-
-    Attributes:
-        program, hoisted: the program that would run, and its operands.
-        training: whether a gradient may be asked for.
-        lse_gradient: whether a gradient of the log-sum-exp may be asked for, too.
-        blocks: the blocks that its BlockMask lists; None without one, or if they are not known.
-        around: None where the host's time for the call does not count: attention alone, or under CUDA graphs.
-        tiled: the directions that would run by a list of its mask's tiles (passes/write/tile_lists.py).
-        sharing: the number of calls that have its mask: of the graph, or LAYERS.
-    """
-
-    call: Call
-    program: Program
-    hoisted: Sequence[Hoisted]
-    training: bool
-    lse_gradient: bool
-    blocks: Blocks | None
-    around: Workload | None
-    tiled: tuple[str, ...] = ()
-    sharing: int = 1
+    kernels: tuple[float, ...]
+    rest: tuple[tuple[str, float], ...] = ()
+    measured: bool = False
 
     @property
-    def directions(self) -> tuple[str, ...]:
-        """The directions that may run."""
-        return (FORWARD, BACKWARD) if self.training else (FORWARD,)
-
-    @property
-    def lengths(self) -> tuple[int, int]:
-        return hint(example(self.call.query).shape[2]), hint(example(self.call.key).shape[2])
-
-    @property
-    def tflop(self) -> float:
-        """The TFLOP of a forward on all pairs."""
-        batch, heads, queries, dim = map(hint, example(self.call.query).shape)
-        _, _, keys, value_dim = map(hint, example(self.call.value).shape)
-        return 2 * (dim + value_dim) * batch * heads * queries * keys / 1e12
-
-    @property
-    def kind(self) -> str:
-        """The kind of call by its score, of those that are measured."""
-        return CAPPED if any(node.kind in COSTLY for node in ir.walk(self.program.score)) else PLAIN
-
-    @property
-    def reads_mask(self) -> bool:
-        """Whether the mask reads captured tensors."""
-        return any(node.kind == "operand" for node in ir.walk(self.program.mask))
-
-    def rate(self, way: str, direction: str, kind: str) -> float | None:
-        """Milliseconds a TFLOP of the forward's two products, on this device; None if it was not measured."""
-        device = example(self.call.query).device
-        dim = max(hint(example(node).shape[3]) for node in (self.call.query, self.call.value))
-        return times_of(device).rate(way, direction, kind, dim, min(self.lengths))
+    def total(self) -> float:
+        return sum(self.kernels) + sum(ms for _, ms in self.rest)
 
 
-def pair_operands(inputs: CostInputs) -> list[torch.dtype]:
-    """The dtypes of the operands over (q, kv) pairs that the score_mod reads, without a learned bias."""
+def _least_share(inputs: CostInputs) -> float:
+    """How many times the time of Inductor's kernel graphs take at least, for what they read from memory."""
     operands = [n for n in ir.walk(without_bias(inputs.program.score)[0]) if n.kind == "operand"]
-    return [inputs.hoisted[int(n.value or 0)].stored for n in operands if {"q", "k"} <= set(n.dims)]
+    stored = [inputs.hoisted[int(n.value or 0)].stored for n in operands if {"q", "k"} <= set(n.dims)]
+    if stored and (inputs.training or min(d.itemsize for d in stored) < FORWARD_ITEMSIZE):
+        return PAIRS_READ
+    reads = ir.walk(*(part.expression for part in inputs.hoisted if part.learned))
+    return LEARNED_BY_PLACE if any(map(_is_by_place, reads)) else 0.0
+
+
+def in_table(inputs: CostInputs) -> bool:
+    """Whether the graphs of a call are of a kind that was measured, so that their times have no other factor."""
+    several = (divided(pruned(inputs.program, inputs.lengths), inputs.lengths, way) for way in inputs.directions)
+    return not (split(inputs.program.mask).biases or _least_share(inputs) or any(several))
+
+
+def _is_by_place(read: ir.Expr) -> bool:
+    """Whether it reads a captured tensor with an entry for each query or key."""
+    if read.kind != "gather" or read.dtype != F32:
+        return False
+    indices = read.args[1:]
+    by_place = any(i.kind == "index" and i.value in ("q", "k") for i in indices)
+    return by_place and all(i.kind in ("index", "const") for i in indices)
 
 
 @functools.lru_cache(1024)
@@ -170,29 +132,38 @@ def pairs_of(program: Program, lengths: tuple[int, int], direction: str) -> floa
     program = pruned(program, lengths)
     several = direction == FORWARD and len(divided(program, lengths, direction) or ()) > 1
     factors = (PARTS_COST if several else 1.0) * (BIAS_COST if split(program.mask).biases else 1.0)
-    return cost(program, lengths, direction) * factors
+    return _in_tiles(program, lengths, direction) * factors
+
+
+@functools.lru_cache(1024)
+def _in_tiles(program: Program, lengths: tuple[int, int], direction: str) -> float:
+    """The number of pairs that the mask's bounds show, in whole tiles of a graph: a diagonal halves those that it
+    crosses.
+    """
+    form = split(program.mask)
+    edges = sum(bound.diagonal for bound in form.bounds) if form.skips_tiles else 0
+    return min(cost(program, lengths, direction) + edges * lengths[0] * TILE / 2, float(lengths[0] * lengths[1]))
 
 
 def stock_times(inputs: CostInputs) -> dict[str, float]:
     """Milliseconds of the GPU on Inductor's kernel, by direction.
 
-    It computes the blocks that the BlockMask lists, and the mask where a block is partial.
+    It computes the blocks that the BlockMask lists, and the mask where a block is partial; without one, all pairs.
     """
-    share, partial = inputs.blocks or (None if inputs.call.blocks else 1.0, GUESSED[1])
+    share, partial = inputs.blocks or ((None, GUESSED[1]) if inputs.call.blocks else (1.0, 1.0))
     found: dict[str, float] = {}
     for way in inputs.directions:
         rate = inputs.rate(INDUCTOR, way, inputs.kind) or 0.0
-        if inputs.reads_mask and inputs.call.blocks:
+        if inputs.reads_mask:
             plain, masked = (inputs.rate(INDUCTOR, way, kind) or 0.0 for kind in (PLAIN, MASKED))
             rate += partial * max(masked - plain, 0.0)
         found[way] = rate * inputs.tflop * (_guessed(inputs, way) if share is None else share)
     return found
 
 
-@functools.lru_cache(1024)
 def _bounds(program: Program, lengths: tuple[int, int], direction: str) -> float:
     """The share of all pairs that the mask's bounds show, in whole tiles of a graph."""
-    return cost(pruned(program, lengths), lengths, direction) / (lengths[0] * lengths[1])
+    return _in_tiles(pruned(program, lengths), lengths, direction) / (lengths[0] * lengths[1])
 
 
 def _guessed(inputs: CostInputs, direction: str) -> float:
@@ -214,7 +185,8 @@ def graph_times(inputs: CostInputs) -> dict[str, float]:
     for way in inputs.directions:
         rate = inputs.rate(NATIVE if native else CHAINED, way, inputs.kind) or inputs.rate(NATIVE, way, PLAIN) or 0.0
         found[way] = rate * inputs.tflop * pairs_of(inputs.program, inputs.lengths, way) / (queries * keys)
-    return found
+    share = _least_share(inputs)
+    return {way: max(found[way], share * ms) for way, ms in stock_times(inputs).items()} if share else found
 
 
 def tile_times(inputs: CostInputs) -> dict[str, float] | None:
@@ -238,15 +210,39 @@ def list_time(inputs: CostInputs) -> float:
     return LIST_TIME.at(of_mask / 1e9)
 
 
-def our_times(inputs: CostInputs) -> dict[str, float] | None:
-    """Milliseconds of the GPU by direction, each in its way of `inputs.tiled`; None if they are not known."""
-    graphs, tiles = graph_times(inputs), tile_times(inputs) if inputs.tiled else {}
-    return None if tiles is None else {way: (tiles if way in inputs.tiled else graphs)[way] for way in graphs}
+def inductors(inputs: CostInputs, measured: tuple[float, ...] = ()) -> Estimate:
+    """The time on Inductor's kernel. What that takes of a step besides, all ways take. `measured` is that of `ours`."""
+    return Estimate(measured or tuple(stock_times(inputs).values()), measured=bool(measured))
 
 
-def spared(inputs: CostInputs) -> float:
-    """Milliseconds of the GPU that a call saves by graphs."""
-    return sum(stock_times(inputs).values()) - sum(graph_times(inputs).values())
+def ours(inputs: CostInputs, measured: tuple[float, ...] = ()) -> Estimate | None:
+    """The time of a call, each direction in its way of `inputs.tiled`; None if it is not known.
+
+    Args:
+        measured: the times of the kernels, by direction, where they are known.
+    """
+    tiles = tile_times(inputs) if inputs.tiled else {}
+    if tiles is None:
+        return None
+    by_graph = graph_times(inputs)
+    taken = measured or [(tiles if way in inputs.tiled else by_graph)[way] for way in inputs.directions]
+    least = [LIST_LAUNCH[way] if way in inputs.tiled else 0.0 for way in inputs.directions]
+    return Estimate(tuple(map(max, taken, least)), tuple(_rest(inputs, bool(measured))), bool(measured))
+
+
+def _rest(inputs: CostInputs, measured: bool) -> Iterator[tuple[str, float]]:
+    """The time of a step that one of our ways takes besides its kernels, or longer than Inductor's kernel does."""
+    if inputs.tiled and inputs.reads_mask:
+        yield "list", LIST_ERROR * list_time(inputs) / inputs.sharing
+    if inputs.lse_gradient and not inputs.tiled and not measured:
+        rates = sum(inputs.rate(INDUCTOR, way, PLAIN) or 0.0 for way in inputs.directions)
+        yield "LSE", rates * inputs.tflop * LSE_COST / inputs.lengths[1]
+    if not inputs.in_a_step:
+        return
+    if inputs.reads_mask and inputs.in_a_model and inputs.call.blocks:
+        yield "mask", MASK_TIME / inputs.sharing
+    if inputs.lse_gradient or host_counts(inputs):
+        yield "host", HOST_TIME_WITH_LSE if inputs.lse_gradient else HOST_TIME[inputs.training]
 
 
 def host_counts(inputs: CostInputs) -> bool:
@@ -256,37 +252,3 @@ def host_counts(inputs: CostInputs) -> bool:
         return False
     gpu = PRODUCTS[inputs.training] * around.tflop + around.calls * sum(stock_times(inputs).values())
     return gpu < SURELY_GPU[inputs.training] * LAUNCHES[inputs.training] * (around.products + around.calls)
-
-
-def expected(inputs: CostInputs) -> float | None:
-    """The speed of the call relative to Inductor's kernel, by the times that are predicted for either.
-
-    None if the BlockMask's blocks are not known, or if the score is read from memory.
-    """
-    if (inputs.call.blocks and inputs.blocks is None and not inputs.tiled) or pair_operands(inputs):
-        return None
-    ours = our_times(inputs)
-    if ours is None:
-        return None
-    listing = list_time(inputs) / inputs.sharing if inputs.tiled and inputs.reads_mask else 0.0
-    taken = sum(ours.values()) + listing
-    return sum(stock_times(inputs).values()) / taken if taken else None
-
-
-def blocks_of(call: Call, real: Callable[[Node], torch.Tensor | None]) -> Blocks | None:
-    """The blocks that the BlockMask lists, if its tensors are at hand.
-
-    Args:
-        real: gives the tensor of an input of the graph.
-    """
-    if not call.blocks:
-        return None
-    pairs = [pair for pair in (call.blocks[:2], call.blocks[2:4]) if None not in pair]
-    tensors = [[real(block) for block in pair] for pair in pairs]  # pyright: ignore[reportArgumentType]
-    if any(t is None for pair in tensors for t in pair):
-        return None
-    with torch.no_grad():
-        masks = [listed(count, indices, indices.shape[-1]) for count, indices in tensors]  # pyright: ignore
-        partial, *full = (float(m.float().mean()) for m in masks)
-    share = partial + sum(full)
-    return Blocks(share, partial / share if share else 1.0)

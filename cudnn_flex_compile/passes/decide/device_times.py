@@ -9,7 +9,7 @@ import functools
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from cudnn_flex_compile.settings import settings
 INDUCTOR, NATIVE, CHAINED, TILE_LISTS = "inductor", "native", "chained", "tile_lists"
 PLAIN, CAPPED, MASKED = KINDS = ("plain", "capped", "masked")
 FOLDER = Path(__file__).parent / "devices"
-REFERENCE = "NVIDIA H200"  # its table stands for devices that have none, and for the CPU
+REFERENCE = "NVIDIA H200"  # its table stands for the CPU, and for devices that have none until calls are measured there
 Cell = tuple[str, str, str, int]  # way, direction, kind of call, head dim
 
 
@@ -33,10 +33,12 @@ class DeviceTimes:
     Attributes:
         device: its name.
         cells: lengths, ascending, and the milliseconds for each.
+        foreign: whether it stands for another kind of device, whose times it can't tell.
     """
 
     device: str
     cells: dict[Cell, tuple[tuple[int, ...], tuple[float, ...]]]
+    foreign: bool = False
 
     def rate(self, way: str, direction: str, kind: str, dim: int, length: int) -> float | None:
         """The milliseconds a TFLOP at a head dim and length, interpolated between those measured; None without any."""
@@ -81,9 +83,9 @@ def times_of(device: torch.device) -> DeviceTimes:
 def _table(name: str) -> DeviceTimes:
     own = settings().folder
     folders = [FOLDER] if own is None else [own / "devices", FOLDER]
-    for path in [folder / _file_name(wanted) for wanted in (name, REFERENCE) for folder in folders]:
+    for wanted, path in [(wanted, folder / _file_name(wanted)) for wanted in (name, REFERENCE) for folder in folders]:
         if path.is_file():
-            return read(path)
+            return replace(read(path), foreign=wanted != name)
     raise FileNotFoundError(f"{FOLDER / _file_name(REFERENCE)} is part of the package, and is missing")
 
 

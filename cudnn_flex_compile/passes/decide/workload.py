@@ -12,7 +12,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from cudnn_flex_compile import torch_private
-from cudnn_flex_compile.passes.decide.cost_model import Workload
+from cudnn_flex_compile.passes.decide.cost_inputs import Workload
 from cudnn_flex_compile.passes.read.call import Call
 from cudnn_flex_compile.passes.read.views import is_view
 

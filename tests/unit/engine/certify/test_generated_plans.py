@@ -7,7 +7,7 @@ import torch
 
 from cudnn_flex_compile.engine.certify.certify import certify
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD
-from cudnn_flex_compile.passes import lower_call
+from cudnn_flex_compile.passes import contenders
 from cudnn_flex_compile.passes.decide import candidate
 from tests.compile.test_backend import fresh
 from tests.support.generated import call
@@ -29,8 +29,8 @@ def judged(monkeypatch, number):
         found.append((problem, candidate._reference(judged), judged.training))
         return real(judged)
 
-    real = lower_call.plan_or_reason
-    monkeypatch.setattr(lower_call, "plan_or_reason", judge)
+    real = contenders.plan_or_reason
+    monkeypatch.setattr(contenders, "plan_or_reason", judge)
     case = call(number)
     options = {"inner_backend": "eager", "lower": "always"}
     attention = torch.compile(case.attention("cpu"), backend="cudnn_flex", options=options)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cudnn_flex_compile.passes.decide import cost_model
+from cudnn_flex_compile.passes.decide import cost_inputs
 from cudnn_flex_compile.passes.decide.device_times import DeviceTimes
 
 LENGTHS, DIMS = (256, 512, 1024, 8192), (64, 128, 256)
@@ -36,5 +36,5 @@ def table():
 @pytest.fixture(autouse=True)
 def device_times(monkeypatch):
     found = table()
-    monkeypatch.setattr(cost_model, "times_of", lambda device: found)
+    monkeypatch.setattr(cost_inputs, "times_of", lambda device: found)
     return found

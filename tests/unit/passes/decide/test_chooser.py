@@ -1,17 +1,15 @@
-"""The table of speed rules: each row keeps the calls that it is about, and names a command that exists."""
+"""Which way to run a call wins, by prediction: calls that are kept, lowered, and those that run by lists of tiles."""
 
-import importlib.util
-import shlex
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from cudnn_flex_compile.bench.mods import ALL
-from cudnn_flex_compile.passes.decide import cost_model
-from cudnn_flex_compile.passes.decide.cost_model import Blocks, CostInputs, Workload
-from cudnn_flex_compile.passes.decide.keep_rules import RULES, slower
+from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD
+from cudnn_flex_compile.passes.decide import chooser, cost_inputs, cost_model
+from cudnn_flex_compile.passes.decide.chooser import choose, name_of, unplannable
+from cudnn_flex_compile.passes.decide.cost_inputs import Blocks, CostInputs, Workload
 from cudnn_flex_compile.reasons import Code
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import F32
@@ -60,56 +58,56 @@ def stored(dtype):
 
 KEPT = {
     "decoding, one more key at a time": (
-        {"queries": 1, "keys": growing(4096), "training": False}, "building a plan for each number",
+        {"queries": 1, "keys": growing(4096), "training": False}, "a plan for each number",
     ),
     "decoding, by tiles": (
-        {"queries": 16, "keys": growing(4096), "training": False, "tiled": True}, "building a plan for each number",
+        {"queries": 16, "keys": growing(4096), "training": False, "tiled": True}, "a plan for each number",
     ),
     "a call of a model that keeps the host busy": (
-        {"around": BUSY, "queries": 4096, "keys": 4096, "heads": 16, "share": 0.53}, "and may keep the host longer",
+        {"around": BUSY, "queries": 4096, "keys": 4096, "heads": 16, "share": 0.53}, " host)",
     ),
     "such a call in the forward": (
         {"around": BUSY, "queries": 4096, "keys": 4096, "heads": 16, "share": 0.53, "training": False},
-        "and may keep the host longer",
+        " host)",
     ),
     "the forward of a model whose steps keep the GPU busy": (
         {"around": LLAMA, "queries": 4096, "keys": 4096, "heads": 32, "share": 0.53, "training": False},
-        "and may keep the host longer",
+        " host)",
     ),
-    "a short call beside little else": ({"around": LITTLE, "queries": 256, "keys": 256}, "about 0.00 ms"),
+    "a short call beside little else": ({"around": LITTLE, "queries": 256, "keys": 256}, " host)"),
     "a loss of the LSE that spares the GPU little": (
         {"lse_gradient": True, "around": LITTLE, "queries": 4096, "keys": 4096, "heads": 16, "share": 0.53},
-        "and may keep the host longer",
+        " host)",
     ),
-    "a padding mask, few layers": ({**PADDED, "sharing": 2}, "takes some time at each step, and 2 calls would spare"),
-    "a padding mask that hides much": ({**PADDED, "share": 0.65, "sharing": 100}, "the BlockMask lists 65%"),
-    "a loss of the LSE, few keys": ({"lse_gradient": True, "queries": 512, "keys": 512}, "256 keys to compute"),
-    "a loss of the LSE, few blocks": ({"lse_gradient": True, "share": 0.43}, "1024 keys to compute"),
+    "a padding mask, few layers": ({**PADDED, "sharing": 2}, " mask)"),
+    "a padding mask that hides much": ({**PADDED, "share": 0.65, "sharing": 100}, " mask)"),
+    "a loss of the LSE, few keys": ({"lse_gradient": True, "queries": 512, "keys": 512}, " LSE)"),
+    "a loss of the LSE, few blocks": ({"lse_gradient": True, "share": 0.43}, " LSE)"),
     "a loss of the LSE, fewer keys, a soft cap": (
-        {"lse_gradient": True, "program": CAPPED, "queries": 129, "keys": 257}, "65 keys to compute",
+        {"lse_gradient": True, "program": CAPPED, "queries": 129, "keys": 257}, " LSE)",
     ),
-    "a bias is read": (stored(torch.float32), "read from memory"),
-    "a bias of bfloat16 in the forward": (stored(torch.bfloat16) | {"training": False}, "read from memory"),
-    "blocks that are not known": ({"program": STRIPED}, "without tile skipping"),
-    "fewer blocks": ({"share": 0.2}, "of the pairs, the BlockMask lists 20%"),
+    "a bias is read": (stored(torch.float32), "graphs"),
+    "a bias of bfloat16 in the forward": (stored(torch.bfloat16) | {"training": False}, "graphs"),
+    "blocks that are not known": ({"program": STRIPED}, "graphs"),
+    "fewer blocks": ({"share": 0.2}, "graphs"),
     "documents by bounds, a BlockMask that is not at hand": (
-        {"program": BOUNDED, "queries": 8192, "keys": 8192, "heads": 32}, "is not at hand",
+        {"program": BOUNDED, "queries": 8192, "keys": 8192, "heads": 32}, "graphs",
     ),
-    "a list of tiles for one short call": ({"tiled": True, "share": 0.2}, "and 1 call would save"),
-    "a list of tiles, blocks that are not known": ({"tiled": True}, "and 1 call would save"),
+    "a list of tiles for one short call": ({"tiled": True, "share": 0.2}, " list)"),
+    "a list of tiles, blocks that are not known": ({"tiled": True}, " list)"),
     "a list of tiles for layers that see little": (
-        {"tiled": True, "queries": 8192, "keys": 8192, "share": 0.01, "sharing": 12}, "and 12 calls would save",
+        {"tiled": True, "queries": 8192, "keys": 8192, "share": 0.01, "sharing": 12}, " list)",
     ),
     "a list of tiles in a model that keeps the host busy": (
         {"tiled": True, "queries": 4096, "keys": 4096, "heads": 16, "share": 0.75, "sharing": 4, "around": BUSY},
-        "save",
+        " list + 0.237 mask + 0.200 host)",
     ),
     "a list of tiles in a model of few layers": (
         {"tiled": True, "queries": 4096, "keys": 4096, "heads": 16, "share": 0.75, "sharing": 4, "around": LARGE},
-        "save",
+        " list + 0.237 mask)",
     ),
     "a list of tiles for each head": (
-        {"tiled": True, "queries": 8192, "keys": 8192, "share": 0.2, "sharing": 12, "program": BY_HEAD}, "save",
+        {"tiled": True, "queries": 8192, "keys": 8192, "share": 0.2, "sharing": 12, "program": BY_HEAD}, " list)",
     ),
 }
 LOWERED = {
@@ -160,7 +158,7 @@ LOWERED = {
         "tiled": True, "queries": 4096, "keys": 4096, "heads": 16, "share": 0.75, "sharing": 8, "around": LARGE,
     },
     "a list of tiles, a BlockMask that is not at hand": {
-        "tiled": True, "program": BOUNDED, "queries": 8192, "keys": 8192, "heads": 32, "sharing": cost_model.LAYERS,
+        "tiled": True, "program": BOUNDED, "queries": 8192, "keys": 8192, "heads": 32, "sharing": cost_inputs.LAYERS,
     },
     "a list of tiles that layers share": {"tiled": True, "queries": 16384, "keys": 16384, "share": 0.2, "sharing": 12},
     "a list of tiles, a loss of the LSE": {
@@ -170,35 +168,103 @@ LOWERED = {
 }
 
 
+def chosen(inputs):
+    """The choice between Inductor's kernel and one way of ours."""
+    ways = {(): inputs} if not inputs.tiled else {(): replace(inputs, tiled=()), inputs.tiled: inputs}
+    return choose(ways, only_faster=True, measure=None, every=False)
+
+
+def is_kept(inputs):
+    return unplannable(inputs) is not None or inputs.tiled not in chosen(inputs).order
+
+
 @pytest.mark.parametrize("name", KEPT)
 def test_what_is_kept(name):
     given, detail = KEPT[name]
-    reason = slower(facts(**given))
+    inputs = facts(**given)
+    assert is_kept(inputs)
+    reason = unplannable(inputs) or chosen(inputs).slower
     assert detail in reason.detail
     assert reason.code is (Code.LSE_GRADIENT if "lse_gradient" in given else Code.SLOWER)
-    assert any(f"({row.command})" in reason.detail for row in RULES)
+    assert "python" not in reason.detail
 
 
 @pytest.mark.parametrize("name", LOWERED)
 def test_what_is_lowered(name):
-    assert slower(facts(**LOWERED[name])) is None
+    assert not is_kept(facts(**LOWERED[name]))
 
 
-def test_a_list_of_tiles_is_expected_to_gain_what_its_rule_says():
-    few, many = (cost_model.expected(facts(16384, 16384, tiled=True, share=0.2, sharing=n)) for n in (1, 10**6))
-    assert few < 1 < many
-    inputs = facts(16384, 16384, tiled=True, share=0.2)
-    stock, ours = (sum(times(inputs).values()) for times in (cost_model.stock_times, cost_model.tile_times))
-    assert many == pytest.approx(stock / ours, rel=1e-3)
+def test_the_reason_has_all_contenders_in_order():
+    given = facts(around=BUSY, queries=4096, keys=4096, heads=16, share=0.53)
+    assert chosen(given).slower.detail == (
+        "milliseconds of a step: inductor 0.641, graphs 0.668 (0.468 kernels + 0.200 host); predicted"
+    )
+    shared = chosen(facts(tiled=True, queries=8192, keys=8192, share=0.01, sharing=12)).slower.detail
+    assert shared.startswith("milliseconds of a step in each of 12 calls: inductor")
+    assert "tile lists (forward, backward)" in shared
 
 
-@pytest.mark.parametrize("row", RULES, ids=lambda row: row.command)
-def test_commands_exist(row):
-    words = shlex.split(row.command)
-    if words[0] == "python3":
-        assert importlib.util.find_spec(words[2]) is not None
-    else:
-        assert words[:2] == ["cudnn-flex", "bench"]
-        mods = words[words.index("--mods") + 1 : next(i for i, w in enumerate(words) if w in ("--mode", "--lower"))]
-        assert mods
-        assert set(mods) <= set(ALL)
+def test_ties_are_ours(monkeypatch):
+    monkeypatch.setattr(chooser, "ours", lambda inputs, measured: cost_model.inductors(inputs))
+    assert chosen(facts()).order == ((),)
+
+
+FULL = ir.program()
+SHARED = {"sharing": 12}
+WINDOW = ir.program(mask=make("and", CAUSAL.mask, make("ge", ir.index("k") + ir.const(255, ir.I32), ir.index("q"))))
+BOTH = FORWARD, BACKWARD
+
+
+def given(length, dim, heads=32, program=CAUSAL, **more):
+    found = facts(length, length, heads=heads, program=program, **{**SHARED, **more})
+    for tensor in (found.call.query, found.call.key, found.call.value):
+        tensor.shape = (*tensor.shape[:3], dim)
+    return found
+
+
+BY_LISTS = {
+    "head dim 64": (given(4096, 64), BOTH),
+    "head dim 128": (given(8192, 128), BOTH),
+    "no mask at all": (given(8192, 128, program=FULL, blocks=False), BOTH),
+    "head dim 256: the backward is slower": (given(8192, 256), (FORWARD,)),
+    "head dim 256 without gradients": (given(8192, 256, training=False), (FORWARD,)),
+    "head dim 72: of the next kind": (given(8192, 72), BOTH),
+    "short sequences: the forward is slower": (given(512, 64, heads=768), (BACKWARD,)),
+    "short sequences of another head dim": (given(512, 128, heads=768), ()),
+    "shorter ones": (given(256, 64, heads=768), ()),
+    "a window": (given(16384, 128, program=WINDOW, sharing=32), BOTH),
+    "launches that would wait for the host": (given(1024, 64, heads=2), ()),
+    "one call, which would save less than its list takes": (given(2048, 128, sharing=1, program=SHORT_ROWS), ()),
+}
+
+
+def fastest(inputs, apart=True):
+    """The directions that run by a list, if each may run in its own way, or not."""
+    ways = [(), inputs.directions] + ([(FORWARD,), (BACKWARD,)] if apart and inputs.training else [])
+    return choose({way: replace(inputs, tiled=way) for way in ways}, False, None, False).order[0]
+
+
+@pytest.mark.parametrize("name", BY_LISTS)
+def test_directions_that_run_by_a_list(name):
+    inputs, expected = BY_LISTS[name]
+    assert fastest(inputs) == expected
+
+
+def test_where_both_run_in_one_way_their_sum_decides():
+    assert fastest(given(8192, 128), apart=False) == BOTH
+    assert fastest(given(8192, 256), apart=False) == (), "the backward loses what the forward gains"
+    assert fastest(given(8192, 256, training=False), apart=False) == (FORWARD,)
+
+
+def test_a_block_mask_that_hides_more_than_a_graph_skips():
+    assert fastest(given(8192, 256, program=STRIPED, share=0.9)) == (FORWARD,)
+    assert fastest(given(8192, 256, program=STRIPED, share=0.5)) == BOTH
+
+
+def test_dtypes_are_alike():
+    assert fastest(given(8192, 128, dtype=torch.float16)) == BOTH
+
+
+def test_names():
+    names = [name_of(way) for way in ((), (BACKWARD,), BOTH, ("inductor",))]
+    assert names == ["graphs", "tile lists (backward)", "tile lists (forward, backward)", "inductor"]

@@ -1,0 +1,151 @@
+"""Chooses among the ways to run a call: its contenders are ours, and Inductor's kernel. The fastest one wins.
+
+lower_call.py says what the contenders are, and tries them in the order that is chosen here. Times are predicted
+(cost_model.py). Where two are so close that a prediction can't tell them apart, or were predicted by the table of
+another kind of device, measured_times.py measures them. This file must not know how a call is lowered.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from cudnn_flex_compile.passes.decide.cost_inputs import CostInputs
+from cudnn_flex_compile.passes.decide.cost_model import Estimate, in_table, inductors, ours
+from cudnn_flex_compile.passes.decide.device_times import INDUCTOR
+from cudnn_flex_compile.passes.read.call import example
+from cudnn_flex_compile.reasons import Code, Reason
+from cudnn_flex_compile.report.call import Contender
+
+log = logging.getLogger("cudnn_flex_compile")
+# Predictions of one device's table tell two ways apart that are so many times as fast as the other. Of 30 predicted
+# ratios to Inductor's kernel, at lengths of 2048 and more, 29 were as near to those that were measured, the host's time
+# included (docs/forty_h200.csv; tests/unit/passes/decide/test_cost_model.py).
+# A factor that is in no table, such as that of a bias, may err as much again.
+PREDICTION_ERROR = 1.3
+WORTH_MEASURING = 0.1  # milliseconds of a step: calls that take less in all are not worth the seconds of a measurement
+DECODING_QUERIES = 16  # with up to so many queries, a call decodes
+
+Way = tuple[str, ...]  # the directions that run by a list of tiles; none where all are graphs
+STOCK: Way = (INDUCTOR,)
+Measured = dict[Way, tuple[float, ...]]  # the milliseconds of the kernels, by direction
+Measure = Callable[[Sequence[Way]], Measured]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The ways to run a call.
+
+    Attributes:
+        order: those of ours that are faster than Inductor's kernel, the fastest first.
+        estimates: the times of all contenders, the fastest first.
+        slower: the reason why ways that are not in the order are not tried.
+    """
+
+    order: tuple[Way, ...]
+    estimates: dict[Way, Estimate]
+    slower: Reason
+
+    def contenders(self, winner: Way) -> tuple[Contender, ...]:
+        """The contenders, for a report."""
+        return tuple(
+            Contender(name_of(way), found.total, found.measured, way == winner)
+            for way, found in self.estimates.items()
+        )
+
+
+def choose(contenders: dict[Way, CostInputs], only_faster: bool, measure: Measure | None, every: bool) -> Choice:
+    """The order in which ways are tried.
+
+    Args:
+        contenders: the facts of a call by each way of ours; that by graphs, and others.
+        only_faster: whether Inductor's kernel is a contender.
+        measure: measures some ways, and gives the times of those for which that was possible; None where nothing may be
+            measured.
+        every: whether all are measured, however plain the prediction is.
+    """
+    graphs = contenders[()]
+    estimates = _estimated(contenders, dict.fromkeys([*contenders, *([STOCK] if only_faster else [])], ()))
+    doubtful = list(estimates) if every else _doubtful(estimates, graphs)
+    measured = measure(doubtful) if measure is not None and len(doubtful) > 1 else {}
+    if measured.keys() >= ({STOCK} & set(doubtful)) and len(measured) > 1:
+        estimates = _estimated(contenders, measured)
+    elif graphs.table.foreign:
+        _warn_of(graphs.table.device)
+    return _by_time(estimates, graphs)
+
+
+@functools.cache
+def _warn_of(device: str) -> None:
+    log.warning(
+        "cudnn_flex: calls that could not be measured are lowered or kept by the times of %s, for there are none of "
+        "this device: run `cudnn-flex calibrate` once", device,
+    )  # fmt: skip
+
+
+def _estimated(contenders: dict[Way, CostInputs], kernels: Measured) -> dict[Way, Estimate]:
+    """The times of some ways, by those of their kernels where these were measured; of none for which they are unknown.
+    """
+    found: dict[Way, Estimate] = {}
+    for way, times in kernels.items():
+        estimate = inductors(contenders[()], times) if way == STOCK else ours(contenders[way], times)
+        if estimate is not None:
+            found[way] = estimate
+    return found
+
+
+def _doubtful(estimates: dict[Way, Estimate], graphs: CostInputs) -> list[Way]:
+    """The contenders that predictions can't tell apart. Those of ours on a device of its own table differ by little
+    where their predictions are close, so that the fastest one alone is compared with Inductor's kernel.
+    """
+    if graphs.sharing * max(found.total for found in estimates.values()) < WORTH_MEASURING:
+        return []
+    if graphs.table.foreign:
+        return list(estimates)
+    best = min((way for way in estimates if way != STOCK), key=lambda way: estimates[way].total, default=STOCK)
+    if STOCK not in estimates or best == STOCK:
+        return []
+    faster, slower = sorted((estimates[best].total, estimates[STOCK].total))
+    error = PREDICTION_ERROR if best or in_table(graphs) else PREDICTION_ERROR**2
+    return [best, STOCK] if slower < error * faster else []
+
+
+def _by_time(estimates: dict[Way, Estimate], graphs: CostInputs) -> Choice:
+    ordered = dict(sorted(estimates.items(), key=lambda item: (item[1].total, item[0] == STOCK)))
+    ways = list(ordered)
+    order = tuple(ways[: ways.index(STOCK)] if STOCK in ways else ways)
+    code = Code.LSE_GRADIENT if graphs.lse_gradient else Code.SLOWER
+    return Choice(order, ordered, Reason(code, _in_words(ordered, graphs)))
+
+
+def _in_words(estimates: dict[Way, Estimate], graphs: CostInputs) -> str:
+    """The contenders and their times, the fastest first."""
+    known = "measured here" if all(found.measured for found in estimates.values()) else "predicted"
+    table = graphs.table
+    if known == "predicted" and table.foreign:
+        known += f" by the table of {table.device}, for there is none of this device: run `cudnn-flex calibrate`"
+    shared = f" in each of {graphs.sharing} calls" if graphs.sharing > 1 else ""
+    listed = ", ".join(f"{name_of(way)} {_of_parts(found)}" for way, found in estimates.items())
+    return f"milliseconds of a step{shared}: {listed}; {known}"
+
+
+def _of_parts(found: Estimate) -> str:
+    named = "".join(f" + {ms:.3f} {name}" for name, ms in found.rest)
+    return f"{found.total:.3f}" + (f" ({sum(found.kernels):.3f} kernels{named})" if named else "")
+
+
+def name_of(way: Way) -> str:
+    """The name of a contender, in reports."""
+    if way == STOCK:
+        return INDUCTOR
+    return f"tile lists ({', '.join(way)})" if way else "graphs"
+
+
+def unplannable(inputs: CostInputs) -> Reason | None:
+    """A reason to keep a call whose kernels are fast, but would be built again for each call."""
+    queries, keys = (example(node).shape[2] for node in (inputs.call.query, inputs.call.key))
+    static = isinstance(queries, int), isinstance(keys, int)
+    if inputs.training or static != (True, False) or queries > DECODING_QUERIES:
+        return None
+    detail = "a few queries beside keys whose number changes: a plan for each number takes longer than the call"
+    return Reason(Code.SLOWER, detail)
