@@ -7,6 +7,7 @@ it has certified plans. Each way is tried once.
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD
 from cudnn_flex_compile.passes.decide.candidate import Candidate, Lowered, plan_or_reason
 from cudnn_flex_compile.passes.decide.chooser import Choice, Way, choose
+from cudnn_flex_compile.passes.decide.cost_inputs import CostInputs
 from cudnn_flex_compile.passes.decide.measured_times import Measuring, measurable
 from cudnn_flex_compile.passes.graph_context import (
     Context,
@@ -47,21 +48,20 @@ class Contenders:
         context, graphs = self._context, self.ways[GRAPHS]
         if context.options.strategy is not None:
             return None
-        inputs = {way: cost_inputs_of(candidate, context) for way, candidate in self.ways.items()}
-        query, facts = example(graphs.call.query), inputs[GRAPHS]
+        query, facts = example(graphs.call.query), cost_inputs_of(graphs, context)
         dims = (hint(example(node).shape[3]) for node in (graphs.call.query, graphs.call.value))
         known = facts.program, facts.hoisted, graphs.fingerprint, facts.training, facts.lse_gradient, facts.sharing
 
         def find() -> Choice:
-            return choose(inputs, context.only_faster, self._measure(), context.options.autotune)
+            inputs = {way: cost_inputs_of(candidate, context) for way, candidate in self.ways.items()}
+            return choose(inputs, context.only_faster, self._measure(facts), context.options.autotune)
 
         return context.once(("choice", *given_to(graphs.call), query.dtype, *dims, *known, *self.ways), find)
 
-    def _measure(self) -> Measuring | None:
+    def _measure(self, facts: CostInputs) -> Measuring | None:
         context, graphs = self._context, self.ways[GRAPHS]
         if not context.only_faster or context.options.tune_seconds == 0:
             return None
-        facts = cost_inputs_of(graphs, context)
         if not measurable(graphs, not facts.reads_mask or at_hand(graphs.captures, context)):
             return None
         return Measuring(

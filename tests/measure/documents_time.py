@@ -14,7 +14,7 @@ Each row is Inductor's milliseconds / ours, medians of interleaved steps, with e
 
 A process for each shape compiles, and measures in turn, some steps in a row, as in training nobody waits for a step.
 The last tables are the ratios, with what the chooser predicts of each case (passes/decide/chooser.py), and the line of
-passes/decide/cost_model.py.
+passes/decide/step_times.json.
 """
 
 import functools
@@ -198,13 +198,13 @@ def line(points):
     base = mean_y - slope * mean_x
     if base < 0:
         base, slope = 0.0, sum(x * y for x, y in points) / sum(x * x for x, _ in points)
-    return f"Line({base:.3f}, {slope:.2f})"
+    return f"[{base:.3f}, {slope:.2f}]"
 
 
 def print_rule(found):
-    """Prints the line of passes/decide/cost_model.py, of these measurements."""
+    """Prints the line of passes/decide/step_times.json, of these measurements."""
     setups = [(s[0] * s[1] ** 2 / 1e9, rows["set-up"][1] - rows["set-up"][0]) for s, _, rows in found.values()]
-    print(f"LIST_TIME = {line(setups)}")
+    print(f'"list": {line(setups)}')
 
 
 def lists(shape):

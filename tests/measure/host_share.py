@@ -4,8 +4,8 @@ Knows nothing of right numbers. The GPT of examples/train.py, with and without g
 with launches that are never replayed (engine/launch/replay.py), and by ours with kernels that only give their first
 results again: what is left then is what everything but attention takes. Milliseconds of the host until a step is
 enqueued, medians, interleaved; then what an attention call takes of it, by either backend, whose difference
-HOST_TIME of passes/decide/cost_model.py is about; and what all else takes, of the host for each matrix product and
-call, and of the GPU for each TFLOP: LAUNCHES and PRODUCTS there.
+is "host" of passes/decide/step_times.json; and what all else takes, of the host for each matrix product and call, and
+of the GPU for each TFLOP: "launch" and "product" there.
 """
 
 import argparse

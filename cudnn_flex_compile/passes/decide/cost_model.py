@@ -5,8 +5,9 @@ chooser.py compares the times. Each constant names the command that reproduces i
 """
 
 import functools
+import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from cudnn_flex_compile.engine.plans.box_plan import cost, divided
@@ -43,38 +44,10 @@ LEARNED_BY_PLACE = 1.07
 LSE_COST = 128
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
-    """A line of milliseconds: the time at zero, and the slope for each unit."""
-
-    base: float
-    slope: float
-
-    def at(self, units: float) -> float:
-        return self.base + self.slope * units
-
-
-# The time that a list of tiles adds to a step, by 10^9 pairs of the mask, and how much longer it may take.
-# (python3 -m tests.measure.documents_time)
-LIST_TIME, LIST_ERROR = Line(1.254, 0.56), 1.2
-# Milliseconds that the host takes for a launch by a list: shorter ones wait for it.
-# (python3 -m tests.measure.documents_time)
-LIST_LAUNCH = {FORWARD: 0.063, BACKWARD: 0.099}
-# The milliseconds that a call takes the host longer than Inductor's, without and with its backward, mostly for launches
-# of cold code by cuDNN, where the GPU may wait for the host. With launches that are replayed
-# (engine/launch/replay.py) it is 0.09 and 0.15 by `python3 -m tests.measure.host_share`, some 0.17 and 0.2 in BERT.
-# (CUDNN_FLEX_LOWER=always python3 -m tests.measure.models --cases bert:full)
-HOST_TIME = {False: 0.17, True: 0.2}
-# The same wherever the log-sum-exp has a gradient. (python3 -m tests.measure.lse_time)
-HOST_TIME_WITH_LSE = 0.55
-# The milliseconds that a mask of captured tensors takes of a step of a model, for all its calls: each step has a new
-# BlockMask, which is compared or listed, and keys are permuted.
-# (python3 -m tests.measure.models --cases bert:right gpt_neox:right)
-MASK_TIME = 0.95
-# The time of a graph's work besides attention, without and with the backward, in milliseconds: the GPU's for each TFLOP
-# of matrix products, and the host's for each product and each call. (python3 -m tests.measure.host_share)
-PRODUCTS = {False: 2.3, True: 3 * 2.3}
-LAUNCHES = {False: 0.1, True: 0.28}
+LIST_ERROR = 1.2  # how many times as long as predicted a list may take
+# The times of a step besides kernels, on the machine of the H200. The file says what each is, and what measures it.
+STEP_TIMES = Path(__file__).with_name("step_times.json")
+STEP: dict[str, list[float]] = {name: of["milliseconds"] for name, of in json.loads(STEP_TIMES.read_text()).items()}
 # If the GPU's time is so many times the host's, without and with the backward, a step surely waits for the GPU, even if
 # models make a BlockMask and more besides. A step of BERT (1.5 times) is between 0.90 and 1.04 times as long on
 # Inductor's kernels, depending on the machine's other work; one of examples/train.py (1.9 times) 1.11 times. The
@@ -206,8 +179,9 @@ def tile_times(inputs: CostInputs) -> dict[str, float] | None:
 def list_time(inputs: CostInputs) -> float:
     """Milliseconds that a step takes for the list of the tiles of a mask."""
     batch, heads, queries, _ = map(hint, example(inputs.call.query).shape)
+    base, slope = STEP["list"]
     of_mask = batch * queries * inputs.lengths[1] * (heads if "h" in ir.axes_of(inputs.program.mask) else 1)
-    return LIST_TIME.at(of_mask / 1e9)
+    return base + slope * of_mask / 1e9
 
 
 def inductors(inputs: CostInputs, measured: tuple[float, ...] = ()) -> Estimate:
@@ -226,7 +200,8 @@ def ours(inputs: CostInputs, measured: tuple[float, ...] = ()) -> Estimate | Non
         return None
     by_graph = graph_times(inputs)
     taken = measured or [(tiles if way in inputs.tiled else by_graph)[way] for way in inputs.directions]
-    least = [LIST_LAUNCH[way] if way in inputs.tiled else 0.0 for way in inputs.directions]
+    launches = zip(inputs.directions, STEP["list launch"], strict=False)
+    least = [ms if way in inputs.tiled else 0.0 for way, ms in launches]
     return Estimate(tuple(map(max, taken, least)), tuple(_rest(inputs, bool(measured))), bool(measured))
 
 
@@ -234,15 +209,16 @@ def _rest(inputs: CostInputs, measured: bool) -> Iterator[tuple[str, float]]:
     """The time of a step that one of our ways takes besides its kernels, or longer than Inductor's kernel does."""
     if inputs.tiled and inputs.reads_mask:
         yield "list", LIST_ERROR * list_time(inputs) / inputs.sharing
-    if inputs.lse_gradient and not inputs.tiled and not measured:
+    folded = inputs.lse_gradient and BACKWARD not in inputs.tiled  # engine/plans/folded_output.py
+    if folded and not measured:
         rates = sum(inputs.rate(INDUCTOR, way, PLAIN) or 0.0 for way in inputs.directions)
         yield "LSE", rates * inputs.tflop * LSE_COST / inputs.lengths[1]
     if not inputs.in_a_step:
         return
     if inputs.reads_mask and inputs.in_a_model and inputs.call.blocks:
-        yield "mask", MASK_TIME / inputs.sharing
-    if inputs.lse_gradient or host_counts(inputs):
-        yield "host", HOST_TIME_WITH_LSE if inputs.lse_gradient else HOST_TIME[inputs.training]
+        yield "mask", STEP["mask"][0] / inputs.sharing
+    if folded or host_counts(inputs):
+        yield "host", STEP["host, LSE"][0] if folded else STEP["host"][inputs.training]
 
 
 def host_counts(inputs: CostInputs) -> bool:
@@ -250,5 +226,5 @@ def host_counts(inputs: CostInputs) -> bool:
     around = inputs.around
     if around is None:
         return False
-    gpu = PRODUCTS[inputs.training] * around.tflop + around.calls * sum(stock_times(inputs).values())
-    return gpu < SURELY_GPU[inputs.training] * LAUNCHES[inputs.training] * (around.products + around.calls)
+    gpu = STEP["product"][inputs.training] * around.tflop + around.calls * sum(stock_times(inputs).values())
+    return gpu < SURELY_GPU[inputs.training] * STEP["launch"][inputs.training] * (around.products + around.calls)

@@ -268,3 +268,11 @@ def test_dtypes_are_alike():
 def test_names():
     names = [name_of(way) for way in ((), (BACKWARD,), BOTH, ("inductor",))]
     assert names == ["graphs", "tile lists (backward)", "tile lists (forward, backward)", "inductor"]
+
+
+@pytest.mark.parametrize(("tiled", "folded"), [((), True), ((FORWARD,), True), ((BACKWARD,), False), (BOTH, False)])
+def test_the_gradient_of_the_log_sum_exp_costs_graphs_a_pass(tiled, folded):
+    """The backward by a list takes it as it is."""
+    inputs = replace(facts(lse_gradient=True, around=LITTLE), tiled=tiled)
+    assert ("LSE" in {name for name, _ in cost_model.ours(inputs).rest}) == folded
+    assert ("LSE" in {name for name, _ in cost_model.ours(inputs, (1.0, 1.0)).rest}) is False

@@ -1,13 +1,19 @@
 """Predicted times beside those that were measured, and the device's own table beside itself."""
 
 import csv
+import importlib.util
+import json
 import math
+import re
+import shlex
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from cudnn_flex_compile.passes.decide import cost_inputs, device_times
+from cudnn_flex_compile.bench.mods import ALL
+from cudnn_flex_compile.passes.decide import cost_inputs, cost_model, device_times
 from cudnn_flex_compile.passes.decide.chooser import PREDICTION_ERROR, choose
 from cudnn_flex_compile.passes.decide.cost_inputs import Blocks, CostInputs, Workload
 from cudnn_flex_compile.passes.decide.device_times import FOLDER, read
@@ -108,3 +114,22 @@ def test_padding_on_either_side_runs_alike(share):
     }  # fmt: skip
     found = choose(ways, True, None, False)
     assert found.order[0] == ("forward", "backward"), found.slower
+
+
+def commands():
+    """Those that are named beside the times of a step, and beside constants."""
+    rows = json.loads(cost_model.STEP_TIMES.read_text())
+    named = re.findall(r"\((cudnn-flex bench .+?|python3 -m .+?)\)", Path(cost_model.__file__).read_text())
+    return [*(row["command"] for row in rows.values()), *named]
+
+
+@pytest.mark.parametrize("command", sorted(set(commands())))
+def test_commands_exist(command):
+    words = shlex.split(command.replace("CUDNN_FLEX_LOWER=always ", "").replace("\n#", ""))
+    if words[0] == "python3":
+        assert importlib.util.find_spec(words[2]) is not None
+    else:
+        assert words[:2] == ["cudnn-flex", "bench"]
+        mods = words[words.index("--mods") + 1 : words.index("--lower")]
+        assert mods
+        assert set(mods) <= set(ALL)
