@@ -86,6 +86,20 @@ empty_on_device: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], torch
     "torch.empty_strided, which takes the host longer",
     lambda shape, stride, dtype: torch.empty_strided(shape, stride, dtype=dtype, device="cuda"),
 )  # fmt: skip
+capturing: Callable[[], bool] = _now(
+    "torch:_C._cuda_isCurrentStreamCapturing", "whether a CUDA graph is being captured",
+    "torch.cuda.is_current_stream_capturing, which takes the host longer", torch.cuda.is_current_stream_capturing,
+    cuda=True,
+)  # fmt: skip
+deterministic: Callable[[], bool] = _now(
+    "torch:_C._get_deterministic_algorithms", "whether algorithms must be deterministic",
+    "torch.are_deterministic_algorithms_enabled, which takes the host longer",
+    torch.are_deterministic_algorithms_enabled,
+)  # fmt: skip
+tensor_guards: Any = _now(
+    "torch:_C._dynamo.guards.TensorGuards", "whether tensors look as others did, as Dynamo's guards ask it",
+    "every call makes its key, which takes the host longer", None,
+)  # fmt: skip
 dispatch_modes: Callable[[], int] = _now(
     "torch:_C._len_torch_dispatch_stack", "how many dispatch modes are on",
     "every call goes through torch's dispatcher, which takes the host longer", lambda: 1,

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.config import Policy, policy_from
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem, TensorSpec, dense_like, out_spec, usable
 from cudnn_flex_compile.scoremod.text import parse
@@ -63,7 +64,7 @@ def forward_key(
     return (
         FORWARD, program, query.shape, query.stride(), query.dtype, key.shape, key.stride(), key.dtype,
         value.shape, value.stride(), value.dtype, query.device.index, scale, stats,
-        torch.are_deterministic_algorithms_enabled(),
+        torch_private.deterministic(),
         tuple([(o.shape, o.stride(), o.dtype) for o in operands]), tiled, policy,
     )  # fmt: skip
 

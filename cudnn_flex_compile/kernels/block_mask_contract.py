@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cudnn_flex_compile import torch_private
+from cudnn_flex_compile.kernels.arguments import ANSWER
 from cudnn_flex_compile.kernels.async_read import AsyncRead
 from cudnn_flex_compile.kernels.block_mask import agree
 from cudnn_flex_compile.kernels.hot_function import HotFunction
@@ -26,7 +27,6 @@ from cudnn_flex_compile.scoremod.partition import partition
 from cudnn_flex_compile.scoremod.simplify import normalize
 from cudnn_flex_compile.scoremod.text import parse, text
 
-ANSWER = "_cudnn_flex_answer"  # the attribute of a guard
 KEPT = 64  # masks whose comparisons are kept
 
 

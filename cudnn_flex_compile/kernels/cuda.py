@@ -19,7 +19,7 @@ from cudnn_flex_compile.engine.problem import TensorSpec, dense, dense_like, out
 from cudnn_flex_compile.engine.repro import warned
 from cudnn_flex_compile.engine.state import engine
 from cudnn_flex_compile.engine.store.plan_cache import CachedPlan
-from cudnn_flex_compile.kernels import block_mask_contract, inductor, tile_lists
+from cudnn_flex_compile.kernels import block_mask_contract, bound_calls, inductor, tile_lists
 from cudnn_flex_compile.kernels.arguments import Arguments
 from cudnn_flex_compile.kernels.list_making import Listed
 from cudnn_flex_compile.kernels.stock import Given, Stock
@@ -32,17 +32,19 @@ log = logging.getLogger("cudnn_flex_compile")
 DISAGREE = Reason(Code.BLOCK_MASK, "its blocks do not agree with its mask_mod")
 _warned: set[str] = set()
 _plans = engine.plans
+_plans.dropped += [bound_calls.forwards.clear, bound_calls.backwards.clear]
 
 
 def forward(
     query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor], ints: Sequence[int],
     floats: Sequence[Tensor], program: str, scale: float, stats: bool, tiles: Tensor | None = None,
-    policy: str = "", stock: Given | None = None,
+    policy: str = "", stock: Given | None = None, bind: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The output in the query's order of strides, and the natural log-sum-exp [B, H, Sq], empty without `stats`.
 
     With the handle of a list of tiles, the plan runs by this list, which has the BlockMask's blocks in it. Without one,
-    a call whose BlockMask disagrees with its mask runs as in stock flex_attention.
+    a call whose BlockMask disagrees with its mask runs as in stock flex_attention. `bind` has calls like this one run
+    bound (bound_calls.py).
     """
     if query.get_device() != torch_private.current_device():
         with torch.cuda.device(query.device):
@@ -74,13 +76,15 @@ def forward(
         given = Arguments(operands, ints, floats, program, scale)
         return _fallback_forward(query, key, value, given, stats, _stock_of(stock))
     _hold_if_captured(found)
+    if bind and not (ints or floats):
+        _bind(bound_calls.forwards, program, call, found, (query, key, value), operands)
     return out, lse
 
 
 def backward(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
     operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor], program: str, scale: float,
-    tiles: Tensor | None = None, policy: str = "", stock: Given | None = None,
+    tiles: Tensor | None = None, policy: str = "", stock: Given | None = None, bind: bool = False,
 ) -> Gradients:  # fmt: skip
     """dQ, dK, dV, dense in the orders of the strides of query, key and value, and the gradient of the learned operand,
     contiguous, in the query's dtype, empty if there is none.
@@ -109,7 +113,7 @@ def backward(
     if found.copied:
         query, key, value, grad_out = _copied(found, query, key, value, grad_out)
     if out.stride() != found.out_stride:  # a hook on saved tensors may have brought it back in another layout
-        out = _laid_out(out, found.plan.problem.out)
+        out, bind = _laid_out(out, found.plan.problem.out), False
     q_layout, k_layout, v_layout, *bias_layout = found.layouts
     dq, dk, dv = empty(*q_layout), empty(*k_layout), empty(*v_layout)
     dbias = empty(*bias_layout[0]) if bias_layout else empty((0,), (1,), query.dtype)
@@ -125,6 +129,9 @@ def backward(
         given = Arguments(operands, ints, floats, program, scale)
         return _fallback_backward(grad_out, grad_lse, query, key, value, given, _stock_of(stock))
     _hold_if_captured(found)
+    if bind and not (ints or floats) and all(given is grad_lse for given in of_lse):
+        tensors = (query, key, value, out, stats, grad_out, *of_lse)
+        _bind(bound_calls.backwards, program, call, found, tensors, operands)
     return dq, dk, dv, dbias
 
 
@@ -133,6 +140,16 @@ def _found(call: Key, listed: Listed | None) -> CachedPlan | Reason:
     if listed is not None and isinstance(listed.found, Reason):
         return listed.found
     return _plans.get(call) or find_plan(call)
+
+
+def _bind(
+    calls: bound_calls.Calls, program: str, call: Key, found: CachedPlan, tensors: Sequence[Tensor],
+    operands: Sequence[Tensor],
+) -> None:  # fmt: skip
+    """Has calls that look like one that ran run by its plan, as long as that is in the cache."""
+    if bound_calls.has_room(calls, program) and not (found.copied or torch.cuda.is_current_stream_capturing()):
+        given = (calls, program, call, tensors, operands, found.plan, found.layouts)
+        _plans.lend(call, found, lambda uses: bound_calls.bind(*given, uses))
 
 
 def _hold_if_captured(found: CachedPlan) -> None:

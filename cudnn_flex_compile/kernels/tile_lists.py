@@ -17,13 +17,13 @@ from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.engine.state import engine
 from cudnn_flex_compile.engine.tiles.recording import recording_of
 from cudnn_flex_compile.engine.tiles.tile_list import Geometry, TileList
+from cudnn_flex_compile.kernels.arguments import HANDLE
 from cudnn_flex_compile.kernels.list_making import Listed, Needs, begin, held, under_capture
 from cudnn_flex_compile.kernels.remembered import Remembered
 from cudnn_flex_compile.kernels.stock import Given, Stock
 from cudnn_flex_compile.kernels.visible_pairs import Pairs, mask_of
 from cudnn_flex_compile.reasons import Reason
 
-HANDLE = "_cudnn_flex_tiles"  # the attribute of a handle
 KEPT = 64  # the number of lists, and of masks whose needs are remembered
 _known = Remembered[Tensor](KEPT)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cudnn_flex_compile.ops.implementations import new_stats
-from cudnn_flex_compile.ops.schemas import library
+from cudnn_flex_compile.ops.schemas import attention_backward, attention_forward, library
 from cudnn_flex_compile.ops.undispatched import backward, forward
 from cudnn_flex_compile.scoremod.learned import position_in
 
@@ -32,7 +32,8 @@ class Attention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """`bias` is the learned operand: autograd sees no tensors in lists."""
         rest = (program, scale, True, stock, layout, by_blocks, tiles, policy)
-        out, stats = forward(query, key, value, operands, ints, floats, *rest)
+        run = attention_forward if torch.compiler.is_compiling() else forward  # which Dynamo can't trace
+        out, stats = run(query, key, value, operands, ints, floats, *rest)
         ctx.set_materialize_grads(False)
         if not return_lse:
             ctx.mark_non_differentiable(stats)
@@ -49,8 +50,9 @@ class Attention(torch.autograd.Function):
         query, key, value, out, stats, tiles, *rest = ctx.saved_tensors
         if grad_out is None and grad_stats is None:
             return (None,) * 16
+        run = attention_backward if torch.compiler.is_compiling() else backward
         with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
-            gradients = backward(
+            gradients = run(
                 torch.zeros_like(out) if grad_out is None else grad_out,
                 *(grad_stats, query, key, value, out, stats, rest[: ctx.operands], ctx.ints),
                 *(rest[ctx.operands : ctx.floats], ctx.program, ctx.scale),

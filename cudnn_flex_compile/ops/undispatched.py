@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from cudnn_flex_compile import torch_private
+from cudnn_flex_compile.kernels import bound_calls
 from cudnn_flex_compile.ops.masks import check_block_mask as check_plain
 from cudnn_flex_compile.ops.masks import list_tiles as list_plain
 from cudnn_flex_compile.ops.schemas import (
@@ -29,6 +30,7 @@ PLAIN = (Tensor, Parameter)
 # The names of the functions in torch.ops.cudnn_flex.
 FORWARD, BACKWARD, CHECK = "undispatched_forward", "undispatched_backward", "undispatched_check"
 LIST = "undispatched_list"
+_forwards, _backwards, _run = bound_calls.forwards, bound_calls.backwards, bound_calls.run
 
 
 def _dispatched(tensor: Tensor) -> bool:
@@ -54,11 +56,17 @@ def forward(
     tiles: Tensor | None = None, policy: str = "",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Runs the op `attention_forward`."""
+    outputs, bound = None, _forwards.get(program)
+    if bound is not None:
+        outputs = _run(bound, (query, key, value), operands, scale, stats, policy, tiles, stock)
+        if outputs:
+            return outputs
     if _dispatched(query):
         kept = (stock, layout, by_blocks, tiles, policy)
         return attention_forward(query, key, value, operands, ints, floats, program, scale, stats, *kept)
     given = (stock, layout, by_blocks) if stock else None
-    return _cuda().forward(query, key, value, operands, ints, floats, program, scale, stats, tiles, policy, given)
+    rest = (program, scale, stats, tiles, policy, given, outputs is None)
+    return _cuda().forward(query, key, value, operands, ints, floats, *rest)
 
 
 def backward(
@@ -67,11 +75,19 @@ def backward(
     layout: list[int], by_blocks: str, tiles: Tensor | None = None, policy: str = "",
 ) -> Gradients:  # fmt: skip
     """Runs the op `attention_backward`."""
+    outputs, bound = None, _backwards.get(program)
+    if bound is not None:
+        of_lse = grad_stats is not None
+        tensors = (query, key, value, out, stats, grad_out)
+        tensors = (*tensors, grad_stats) if of_lse else tensors
+        outputs = _run(bound, tensors, operands, scale, of_lse, policy, tiles, stock)
+        if outputs:
+            return outputs
     plain = type(grad_out) in PLAIN and (grad_stats is None or type(grad_stats) in PLAIN)
     given = (grad_out, grad_stats, query, key, value, out, stats, operands, ints, floats, program, scale)
     if not plain or _dispatched(query):
         return attention_backward(*given, stock, layout, by_blocks, tiles, policy)
-    return _cuda().backward(*given, tiles, policy, (stock, layout, by_blocks) if stock else None)
+    return _cuda().backward(*given, tiles, policy, (stock, layout, by_blocks) if stock else None, outputs is None)
 
 
 def check(blocks: list[Tensor], *rest: Any) -> Tensor:

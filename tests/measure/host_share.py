@@ -14,12 +14,14 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from cudnn_flex_compile.kernels import cuda
+from cudnn_flex_compile.ops import undispatched
 from tests.measure.measuring_lock import compiling, measuring
 from tests.support.launched import launched as without_replays
 
@@ -50,11 +52,12 @@ def without_calls(*real):
 
     @contextlib.contextmanager
     def stubbed():
-        cuda.forward, cuda.backward = forward, backward
-        try:
+        without_bound_calls = {"_forwards": {}, "_backwards": {}}
+        with (
+            mock.patch.multiple(undispatched, **without_bound_calls),
+            mock.patch.multiple(cuda, forward=forward, backward=backward),
+        ):
             yield
-        finally:
-            cuda.forward, cuda.backward = real
 
     return stubbed
 

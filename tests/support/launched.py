@@ -10,8 +10,8 @@ from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.engine.launch.replay import Replays
 
 
-def _launch(replays, addresses, workspace):
-    replays._enqueue(addresses, workspace, torch_private.current_stream(replays._device))
+def _launch(replays, addresses, workspace, given=None, capturing=None):
+    replays._enqueue(addresses if given is None else given, workspace, torch_private.current_stream(replays._device))
 
 
 @contextmanager

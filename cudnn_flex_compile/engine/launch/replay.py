@@ -75,29 +75,31 @@ class Replays:
     def __init__(self, enqueue: Enqueue, device: int, pool: GraphPool) -> None:
         self._enqueue, self._device, self._pool = enqueue, device, pool
         self._seen: dict[int, int] = {}
-        self.graphs: dict[Key, tuple[Graph, int]] = {}
+        self.graphs: dict[Key, list[Any]] = {}
         with pool.lock:
             pool.plans.add(self)
 
-    def run(self, addresses: Sequence[int], workspace: int, given: Any = None) -> None:
+    def run(
+        self, addresses: Sequence[int], workspace: int, given: Any = None, capturing: bool | None = None
+    ) -> None:  # fmt: skip
         """Launches on the current stream of the device, which must be the current one.
 
         Args:
             given: the argument of `enqueue` in place of the addresses, such as tensors that have them.
+            capturing: whether a CUDA graph is being captured, if the caller knows.
         """
         key, stream = (workspace, *addresses), torch_private.current_stream(self._device)
         found, given = self.graphs.get(key), addresses if given is None else given
-        if found is None or torch.cuda.is_current_stream_capturing():
+        if found is None or (torch.cuda.is_current_stream_capturing() if capturing is None else capturing):
             self._enqueue(given, workspace, stream)
             if found is None:
                 self._notice(key, given, workspace)
             return
-        graph = found[0]
-        if not graph.launch(stream):
+        if not found[0].launch(stream):
             self._enqueue(given, workspace, stream)
         pool = self._pool
         pool.replays += 1
-        self.graphs[key] = graph, pool.replays
+        found[1] = pool.replays
 
     def _notice(self, key: Key, given: Any, workspace: int) -> None:
         name = hash(key)
@@ -121,4 +123,4 @@ class Replays:
         except Exception as error:  # the launch itself has been made
             log.debug("cudnn_flex: a launch was not recorded: %s", error)
             return
-        self.graphs[key] = graph, self._pool.replays
+        self.graphs[key] = [graph, self._pool.replays]

@@ -62,7 +62,7 @@ class GraphPlan(AddressPlan):
         self._constant_addresses = [constant.data_ptr() for constant in self._constants]
         self._operands, self._ints, self._floats = binding.operands, binding.ints, binding.floats
         self._launch = launcher(graph, binding.uids)
-        enqueue = functools.partial(_launch_on, self._launch, problem.device)
+        enqueue = functools.partial(_launch_on, self._launch, self._constant_addresses, problem.device)
         # Scalars are not in device memory: two launches on the same addresses may differ in them.
         replayed = problem.replay and not (binding.ints or binding.floats)
         self._replays = Replays(enqueue, problem.device, engine.graph_pool) if replayed else None
@@ -106,20 +106,34 @@ class GraphPlan(AddressPlan):
     def run_at(
         self, addresses: list[int], operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor]
     ) -> None:
-        addresses = [*addresses, *[operands[i].data_ptr() for i in self._operands], *self._constant_addresses]
+        if self._operands:
+            addresses = [*addresses, *[operands[i].data_ptr() for i in self._operands]]
+        self._run(addresses, ints, floats, None)
+
+    def launcher(self, operands: int) -> Callable[[list[int]], None] | None:
+        if self._ints or self._floats or self._operands != tuple(range(operands)):
+            return None
+        return self._run
+
+    def _run(
+        self, addresses: Sequence[int], ints: Sequence[int] = (), floats: Sequence[Tensor] = (),
+        capturing: bool | None = False,
+    ) -> None:  # fmt: skip
         workspace = empty((self.workspace,), (1,), torch.uint8) if self.workspace else None
         memory = 0 if workspace is None else workspace.data_ptr()
         if self._replays is not None:
-            self._replays.run(addresses, memory)
+            self._replays.run(addresses, memory, None, capturing)
             return
         scalars = [torch.tensor([ints[i]], dtype=torch.int32) for i in self._ints]
         scalars += [floats[i].to(torch.float32).reshape(1) for i in self._floats]
-        addresses += [scalar.data_ptr() for scalar in scalars]
+        addresses = [*addresses, *self._constant_addresses, *[scalar.data_ptr() for scalar in scalars]]
         self._launch(addresses, memory, current_handle(self.problem.device))
 
 
-def _launch_on(launch: Launch, device: int, addresses: Sequence[int], workspace: int, stream: int) -> None:
-    launch(addresses, workspace, handle_on(device, stream))
+def _launch_on(
+    launch: Launch, constants: Sequence[int], device: int, addresses: Sequence[int], workspace: int, stream: int
+) -> None:  # fmt: skip
+    launch([*addresses, *constants], workspace, handle_on(device, stream))
 
 
 def _drop_python_engines(graph: Any) -> None:

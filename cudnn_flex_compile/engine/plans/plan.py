@@ -103,6 +103,12 @@ class Plan(ABC):
         """
         return self
 
+    def launcher(self, operands: int) -> Callable[[list[int]], None] | None:
+        """A function that runs it on addresses of the tensors, then of so many operands, while no CUDA graph is being
+        captured; None for a plan that takes tensors, reads other values, or not all operands.
+        """
+        return None
+
     def on_harder_mask(self) -> "Plan | None":
         """The same kernels on another problem, whose program is the reference, on which they are certified, too."""
         return None
@@ -136,3 +142,4 @@ class AddressPlan(Plan):
         self, addresses: list[int], operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor]
     ) -> None:  # fmt: skip
         """Runs like `run`, with the addresses of the tensors."""
+

@@ -33,6 +33,19 @@ class CacheInfo(NamedTuple):
     certify_seconds: float = 0.0
 
 
+class Uses:
+    """Counts the look-ups that a value spared which is kept beside the cache.
+
+    Attributes:
+        count: since the cache last asked. Threads that count at once may lose some.
+    """
+
+    __slots__ = ("count",)
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
 class Recent(Generic[Value]):
     """Maps keys to values; keeps the last `bound` that were put.
 
@@ -73,10 +86,15 @@ class Cache(Generic[Value]):
 
     Args:
         lock: held for moments; maps may share one.
+
+    Attributes:
+        dropped: functions that are called, with the lock held, whenever a value is no longer in the cache.
     """
 
     def __init__(self, bound: Callable[[], int], lock: threading.Lock) -> None:
         self._entries: OrderedDict[Hashable, Value] = OrderedDict()
+        self._uses: dict[Hashable, Uses] = {}
+        self.dropped: list[Callable[[], None]] = []
         self._held: dict[int, Value] = {}
         self._forsaken: tuple[Any, ...] = ()
         self._lock = lock
@@ -104,9 +122,39 @@ class Cache(Generic[Value]):
         with self._lock:
             value = self._entries.setdefault(key, value)
             while len(self._entries) > bound:
-                self._entries.popitem(last=False)
-                self.counts["evictions"] += 1
+                self._evict()
             return value
+
+    def lend(self, key: Hashable, value: Value, keep: Callable[[Uses], None]) -> None:
+        """Has a caller keep a value beside the cache, unless it is no longer in it, and count its uses there.
+
+        Args:
+            keep: called with the lock held, so that the value is not dropped meanwhile; `dropped` undoes it.
+        """
+        with self._lock:
+            if self._entries.get(key) is value:
+                keep(self._uses.setdefault(key, Uses()))
+
+    def _evict(self) -> None:
+        newest = next(reversed(self._entries))
+        self._renew()
+        self._entries.move_to_end(newest)
+        key, _ = self._entries.popitem(last=False)
+        self._uses.pop(key, None)
+        self.counts["evictions"] += 1
+        self._tell()
+
+    def _renew(self) -> None:
+        """Makes the values that were used beside the cache those used last, and counts these uses."""
+        for key, uses in self._uses.items():
+            if uses.count:
+                self.counts["hits"] += uses.count
+                uses.count = 0
+                self._entries.move_to_end(key)
+
+    def _tell(self) -> None:
+        for function in self.dropped:
+            function()
 
     def values(self) -> list[Value]:
         """All values, the least recently used first."""
@@ -126,7 +174,8 @@ class Cache(Generic[Value]):
     def forsake(self) -> None:
         """Lets go of all values without freeing them, in the child of a fork, where no other thread is."""
         self._forsaken = (self._forsaken, self._entries, self._held)
-        self._entries, self._held = OrderedDict(), {}
+        self._entries, self._held, self._uses = OrderedDict(), {}, {}
+        self._tell()
 
     def release(self) -> None:
         """Drops all values, held ones, too."""
@@ -137,9 +186,12 @@ class Cache(Generic[Value]):
     def clear(self) -> None:
         with self._lock:
             self._entries.clear()
+            self._uses.clear()
             self.counts = dict.fromkeys(self.counts, 0)
+            self._tell()
 
     def info(self) -> CacheInfo:
         bound = self._bound()
         with self._lock:
+            self._renew()
             return CacheInfo(**self.counts, size=len(self._entries), bound=bound)  # pyright: ignore

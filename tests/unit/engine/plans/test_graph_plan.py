@@ -117,7 +117,7 @@ def test_what_programs_read_is_bound(runs):
 def test_which_launches_may_be_replayed(runs, monkeypatch, name, replay, replayed):
     """Where the compile allows it, and all that is read is in device memory."""
     noted = []
-    monkeypatch.setattr(module.Replays, "run", lambda replays, addresses, workspace: noted.append(addresses))
+    monkeypatch.setattr(module.Replays, "run", lambda replays, addresses, *_: noted.append(addresses))
     strategy, program = PROGRAMS[name]
     problem = replace(problem_of(program, FORWARD), replay=replay)
     plan = module.build(problem, STRATEGY[strategy].lower(program, False))

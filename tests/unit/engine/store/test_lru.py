@@ -1,5 +1,6 @@
 """The plan cache: least recently used goes first, never more than the bound, right under threads, honest counters."""
 
+import functools
 import random
 import threading
 from collections import OrderedDict
@@ -7,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cudnn_flex_compile.engine.store.lru import Cache, CacheInfo, Recent
+from cudnn_flex_compile.engine.store.lru import Cache, CacheInfo, Recent, Uses
 from cudnn_flex_compile.locks import new_lock
 
 
@@ -179,3 +180,61 @@ def test_racing_puts_agree() -> None:
     for worker in workers:
         worker.join(timeout=120)
     assert all(len(set(values)) == 1 for values in zip(*got, strict=True))
+
+
+@pytest.mark.parametrize("bound", [1, 2, 7])
+def test_values_that_are_used_beside_the_cache_stay(bound: int) -> None:
+    """Of those that nobody used since the last eviction, the least recently used goes; the newest never does."""
+    cache, model, draw = bounded(bound), OrderedDict[int, int](), random.Random(bound)
+    lent: dict[int, Uses] = {}
+    used: dict[int, int] = {}
+    cache.dropped.append(lent.clear)
+    hits = 0
+    for step in range(3000):
+        key, now = draw.randrange(12), draw.random()
+        if now < 0.4 and key in model:
+            cache.lend(key, model[key], functools.partial(lent.__setitem__, key))
+        elif now < 0.7 and key in lent:
+            assert key in model
+            lent[key].count += 1
+            used[key] = used.get(key, 0) + 1
+            hits += 1
+        elif now > 0.995:
+            cache.clear()
+            hits = 0
+            model.clear(), used.clear()
+            assert not lent
+        else:
+            assert cache.put(key, step) == model.setdefault(key, step)
+            if len(model) > bound:
+                for each in [each for each in model if each in used]:
+                    model.move_to_end(each)
+                used.clear()
+                model.move_to_end(key)
+                model.popitem(last=False)
+                assert not lent
+    assert {key: cache.peek(key) for key in range(12) if cache.peek(key) is not None} == dict(model)
+    assert cache.info().hits == hits
+
+
+def test_a_value_that_is_gone_is_not_lent() -> None:
+    cache, lent = bounded(1), list[Uses]()
+    cache.put("a", 1)
+    cache.lend("a", 2, lent.append)
+    cache.lend("b", 1, lent.append)
+    cache.put("b", 2)
+    cache.lend("a", 1, lent.append)
+    assert not lent
+    cache.lend("b", 2, lent.append)
+    cache.lend("b", 2, lent.append)
+    assert lent[0] is lent[1]
+
+
+@pytest.mark.parametrize("how", ["clear", "release", "forsake"])
+def test_whoever_keeps_values_is_told_that_they_are_gone(how: str) -> None:
+    cache, told = bounded(2), list[str]()
+    cache.dropped.append(lambda: told.append(how))
+    cache.put("a", 1)
+    assert not told
+    getattr(cache, how)()
+    assert told
