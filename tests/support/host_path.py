@@ -21,6 +21,8 @@ from cudnn_flex_compile.engine.problem import Binding
 from cudnn_flex_compile.engine.state import engine
 from cudnn_flex_compile.engine.store.plan_cache import CachedPlan
 from cudnn_flex_compile.kernels import bound_calls, cuda
+from cudnn_flex_compile.kernels.arguments import ANSWER
+from cudnn_flex_compile.kernels.block_mask_contract import Answer, agrees
 from cudnn_flex_compile.ops import undispatched
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import F32
@@ -28,9 +30,10 @@ from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.text import text
 
 MASK = make("ge", ir.index("q"), ir.index("k"))
-PROGRAMS = {  # and the dimensions of an operand, if there is one
-    "causal": (ir.program(mask=MASK), ()),
-    "slopes, causal": (ir.program(ir.SCORE + ir.operand(0, F32, "h"), MASK), (1, 4, 1, 1)),
+PROGRAMS = {  # and the shape of an operand, if there is one; and whether there is a BlockMask
+    "no mask": (ir.program(), (), False),
+    "causal, a BlockMask": (ir.program(mask=MASK), (), True),
+    "slopes, causal, a BlockMask": (ir.program(ir.SCORE + ir.operand(0, F32, "h"), MASK), (1, 4, 1, 1), True),
 }
 SHAPE, SCALE, WORKSPACE = (1, 4, 64, 64), 0.125, 4096
 NO_DEVICE, NO_STREAM, NO_CAPTURE = functools.partial(int, -1), {None: 7, -1: 7}.get, functools.partial(bool, 0)
@@ -87,7 +90,7 @@ def plan(key):
 
 def calls(name):
     """By direction: a call of a program, as Inductor's code makes it. Its plans are there."""
-    program, of_operand = PROGRAMS[name]
+    program, of_operand, masked = PROGRAMS[name]
     batch, heads, length, dim = SHAPE
     query, key, value, grad, out = (
         torch.zeros(batch, length, heads, dim, dtype=torch.bfloat16).transpose(1, 2) for _ in range(5)
@@ -99,15 +102,41 @@ def calls(name):
     plan(backward_key(forward, grad))
     inference = forward_key(written, query, key, value, operands, SCALE, False)
     plan(inference)
-    rest = (written, SCALE)
+    rest, stock, layout = (written, SCALE), [], []
+    if masked:
+        stock, layout = [torch.zeros(0, dtype=torch.int32) for _ in range(9)], [8, 0, 128, 128]
+        setattr(stock[0], ANSWER, Answer(lambda: True))
     of_forward, of_backward = undispatched.forward, undispatched.backward
     return {
-        "inference": lambda: of_forward(query, key, value, operands, [], [], *rest, False, [], [], "", None, ""),
-        "forward": lambda: of_forward(query, key, value, operands, [], [], *rest, True, [], [], "", None, ""),
+        "inference": lambda: of_forward(query, key, value, operands, [], [], *rest, False, stock, layout, "", None, ""),
+        "forward": lambda: of_forward(query, key, value, operands, [], [], *rest, True, stock, layout, "", None, ""),
         "backward": lambda: of_backward(
-            grad, None, query, key, value, out, stats, operands, [], [], *rest, [], [], "", None, ""
+            grad, None, query, key, value, out, stats, operands, [], [], *rest, stock, layout, "", None, ""
         ),
     }  # fmt: skip
+
+
+def parts():
+    """By name: the parts of a look-up, and of a bound call, as a plain forward has them."""
+    query, key, value = (torch.zeros(SHAPE, dtype=torch.bfloat16) for _ in range(3))
+    made, tensors = forward_key("a program", query, key, value, [], SCALE, True), (query, key, value)
+    engine.plans.put(made, cuda.DISAGREE)
+    guard = torch.zeros(0, dtype=torch.int32)
+    setattr(guard, ANSWER, Answer(lambda: True))
+    given, layout = ([guard], [8, 0, 128, 128], ""), (SHAPE, query.stride(), query.dtype)
+    alike = torch_private.tensor_guards(*tensors, dynamic_dims_sizes=[], dynamic_dims_strides=[]).check
+    replays = replay.Replays(NO_LAUNCH, None, engine.graph_pool)
+    replays.graphs[0, 1, 2, 3, 4, 5] = [_Recorded(None, 0), 0]
+    return {
+        "nothing": lambda: None,
+        "key": lambda: forward_key("a program", query, key, value, [], SCALE, True),
+        "look-up": lambda: engine.plans.get(made),
+        "comparison in place of both": lambda: alike(query, key, value),
+        "agreement of a BlockMask": lambda: agrees(given, query, key, [], []),
+        "allocation of an output": lambda: bound_calls.empty(*layout),
+        "alignment": lambda: cuda._aligned(tensors),
+        "replay, without CUDA's part": lambda: replays.run([1, 2, 3, 4, 5], 0, None, False),
+    }
 
 
 def python_calls(call):

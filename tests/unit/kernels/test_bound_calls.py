@@ -47,11 +47,13 @@ def host(monkeypatch):
 
 @pytest.mark.parametrize("name", PROGRAMS)
 @pytest.mark.parametrize("direction", MOST_CALLS)
-def test_a_call_takes_few_calls_of_python(name, direction):
+def test_a_call_takes_few_calls_of_python(name, direction, host):
+    for module in (bound_calls, graph_plan, cuda):
+        host.setattr(module, "empty", functools.cache(module.empty))  # addresses that come back; it is written in C
     call = calls(name)[direction]
-    for _ in range(20 * replay.RECORD_AFTER):
+    for _ in range(2 * replay.RECORD_AFTER):
         call()
-    found, in_c = min((python_calls(call) for _ in range(20)), key=lambda both: both[0].total())  # of a replay
+    found, in_c = python_calls(call)
     assert sum(found.values()) <= MOST_CALLS[direction], found
     assert found["cudnn_flex_compile.engine.launch.cuda_graph.Graph.launch"] == 1
     assert in_c["Tensor.stride"] == 0, in_c
