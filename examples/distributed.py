@@ -1,7 +1,6 @@
 """Trains examples/train.py's GPT on several GPUs; the batch is split over them (ddp, fsdp2), or heads are (tensor).
 
-$ torchrun --nproc-per-node 2 examples/distributed.py --parallel fsdp2
-$ torchrun --nproc-per-node 2 examples/distributed.py --parallel tensor --backend inductor --csv losses.csv
+$ torchrun --nproc-per-node 2 examples/distributed.py --parallel fsdp2 --backend cudnn_flex
 """
 
 import argparse
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -28,10 +28,6 @@ import train
 import cudnn_flex_compile
 
 Run = Callable[[Tensor, Tensor], Tensor]
-
-
-def alone(model: train.GPT, args: argparse.Namespace, device: str) -> Run:
-    return torch.compile(model, backend=args.backend)
 
 
 def ddp(model: train.GPT, args: argparse.Namespace, device: str) -> Run:
@@ -67,16 +63,15 @@ def tensor(model: train.GPT, args: argparse.Namespace, device: str) -> Run:
     return torch.compile(model, backend=args.backend)
 
 
-PARALLEL = {"none": alone, "ddp": ddp, "fsdp2": fsdp2, "tensor": tensor}
+PARALLEL = {"none": lambda model, args, device: torch.compile(model, backend=args.backend)}
+PARALLEL |= {"ddp": ddp, "fsdp2": fsdp2, "tensor": tensor}
 SPLITS_BATCH = ("ddp", "fsdp2")
 
 
-def by_type(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+def by_type(parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
     """The fused optimizer takes plain tensors and DTensors in groups of their own."""
-    groups: dict[type, list[nn.Parameter]] = {}
-    for parameter in parameters:
-        groups.setdefault(type(parameter), []).append(parameter)
-    return [{"params": group} for group in groups.values()]
+    groups = [[p for p in parameters if isinstance(p, DTensor) == sharded] for sharded in (False, True)]
+    return [{"params": group} for group in groups if group]
 
 
 def steps(args: argparse.Namespace, device: str) -> Iterator[Tensor]:
@@ -85,7 +80,7 @@ def steps(args: argparse.Namespace, device: str) -> Iterator[Tensor]:
     torch.set_float32_matmul_precision(args.matmul_precision)
     model = train.GPT(args, device).to(device)
     compiled = PARALLEL[args.parallel](model, args, device)
-    optimizer = torch.optim.AdamW(by_type(model.parameters()), lr=args.lr, fused=True)
+    optimizer = torch.optim.AdamW(by_type(list(model.parameters())), lr=args.lr, fused=True)
     ranks, rank = dist.get_world_size(), dist.get_rank()
     mine = slice(rank, None, ranks) if args.parallel in SPLITS_BATCH else slice(None)
     for tokens, targets in train.batches(args, device):
@@ -133,9 +128,6 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("distributed.py needs NVIDIA GPUs: flex_attention has no backward on the CPU", file=sys.stderr)
         return 2
-    if "RANK" not in os.environ:
-        print("start distributed.py with torchrun --nproc-per-node COUNT", file=sys.stderr)
-        return 2
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl")
     try:
@@ -145,10 +137,8 @@ def main() -> int:
             if args.csv:
                 with args.csv.open("w", newline="") as file:
                     csv.writer(file).writerows([("step", "loss"), *enumerate(losses)])
-            ends = f"loss {losses[0]:.4f} -> {losses[-1]:.4f}"
-            print(f"{args.parallel}, {args.backend}: {ends}, median step {step:.2f} ms")
-            if args.backend == "cudnn_flex":
-                print(report if report.kept else report.summary)
+            ends = f"loss {losses[0]:.4f} -> {losses[-1]:.4f}, median step {step:.2f} ms"
+            print(f"{args.parallel}, {args.backend}: {ends}", report if report.kept else report.summary, sep="\n")
     finally:
         dist.destroy_process_group()
     return 0

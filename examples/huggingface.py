@@ -1,7 +1,6 @@
 """An unmodified HuggingFace model, randomly initialised, on backend="cudnn_flex"; runs on the CPU and on a GPU.
 
-$ pip install transformers
-$ python examples/huggingface.py llama --padding right
+$ python examples/huggingface.py llama --padding right  (needs transformers)
 
 On the CPU a tiny model shows what is lowered, and compares logits; on a GPU a larger one is trained by either backend.
 """

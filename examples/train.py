@@ -1,7 +1,6 @@
 """Trains a small GPT on the source of Python's standard library; its layers take four kinds of attention in turn.
 
-$ python examples/train.py --backend cudnn_flex
-$ python examples/train.py --backend inductor --steps 200 --csv losses.csv
+$ python examples/train.py --backend cudnn_flex  (or inductor)
 """
 
 import argparse
@@ -114,8 +113,7 @@ def train(args: argparse.Namespace, device: str) -> tuple[list[float], list[floa
 
 def parse(doc: str = __doc__ or "", more: Sequence[argparse.ArgumentParser] = ()) -> argparse.Namespace:
     """The arguments of the command line, those of `more` parsers among them."""
-    summary, shown = doc.splitlines()[0], argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=summary, formatter_class=shown, parents=more)
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0], parents=more)
     parser.add_argument("--backend", choices=("cudnn_flex", "inductor"), default="cudnn_flex", help="of torch.compile")
     sizes = {"steps": 200, "layers": 8, "dim": 1024, "heads": 8, "length": 4096, "batch": 2, "seed": 0, "log-every": 10}
     for name, default in sizes.items():
@@ -141,11 +139,9 @@ def main() -> int:
     if args.csv:
         with args.csv.open("w", newline="") as file:
             csv.writer(file).writerows([("step", "loss"), *enumerate(losses)])
-    step = statistics.median(times[WARM_UP:] or times)
-    print(f"{args.backend}: loss {losses[0]:.4f} -> {losses[-1]:.4f}, median step {step:.2f} ms,", end=" ")
-    print(f"{1000 * args.batch * args.length / step:,.0f} tokens/s")
-    if args.backend == "cudnn_flex":
-        print(report if report.kept else report.summary)
+    ends, step = f"loss {losses[0]:.4f} -> {losses[-1]:.4f}", statistics.median(times[WARM_UP:] or times)
+    print(f"{args.backend}: {ends}, step {step:.2f} ms, {1000 * args.batch * args.length / step:,.0f} tokens/s")
+    print(report if report.kept else report.summary)
     return 0
 
 

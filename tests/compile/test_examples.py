@@ -28,7 +28,8 @@ def test_quickstart_runs_to_the_end():
 
 
 EXAMPLES = {  # what each shows of itself: calls, and those that are lowered
-    ("alibi.py",): (2, 2),
+    ("packed_documents.py",): (2, 2),
+    ("tensorrt_inside.py", "--inner", "aot_eager"): (2, 2),
     ("joint_attention.py",): (2, 2),
     ("neighbourhood.py", "--lower", "always"): (2, 2),
     ("install.py", "--lower", "always"): (1, 1),  # compiled once, for both layers
@@ -49,9 +50,17 @@ def test_an_example_shows_what_it_lowers(command):
     assert "max |difference|" in done.stdout
 
 
-@pytest.mark.parametrize("script", ["train.py", "packed_documents.py"])
-def test_training_says_that_it_needs_a_gpu(script):
-    done = run(script, "--steps", "1")
+ELSEWHERE = ("quickstart.py", "train.py", "distributed.py", "context_parallel.py")  # here, and in tests/distributed
+
+
+def test_each_example_is_short_and_run():
+    scripts = {path.name: len(path.read_text().splitlines()) for path in (ROOT / "examples").glob("*.py")}
+    assert set(scripts) == {command[0] for command in EXAMPLES} | set(ELSEWHERE)
+    assert all(lines < 150 for lines in scripts.values()), scripts
+
+
+def test_training_says_that_it_needs_a_gpu():
+    done = run("train.py", "--steps", "1")
     assert (done.returncode, done.stdout) == (2, "")
     assert len(done.stderr.splitlines()) == 1
     assert "no backward on the CPU" in done.stderr
