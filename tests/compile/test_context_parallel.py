@@ -8,11 +8,11 @@ import torch
 from torch.nn.attention import flex_attention as stock
 from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 
-from cudnn_flex_compile.kernels import row_tables, tile_lists
-from cudnn_flex_compile.passes.decide import keep_rules
+from cudnn_flex_compile.kernels import list_making, row_tables
 from cudnn_flex_compile.passes.write import tile_lists as write_lists
 from cudnn_flex_compile.report.report import collect
 from cudnn_flex_compile.scoremod.text import infix
+from tests.support.fastest import make_fastest
 from tests.support.mask_runs import shown
 
 parallel = pytest.importorskip("torch.distributed.tensor.experimental._context_parallel._attention")
@@ -121,13 +121,13 @@ def test_balanced_ranks_have_tile_lists(balancer, mask_mod, trainable, monkeypat
     """As if there were kernels for the CPU; what the list shows is what torch's function says at every pair."""
     asked = []
 
-    def most_endpoints(pairs, find=tile_lists.most_endpoints):
+    def most_endpoints(pairs, find=list_making.most_endpoints):
         asked.append((pairs, find(pairs)))
         return asked[-1][1]
 
     monkeypatch.setattr(write_lists, "unusable", lambda device: None)
-    monkeypatch.setattr(tile_lists, "most_endpoints", most_endpoints)
-    monkeypatch.setattr(keep_rules, "slower", lambda inputs: None)
+    monkeypatch.setattr(list_making, "most_endpoints", most_endpoints)
+    make_fastest(monkeypatch, "all", rest=8.0)
     mask = of_rank(1, mask_mod, balancer, monkeypatch)
     assert check(mask, monkeypatch).strategies == ("tile_lists",)
     ((pairs, most),) = asked

@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cudnn_flex_compile.passes.decide import cost_model, keep_rules
-from cudnn_flex_compile.passes.decide.cost_model import Blocks, CostInputs, Workload
+from cudnn_flex_compile.passes import contenders
+from cudnn_flex_compile.passes.decide import chooser, cost_inputs, cost_model
+from cudnn_flex_compile.passes.decide.chooser import STOCK, choose
+from cudnn_flex_compile.passes.decide.cost_inputs import Blocks, CostInputs, Workload
 from cudnn_flex_compile.passes.decide.device_times import FOLDER, read
 
 EXAMPLES = Path(__file__).parents[4] / "examples"
@@ -27,7 +29,12 @@ def calls(quickstart, monkeypatch):
     """What the rules are told of each call, at the size of a laptop."""
     found = []
     with monkeypatch.context() as patch, torch.no_grad():
-        patch.setattr(keep_rules, "slower", lambda inputs: found.append(inputs))
+
+        def chosen(inputs, *rest):
+            found.append(inputs[()])
+            return choose(inputs, *rest)
+
+        patch.setattr(contenders, "choose", chosen)
         batch, heads, length, dim = quickstart.SMALL
         x = torch.randn(batch, length, heads * dim, dtype=torch.bfloat16)
         options = {"inner_backend": "aot_eager"}
@@ -49,14 +56,15 @@ def at(size, call, partial, listed):
 
 def test_all_calls_are_lowered_on_an_h200(quickstart, calls, monkeypatch):
     times = read(FOLDER / "NVIDIA_H200.json")
-    monkeypatch.setattr(cost_model, "times_of", lambda device: times)
-    for module in (cost_model, keep_rules):
+    monkeypatch.setattr(cost_inputs, "times_of", lambda device: times)
+    for module in (cost_inputs, cost_model, chooser):
         monkeypatch.setattr(module, "example", lambda node: node)
     causal = 1, (quickstart.LARGE[2] // BLOCK + 1) / 2
     assert len(calls) == len(quickstart.LAYERS)
     for layer, call, blocks in zip(quickstart.LAYERS, calls, (causal, (2, 2), causal, causal), strict=True):
-        inputs = at(quickstart.LARGE, call, *blocks)
-        assert keep_rules.slower(inputs) is None, layer
-        assert cost_model.expected(inputs) > 1.4, layer
-        tiny = at((1, 1, *quickstart.LARGE[2:]), call, *blocks)
-        assert keep_rules.slower(replace(tiny, training=False)) is not None, "the test can tell"
+        large = at(quickstart.LARGE, call, *blocks)
+        found = choose({(): large}, True, None, False)
+        assert found.order == ((),), (layer, found.slower)
+        assert found.estimates[STOCK].total > 1.4 * found.estimates[()].total, layer
+        tiny = replace(at((1, 1, *quickstart.LARGE[2:]), call, *blocks), training=False)
+        assert not choose({(): tiny}, True, None, False).order, "the test can tell"
