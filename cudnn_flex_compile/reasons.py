@@ -19,6 +19,7 @@ class Code(enum.Enum):
     CUDNN_OLD = "upgrade cuDNN (nvidia-cudnn-cu12 or nvidia-cudnn-cu13) to the version named"
     UNKNOWN_OP = "rewrite the op in terms of those that docs/support.md lists, or ask for a row in the op table"
     NO_BACKWARD = "run under torch.no_grad, or use ops that have a derivative"
+    VECTORS = "add dots of vectors to the score first, `score + scale * dot(a[b, h, q], c[b, h, kv])`; then do the rest"
     ILLEGAL_OP = "cuDNN computes no form of this op right; see the detail"
     FINITE_FILL = "hide pairs with -inf, or by the mask_mod; a finite number gives rows hidden whole a meaning"
     BIAS_BUDGET = "raise options={'bias_budget_mb': ...}, or write the mask as bounds on q - kv and kv"

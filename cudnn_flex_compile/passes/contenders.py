@@ -28,7 +28,7 @@ GRAPHS: Way = ()
 
 
 class Contenders:
-    """The ways to run one call.
+    """The ways to run one call. Inductor's kernel is none where a score_mod has dots of vectors, which it cannot read.
 
     Args:
         candidate: the call by graphs.
@@ -40,6 +40,7 @@ class Contenders:
         self, candidate: Candidate, traced: Traced, checked: MaskProgram | None, large: Reason | None, context: Context
     ) -> None:
         self._checked, self._large, self._context = checked, large, context
+        self._only_faster = context.only_faster and not candidate.dots
         self._tried: dict[Way, Lowered | Reason] = {}
         self.ways = {GRAPHS: candidate, **_by_lists(candidate, traced, context)}
 
@@ -54,13 +55,14 @@ class Contenders:
 
         def find() -> Choice:
             inputs = {way: cost_inputs_of(candidate, context) for way, candidate in self.ways.items()}
-            return choose(inputs, context.only_faster, self._measure(facts), context.options.autotune)
+            return choose(inputs, self._only_faster, self._measure(facts), context.options.autotune)
 
-        return context.once(("choice", *given_to(graphs.call), query.dtype, *dims, *known, *self.ways), find)
+        given = *given_to(graphs.call), query.dtype, *dims, *known, self._only_faster
+        return context.once(("choice", *given, *self.ways), find)
 
     def _measure(self, facts: CostInputs) -> Measuring | None:
         context, graphs = self._context, self.ways[GRAPHS]
-        if not context.only_faster or context.options.tune_seconds == 0:
+        if not self._only_faster or context.options.tune_seconds == 0:
             return None
         if not measurable(graphs, not facts.reads_mask or at_hand(graphs.captures, context)):
             return None

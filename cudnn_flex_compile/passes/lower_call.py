@@ -16,6 +16,7 @@ from cudnn_flex_compile.passes.read.captures import read_captures
 from cudnn_flex_compile.passes.read.programs import traced_of
 from cudnn_flex_compile.passes.write import block_mask_guards
 from cudnn_flex_compile.passes.write.block_mask_guards import MaskProgram
+from cudnn_flex_compile.passes.write.longer_heads import with_dots
 from cudnn_flex_compile.passes.write.replace_call import replace, with_batch
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.report.call import CallReport
@@ -46,16 +47,21 @@ def lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason 
     if large is not None and traced.pairwise is None:
         return large
     asked = any(map(requires_grad, (call.query, call.key, call.value))) or any(part.learned for part in hoisted)
+    asked = asked or any(not captures.learned.isdisjoint(dot.learned) for dot in traced.dots)
     training = call.mode.grad and asked
     odd = block_mask_guards.one_sided(call)
     if odd is not None:
         return odd
+    longer = with_dots(call, traced.dots, captures, context.operands) if traced.dots else call
+    if isinstance(longer, Reason):
+        return longer
     candidate = Candidate(
-        call, program, hoisted, captures, training, context.real, context.options.policy.text,
-        compacted(program, hoisted), traced.fingerprint,
+        longer, program, hoisted, captures, training, context.real, context.options.policy.text,
+        compacted(program, hoisted), traced.fingerprint, dots=traced.dots,
     )  # fmt: skip
 
-    why = unplannable(cost_inputs_of(candidate, context)) if context.only_faster else None
+    faster = context.only_faster and not candidate.dots
+    why = unplannable(cost_inputs_of(candidate, context)) if faster else None
     return why or _lower_in_order(Contenders(candidate, traced, checked, large, context), checked, context, report)
 
 

@@ -21,7 +21,7 @@ from cudnn_flex_compile.passes.graph_context import Context, mask_of
 from cudnn_flex_compile.passes.lower_call import lower_or_reason
 from cudnn_flex_compile.passes.read.call import Call, find_calls, read_call
 from cudnn_flex_compile.passes.write import block_mask_guards, tile_lists
-from cudnn_flex_compile.passes.write.casts import with_casts, without_casts
+from cudnn_flex_compile.passes.write.casts import with_casts
 from cudnn_flex_compile.passes.write.checkpoint_policy import save_as_stock
 from cudnn_flex_compile.passes.write.operands import Writer
 from cudnn_flex_compile.passes.write.prune import live_nodes, prune
@@ -82,13 +82,11 @@ def _lower(call: Call, context: Context) -> CallReport:
         return report
     before = set(call.node.graph.nodes)
     try:
-        cast = with_casts(call)
-        report.reason = lower_or_reason(cast, context, report)
-        if report.reason is not None:
-            without_casts(cast)
+        report.reason = lower_or_reason(with_casts(call), context, report)
     except Exception as error:  # a bug of ours must not stop the model
         log.warning("cudnn_flex: the pass failed on %s; the call is kept", call.source, exc_info=True)
         report.reason, report.strategies = Reason(Code.INTERNAL, f"{type(error).__name__}: {error}"), ()
+    if report.reason is not None:
         _undo(call, before, context)
     return report
 
@@ -96,7 +94,9 @@ def _lower(call: Call, context: Context) -> CallReport:
 def _undo(call: Call, before: set[Node], context: Context) -> None:
     """Erases the nodes that were written for a call that is kept."""
     graph = call.node.graph
-    for node in reversed(list(graph.nodes)):
-        if node not in before and not node.users:
+    written = [node for node in graph.nodes if node not in before]
+    for node in reversed(written):
+        if not node.users:
             graph.erase_node(node)
-    context.operands.forget()
+    if written:
+        context.operands.forget()

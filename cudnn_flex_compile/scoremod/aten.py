@@ -72,6 +72,29 @@ def joint_graph(function: Function, inputs: Sequence[Any], learned: Sequence[int
     return _traced(joint, [*inputs, *directions])
 
 
+def without_sums(module: GraphModule) -> GraphModule:
+    """A graph of ATen ops with zeros in place of float sums over vectors, in place: all that a score_mod adds as dots.
+    """
+    for node in list(module.graph.nodes):
+        packet = getattr(node.target, "overloadpacket", None)
+        if node.op != "call_function" or getattr(packet, "__name__", "") not in SUMS:
+            continue
+        result, before = node.meta["val"], node.args[0].meta["val"]
+        if result.is_floating_point() and before.numel() > result.numel():
+            with module.graph.inserting_before(node):
+                how: Any = {"dtype": result.dtype, "device": result.device}
+                zeros = module.graph.call_function(torch.ops.aten.zeros.default, (list(result.shape),), how)
+            zeros.meta = dict(node.meta)
+            node.replace_all_uses_with(zeros)
+            module.graph.erase_node(node)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return module
+
+
+SUMS = ("sum", "dot", "vdot", "mv", "mm", "bmm")
+
+
 def _traced(function: Function, inputs: Sequence[Any]) -> GraphModule:
     with torch.inference_mode(False):
         return make_fx(function, tracing_mode="real")(*inputs)

@@ -1,7 +1,7 @@
 """The table of ATen ops: which expression each op of a traced function is.
 
-An op whose arguments ATen spells as the op table does is in DIRECT, another has a reader in SPECIAL. trace.py goes
-through a graph, and asks for one op at a time.
+An op whose arguments ATen spells as the op table does is in DIRECT, another has a reader in SPECIAL, or in OF_VECTORS
+if it asks for the shape of a vector. trace.py goes through a graph, and asks for one op at a time.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +12,7 @@ import torch
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import BOOL, F32, I32, I64, SCORE, Expr
 from cudnn_flex_compile.scoremod.optable import ROWS, make
+from cudnn_flex_compile.scoremod.vectors import MOVES, at, product_sum, reduced
 
 
 class Untraceable(Exception):
@@ -37,18 +38,23 @@ def dtype_of(dtype: torch.dtype, what: str = "a tensor") -> str:
     return DTYPES[dtype]
 
 
-def read(name: str, example: torch.Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Expr:
+def read(
+    name: str, example: torch.Tensor, sizes: Sequence[int], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Expr:  # fmt: skip
     """The expression of one op, in the dtype of its result.
 
     Args:
         name: of the ATen op, without its overload.
         example: its result, a fake tensor.
+        sizes: the shape of its first argument; empty for one that is no tensor.
         args, kwargs: with expressions in place of tensors.
 
     Raises:
         Untraceable: where the table does not have the op, or not with these arguments.
     """
     try:
+        if name in OF_VECTORS:
+            return _typed(name, OF_VECTORS[name](example, sizes, *args, **kwargs), example)
         if name in SPECIAL:
             return _typed(name, SPECIAL[name](example, *args, **kwargs), example)
         if name in DIRECT and not kwargs:
@@ -248,8 +254,40 @@ SPECIAL: dict[str, Callable[..., Expr]] = {
     "clamp": _clamp, "gelu": _gelu, "softplus": _softplus,
     "clamp_min": lambda e, x, low: _clamp(e, x, low), "clamp_max": lambda e, x, high: _clamp(e, x, None, high),
     "square": lambda e, x: make("mul", x, x), "where": _where, "masked_fill": _masked_fill,
-    "_to_copy": _cast, "clone": _same, "detach": lambda e, x: _stop(x), "alias": _same, "lift_fresh_copy": _same,
-    "view": _same, "contiguous": _same, "scalar_tensor": _filled(None), "full": _filled(None),
+    **dict.fromkeys((*MOVES, "clone", "alias", "lift_fresh_copy", "contiguous"), _same), "_to_copy": _cast,
+    "detach": lambda e, x: _stop(x), "scalar_tensor": _filled(None), "full": _filled(None),
     "new_full": _filled(None), "full_like": _filled(None), "zeros": _filled(0), "new_zeros": _filled(0),
     "zeros_like": _filled(0), "ones": _filled(1), "new_ones": _filled(1), "ones_like": _filled(1),
+}  # fmt: skip
+
+
+def _reduction(name: str) -> Callable[..., Expr]:
+    def read(
+        example: Any, sizes: Sequence[int], x: Expr, dims: Any = None, keep: bool = False, *, dtype: Any = None
+    ) -> Expr:  # fmt: skip
+        over = [dims] if isinstance(dims, int) else dims
+        return reduced(name, x, sizes, over, dtype_of(example.dtype))
+
+    return read
+
+
+def _product(example: Any, sizes: Sequence[int], left: Expr, right: Expr) -> Expr:
+    return product_sum(left, right, sizes[-1])
+
+
+def _select(example: Any, sizes: Sequence[int], x: Expr, dim: int, position: int) -> Expr:
+    return at(x, sizes, {dim % len(sizes): ir.const(position % sizes[dim], I32)})
+
+
+def _index(example: Any, sizes: Sequence[int], x: Expr, positions: Sequence[Any]) -> Expr:
+    found = {dim: i for dim, i in enumerate(positions) if i is not None}
+    if any(node.kind == "lane" for i in found.values() for node in ir.walk(i)):
+        raise Untraceable("an index that is a vector")
+    return at(x, sizes, found)
+
+
+# Readers that get the shape of the first argument, too.
+OF_VECTORS: dict[str, Callable[..., Expr]] = {
+    **{name: _reduction(name) for name in ("any", "all", "sum")},
+    **dict.fromkeys(("dot", "vdot", "mv", "mm", "bmm"), _product), "select": _select, "index": _index,
 }  # fmt: skip

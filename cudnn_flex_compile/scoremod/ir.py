@@ -35,6 +35,7 @@ class Expr:
         capture      `value` is the position of a captured tensor, before hoisting (never in a Program)
         operand      `value` is a position in the op's operands; `dims` are the axes along which it varies
         scalar       `value` is a position among the op's int (I32) or float (F32) scalars
+        lane         the position in a vector of `value` entries; I32 (vectors.py; never in a Program)
     """
 
     kind: str
@@ -150,6 +151,11 @@ def operand(position: int, dtype: str, dims: str) -> Expr:
     if any(d not in AXES for d in dims) or list(dims) != sorted(set(dims), key=AXES.index):
         raise ValueError(f"operand dims are {dims!r}, expected a subsequence of 'bhqk'")
     return intern("operand", dtype, value=position, dims=dims)
+
+
+def lane(count: int) -> Expr:
+    """The position in a vector of `count` entries."""
+    return intern("lane", I32, value=count)
 
 
 def scalar(position: int, dtype: str) -> Expr:

@@ -4,7 +4,7 @@ passes/read/programs.py calls it with Dynamo's module of the user's function, wh
 captured... The expression is exact: an op without a row in the table raises `Untraceable`, and is never skipped.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.aten import OwnGradient, fake_mode, plain, value_graph
 from cudnn_flex_compile.scoremod.aten_table import SMALL, Untraceable, dtype_of, read
 from cudnn_flex_compile.scoremod.ir import BOOL, F32, SCORE, Expr
-from cudnn_flex_compile.scoremod.optable import make
+from cudnn_flex_compile.scoremod.vectors import MOVES, NoVector, entry, lane_dim, vector_of
 from cudnn_flex_compile.scoremod.views import VIEWS, View, squeezed, view_of
 
 
@@ -49,7 +49,7 @@ def trace(
     Returns:
         F32 for a score_mod, BOOL for a mask_mod. Leaves are SCORE, indices, constants and the leaves given
         in `captured`, read through `gather` where they are tensors. A leaf that takes a gradient is in a `stop` where
-        the function lets none through.
+        the function lets none through. A score_mod may have a `dot` of vectors (vectors.py).
 
     Raises:
         Untraceable: with the op that has no row.
@@ -60,7 +60,11 @@ def trace(
     leaves = [SCORE] if takes_score else []
     leaves += [ir.index(axis) for axis in ir.AXES]
     leaves += [c.leaf for c in captured]
-    result = _Reader(graph, leaves).read()
+    shapes = {c.leaf: c.tensor.shape for c in captured if c.tensor is not None}
+    try:
+        result = _Reader(graph, leaves, shapes).read()
+    except NoVector as error:
+        raise Untraceable(str(error)) from error
     if result.dtype != (F32 if takes_score else BOOL):
         raise Untraceable(f"a result of dtype {result.dtype}")
     return _only_of(result, {*([SCORE] if differentiated else []), *(c.leaf for c in captured if c.learned)})
@@ -99,10 +103,15 @@ def _hint(size: Any) -> int:
 
 
 class _Reader:
-    """Reads an ATen graph, node by node, into an expression."""
+    """Reads an ATen graph, node by node, into an expression.
 
-    def __init__(self, graph: torch.fx.Graph, leaves: list[Expr]) -> None:
-        self.graph = graph
+    Args:
+        leaves: those of its placeholders.
+        shapes: the shapes of captured tensors, by leaf.
+    """
+
+    def __init__(self, graph: torch.fx.Graph, leaves: list[Expr], shapes: Mapping[Expr, Sequence[Any]]) -> None:
+        self.graph, self.shapes = graph, shapes
         self.values: dict[torch.fx.Node, Any] = {}
         self.leaves = iter(leaves)
 
@@ -115,7 +124,7 @@ class _Reader:
             elif node.op == "call_function" and node.users:
                 self.values[node] = self._call(node)
             elif node.op == "output":
-                return self._tensor(self._value(node.args[0]))
+                return self._number(node.args[0])
         raise Untraceable("a graph without an output")
 
     def _constant(self, tensor: Any) -> Expr:
@@ -131,11 +140,19 @@ class _Reader:
             return self.values[arg]
         return type(arg)(self._value(a) for a in arg) if isinstance(arg, (list, tuple)) else arg
 
-    def _tensor(self, value: Any) -> Expr:
-        """A captured tensor that is used without an index is 0-d."""
-        if isinstance(value, View):
-            raise Untraceable(f"a vector of {len(value.left)} dimensions inside a function")
-        return make("gather", value) if isinstance(value, Expr) and value.kind == "capture" else value
+    def _number(self, result: Any) -> Expr:
+        if _example(result).dim() != 0:
+            raise Untraceable(f"a result of {_example(result).dim()} dimensions")
+        return self._tensor(self._value(result))
+
+    def _tensor(self, value: Any) -> Any:
+        """The expression of a number or a vector; a captured tensor that is used without an index is one, too."""
+        if isinstance(value, Expr) and value.kind == "capture":
+            value = view_of(value, len(self.shapes[value]))
+        return vector_of(value, self._shape(value.source)) if isinstance(value, View) else value
+
+    def _shape(self, source: Expr) -> Sequence[Any]:
+        return self.shapes[source.args[0] if source.kind == "stop" else source]
 
     def _view(self, name: str, node: torch.fx.Node, args: tuple[Any, ...]) -> View | None:
         """The rest of a captured tensor after a step of indexing, or None where the node is no such step."""
@@ -167,12 +184,12 @@ class _Reader:
         if view is not None and len(view.left) != example.dim():
             raise Untraceable("an index that is a vector")
         if view is not None:
-            return view if view.left else _entry(view.source, *(i for i in view.indices if i is not None))
-        if example.dim() != 0:
-            raise Untraceable(f"{name} with a result of {example.dim()} dimensions, not a number,")
+            return view if view.left else entry(view.source, *(i for i in view.indices if i is not None))
         args = tuple(self._tensor(a) for a in args)
+        _ = lane_dim(example.shape)
         _check_integers(name, node)
-        return read(name, example, args, kwargs)
+        first = node.args[0] if node.args else None
+        return read(name, example, _example(first).shape if isinstance(first, torch.fx.Node) else (), args, kwargs)
 
 
 def _example(arg: Any) -> torch.Tensor:
@@ -180,16 +197,9 @@ def _example(arg: Any) -> torch.Tensor:
 
 
 DO_NOT_WRAP = (
-    "index", "select", "where", "clone", "detach", "alias", "view", "contiguous", "lift_fresh_copy",
+    "index", "select", "where", "clone", "detach", "alias", "contiguous", "lift_fresh_copy", "any", "all", *MOVES,
     "bitwise_and", "bitwise_or", "bitwise_xor", "__and__", "__or__", "__xor__",
 )  # fmt: skip
-
-
-def _entry(captured: Expr, *indices: Expr) -> Expr:
-    """An entry of a captured tensor, or of the `stop` of one."""
-    if captured.kind == "stop":
-        return make("stop", make("gather", captured.args[0], *indices))
-    return make("gather", captured, *indices)
 
 
 def _only_of(root: Expr, differentiated: set[Expr]) -> Expr:

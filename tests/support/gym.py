@@ -19,7 +19,10 @@ BATCH, HEADS, HEAD_DIM = 2, 4, 64
 
 @dataclass(frozen=True)
 class Case:
-    """One call. `kv_heads` below HEADS is grouped-query attention; a mask that reads b or h is `per_head`."""
+    """One call. `kv_heads` below HEADS is grouped-query attention; a mask that reads b or h is `per_head`.
+
+    `exact_mod` is the score_mod where it computes with captured tensors, which then are float64.
+    """
 
     q_len: int
     kv_len: int
@@ -27,6 +30,7 @@ class Case:
     mask_mod: Callable | None = None
     kv_heads: int = HEADS
     per_head: bool = False
+    exact_mod: Callable | None = None
 
 
 def masked(mask_mod, q_len, kv_len=None, **how):
@@ -118,8 +122,12 @@ def graphormer_edge(n, device, types=5, hops=3):
 
 
 def mla_rope(n, device, dim=16):
-    tables = normal(BATCH, HEADS, n, dim, device=device), normal(BATCH, 1, n, dim, device=device)
-    return scored(mods.generate_mla_rope_score_mod(*tables, HEADS, scale=0.125), n, kv_heads=1)
+    tables = [normal(BATCH, heads, n, dim, device=device).bfloat16() for heads in (HEADS, 1)]
+    score_mod, exact_mod = (
+        mods.generate_mla_rope_score_mod(*(t.to(dtype) for t in tables), HEADS, scale=0.125)
+        for dtype in (torch.bfloat16, torch.float64)
+    )
+    return scored(score_mod, n, kv_heads=1, exact_mod=exact_mod)
 
 
 # By attn-gym's file, then what of it: functions of (length, at least 192, and device). Lengths that a mask dictates
@@ -192,6 +200,7 @@ def _over_pairs(function, takes_score):
 
 def reference(case, query, key, value, grad, exact):
     """out, lse, dQ, dK, dV by tests/support/dense.py."""
-    score_mod = case.score_mod and _over_pairs(case.score_mod, True)
+    score_mod = case.exact_mod or case.score_mod
+    score_mod = score_mod and _over_pairs(score_mod, True)
     mask_mod = case.mask_mod and _over_pairs(case.mask_mod, False)
     return dense.with_gradients(query, key, value, score_mod, mask_mod, HEAD_DIM**-0.5, grad, exact)

@@ -25,7 +25,8 @@ from cudnn_flex_compile.passes.read.captures import Captures, indexing
 from cudnn_flex_compile.passes.write.block_mask_guards import MaskProgram
 from cudnn_flex_compile.passes.write.operands import operand_value
 from cudnn_flex_compile.reasons import Code, Reason
-from cudnn_flex_compile.scoremod.aten import fake_mode, joint_graph, plain, value_graph
+from cudnn_flex_compile.scoremod.aten import fake_mode, joint_graph, plain, value_graph, without_sums
+from cudnn_flex_compile.scoremod.dots import Dot
 from cudnn_flex_compile.scoremod.ir import AXES, Expr, Program
 from cudnn_flex_compile.scoremod.partition import Hoisted
 from cudnn_flex_compile.scoremod.ranges import VALUE_LIMIT
@@ -51,6 +52,7 @@ class Candidate:
         tiled: the directions that run by a list of the mask's tiles (passes/write/tile_lists.py).
         mask_heads: the number of heads for which there is a list: 1 if all share it.
         shown: the mask of that list, over captures.
+        dots: the dots of captured rows that are part of the call's raw scores (passes/write/longer_heads.py).
     """
 
     call: Call
@@ -65,6 +67,7 @@ class Candidate:
     tiled: tuple[str, ...] = ()
     mask_heads: int = 0
     shown: MaskProgram | None = None
+    dots: tuple[Dot, ...] = ()
 
     @property
     def lse_gradient(self) -> bool:
@@ -237,6 +240,8 @@ def _functions(candidate: Candidate) -> dict[str, Any]:
         made_up = stand_ins(True, captures.of_score, device, candidate.training)
         of_score = _numbered(candidate, captures.of_score, made_up)
         of_mask = _numbered(candidate, captures.of_mask, stand_ins(False, captures.of_mask, device, False))
+        if candidate.dots:  # the raw score has them
+            score_mod = without_sums(value_graph(score_mod, of_score))
         start = len(of_score) - len(captures.of_score)
         places = [start + i for i, c in enumerate(captures.of_score) if c.learned]
         learned = [c for c in captures.of_score if c.learned]

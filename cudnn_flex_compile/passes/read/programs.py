@@ -21,6 +21,7 @@ from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.aten import OwnGradient
 from cudnn_flex_compile.scoremod.aten_table import Untraceable
+from cudnn_flex_compile.scoremod.dots import Dot, NotAdded, split_dots
 from cudnn_flex_compile.scoremod.fingerprint import graph_text
 from cudnn_flex_compile.scoremod.ir import SCORE, Expr, Program
 from cudnn_flex_compile.scoremod.learned import NotAdditive
@@ -49,6 +50,7 @@ class Traced:
             (scoremod/partition.py); None where the score is modified, or the mask reads a captured tensor at pairs.
         whole: the mask of both functions, over captures.
         fingerprint: the functions' text, for verdicts on plans that were compared with them; None if they have none.
+        dots: the dots of captured rows that are part of the program's score: those of longer queries and keys.
     """
 
     program: Program
@@ -58,6 +60,7 @@ class Traced:
     whole: Expr
     noop: bool = False
     fingerprint: str | None = None
+    dots: tuple[Dot, ...] = ()
 
     def shown(self, captures: Captures) -> MaskProgram:
         """The mask from which a list of tiles is made, with the captured inputs of one call."""
@@ -112,7 +115,8 @@ def _key(call: Call, captures: Captures) -> tuple[Hashable, ...] | None:
 def _layout(captured: Captured, captures: Captures) -> Hashable:
     """The properties of a captured value that tracing reads; equal leaves stand for the same value."""
     leaf, tensor = captured.leaf, captured.tensor
-    layout = None if tensor is None else (tuple(map(hint, tensor.shape)), tensor.dtype, tensor.device)
+    sizes = () if tensor is None else tuple((hint(n), type(n) is int) for n in tensor.shape)
+    layout = None if tensor is None else (sizes, tensor.dtype, tensor.device)
     return leaf.kind, leaf.dtype, leaf.value, layout, leaf in captures.learned
 
 
@@ -140,6 +144,7 @@ def _trace(call: Call, captures: Captures, fingerprint: str | None) -> Traced | 
         if large is not None:
             return large
         with phase("solve"):
+            score, dots = split_dots(score)
             whole = normalize(ir.program(narrow(score), narrow(mask)))
             program, hoisted = partition(whole, captures.stored, captures.learned)
             pairs = pairwise(whole) if whole.score is SCORE else None
@@ -150,10 +155,12 @@ def _trace(call: Call, captures: Captures, fingerprint: str | None) -> Traced | 
         return Reason(Code.NO_BACKWARD, f"score_mod has {error}")
     except Untraceable as error:
         return Reason(Code.UNKNOWN_OP, str(error))
+    except NotAdded as error:
+        return Reason(Code.VECTORS, str(error))
     except NotAdditive as error:
         return Reason(Code.CAPTURED_GRADIENT, f"a captured tensor that requires grad takes part in {error}")
     except ScoreGather:
         return Reason(Code.UNKNOWN_OP, "a captured tensor read at an index that depends on the score")
     by_pairs = None if pairs is None else (pairs[0], tuple(pairs[1]))
     only_mask = None if alone is None else (alone[0], tuple(alone[1]), own, of_score)
-    return Traced(program, tuple(hoisted), only_mask, by_pairs, whole.mask, mask is ir.TRUE, fingerprint)
+    return Traced(program, tuple(hoisted), only_mask, by_pairs, whole.mask, mask is ir.TRUE, fingerprint, dots)

@@ -23,13 +23,6 @@ def with_casts(call: Call) -> Call:
     return replace(call, **{name: _cast(getattr(call, name), dtype, call.node) for name in ("query", "key", "value")})
 
 
-def without_casts(call: Call) -> None:
-    """Erases the casts of a call that is kept: flex_attention makes its own."""
-    for node in (call.query, call.key, call.value):
-        if not node.users:
-            node.graph.erase_node(node)
-
-
 def _cast(node: Node, dtype: torch.dtype, before: Node) -> Node:
     tensor = example(node)
     if tensor.dtype == dtype:

@@ -173,6 +173,11 @@ class Writer:
         return operand_value(hoisted, proxy, sizes, example(query).device).node
 
 
+def same_size(size: Any, other: Any) -> bool:
+    """Whether two sizes are known to be equal, without a guard."""
+    return _known(size) == _known(other)
+
+
 def _known(size: Any) -> Any:
     """A size that can be compared without a guard."""
     return size if isinstance(size, int) else torch_private.expression_of(size)

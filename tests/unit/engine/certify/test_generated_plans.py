@@ -10,6 +10,7 @@ from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD
 from cudnn_flex_compile.passes import contenders
 from cudnn_flex_compile.passes.decide import candidate
 from tests.compile.test_backend import fresh
+from tests.support import vectors
 from tests.support.generated import call
 from tests.unit.engine.certify.test_certify import StandIn
 
@@ -18,10 +19,8 @@ __all__ = ["fresh"]
 NUMBERS = (3, 7, 11, 19, 23, 42, 57, 64)
 
 
-def judged(monkeypatch, number):
-    """The problem and the reference of a generated call, as passes/decide/candidate.py makes them; None if it is kept
-    before.
-    """
+def judged(monkeypatch, attention, inputs):
+    """The problem and the reference of a call, as passes/decide/candidate.py makes them; None if it is kept before."""
     found = []
 
     def judge(judged):
@@ -31,17 +30,30 @@ def judged(monkeypatch, number):
 
     real = contenders.plan_or_reason
     monkeypatch.setattr(contenders, "plan_or_reason", judge)
-    case = call(number)
-    options = {"inner_backend": "eager", "lower": "always"}
-    attention = torch.compile(case.attention("cpu"), backend="cudnn_flex", options=options)
-    with torch.no_grad():
-        attention(*case.inputs("cpu")[:3])
+    torch.compile(attention, backend="cudnn_flex", options={"inner_backend": "eager", "lower": "always"})(*inputs)
     return found[0] if found else None
 
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_right_plans_pass(number, monkeypatch):
-    problem, reference, _ = judged(monkeypatch, number)
+    case = call(number)
+    with torch.no_grad():
+        assert_passes(judged(monkeypatch, case.attention("cpu"), case.inputs("cpu")[:3]))
+
+
+@pytest.mark.parametrize("number", [0, 5, 7, 16])
+def test_right_plans_of_longer_heads_pass(number, monkeypatch, trainable):
+    """The user's functions add dots of vectors, which are in the raw score of the plans."""
+    case = vectors.drawn(number)
+    with torch.enable_grad():
+        found = judged(monkeypatch, case.attend(), case.leaves())
+    assert found[0].query.shape[3] > case.tensors["query"].shape[3]
+    assert found[2]
+    assert_passes(found)
+
+
+def assert_passes(found):
+    problem, reference, _ = found
     forward, backward = StandIn(problem.forward()), StandIn(problem.backward())
     assert forward.problem.direction == FORWARD
     assert certify(forward, forward, reference) is None
