@@ -7,13 +7,14 @@ import torch
 
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.aten import fake_mode, value_graph, without_sums
+from cudnn_flex_compile.scoremod.aten_table import Untraceable
 from cudnn_flex_compile.scoremod.dots import NotAdded, split_dots
 from cudnn_flex_compile.scoremod.interpret import environment, evaluate
 from cudnn_flex_compile.scoremod.ir import BOOL, F32, I32, SCORE
 from cudnn_flex_compile.scoremod.ranges import narrow
 from cudnn_flex_compile.scoremod.simplify import simplify
 from cudnn_flex_compile.scoremod.text import infix
-from cudnn_flex_compile.scoremod.trace import Captured, Untraceable, trace
+from cudnn_flex_compile.scoremod.trace import Captured, trace
 from tests.support.vectors import SPELLINGS
 
 CPU = torch.device("cpu")
