@@ -60,13 +60,15 @@ def operands_of(hoisted: list[Hoisted], lengths=LENGTHS):
     return tuple(operand(part.dims, part.stored, lengths) for part in hoisted)
 
 
-def problem(program, direction, operands=(), lengths=LENGTHS, dtype=torch.bfloat16, head_dim=DIM):
-    def spec(heads, length):
-        stride = (length * heads * head_dim, head_dim, heads * head_dim, 1)
-        return TensorSpec((BATCH, heads, length, head_dim), stride, dtype)
+def problem(
+    program, direction, operands=(), lengths=LENGTHS, dtype=torch.bfloat16, head_dim=DIM, value_dim=None
+):  # fmt: skip
+    def spec(heads, length, dim):
+        return TensorSpec((BATCH, heads, length, dim), (length * heads * dim, dim, heads * dim, 1), dtype)
 
-    query, key = spec(HEADS, lengths[0]), spec(KV_HEADS, lengths[1])
-    forward = Problem(program, FORWARD, query, key, key, out_spec(query, key), operands, 0.125, 0)
+    query, key = spec(HEADS, lengths[0], head_dim), spec(KV_HEADS, lengths[1], head_dim)
+    value = spec(KV_HEADS, lengths[1], value_dim or head_dim)
+    forward = Problem(program, FORWARD, query, key, value, out_spec(query, value), operands, 0.125, 0)
     return forward if direction == FORWARD else forward.backward()
 
 

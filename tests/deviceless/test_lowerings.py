@@ -108,3 +108,9 @@ def test_the_mods_on_every_architecture(name, sm):
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_head_dims_and_dtypes(dtype, head_dim):
     assert_accepted(program_of(softcap(20.0), causal), dtype=dtype, head_dim=head_dim)
+
+
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(72, 64), (80, 64), (192, 64), (144, 128), (192, 128), (256, 128)])
+def test_heads_with_vectors_appended(head_dim, value_dim):
+    assert_accepted(program_of(softcap(20.0), causal), head_dim=head_dim, value_dim=value_dim)
+    assert_accepted(program_of(None, causal), head_dim=head_dim, value_dim=value_dim)

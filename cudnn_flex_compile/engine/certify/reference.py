@@ -273,10 +273,17 @@ class IndexByTensors(TorchFunctionMode):
             indices = list(index) if isinstance(index, (tuple, list)) else [index]
             if all(isinstance(i, (torch.Tensor, int)) for i in indices):
                 as_tensors = [torch.as_tensor(i, device=source.device) for i in indices]
-                if len(indices) == source.dim() and all(i.dtype in (torch.int32, torch.int64) for i in as_tensors):
-                    source, as_tensors = in_range(source, as_tensors, source.shape)
+                if all(i.dtype in (torch.int32, torch.int64) for i in as_tensors):
+                    source, as_tensors = _in_range(source, as_tensors)
                 return torch.ops.aten.index(source, as_tensors)
         return func(*args, **(kwargs or {}))
+
+
+def _in_range(source: torch.Tensor, indices: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """A tensor and indices into its first dimensions that are all in range."""
+    indexed, rest = source.shape[: len(indices)], source.shape[len(indices) :]
+    found, near = in_range(source, indices, indexed)
+    return found if found is source else found.view([1] * source.dim()).expand(*[1] * len(indexed), *rest), near
 
 
 READS = (torch.Tensor.__getitem__, torch.ops.aten.index, torch.ops.aten.index.Tensor)

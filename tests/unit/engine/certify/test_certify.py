@@ -9,7 +9,12 @@ import torch
 
 from cudnn_flex_compile.engine.certify.certify import certify
 from cudnn_flex_compile.engine.certify.random_inputs import random_like
-from cudnn_flex_compile.engine.certify.reference import CapturedValue, ProgramReference, SubgraphReference
+from cudnn_flex_compile.engine.certify.reference import (
+    CapturedValue,
+    IndexByTensors,
+    ProgramReference,
+    SubgraphReference,
+)  # fmt: skip
 from cudnn_flex_compile.engine.certify.regimes import REGIMES
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem, TensorSpec, out_spec, output_specs
 from cudnn_flex_compile.kernels import cpu
@@ -324,3 +329,13 @@ def test_gradients_that_a_score_mod_stops_are_the_reference(name):
     stopped = ir.program(make("tanh", make("stop", ir.SCORE)) + ir.SCORE, CAUSAL)
     assert verdict(BACKWARD, stopped, reference=reference) is None
     assert "dQ is off by" in verdict(BACKWARD, ir.program(tanh + ir.SCORE, CAUSAL), reference=reference).detail
+
+
+def test_indices_beyond_a_captured_tensor_read_its_last_entry():
+    """Functions are evaluated at pairs at which stock attention never is; on a GPU, such an index ends the process."""
+    rows, far = torch.arange(24).view(2, 3, 4), torch.tensor(9)
+    with IndexByTensors():
+        assert rows[far, far, far] == rows[-1, -1, -1]
+        assert rows[far, 0].equal(rows[-1, 0])
+        assert rows[-2].equal(rows[0])
+        assert rows[:0][far, far].equal(torch.zeros(4))
