@@ -13,6 +13,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from cudnn_flex_compile.reasons import Code
 from cudnn_flex_compile.report.report import collect
 from tests.support import vectors
+from tests.support.fastest import KEPT as KEPT_BY_TIME
+from tests.support.fastest import make_fastest
 from tests.support.vectors import BATCH, COLUMNS, HEADS, ROWS
 
 OPTIONS = {"inner_backend": "aot_eager", "lower": "always"}
@@ -237,3 +239,15 @@ def test_a_factor_that_is_no_power_of_two_is_exact(factor):
     exact = scores.softmax(-1) @ v
     stock = scores.float().softmax(-1).bfloat16() @ given[2]
     assert (out - exact).norm() <= 2 * (stock - exact).norm()
+
+
+def test_stock_is_no_contender(monkeypatch):
+    """Inductor has no kernel for a dot, so that a call is lowered for which its kernel would be the faster one."""
+    torch._dynamo.reset()
+    make_fastest(monkeypatch, KEPT_BY_TIME)
+    a, c = rows()
+    given = qkv()
+    for score_mod, kept in ((None, True), (mod(a, c), False)):
+        with collect() as report, torch.no_grad():
+            compiled(lambda q, k, v, m=score_mod: flex_attention(q, k, v, m), lower="when_faster")(*given)
+        assert bool(report.kept) is kept, report
