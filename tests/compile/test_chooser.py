@@ -1,16 +1,28 @@
 """The chooser end to end on the CPU: nothing is measured there; where times are made up, they decide and are shown."""
 
+import contextlib
+import dataclasses
+import pickle
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile import collect
+from cudnn_flex_compile.engine.key import problem_of
+from cudnn_flex_compile.engine.problem import Binding
+from cudnn_flex_compile.engine.tiles import plan as tiles_plan
 from cudnn_flex_compile.kernels import inductor_timer
 from cudnn_flex_compile.passes import contenders, graph_context
-from cudnn_flex_compile.passes.decide import measured_times
+from cudnn_flex_compile.passes.decide import candidate, measured_times
+from cudnn_flex_compile.passes.write import tile_lists
 from cudnn_flex_compile.reasons import Code
+from tests.support import stand_in
+from tests.support.stand_in import CUDA
 
 LENGTH = 256
+CPU = torch.device("cpu")
 
 
 def causal(b, h, q, kv):
@@ -127,3 +139,78 @@ def test_ranks_go_by_nothing_that_differs_between_them(monkeypatch, ranks):
     assert len(found) == (1 if ranks else 2)
     masks = {tuple(run(mask_mod=mask).calls[0].contenders) for mask in (causal, causal)}
     assert len(masks) == 1
+
+
+DOCUMENTS = torch.arange(2 * LENGTH).view(2, LENGTH) // 48
+
+
+def documents(b, h, q, kv):
+    return (q >= kv) & (DOCUMENTS[b, q] == DOCUMENTS[b, kv])
+
+
+def with_lse(q, k, v, mask):
+    out, lse = flex_attention(q, k, v, block_mask=mask, return_lse=True)
+    return out.sin() * lse[..., None]
+
+
+@pytest.fixture
+def stood_in(monkeypatch):
+    """Plans that compute nothing, timed for real contenders of real calls; what was timed, and the contests."""
+    stand_in.install(monkeypatch)
+    found = SimpleNamespace(runs=[], contests=[])
+
+    def judge(given):
+        key = candidate.forward_call(given, given.running, stand_in.CUDA)
+        return candidate._certified(given, key, problem_of(key))
+
+    def milliseconds(runs):
+        for run in runs:
+            run()
+        found.runs.append(len(runs))
+        return [1.0 + number for number, _ in enumerate(runs)]
+
+    @contextlib.contextmanager
+    def compiling(contest):
+        found.contests.append(pickle.loads(pickle.dumps(contest)))
+        yield lambda seconds: (100.0,) * (1 + contest.training)
+
+    def by_tiles(problem):
+        return stand_in.StandIn(problem, Binding("tile_lists", ()), b'{"workspace": 0}')
+
+    monkeypatch.setattr(tiles_plan, "build", by_tiles)
+    monkeypatch.setattr(tile_lists, "unusable", lambda device: None)
+    monkeypatch.setattr(contenders, "plan_or_reason", judge)
+    monkeypatch.setattr(contenders, "measurable", lambda candidate, values_known: values_known)
+    monkeypatch.setattr(measured_times, "compiling", compiling)
+    monkeypatch.setattr(measured_times.timing, "milliseconds", milliseconds)
+    monkeypatch.setattr(measured_times, "run_clean", lambda function, device: function())
+    monkeypatch.setattr(measured_times, "environment", lambda device: stand_in.ENVIRONMENT)
+    monkeypatch.setattr(
+        measured_times, "forward_call", lambda given, running, device: candidate.forward_call(given, running, CUDA)
+    )
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**40, 2**40))
+    return found
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["forward", "training"])
+@pytest.mark.parametrize(
+    ("function", "mask_mod", "ways"),
+    [(attend, causal, (2, 4)), (attend, padded, (1, 1)), (attend, documents, (2, 2)), (with_lse, causal, (2, 4))],
+    ids=["causal", "permuted keys", "documents", "a loss of the LSE"],
+)  # fmt: skip
+def test_contenders_of_real_calls(stood_in, trainable, function, mask_mod, ways, training):
+    """Each way of ours runs on values of the call, each direction; the other process gets a call that it can run."""
+    ways = ways[training]
+    mask = create_block_mask(mask_mod, 2, None, LENGTH, LENGTH, device="cpu")
+    qkv = [t.requires_grad_(training) for t in draw()]
+    options = {"inner_backend": "aot_eager", "autotune": True, "tune_seconds": 600}
+    with collect() as report, torch.set_grad_enabled(training):
+        torch.compile(function, backend="cudnn_flex", options=options)(*qkv, mask)
+    (call,) = report.calls
+    assert call.reason is None
+    assert [(c.measured, c.won) for c in call.contenders] == [(True, True)] + [(True, False)] * ways
+    assert stood_in.runs[-1] == ways * (1 + training), "behind the graphs of each"
+    (contest,) = stood_in.contests
+    assert (contest.training, contest.lse_gradient) == (training, training and function is with_lse)
+    forward, *_ = inductor_timer.contenders(dataclasses.replace(contest, training=False, lse_gradient=False), CPU)
+    assert forward().shape == qkv[0].shape
