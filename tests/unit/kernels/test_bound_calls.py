@@ -343,6 +343,16 @@ def test_a_plan_that_runs_bound_is_in_use(noting):
     assert engine.plans.info().hits == before + 80
 
 
+def test_calls_that_look_alike_are_bound_once(noting):
+    """Also where both ran before one was bound, in two threads."""
+    query = [torch.zeros(1, HEADS, 16, DIM, dtype=torch.bfloat16) for _ in range(3)]
+    for _ in range(2 * bound_calls.MOST):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(undispatched, "_forwards", {})
+            undispatched.forward(*query, [], [], [], text(ir.program()), 0.125, True, [], [], "")
+    assert bound_calls.forwards[text(ir.program())].next is None
+
+
 OBSTACLES = {
     "capturing": True, "profiling": True, "dispatch_modes": 1, "current_device": 3,
 }  # fmt: skip
