@@ -40,7 +40,15 @@ def value_graph(function: Function, inputs: Sequence[Any]) -> GraphModule:
         _check(value)
         return value
 
-    return _traced(marked, inputs)
+    traced = _traced(marked, inputs)
+    for node in traced.graph.find_nodes(op="call_function", target=STOP):
+        node.target = torch.ops.aten.detach.default
+    traced.recompile()
+    return traced
+
+
+# The mark of a lost gradient while a function is traced: torch 2.14 traces `detach` as an `alias`, which loses none.
+STOP = torch.ops.aten.detach_copy.default
 
 
 def joint_graph(function: Function, inputs: Sequence[Any], learned: Sequence[int]) -> GraphModule:
@@ -157,7 +165,7 @@ class _Stops(IndexByTensors):
         result = super().__torch_function__(func, types, args, kwargs)
         _check_hooks(tensors)
         lost = differentiated and isinstance(result, torch.Tensor) and not result.requires_grad
-        return result.detach() if lost and result.is_floating_point() else result
+        return STOP(result.detach()) if lost and result.is_floating_point() else result
 
 
 def _check_hooks(tensors: Sequence[torch.Tensor]) -> None:
