@@ -9,6 +9,7 @@ from torch.fx import GraphModule
 from cudnn_flex_compile.config import Options, options_from
 from cudnn_flex_compile.inner import compile_inner
 from cudnn_flex_compile.phases import phase
+from cudnn_flex_compile.report.all_kept import warn_of_all_kept
 from cudnn_flex_compile.report.call import CallReport
 from cudnn_flex_compile.report.report import publish
 from cudnn_flex_compile.scoremod.text import infix
@@ -53,6 +54,7 @@ def lower(graph_module: GraphModule, example_inputs: Sequence[Any], options: Opt
     with phase("lower"):
         calls = lower_calls(graph_module, example_inputs, options)
     publish(calls)
+    warn_of_all_kept(calls)
     _log(calls, options)
 
 

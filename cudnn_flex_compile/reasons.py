@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 class Code(enum.Enum):
     """The value is the remedy that reports show."""
 
-    DTYPE = "use bfloat16 or float16 queries, keys and values (or torch.autocast)"
+    DTYPE = "run the model under torch.autocast in bfloat16, or give it bfloat16 weights: model.to(torch.bfloat16)"
     HEAD_DIM = "use head dims that are multiples of 8, at most 256"
     LENGTH = "sequence lengths must be at least 1 and below 2**24"
     DEVICE = "move the model to an NVIDIA GPU; other devices keep stock flex_attention"

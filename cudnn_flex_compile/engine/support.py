@@ -39,9 +39,15 @@ class Rule:
     measured: str = "one H200 (SM90), cuDNN 9.19 and 9.28"
 
 
+def wrong_dtypes(query: torch.dtype, key: torch.dtype, value: torch.dtype) -> str | None:
+    """Says which dtypes a call has, if no plan takes them."""
+    if query == key == value:
+        return None if query in DTYPES else f"queries, keys and values are {query}"
+    return f"queries are {query}, keys {key}, values {value}"
+
+
 def _dtype(problem: Problem, program: Program) -> str | None:
-    wrong = {t.dtype for t in (problem.query, problem.key, problem.value)}
-    return None if wrong <= {problem.query.dtype} and wrong <= set(DTYPES) else f"{', '.join(map(str, wrong))}"
+    return wrong_dtypes(problem.query.dtype, problem.key.dtype, problem.value.dtype)
 
 
 def _head_dim(problem: Problem, program: Program) -> str | None:

@@ -43,6 +43,9 @@ def lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason 
     program, hoisted, checked = traced.program, traced.hoisted, traced.checked(captures)
     report.program = program
     describe_mask(report, call, hoisted, captures, context.real)
+    refused = eligibility.wrong_dtype(call)
+    if refused is not None:
+        return refused
     large = eligibility.over_budget(call, hoisted, context.options.bias_budget_mb)
     if large is not None and traced.pairwise is None:
         return large

@@ -10,6 +10,7 @@ import torch
 from torch.fx import Node
 
 from cudnn_flex_compile import torch_private
+from cudnn_flex_compile.engine.support import wrong_dtypes
 from cudnn_flex_compile.passes.read.call import Call, example, hint, is_data, scale_of
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
@@ -67,6 +68,12 @@ def _of_data(call: Call) -> str | None:
         if is_data(value):
             return f"a number that a function or the BlockMask has, {value},"
     return None
+
+
+def wrong_dtype(call: Call) -> Reason | None:
+    """A reason if the tensors have dtypes that no plan takes. It comes before the question whether plans are faster."""
+    detail = wrong_dtypes(*(example(node).dtype for node in (call.query, call.key, call.value)))
+    return None if detail is None else Reason(Code.DTYPE, detail)
 
 
 def over_budget(call: Call, hoisted: Sequence[Hoisted], budget: int) -> Reason | None:
