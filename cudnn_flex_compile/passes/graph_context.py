@@ -16,12 +16,14 @@ from cudnn_flex_compile.passes.decide import cost_inputs, eligibility
 from cudnn_flex_compile.passes.decide.candidate import Candidate
 from cudnn_flex_compile.passes.decide.key_compaction import COUNTS, Compact, counts_of
 from cudnn_flex_compile.passes.decide.measured_times import Budget, several_ranks
+from cudnn_flex_compile.passes.read import created_masks
 from cudnn_flex_compile.passes.read.call import Call, example, hint
 from cudnn_flex_compile.passes.read.captures import Captures
 from cudnn_flex_compile.passes.write import block_mask_guards, tile_lists
 from cudnn_flex_compile.passes.write.block_mask_guards import MaskProgram
 from cudnn_flex_compile.passes.write.operands import Writer, operand_value
 from cudnn_flex_compile.reasons import Reason
+from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.fingerprint import graph_text
 from cudnn_flex_compile.scoremod.partition import Hoisted
 
@@ -76,6 +78,17 @@ def disagreement(call: Call, captures: Captures, checked: MaskProgram, context: 
     captured = tuple(checked.nodes[leaf] for leaf in checked.leaves)
     given = ("disagreement", *given_to(call), checked.program, checked.hoisted, checked.noop, captured)
     return context.once(given, find)
+
+
+def created_here(call: Call, checked: MaskProgram, context: Context) -> bool:
+    """Whether the graph makes the call's BlockMask of its mask_mod."""
+    writers, axes = context.operands.writers, ir.axes_of(checked.own)
+
+    def find() -> bool:
+        return created_masks.created_here(call, "b" in axes, "h" in axes, writers)
+
+    written = writers.above([*call.mask_captured, *call.blocks], call.node)
+    return context.once(("created here", *given_to(call), mask_of(call), written), find)
 
 
 def cost_inputs_of(candidate: Candidate, context: Context) -> cost_inputs.CostInputs:

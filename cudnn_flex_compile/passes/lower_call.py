@@ -3,6 +3,8 @@
 lower_graph.py calls it for each call. The calls of a graph share a `Context` (graph_context.py).
 """
 
+import dataclasses
+
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD
 from cudnn_flex_compile.passes.contenders import GRAPHS, Contenders
 from cudnn_flex_compile.passes.decide import eligibility
@@ -10,7 +12,7 @@ from cudnn_flex_compile.passes.decide.candidate import Candidate
 from cudnn_flex_compile.passes.decide.chooser import STOCK, Choice, Way, unplannable
 from cudnn_flex_compile.passes.decide.key_compaction import COUNTS, compacted
 from cudnn_flex_compile.passes.describe import describe_mask
-from cudnn_flex_compile.passes.graph_context import Context, cost_inputs_of
+from cudnn_flex_compile.passes.graph_context import Context, cost_inputs_of, created_here
 from cudnn_flex_compile.passes.read.call import Call, requires_grad
 from cudnn_flex_compile.passes.read.captures import read_captures
 from cudnn_flex_compile.passes.read.programs import traced_of
@@ -55,6 +57,8 @@ def lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason 
     odd = block_mask_guards.one_sided(call)
     if odd is not None:
         return odd
+    if checked is not None and created_here(call, checked, context):
+        call, checked = dataclasses.replace(call, agrees=True), None
     longer = with_dots(call, traced.dots, captures, context.operands) if traced.dots else call
     if isinstance(longer, Reason):
         return longer

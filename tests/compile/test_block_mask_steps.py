@@ -250,20 +250,17 @@ MADE_INSIDE = {
     "in each layer": lambda q, k, v, lengths: layers(layers(q, k, v, padding_mask(lengths), 1), k, v,
                                                      padding_mask(lengths), 1),
 }  # fmt: skip
-ONCE_A_STEP = {"from an input": 1, "from nothing": 1, "from a captured tensor": 1, "in each layer": 2}
 
 
 @pytest.mark.parametrize("name", MADE_INSIDE)
-def test_made_in_the_graph(name, comparisons):
-    function = MADE_INSIDE[name]
-    args, seen = inputs(created()), []
+def test_made_in_the_graph_it_agrees_and_is_not_compared(name, comparisons):
+    function, args = MADE_INSIDE[name], inputs(created())
     with collect() as report:
         run = compiled(function)
         for lengths in ([150, 30], [30, 160], [30, 160]):
             close(run(*args, torch.tensor(lengths)), function(*args, torch.tensor(lengths)))
-            seen.append(len(comparisons))
     assert code_of(report.calls) is None
-    assert seen == [ONCE_A_STEP[name] * n for n in (1, 2, 3)]
+    assert not comparisons
 
 
 def _sparser(lengths):

@@ -41,6 +41,7 @@ class Call:
         kernel_options: the user's, and flex_attention's defaults.
         score_captured, mask_captured: nodes or integers, the last arguments of the subgraphs.
         mode: autograd's mode at the node.
+        agrees: whether the blocks are known to be those of the mask_mod, so that nothing has to look at them.
     """
 
     graph_module: GraphModule
@@ -57,6 +58,7 @@ class Call:
     score_captured: tuple[Any, ...]
     mask_captured: tuple[Any, ...]
     mode: "Mode"
+    agrees: bool = False
 
     @property
     def differentiated(self) -> bool:

@@ -192,7 +192,7 @@ def _recorded(node: Node, function: Any) -> Effect | None:
         return None
     recorder = _Recorder()
     try:
-        with _aside(mode), torch.no_grad():
+        with aside(mode), torch.no_grad():
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), _alias)  # pyright: ignore
             with recorder:
                 function(*args, **kwargs)
@@ -204,7 +204,7 @@ def _recorded(node: Node, function: Any) -> Effect | None:
 
 
 @contextlib.contextmanager
-def _aside(mode: Any) -> Generator[None]:
+def aside(mode: Any) -> Generator[None]:
     """Enters the fake mode so that nothing is left in its symbolic sizes."""
     with contextlib.ExitStack() as stack:
         if mode.shape_env is not None:

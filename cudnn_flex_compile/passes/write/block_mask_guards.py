@@ -25,8 +25,8 @@ from cudnn_flex_compile.scoremod.text import text
 
 
 def present(call: Call) -> list[Node]:
-    """The block tensors of a call, without absent ones: kv, full kv, q, full q pairs, in this order."""
-    return [block for block in call.blocks if block is not None]
+    """The block tensors that a call has to honour, without absent ones: kv, full kv, q, full q pairs, in this order."""
+    return [] if call.agrees else [block for block in call.blocks if block is not None]
 
 
 def one_sided(call: Call) -> Reason | None:

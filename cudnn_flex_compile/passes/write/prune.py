@@ -20,14 +20,24 @@ BATCHED = {"_add_batch_dim", "_remove_batch_dim"}
 
 def prune(graph: Graph, before: set[Node]) -> None:
     """Erases nodes in place that are dead now and were live before. Nodes that were dead before stay for the inner
-    backend.
+    backend, but for those that compute within a level of vmap, if all levels go.
     """
-    dead = before - live_nodes(graph)
-    if any(_name(node) in BATCHED for node in graph.nodes if node not in dead):  # the user's own, dead before
-        dead = {node for node in dead if _name(node) not in VMAP}
+    live = live_nodes(graph)
+    dead = before - live
+    if not any(_name(node) in BATCHED for node in live):
+        dead |= _batched(graph) - live
     for node in reversed(list(graph.nodes)):
         if node in dead and not node.users:
             graph.erase_node(node)
+
+
+def _batched(graph: Graph) -> set[Node]:
+    """The nodes that make batched tensors, and all that are computed from these."""
+    found: set[Node] = set()
+    for node in graph.nodes:
+        if _name(node) in BATCHED or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def live_nodes(graph: Graph) -> set[Node]:

@@ -127,3 +127,18 @@ def test_the_levels_of_a_dead_vmap_stay_with_it():
     prune(graph, before)
     x = torch.full((3,), 3.0)
     assert torch.equal(GraphModule(torch.nn.Module(), graph)(x)[0], x * x)
+
+
+def test_what_was_dead_within_a_level_goes_with_it():
+    graph = Graph()
+    x = graph.placeholder("x")
+    made = mapped(graph, x)
+    batched = next(n for n in graph.nodes if n.target is torch._C._functorch._add_batch_dim)
+    with graph.inserting_after(batched):
+        graph.call_method("add", (batched, 1.0))
+    result = graph.call_method("mul", (x, made))
+    graph.output((result,))
+    before = live_nodes(graph)
+    result.replace_input_with(made, x)
+    prune(graph, before)
+    assert [n.op for n in graph.nodes] == ["placeholder", "call_method", "output"]
