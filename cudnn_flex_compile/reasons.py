@@ -26,7 +26,7 @@ class Code(enum.Enum):
     LIST_BUDGET = "raise options={'bias_budget_mb': ...}: the mask has many tiles of which it hides a part"
     CAPTURED_GRADIENT = "only add it to the score, as in `score + table[h, q - kv]`, or detach it"
     LSE_GRADIENT = "detach the LSE where it takes part in no loss, or, in bfloat16, try options={'lower': 'always'}"
-    MAX_SCORES = "ask for the LSE only"
+    MAX_SCORES = "ask for the LSE: it is the largest score, or more by at most the log of the number of visible keys"
     FORCED_BACKEND = "drop the option that is named, from kernel_options or from the options of the compile"
     DATA_DEPENDENT = "give sizes that are known before the call: pad to a length, and mask what is padding"
     TOO_LARGE = "write score_mod and mask_mod in fewer steps, or read a captured tensor of what they compute"

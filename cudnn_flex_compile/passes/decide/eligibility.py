@@ -40,7 +40,7 @@ def unsuitable(call: Call) -> Reason | None:
     if call.mode.inference:
         return Reason(Code.UNSUPPORTED_CALL, "inference mode is entered inside of what is compiled; no_grad may be")
     if call.uses(2):
-        return Reason(Code.MAX_SCORES, "the largest scores are used")
+        return Reason(Code.MAX_SCORES, "the largest score of each row is used")
     if scale_of(call) is None:
         given = "a tensor" if isinstance(example(call.scale), torch.Tensor) else "data"
         return Reason(Code.UNSUPPORTED_CALL, f"the scale is {given}, not a number that is known before the call")
