@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention.flex_attention import flex_attention
 
 from cudnn_flex_compile import collect, explain
-from cudnn_flex_compile.passes import lower_call
+from cudnn_flex_compile.passes import contenders, lower_call
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.report import all_kept
 
@@ -68,7 +68,7 @@ def test_two_reasons_are_not_one(warned):
 
 @pytest.mark.parametrize("code", sorted(all_kept.QUIET, key=lambda c: c.name), ids=lambda c: c.name)
 def test_nobody_is_warned_where_nothing_need_be_changed(warned, monkeypatch, code):
-    monkeypatch.setattr(lower_call, "plan_or_reason", lambda candidate: Reason(code, "made up"))
+    monkeypatch.setattr(contenders, "plan_or_reason", lambda candidate: Reason(code, "made up"))
     assert warned(dtype=torch.bfloat16) == []
 
 
@@ -83,7 +83,7 @@ def test_whoever_collects_is_not_warned(warned, caplog):
 
 
 def test_the_dtype_comes_before_the_speed(warned, monkeypatch):
-    monkeypatch.setattr(lower_call, "slower", lambda *_: Reason(Code.SLOWER, "made up"))
+    monkeypatch.setattr(lower_call, "unplannable", lambda *_: Reason(Code.SLOWER, "made up"))
     (text,) = warned(lower="when_faster")
     assert "DTYPE: queries, keys and values are torch.float32" in text
 
