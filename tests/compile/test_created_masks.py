@@ -12,6 +12,7 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
 
 from cudnn_flex_compile import ops
 from cudnn_flex_compile.kernels import tile_lists
@@ -179,6 +180,39 @@ def test_no_gradients(graphs, lists):
     with torch.no_grad():
         compiled(model)(*inputs(), OFFSETS)
     assert of_pairs(graphs) == [0]
+
+
+def test_checkpointed_layers(graphs, lists):
+    def layer(q, k, v, mask):
+        return q + flex_attention(q, k, v, block_mask=mask)
+
+    def model(q, k, v, offsets):
+        mask = created(documents(by_offsets(offsets)), 1)
+        for _ in range(2):
+            q = checkpoint(layer, q, k, v, mask, use_reentrant=False)
+        return q
+
+    given = inputs()
+    with collect() as report:
+        out = compiled(model)(*given, OFFSETS)
+    out.sum().backward()
+    assert [call.strategies for call in report.calls] == [("tile_lists",)] * 2
+    assert of_pairs(graphs) == [0, 0]
+    close(out, model(*given, OFFSETS))
+
+
+def test_a_checkpointed_layer_that_writes_to_what_its_mask_reads(lists):
+    def layer(q, k, v, mask, ids):
+        ids.zero_()
+        return q + flex_attention(q, k, v, block_mask=mask)
+
+    def model(q, k, v, ids):
+        mask = created(documents(ids), 1)
+        return checkpoint(layer, q, k, v, mask, ids, use_reentrant=False)
+
+    given, ids = inputs(), by_offsets(OFFSETS)
+    with torch.no_grad():
+        close(compiled(model, "aot_eager")(*given, ids.clone()), model(*given, ids.clone()))
 
 
 def _two_masks(offsets):

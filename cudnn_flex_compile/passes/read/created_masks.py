@@ -9,6 +9,7 @@ create_block_mask on the subgraph of the mask_mod. Both must be the same ops on 
 import logging
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,10 +39,11 @@ def created_here(call: Call, by_batch: bool, by_head: bool, writers: Writers) ->
     Args:
         by_batch, by_head: whether the mask_mod depends on the batch entry, and on the head.
     """
-    if len(call.blocks) != 8 or any(b is None or not b.op.startswith("call_") for b in call.blocks):
+    if len(call.blocks) != 8 or None in call.blocks:
         return False
     try:
-        return _for_all(call, by_batch, by_head) and _same(call, writers)
+        seen = _where_made(call, writers) if _for_all(call, by_batch, by_head) else []
+        return bool(seen) and all(_same(one, writers) for one in seen)
     except Exception:  # whatever cannot be traced is compared at each step
         log.info("cudnn_flex: the making of a BlockMask could not be read", exc_info=True)
         return False
@@ -54,6 +56,31 @@ def _for_all(call: Call, by_batch: bool, by_head: bool) -> bool:
     sizes = [*example(call.query).shape, *example(call.key).shape, *call.block_sizes, *made]
     static = all(isinstance(n, int) for n in sizes)
     return static and made[0] in (batch, 1 - by_batch) and made[1] in (heads, 1 - by_head)
+
+
+def _where_made(call: Call, writers: Writers) -> list[Call]:
+    """The call with its blocks and captured values as nodes of the graph that makes the blocks; several times, if it is
+    in a region, such as a checkpointed layer, that is run several times; none where no graph makes them.
+    """
+    blocks = [block for block in call.blocks if block is not None]
+    if all(block.op.startswith("call_") for block in blocks):
+        return [call]
+    inputs = [node for node in call.node.graph.nodes if node.op == "placeholder"]
+    callers, found = writers.callers(call.node.graph), list[Call]()
+    read = [*blocks, *(node for node in call.mask_captured if isinstance(node, Node))]
+    if not set(read) <= set(inputs) or writers.above(read, call.node):
+        return []
+    for caller in callers:
+        if len(caller.args) != len(inputs) + 1:  # the region, then its inputs
+            return []
+        given: Any = dict(zip(inputs, caller.args[1:], strict=True))
+        captured = tuple(given.get(node, node) for node in call.mask_captured)
+        outside = replace(call, node=caller, blocks=tuple(given[block] for block in blocks), mask_captured=captured)
+        around = _where_made(outside, writers)
+        if not around:
+            return []
+        found += around
+    return found
 
 
 def _same(call: Call, writers: Writers) -> bool:

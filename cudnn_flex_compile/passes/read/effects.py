@@ -65,6 +65,11 @@ class Writers:
         near = (n for n, reached in candidates if places[n] < places[before] and meet(reached, shared))
         return tuple(n for n in near if meet(self._writes(n), shared))
 
+    def callers(self, graph: Graph) -> list[Node]:
+        """The nodes that run a nested graph."""
+        every = (m.graph.nodes for m in self._root.modules() if isinstance(m, GraphModule))
+        return [node for nodes in every for node in nodes if any(region.graph is graph for region in _regions(node))]
+
     def _writes(self, node: Node) -> Storages:
         if node not in self._known:
             self._known[node] = _blurred(effect(node).writes, self._moved)
