@@ -189,10 +189,10 @@ def _check(value: torch.Tensor) -> None:
 
 
 def plain(function: Function) -> Function:
-    """Dynamo's graph of a function with two steps replaced, so that it can be traced.
+    """Dynamo's graph of a function with three steps replaced, so that it can be traced.
 
     `captured.item()` becomes the 0-d tensor itself, with which arithmetic works as with a Python number. Inference mode
-    becomes the grad mode that it sets: no tensor of a trace is an inference tensor.
+    becomes the grad mode that it sets: no tensor of a trace is an inference tensor. `x.data` becomes `x.detach()`.
     """
     if not isinstance(function, GraphModule):
         return function
@@ -204,7 +204,8 @@ def plain(function: Function) -> Function:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
         elif node.op == "call_function":
-            node.target = GRAD_MODES.get(node.target, node.target)
+            reads_data = getattr(node.target, "__name__", "") == "_get_data_attr"  # no mode sees this function of C
+            node.target = torch.detach if reads_data else GRAD_MODES.get(node.target, node.target)
     return GraphModule(function, graph)
 
 
