@@ -82,13 +82,18 @@ def disagreement(call: Call, captures: Captures, checked: MaskProgram, context: 
 
 def created_here(call: Call, checked: MaskProgram, context: Context) -> bool:
     """Whether the graph makes the call's BlockMask of its mask_mod."""
-    writers, axes = context.operands.writers, ir.axes_of(checked.own)
+    writers = context.operands.writers
+    if not created_masks.may_be_made(call, writers):
+        return False
 
     def find() -> bool:
+        axes = ir.axes_of(checked.own)
         return created_masks.created_here(call, "b" in axes, "h" in axes, writers)
 
+    captured = tuple(checked.nodes[leaf] for leaf in checked.leaves)
     written = writers.above([*call.mask_captured, *call.blocks], call.node)
-    return context.once(("created here", *given_to(call), mask_of(call), written), find)
+    given = (*given_to(call), checked.program, checked.hoisted, checked.noop, captured, written)
+    return context.once(("created here", *given), find)
 
 
 def cost_inputs_of(candidate: Candidate, context: Context) -> cost_inputs.CostInputs:

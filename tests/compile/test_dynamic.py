@@ -16,7 +16,7 @@ from cudnn_flex_compile.engine.find_plan import find_plan
 from cudnn_flex_compile.engine.key import Meta, forward_key
 from cudnn_flex_compile.engine.problem import TensorSpec
 from cudnn_flex_compile.kernels import cpu
-from cudnn_flex_compile.passes import lower_call as module
+from cudnn_flex_compile.passes import contenders
 from cudnn_flex_compile.passes.decide import candidate
 from cudnn_flex_compile.passes.read import programs
 from cudnn_flex_compile.reasons import Reason
@@ -46,7 +46,7 @@ def backend(monkeypatch):
         found.asked.append(find_plan(key))
         forward(query, keys, value, given, *outputs)
 
-    monkeypatch.setattr(module, "plan_or_reason", judge)
+    monkeypatch.setattr(contenders, "plan_or_reason", judge)
     monkeypatch.setattr(cpu, "forward", run)
     with torch.no_grad():
         yield found

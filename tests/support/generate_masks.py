@@ -112,7 +112,7 @@ FORMS: Forms = {
     ),
     "s": (
         (
-            "score", "(20 * torch.tanh(score / 20))", "(score + slopes[h] * (kv - q))", "(score * scales[h])",
+            "score", "score", "(20 * torch.tanh(score / 20))", "(score + slopes[h] * (kv - q))", "(score * scales[h])",
             "(score - torch.abs(q - kv) * 0.125)", "(score + bias[b, kv])",
             "(score * both[b, h])", "(score + both[b, h] * (q - kv) / {l})", "(score + bias[b, q] * x0)",
             "(score + table[h, q - kv + {l}])", "(score + pairs[q, kv])", "(score + soft[q, kv])",

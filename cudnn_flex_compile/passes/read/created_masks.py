@@ -33,6 +33,12 @@ TURNED = {
 OPENS, CLOSES = "_vmap_increment_nesting", "_vmap_decrement_nesting"
 
 
+def may_be_made(call: Call, writers: Writers) -> bool:
+    """Whether a graph makes the blocks of a call: its own, or one that runs it."""
+    made = (block is not None and block.op.startswith("call_") for block in call.blocks)
+    return any(made) or bool(writers.callers(call.node.graph))
+
+
 def created_here(call: Call, by_batch: bool, by_head: bool, writers: Writers) -> bool:
     """Whether the blocks of a call are surely those of its mask_mod, whatever data it reads.
 

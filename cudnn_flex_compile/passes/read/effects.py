@@ -66,9 +66,17 @@ class Writers:
         return tuple(n for n in near if meet(self._writes(n), shared))
 
     def callers(self, graph: Graph) -> list[Node]:
-        """The nodes that run a nested graph."""
-        every = (m.graph.nodes for m in self._root.modules() if isinstance(m, GraphModule))
-        return [node for nodes in every for node in nodes if any(region.graph is graph for region in _regions(node))]
+        """The nodes that run a nested graph; none run the root."""
+        return [] if graph is self._root.graph else self._callers.get(graph, [])
+
+    @functools.cached_property
+    def _callers(self) -> dict[Graph, list[Node]]:
+        found: dict[Graph, list[Node]] = {}
+        for module in self._root.modules():
+            for node in module.graph.nodes if isinstance(module, GraphModule) else ():
+                for region in _regions(node):
+                    found.setdefault(region.graph, []).append(node)
+        return found
 
     def _writes(self, node: Node) -> Storages:
         if node not in self._known:
