@@ -68,12 +68,12 @@ def _see(graph_module, _):
     return make_boxed_func(graph_module.forward)
 
 
-torch._dynamo.register_backend(name="seen")(aot_autograd(fw_compiler=_see, bw_compiler=_see))
+torch._dynamo.register_backend(name="see_graphs")(aot_autograd(fw_compiler=_see, bw_compiler=_see))
 
 
 @pytest.fixture
 def graphs():
-    """The ATen graphs of whatever is compiled with the inner backend `seen`."""
+    """The ATen graphs of whatever is compiled with the inner backend `see_graphs`."""
     _seen.clear()
     return _seen
 
@@ -82,7 +82,7 @@ def inputs(batch=1, dim=16):
     return [torch.randn(batch, HEADS, LENGTH, dim, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
 
 
-def compiled(function, inner="seen", **options):
+def compiled(function, inner="see_graphs", **options):
     options = {"inner_backend": inner, "lower": "always", **options}
     return torch.compile(function, backend="cudnn_flex", dynamic=False, options=options)
 

@@ -6,13 +6,13 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from cudnn_flex_compile.reasons import Code
 from cudnn_flex_compile.report.report import collect
+from tests.support.any_torch import numbers
 from tests.support.gradients import Straight, differences, inputs
 
 OPTIONS = {"lower": "always", "inner_backend": "aot_eager"}
 
 
-@pytest.mark.any_torch
-@pytest.mark.parametrize("number", range(75))
+@pytest.mark.parametrize("number", numbers(75, with_every_torch=20))
 def test_gradients_are_those_of_autograd(number, trainable):
     """Of 75 graphs of four calls each."""
     with collect() as report:

@@ -12,6 +12,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from cudnn_flex_compile.report.report import collect
 from tests.support import dense, strided
+from tests.support.any_torch import numbers
 
 BATCH, HEADS, LENGTH, DIM = 2, 4, 256, 64
 HEAD_MAJOR = {
@@ -75,8 +76,7 @@ def test_keys_and_values_with_gaps(trainable, key, value):
     assert_right(padded(key, value))
 
 
-@pytest.mark.any_torch
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", numbers(12, with_every_torch=4))
 def test_generated_layouts(trainable, seed):
     assert_right(generated(seed))
 

@@ -14,10 +14,10 @@ from cudnn_flex_compile import ops
 from cudnn_flex_compile.passes.read.effects import Writers
 from cudnn_flex_compile.report.report import collect
 from tests.compile.test_backend import close, fresh, qkv, run
+from tests.support.any_torch import numbers
 from tests.support.written_programs import ARGUMENTS, BOOLEANS, COUNT, FLOATS, INTEGERS, PURE, defined, inputs, program
 
 __all__ = ["fresh"]
-pytestmark = pytest.mark.any_torch
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def check(number, device, graphs):
     return report
 
 
-@pytest.mark.parametrize("number", range(COUNT))
+@pytest.mark.parametrize("number", numbers(COUNT, with_every_torch=60))
 def test_generated(number, graphs):
     report, drawn = check(number, "cpu", graphs), program(number)
     assert all(c.reason is None for c in report.calls), [str(c.reason) for c in report.calls]

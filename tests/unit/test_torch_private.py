@@ -49,6 +49,7 @@ def hidden():
     return {line["name"]: line for line in found}, done.stderr
 
 
+@pytest.mark.any_torch
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 @pytest.mark.parametrize("name", [name.where for name in NAMES])
 def test_without_it_the_backend_imports_and_a_model_compiles(hidden, name):
