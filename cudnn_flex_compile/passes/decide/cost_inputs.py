@@ -82,7 +82,9 @@ class CostInputs:
 
     @property
     def lengths(self) -> tuple[int, int]:
-        return hint(example(self.call.query).shape[2]), hint(example(self.call.key).shape[2])
+        """The numbers of queries and keys; 1 where there are none, so that pairs have shares."""
+        queries, keys = (hint(example(node).shape[2]) for node in (self.call.query, self.call.key))
+        return max(queries, 1), max(keys, 1)
 
     @property
     def tflop(self) -> float:
