@@ -22,6 +22,7 @@ from cudnn_flex_compile.bench.rows.show import calls, plot, table, write_csv
 from cudnn_flex_compile.bench.rows.turns import compiling
 from cudnn_flex_compile.cli import main
 
+pytestmark = pytest.mark.any_torch
 CALLS = {"3b": 2, "4a": 2, "9a": 2, "9b": 2, "9c": 2}  # compiled; of all others one
 STEPS = 1 + WARM_UP + IN_A_ROW + 1
 TESTED = [row for row in ROWS if row.name != "4b"]  # in the tiny form, the same as 4a
