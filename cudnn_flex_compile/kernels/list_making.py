@@ -225,7 +225,7 @@ def _checked_runs(pairs: Pairs, heads: int) -> Tensor | Reason | None:
 
 
 def _most_by_blocks(pairs: Pairs, heads: int) -> int | None:
-    """How many endpoints a row has at most, by its runs in blocks; None where it has others. Waits for the device."""
+    """Counts the most endpoints of a row, by its runs in blocks; None where it has others. Waits for the device."""
     if not row_tables.has_runs_in_blocks(pairs):
         return None
     most, right, _ = row_tables.by_blocks(pairs, heads, 1).numbers.tolist()

@@ -147,8 +147,8 @@ def moved_blocks(
     order: Hoisted, captured: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor], sizes: Sequence[int],
     kv_block: int, device: torch.device,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """How far each block of keys is from its place in the first order, [B or 1, H or 1, 1, blocks], int32, and whether
-    all keys of each block are, a boolean scalar.
+    """Finds the distance of each block of keys from its place in the first order, and whether all keys of each block
+    have that distance: [B or 1, H or 1, 1, blocks], int32, and a boolean scalar.
     """
     place = _computed(order, captured, ints, floats, sizes, device)
     moved = place - torch.arange(sizes[3], device=device)

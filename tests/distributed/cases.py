@@ -36,8 +36,8 @@ from tests.distributed.training import (
     OPTIONS,
     RANKS,
     SIZES,
-    uncompiled,
 )
+from tests.support.uncompiled import uncompiled
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 

@@ -20,9 +20,9 @@ from tests.distributed.training import (
     batch,
     by_one_process,
     train_alike,
-    uncompiled,
 )
 from tests.support import layers
+from tests.support.uncompiled import uncompiled
 
 
 class Heads(nn.Module):

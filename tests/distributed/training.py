@@ -1,17 +1,16 @@
 """A model, a batch for each rank, and the comparison of its training with one process's, for all cases."""
 
-import contextlib
 import copy
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.nn.attention import flex_attention as stock
 
 from cudnn_flex_compile.backend import cudnn_flex
 from cudnn_flex_compile.report.report import collect
 from tests.support import layers
+from tests.support.uncompiled import uncompiled
 
 RANKS = 2
 SIZES = {"cpu": (64, 16), "cuda": (256, 64)}  # length, head dim
@@ -86,17 +85,6 @@ def by_one_process(module, x, *rest):
             step(own, x.to(dtype), *rest)
         found.append(gradients(own))
     return found
-
-
-@contextlib.contextmanager
-def uncompiled():
-    """Eager flex_attention without a compiler of its own, which would refuse float64."""
-    before = stock._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG
-    stock._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True
-    try:
-        yield
-    finally:
-        stock._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = before
 
 
 def assert_close(found, exact, stock_precision, what):

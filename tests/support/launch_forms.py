@@ -20,6 +20,7 @@ from cudnn_flex_compile.bench.rows.layers import Model
 from cudnn_flex_compile.bench.rows.measure import Bench, Contender
 from cudnn_flex_compile.bench.rows.rows import Row, chosen
 from cudnn_flex_compile.report.report import Report
+from tests.support.uncompiled import uncompiled
 
 STEPS = 3  # each with masks of its own
 SLACK = 1e-3  # of the norm
@@ -71,17 +72,6 @@ def exact(bench: Bench) -> dict[str, torch.Tensor]:
         out = model(x, block_masks(bench.row, x, data))
         out.backward(grad.double())
     return {"out": out.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
-
-
-@contextlib.contextmanager
-def uncompiled():
-    """Eager flex_attention without a compiler of its own, which would refuse float64."""
-    before = stock._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG
-    stock._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True
-    try:
-        yield
-    finally:
-        stock._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = before
 
 
 def assert_as_exact_as_stock(ours, theirs, wanted):

@@ -142,4 +142,3 @@ class AddressPlan(Plan):
         self, addresses: list[int], operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor]
     ) -> None:  # fmt: skip
         """Runs like `run`, with the addresses of the tensors."""
-

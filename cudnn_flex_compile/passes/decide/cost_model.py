@@ -75,7 +75,7 @@ class Estimate(NamedTuple):
 
 
 def _least_share(inputs: CostInputs) -> float:
-    """How many times the time of Inductor's kernel graphs take at least, for what they read from memory."""
+    """Gives the least ratio of the graphs' time to that of Inductor's kernel, for what graphs read from memory."""
     operands = [n for n in ir.walk(without_bias(inputs.program.score)[0]) if n.kind == "operand"]
     stored = [inputs.hoisted[int(n.value or 0)].stored for n in operands if {"q", "k"} <= set(n.dims)]
     if stored and (inputs.training or min(d.itemsize for d in stored) < FORWARD_ITEMSIZE):
