@@ -84,7 +84,7 @@ def assert_flat(before, after):
     assert grown[1] <= HOST_SLACK
 
 
-def test_two_hundred_lengths():
+def test_two_hundred_lengths(alone):
     """Of the 200 plans 136 are dropped; the second hundred takes no more memory than the first."""
     function, begun = compiled(), time.perf_counter()
     with torch.no_grad(), collect() as report:
@@ -103,7 +103,7 @@ def test_two_hundred_lengths():
     assert (info.size, info.evictions) == (BOUND, 200 - BOUND)
 
 
-def test_ten_thousand_calls_over_three_hundred_shapes(monkeypatch, tmp_path):
+def test_ten_thousand_calls_over_three_hundred_shapes(alone, monkeypatch, tmp_path):
     """Near lengths come soon after each other, and all come round three times: most calls find their plan; each shape
     is built once, and what was dropped comes back from the cache folder.
     """

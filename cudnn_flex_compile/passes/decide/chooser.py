@@ -37,7 +37,7 @@ class Choice:
     """The ways to run a call.
 
     Attributes:
-        order: those of ours that are faster than Inductor's kernel, the fastest first.
+        order: those of ours that are tried, the fastest first.
         estimates: the times of all contenders, the fastest first.
         slower: the reason why ways that are not in the order are not tried.
     """
@@ -59,20 +59,20 @@ def choose(contenders: dict[Way, CostInputs], only_faster: bool, measure: Measur
 
     Args:
         contenders: the facts of a call by each way of ours; that by graphs, and others.
-        only_faster: whether Inductor's kernel is a contender.
+        only_faster: whether ways that are slower than Inductor's kernel are left out of the order.
         measure: measures some ways, and gives the times of those for which that was possible; None where nothing may be
             measured.
         every: whether all are measured, however plain the prediction is.
     """
     graphs = contenders[()]
-    estimates = _estimated(contenders, dict.fromkeys([*contenders, *([STOCK] if only_faster else [])], ()))
+    estimates = _estimated(contenders, dict.fromkeys([*contenders, STOCK], ()))
     doubtful = list(estimates) if every else _doubtful(estimates, graphs)
     measured = measure(doubtful) if measure is not None and len(doubtful) > 1 else {}
     if measured.keys() >= ({STOCK} & set(doubtful)) and len(measured) > 1:
         estimates = _estimated(contenders, measured)
     elif graphs.table.foreign:
         _warn_of(graphs.table.device)
-    return _by_time(estimates, graphs)
+    return _by_time(estimates, graphs, only_faster)
 
 
 @functools.cache
@@ -102,20 +102,18 @@ def _doubtful(estimates: dict[Way, Estimate], graphs: CostInputs) -> list[Way]:
         return []
     if graphs.table.foreign:
         return list(estimates)
-    best = min((way for way in estimates if way != STOCK), key=lambda way: estimates[way].total, default=STOCK)
-    if STOCK not in estimates or best == STOCK:
-        return []
+    best = min((way for way in estimates if way != STOCK), key=lambda way: estimates[way].total)
     faster, slower = sorted((estimates[best].total, estimates[STOCK].total))
     error = PREDICTION_ERROR if best or in_table(graphs) else PREDICTION_ERROR**2
     return [best, STOCK] if slower < error * faster else []
 
 
-def _by_time(estimates: dict[Way, Estimate], graphs: CostInputs) -> Choice:
+def _by_time(estimates: dict[Way, Estimate], graphs: CostInputs, only_faster: bool) -> Choice:
     ordered = dict(sorted(estimates.items(), key=lambda item: (item[1].total, item[0] == STOCK)))
     ways = list(ordered)
-    order = tuple(ways[: ways.index(STOCK)] if STOCK in ways else ways)
+    order = ways[: ways.index(STOCK)] if only_faster and STOCK in ways else [way for way in ways if way != STOCK]
     code = Code.LSE_GRADIENT if graphs.lse_gradient else Code.SLOWER
-    return Choice(order, ordered, Reason(code, _in_words(ordered, graphs)))
+    return Choice(tuple(order), ordered, Reason(code, _in_words(ordered, graphs)))
 
 
 def _in_words(estimates: dict[Way, Estimate], graphs: CostInputs) -> str:

@@ -194,6 +194,14 @@ def test_what_is_lowered(name):
     assert not is_kept(facts(**LOWERED[name]))
 
 
+@pytest.mark.parametrize("name", KEPT)
+def test_what_is_slower_is_lowered_where_that_is_asked_for_and_the_report_compares(name):
+    ways = {(): facts(**{**KEPT[name][0], "tiled": False})}
+    choice = choose(ways, only_faster=False, measure=None, every=False)
+    assert choice.order == ((),)
+    assert {contender.name for contender in choice.contenders(())} == {"graphs", "inductor"}
+
+
 def test_the_reason_has_all_contenders_in_order():
     given = facts(around=BUSY, queries=4096, keys=4096, heads=16, share=0.53)
     assert chosen(given).slower.detail == (
