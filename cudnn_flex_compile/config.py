@@ -14,7 +14,10 @@ from typing import Any
 PREFIX = "CUDNN_FLEX_"
 CERTIFY = ("once", "always", "off")
 GRAPHS = ("native", "chained", "dense", "parts")  # how a graph of cuDNN's is written
-FORCED = ("inductor", "tile_lists", "graphs", *GRAPHS)
+LISTS = {  # the directions that a forced list of tiles runs; the others run by graphs
+    "tile_lists": ("forward", "backward"), "tile_lists_forward": ("forward",), "tile_lists_backward": ("backward",),
+}  # fmt: skip
+FORCED = ("inductor", *LISTS, "graphs", *GRAPHS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +106,7 @@ class Options:
     @property
     def lists_tiles(self) -> bool:
         """Whether calls may run by tile lists."""
-        return self.tile_lists or self.strategy == "tile_lists"
+        return self.tile_lists or self.strategy in LISTS
 
     @property
     def captures_graphs(self) -> bool:

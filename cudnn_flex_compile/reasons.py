@@ -83,7 +83,15 @@ class Reason:
 TELLING = (Code.CERTIFICATION, Code.NO_BACKWARD, Code.ILLEGAL_OP, Code.SHAPE_REFUSED)
 
 
-def most_telling(reasons: Sequence[Reason]) -> Reason:
-    """One for all of them; lasting if all are."""
+def most_telling(reasons: Sequence[Reason], forced: str = "") -> Reason:
+    """One for all of them; lasting if all are.
+
+    Args:
+        forced: the only strategy that was tried, if an option forces one; there may be no reason then.
+    """
     by_code = (reason for code in TELLING for reason in reasons if reason.code is code)
-    return replace(next(by_code, reasons[-1]), lasting=all(reason.lasting for reason in reasons))
+    found = next(by_code, None)
+    if found is None and forced:
+        why = "".join(f": {reason.detail}" for reason in reasons[-1:])
+        found = Reason(Code.FORCED_BACKEND, f"options have strategy={forced!r}{why}")
+    return replace(found or reasons[-1], lasting=all(reason.lasting for reason in reasons))

@@ -30,9 +30,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rows.add_argument("--rows", nargs="*", metavar="N", help="numbers or names of rows, such as 1 or 3b (all of them)")
     rows.add_argument("--layers", type=int, default=2, help="of a row's model (2)")
     rows.add_argument("--steps", type=int, default=10, help="samples of each side, of two steps each (10)")
-    at_once = "rows that compile at once (1); one measures, alone. Kernels that are tuned then are tuned less well"
-    rows.add_argument("--at-once", type=int, default=1, metavar="N", help=at_once)
-    rows.add_argument("--tiny", action="store_true", help="on the CPU, small and forward only: numbers, no speed")
     rows.add_argument("--kernels", action="store_true", help="list the longest kernels of each side, too")
-    rows.add_argument("--into", type=Path, help=argparse.SUPPRESS)  # one row in this process, its result into a file
+    regret = (
+        "the time of the chosen way / that of the best, each way forced in turn: sets of cases (forty, masks, named, "
+        "small; all of them), or single cases. Those that --csv FILE has already are not measured again"
+    )
+    parser.add_argument("--regret", nargs="*", metavar="SET", help=regret)
+    both = parser.add_argument_group("rows and regret")
+    at_once = (
+        "processes that compile at once (1 for rows, else one for each core but one); one measures, alone. Kernels "
+        "that are tuned then are tuned less well"
+    )
+    both.add_argument("--at-once", type=int, metavar="N", help=at_once)
+    both.add_argument("--tiny", action="store_true", help="on the CPU, small and forward only: numbers, no speed")
+    both.add_argument("--into", type=Path, help=argparse.SUPPRESS)  # in this process, the results into a file
     parser.add_argument("--only-compile", help=argparse.SUPPRESS)  # I/N: every N-th case from the I-th on

@@ -5,6 +5,7 @@ measure.py times the contenders.
 
 import importlib
 import inspect
+import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 
-from cudnn_flex_compile.bench.mods import ALL, BY_BATCH
+from cudnn_flex_compile.bench.mods import BY_BATCH, KNOWN
 from cudnn_flex_compile.report.call import CallReport
 from cudnn_flex_compile.report.report import collect
 
@@ -29,27 +30,37 @@ Make = Callable[[int, int, str], tuple[Any, Any]]  # (heads, length, device) -> 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The shape of queries, [B, H, S, D], and of keys and values with `kv_heads` heads."""
+    """The shape of queries, [B, H, S, D], and of keys and values with `kv_heads` heads, [B, HKV, SKV, D]."""
 
     batch: int
     heads: int
     kv_heads: int
     length: int
     head_dim: int
+    kv_length: int = 0  # that of the queries, where it is not given
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kv_length", self.kv_length or self.length)
 
     @staticmethod
     def parse(text: str) -> "Shape":
-        """The shape that a text "B,H,HKV,S,D" describes. Raises ValueError."""
+        """The shape that a text "B,H,HKV,S,D" describes, or "B,H,HKV,S/SKV,D". Raises ValueError."""
+        parts = text.split(",")
+        lengths = parts[3].split("/") if len(parts) == 5 else []
         try:
-            numbers = [int(part) for part in text.split(",")]
+            numbers = [int(part) for part in (*parts[:3], lengths[0], parts[4], lengths[-1])] if lengths else []
         except ValueError:
             numbers = []
-        if len(numbers) != 5 or min(numbers) < 1 or numbers[1] % numbers[2]:
-            raise ValueError(f"a shape is B,H,HKV,S,D, H a multiple of HKV, such as 2,32,8,4096,128; got {text!r}")
+        if not numbers or len(lengths) > 2 or min(numbers) < 1 or numbers[1] % numbers[2]:
+            raise ValueError(
+                "a shape is B,H,HKV,S,D or B,H,HKV,S/SKV,D, H a multiple of HKV, such as 2,32,8,4096,128 or "
+                f"8,32,8,1/4096,128; got {text!r}"
+            )
         return Shape(*numbers)
 
     def __str__(self) -> str:
-        return ",".join(str(getattr(self, name)) for name in self.__slots__)
+        lengths = str(self.length) if self.kv_length == self.length else f"{self.length}/{self.kv_length}"
+        return f"{self.batch},{self.heads},{self.kv_heads},{lengths},{self.head_dim}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +76,11 @@ class Case:
     """A mod at a shape.
 
     Attributes:
-        mod: a name of mods.ALL, or "module:function".
+        mod: a name of mods.KNOWN, or "module:function".
         dtype: the dtype of queries, keys and values.
         device: "cuda"; tests of the measuring itself run on "cpu".
+        options: the backend's.
+        training: whether gradients are asked for.
     """
 
     mod: str
@@ -75,35 +88,47 @@ class Case:
     dtype: torch.dtype = torch.bfloat16
     device: str = "cuda"
     options: dict[str, Any] = field(default_factory=dict[str, Any])
+    training: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.mod} at {self.shape}" + ("" if self.training else ", forward alone")
 
     def layer(self) -> Layer:
         shape = self.shape
-        heads = (shape.heads, shape.kv_heads, shape.kv_heads, shape.heads)
+        queries, keys = (shape.length, shape.heads), (shape.kv_length, shape.kv_heads)
         q, k, v, grad = (
-            torch.randn(shape.batch, shape.length, h, shape.head_dim, device=self.device, dtype=self.dtype)
-            for h in heads
+            torch.randn(shape.batch, *size, shape.head_dim, device=self.device, dtype=self.dtype)
+            for size in (queries, keys, keys, queries)
         )
-        return Layer(tuple(t.requires_grad_() for t in (q, k, v)), grad)
+        return Layer(tuple(t.requires_grad_(self.training) for t in (q, k, v)), grad)
 
     def functions(self, mode: str | None = None, with_sdpa: bool = True) -> dict[str, Function]:
         """The function of each contender, from q, k and v of a layer to the output, [B, S, H, D]."""
-        found = {name: self._compiled(name, mode) for name in (STOCK, OURS)}
+        found = {name: self.compiled(name, mode) for name in (STOCK, OURS)}
         arguments = self.sdpa_arguments() if with_sdpa and mode is None else None
         return found if arguments is None else {**found, SDPA: self._sdpa(arguments)}
 
-    def _compiled(self, backend: str, mode: str | None) -> Function:
+    def compiled(self, backend: str, mode: str | None = None) -> Function:
+        """The call by a backend, compiled when it first runs."""
+        how: dict[str, Any] = {"options": {**self.options, "mode": mode}} if backend == OURS else {"mode": mode}
+        return torch.compile(self.call(backend), backend=backend, dynamic=False, **how)
+
+    def call(self, name: str) -> Function:
+        """The call, from q, k and v of a layer to the output. Its code is its own, with this name: torch.compile
+        compiles a piece of code only a few times.
+        """
         shape = self.shape
-        score_mod, mask_mod = named(self.mod)(shape.heads, shape.length, self.device)
+        score_mod, mask_mod = named(self.mod)(shape.heads, shape.kv_length, self.device)
         entries = shape.batch if self.mod in BY_BATCH else None
-        mask = mask_mod and create_block_mask(mask_mod, entries, None, shape.length, shape.length, device=self.device)
+        lengths = shape.length, shape.kv_length
+        mask = mask_mod and create_block_mask(mask_mod, entries, None, *lengths, device=self.device)
 
         def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             gqa = shape.heads != shape.kv_heads
             return flex_attention(q, k, v, score_mod, mask, enable_gqa=gqa).transpose(1, 2)  # pyright: ignore
 
-        how: dict[str, Any] = {"options": {**self.options, "mode": mode}} if backend == OURS else {"mode": mode}
-        return torch.compile(call, backend=backend, dynamic=False, **how)
+        return with_own_code(call, name)
 
     def sdpa_arguments(self) -> dict[str, Any] | None:
         """The arguments with which torch's SDPA computes the same on a kernel of its own; None if it has none.
@@ -113,11 +138,11 @@ class Case:
         shape, gqa = self.shape, self.shape.heads != self.shape.kv_heads
         if self.mod in SDPA_ARGUMENTS:
             return SDPA_ARGUMENTS[self.mod] | {"enable_gqa": gqa}
-        score_mod, mask_mod = named(self.mod)(shape.heads, shape.length, self.device)
-        if score_mod is not None or mask_mod is None or gqa or shape.length > LONGEST_MASK:
+        score_mod, mask_mod = named(self.mod)(shape.heads, shape.kv_length, self.device)
+        if score_mod is not None or mask_mod is None or gqa or shape.kv_length > LONGEST_MASK:
             return None
         entries = shape.batch if self.mod in BY_BATCH else 1
-        return {"attn_mask": create_mask(mask_mod, entries, 1, shape.length, shape.length, device=self.device)}
+        return {"attn_mask": create_mask(mask_mod, entries, 1, shape.length, shape.kv_length, device=self.device)}
 
     def _sdpa(self, arguments: dict[str, Any]) -> Function:
         def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -125,6 +150,12 @@ class Case:
             return torch.nn.functional.scaled_dot_product_attention(q, k, v, **arguments).transpose(1, 2)  # pyright: ignore
 
         return call
+
+
+def with_own_code(function: Function, name: str) -> Function:
+    """The same function of another piece of code."""
+    code = function.__code__.replace(co_name=name)
+    return types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
 
 
 def first_calls(case: Case, functions: dict[str, Function], step: Callable[[Function, list[Layer]], Any]) -> CallReport:
@@ -152,16 +183,16 @@ def named(mod: str) -> Make:
     """The score_mod and mask_mod of a name.
 
     Args:
-        mod: a name of mods.ALL, or "module:function": a score_mod (score, b, h, q, kv), a mask_mod (b, h, q, kv), or a
-            function of (heads, length, device) that gives both, either of them None.
+        mod: a name of mods.KNOWN, or "module:function": a score_mod (score, b, h, q, kv), a mask_mod (b, h, q, kv), or
+            a function of (heads, length, device) that gives both, either of them None.
 
     Raises:
         ValueError: for a name that is none of these; the message lists the names.
     """
-    if mod in ALL:
-        return ALL[mod]
+    if mod in KNOWN:
+        return KNOWN[mod]
     if ":" not in mod:
-        raise ValueError(f"no mod is named {mod!r}; there are {', '.join(map(repr, ALL))}, or module:function")
+        raise ValueError(f"no mod is named {mod!r}; there are {', '.join(map(repr, KNOWN))}, or module:function")
     module, _, attribute = mod.partition(":")
     try:
         function = getattr(importlib.import_module(module), attribute)

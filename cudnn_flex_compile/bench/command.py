@@ -20,6 +20,8 @@ from cudnn_flex_compile.bench.arguments import DTYPES
 from cudnn_flex_compile.bench.case import Case, Shape, first_calls, named
 from cudnn_flex_compile.bench.measure import Result, measure, step
 from cudnn_flex_compile.bench.mods import BY_BATCH, EIGHT, ENTRIES, FIVE, MODS
+from cudnn_flex_compile.bench.regret.cases import chosen as cases_of_regret
+from cudnn_flex_compile.bench.regret.command import run as run_regret
 from cudnn_flex_compile.bench.rows.command import run as run_rows
 from cudnn_flex_compile.bench.rows.rows import chosen
 from cudnn_flex_compile.bench.show import plot, table, write_csv
@@ -37,20 +39,24 @@ def run(given: argparse.Namespace) -> int:
     inductor_seam.take_out()  # the other side is stock, whatever the environment says
     sys.path.insert(0, os.getcwd())  # for module:function, as python -m has it
     try:
-        cases = cases_of(given) if given.rows is None else []
+        cases = cases_of(given) if given.rows is None and given.regret is None else []
         chosen(given.rows or [])
+        cases_of_regret(given.regret or [], TORCH_DTYPES[given.dtype], given.tiny)
         _check_outputs(given)
     except ValueError as error:
         print(f"cudnn-flex bench: {error}", file=sys.stderr)
         return 2
     console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
-    if not torch.cuda.is_available() and not (given.tiny and given.rows is not None):
+    in_processes = given.rows is not None or given.regret is not None
+    if not torch.cuda.is_available() and not (given.tiny and in_processes):
         print("cudnn-flex bench: no NVIDIA GPU here; speed is only measured on one", file=sys.stderr)
         return 1
     if not given.into and not given.only_compile:
         console.print(facts(), highlight=False)
     if given.rows is not None:
         return run_rows(given, console, facts())
+    if given.regret is not None:
+        return run_regret(given, TORCH_DTYPES[given.dtype], console, facts())
     if given.only_compile:
         for case in share(cases, given.only_compile):
             _without_fail(case, lambda case=case: first_calls(case, case.functions(given.mode, with_sdpa=False), step))

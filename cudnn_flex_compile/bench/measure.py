@@ -6,7 +6,8 @@ all of them, as in a model of so many layers, divided by their number.
 
 import math
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +70,13 @@ def on_device(run: Callable[[], Any]) -> tuple[float, Any]:
     return start.elapsed_time(end), result
 
 
+def on_host(run: Callable[[], Any]) -> tuple[float, Any]:
+    """Milliseconds of a run on the CPU, and its result."""
+    start = time.perf_counter()
+    result = run()
+    return (time.perf_counter() - start) * 1e3, result
+
+
 def forward(function: Function, layers: list[Layer]) -> list[torch.Tensor]:
     torch.compiler.cudagraph_mark_step_begin()
     return [function(*layer.qkv) for layer in layers]
@@ -95,23 +103,37 @@ def measure(
     functions = case.functions(mode, with_sdpa)
     call = first_calls(case, functions, step)
     graphs = mode == "reduce-overhead"
+    return Result(case, call, times_of(case, functions, repeats, (BOTH,) if graphs else PARTS, clock, graphs))
+
+
+def times_of(
+    case: Case, functions: dict[str, Function], repeats: int, parts: Sequence[str], clock: Clock = on_device,
+    single: bool = False,
+) -> dict[tuple[str, str], Time]:  # fmt: skip
+    """The times of compiled functions, by name and part; they take turns. `single`: whether a sample is one call."""
     samples: dict[tuple[str, str], list[float]] = {}
     layers = [case.layer()]
     for repeat in range(WARM_UP + repeats):
-        both = 0.0
+        longest = 0.0
         for name, function in functions.items():
-            taken: dict[str, float] = {}
-            if not graphs:
-                taken[FORWARD], outs = clock(lambda f=function: forward(f, layers))
-                taken[BACKWARD], _ = clock(lambda o=outs: backward(o, layers))
-            both, _ = clock(lambda f=function: step(f, layers))
-            taken[BOTH] = both
-            if repeat >= WARM_UP:
-                for part, value in taken.items():
-                    samples.setdefault((name, part), []).append(value / len(layers))
-        if repeat == WARM_UP - 3 and not graphs:
-            layers = [case.layer() for _ in range(max(1, min(CALLS, round(LONGEST / max(both, 1e-6)))))]
-    return Result(case, call, {key: Time.of(values) for key, values in samples.items()})
+            taken = _sample(function, layers, parts, clock)
+            longest = max(longest, taken[parts[-1]])
+            for part, value in taken.items() if repeat >= WARM_UP else ():
+                samples.setdefault((name, part), []).append(value / len(layers))
+        if repeat == WARM_UP - 3 and not single:
+            layers = [case.layer() for _ in range(max(1, min(CALLS, round(LONGEST / max(longest, 1e-6)))))]
+    return {key: Time.of(values) for key, values in samples.items()}
+
+
+def _sample(function: Function, layers: list[Layer], parts: Sequence[str], clock: Clock) -> dict[str, float]:
+    taken: dict[str, float] = {}
+    if FORWARD in parts:
+        taken[FORWARD], outs = clock(lambda: forward(function, layers))
+        if BACKWARD in parts:
+            taken[BACKWARD], _ = clock(lambda: backward(outs, layers))
+    if BOTH in parts:
+        taken[BOTH], _ = clock(lambda: step(function, layers))
+    return taken
 
 
 def mean(results: list[Result], part: str) -> float:

@@ -129,6 +129,24 @@ def documents(ids):
     return mask_mod
 
 
+def frames(ends):
+    """Keys before the end of the query's chunk of frames, and the query itself; ends [S]."""
+
+    def mask_mod(b, h, q, kv):
+        return (kv < ends[q]) | (q == kv)
+
+    return mask_mod
+
+
+def last_keys(first):
+    """Keys from `first` on, for all queries: a window that decoding has."""
+
+    def mask_mod(b, h, q, kv):
+        return kv >= first
+
+    return mask_mod
+
+
 def relative_table(table, offset):
     """A bias by head and distance; table [H, distances], the distance 0 at `offset`."""
 
@@ -194,6 +212,12 @@ def _ids(length, device):
     return torch.arange(length, device=device) * 8 // length
 
 
+def _ends(length, device):
+    """The ends of seven chunks of frames."""
+    chunk = -(-length // 7)
+    return ((torch.arange(length, device=device) // chunk + 1) * chunk).clamp(max=length)
+
+
 def _table(heads, length, device):
     generator = torch.Generator(device).manual_seed(0)
     return torch.randn(heads, 2 * length, generator=generator, device=device)
@@ -224,6 +248,11 @@ MASKS = {
 }  # fmt: skip
 BY_BATCH = {name for name in MASKS if "padd" in name}
 ALL = {**MODS, **MASKS, "soft cap + window 1024": soft_cap_window_1024}
+# Masks that only the regret of choices is measured on; cuDNN is not asked about them (tests/deviceless/matrix.py).
+KNOWN = {
+    **ALL, "frames": lambda heads, length, device: (None, frames(_ends(length, device))),
+    "last keys": lambda heads, length, device: (None, last_keys(length - length // 4)),
+}  # fmt: skip
 # The cases that the first table of docs/benchmarks.md is about, at its eight shapes B, H, Hkv, S, D.
 FIVE = ("full", "causal", "soft cap + causal", "soft cap + window 1024", "ALiBi + causal")
 EIGHT = (

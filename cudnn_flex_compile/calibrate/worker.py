@@ -8,7 +8,6 @@ side; one measures at a time.
 
 import json
 import sys
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from cudnn_flex_compile import backend, inductor_seam, torch_private
+from cudnn_flex_compile.bench.case import with_own_code
 from cudnn_flex_compile.calibrate.grid import BLOCK, CAP, HEADS, LENGTHS, WAYS, Cell
 from cudnn_flex_compile.engine.launch import timing
 from cudnn_flex_compile.passes.decide.device_times import CAPPED, INDUCTOR, MASKED
@@ -53,9 +53,7 @@ def contenders(cell: Cell, way: str) -> tuple[Contender, Contender] | str:
     def attend(q: Any, k: Any, v: Any) -> Any:
         return flex_attention(q, k, v, score_mod, mask)
 
-    # Dynamo compiles one piece of code only a few times, so each call has its own.
-    code = attend.__code__.replace(co_name=f"attend_{way}_{cell.length}")
-    function = types.FunctionType(code, attend.__globals__, None, None, attend.__closure__)
+    function = with_own_code(attend, f"attend_{way}_{cell.length}")
     if way == INDUCTOR:
         compiled: Any = torch.compile(function, dynamic=False, options=inductor_seam.STOCK)
     else:

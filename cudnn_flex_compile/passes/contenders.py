@@ -4,6 +4,7 @@ lower_call.py makes them, and lowers the call in the first way of the order that
 it has certified plans. Each way is tried once.
 """
 
+from cudnn_flex_compile.config import LISTS
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD
 from cudnn_flex_compile.passes.decide.candidate import Candidate, Lowered, plan_or_reason
 from cudnn_flex_compile.passes.decide.chooser import Choice, Way, choose
@@ -75,11 +76,17 @@ class Contenders:
         """The ways in the order of trial."""
         by_list = [way for way, candidate in self.ways.items() if way == candidate.directions]
         if choice is None:
-            return tuple(by_list) if self._context.options.strategy == "tile_lists" else (GRAPHS,)
+            return self._forced(self._context.options.strategy or "")
         # With lower="always" a list comes first where graphs would read a bias, or compute a predicate, at each pair.
         if not self._context.only_faster and split(self.ways[GRAPHS].program.mask).reads_pairs:
             return (*by_list, GRAPHS)
         return choice.order
+
+    def _forced(self, strategy: str) -> tuple[Way, ...]:
+        if strategy not in LISTS:
+            return (GRAPHS,)
+        listed = tuple(d for d in self.ways[GRAPHS].directions if d in LISTS[strategy])
+        return (listed,) if listed and listed in self.ways else ()
 
     def tried(self, way: Way) -> Lowered | Reason:
         """The plans of a way, or the reason why there are none."""
@@ -112,7 +119,7 @@ class Contenders:
 def _by_lists(candidate: Candidate, traced: Traced, context: Context) -> dict[Way, Candidate]:
     """The call by a list of tiles, in all directions or in some, where there are kernels for that."""
     both = tile_lists.tiled(candidate, traced, candidate.directions)
-    forced = context.options.strategy == "tile_lists"
+    forced = context.options.strategy in LISTS
     if both is None or (context.tiles is None and not forced):
         return {}
     missing = tile_lists.unusable(example(candidate.call.query).device)

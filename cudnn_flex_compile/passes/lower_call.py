@@ -29,7 +29,6 @@ TRY_LISTS = (
     Code.SLOWER, Code.BIAS_BUDGET, Code.LSE_GRADIENT, Code.SHAPE_REFUSED, Code.ILLEGAL_OP, Code.CERTIFICATION,
     Code.BLOCK_MASK,
 )  # fmt: skip
-NO_LIST = Reason(Code.FORCED_BACKEND, "options have strategy='tile_lists', and no list serves this score or mask")
 
 
 def lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason | None:
@@ -94,14 +93,20 @@ def _lower_in_order(
         if way == GRAPHS and verdict.code not in TRY_LISTS:
             break
     report.contenders = choice.contenders(STOCK) if choice is not None else ()
-    return _most_telling(contenders, choice, refusals)
+    return _most_telling(contenders, choice, refusals, context.options.strategy)
 
 
-def _most_telling(contenders: Contenders, choice: Choice | None, refusals: dict[Way, Reason]) -> Reason:
+def _no_list(strategy: str | None) -> Reason:
+    return Reason(Code.FORCED_BACKEND, f"options have strategy={strategy!r}, and no list serves this score or mask")
+
+
+def _most_telling(
+    contenders: Contenders, choice: Choice | None, refusals: dict[Way, Reason], strategy: str | None
+) -> Reason:
     """The reason against graphs; that against lists where this is what a user can change, or where these are forced."""
     lists = next((reason for way, reason in refusals.items() if way == contenders.ways[way].directions), None)
     if choice is None:
-        return next(iter(refusals.values()), NO_LIST)
+        return next(iter(refusals.values()), None) or _no_list(strategy)
     graphs = refusals.get(GRAPHS) or contenders.refused(GRAPHS) or choice.slower
     missing = graphs.code in TRY_LISTS and lists is not None and lists.code is Code.TILE_LISTS
     return lists if missing and lists is not None else graphs

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
-from cudnn_flex_compile import ops
+from cudnn_flex_compile import config, ops
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD
 from cudnn_flex_compile.passes import contenders
 from cudnn_flex_compile.passes.write import tile_lists
@@ -190,6 +190,7 @@ def soft_cap(score, b, h, q, kv):
 FORCED = {
     "inductor": ((), ()), "graphs": (("native",), ("chained",)), "native": (("native",), ()),
     "chained": (("chained",), ("chained",)), "tile_lists": (("tile_lists",), ()),
+    "tile_lists_forward": (("tile_lists", "native"), ()), "tile_lists_backward": (("native", "tile_lists"), ()),
 }  # fmt: skip
 
 
@@ -208,5 +209,6 @@ def test_a_way_can_be_forced(strategy):
 
 
 def test_an_unknown_way_is_answered_by_a_list_of_all():
-    with pytest.raises(Exception, match="'inductor', 'tile_lists', 'graphs', 'native', 'chained', 'dense', 'parts'"):
+    every = ", ".join(map(repr, config.FORCED))
+    with pytest.raises(Exception, match=every):
         compiled(strategy="fast")(*call("causal")[0])

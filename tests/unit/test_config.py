@@ -81,7 +81,7 @@ def test_a_policys_text_is_its_own() -> None:
 def test_a_forced_strategy_is_of_the_policy_where_it_is_of_a_plan() -> None:
     by_plans = {name: Options(strategy=name).policy.strategy for name in FORCED}
     assert by_plans == {name: name if name in GRAPHS else "" for name in FORCED}
-    with pytest.raises(ValueError, match="valid values: None, 'inductor', 'tile_lists', 'graphs', 'native'"):
+    with pytest.raises(ValueError, match=r"valid values: None, 'inductor', 'tile_lists', .*, 'graphs', 'native'"):
         options_from({"strategy": "fast"})
 
 

@@ -43,7 +43,7 @@ def run(given: argparse.Namespace, console: Console, facts: str) -> int:
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
         Progress(console=console, transient=True) as progress,
         Processes() as processes,
-        ThreadPoolExecutor(given.at_once) as pool,
+        ThreadPoolExecutor(given.at_once or 1) as pool,
     ):
         task = progress.add_task(f"{len(rows)} rows", total=len(rows))
         running = {pool.submit(_in_a_process, row, given, Path(folder), processes): row for row in rows}
@@ -102,9 +102,13 @@ class Processes:
     """A context manager: processes that are running end with it, and those that they have started.
 
     One that fails before any has come to a good end ends all.
+
+    Args:
+        longest: the seconds after which one is ended.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, longest: float = LONGEST) -> None:
+        self._longest = longest
         self._running: set[subprocess.Popen[bytes]] = set()
         self._one_worked = self.ended = False
 
@@ -126,9 +130,9 @@ class Processes:
             )
         self._running.add(started)
         try:
-            code: int | str = started.wait(LONGEST)
+            code: int | str = started.wait(self._longest)
         except subprocess.TimeoutExpired:
-            code = f"none after {LONGEST} s"
+            code = f"none after {self._longest:.0f} s"
             _end(started)
         self._running.discard(started)
         if self.ended:

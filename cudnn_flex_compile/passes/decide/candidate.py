@@ -24,7 +24,7 @@ from cudnn_flex_compile.passes.read.call import Call, example, hint, scale_of
 from cudnn_flex_compile.passes.read.captures import Captures, indexing
 from cudnn_flex_compile.passes.write.block_mask_guards import MaskProgram
 from cudnn_flex_compile.passes.write.operands import operand_value
-from cudnn_flex_compile.reasons import Code, Reason
+from cudnn_flex_compile.reasons import Code, Reason, most_telling
 from cudnn_flex_compile.scoremod.aten import fake_mode, joint_graph, plain, value_graph, without_sums
 from cudnn_flex_compile.scoremod.dots import Dot
 from cudnn_flex_compile.scoremod.ir import AXES, Expr, Program
@@ -113,14 +113,13 @@ def plan_or_reason(candidate: Candidate) -> Lowered | Reason:
     forced = policy_from(candidate.policy).strategy
     for strategy in STRATEGIES:
         if forced not in ("", "parts", strategy.name):
-            reasons.append(Reason(Code.FORCED_BACKEND, f"options have strategy={forced!r}"))
             continue
         lowering = strategy.lower(program, candidate.training)
         if not isinstance(lowering, Reason):
             names = [TILE_LISTS if way in candidate.tiled else strategy.name for way in candidate.directions]
             return Lowered(tuple(names) if candidate.tiled else (strategy.name,))
         reasons.append(lowering)
-    return next((r for r in reasons if r.code is not Code.UNSUPPORTED_CALL), reasons[-1])
+    return most_telling(reasons, forced)
 
 
 def _certified(candidate: Candidate, call: Key, problem: Problem) -> Lowered | Reason:

@@ -1,0 +1,99 @@
+"""`Result` holds what each contender for a case takes, and `regret` compares the choice with the best of them.
+
+worker.py measures it. It goes between processes as JSON, and is kept as rows of a CSV file, one for each contender.
+"""
+
+import csv
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from cudnn_flex_compile.bench.case import STOCK
+
+DEFAULT = "default"
+
+
+@dataclass(slots=True)
+class Contender:
+    """A way to run a case.
+
+    Attributes:
+        ran: the strategies of forward and backward, or STOCK; empty if it can't run.
+        why: the reason why it can't run, or why the default kept the call.
+        milliseconds, spread: of a call, as measured; NaN if it can't run.
+        predicted: the milliseconds that the chooser predicts; NaN where it has no prediction of its own.
+    """
+
+    ran: str = ""
+    why: str = ""
+    milliseconds: float = math.nan
+    spread: float = math.nan
+    predicted: float = math.nan
+
+
+@dataclass(slots=True)
+class Result:
+    """The contenders for a case, by name: DEFAULT, STOCK, and the values of the option `strategy`."""
+
+    case: str
+    contenders: dict[str, Contender] = field(default_factory=dict[str, Contender])
+
+    @property
+    def best(self) -> str:
+        """The fastest contender. One that runs as the default does is the default: their times differ by chance."""
+        default = self.contenders[DEFAULT]
+        known = {name: c for name, c in self.contenders.items() if not math.isnan(c.milliseconds)}
+        others = [name for name, c in known.items() if c.ran != default.ran]
+        return min((DEFAULT, *others), key=lambda name: known[name].milliseconds)
+
+    @property
+    def regret(self) -> float:
+        """The time of the default / that of the best."""
+        return self.contenders[DEFAULT].milliseconds / self.contenders[self.best].milliseconds
+
+    @property
+    def speedup(self) -> float:
+        """The time of Inductor's kernel / that of the default; NaN if it can't run."""
+        return self.contenders[STOCK].milliseconds / self.contenders[DEFAULT].milliseconds
+
+    @staticmethod
+    def of(data: Mapping[str, Any]) -> "Result":
+        """The result that `asdict` made."""
+        return Result(data["case"], {name: Contender(**given) for name, given in data["contenders"].items()})
+
+
+MEASURES = {"milliseconds", "spread", "predicted"}
+COLUMNS = ["machine", "case", "contender", *(f.name for f in fields(Contender))]
+
+
+def write_csv(results: Iterable[Result], path: Path, machine: str) -> None:
+    """Writes a row for each contender. `machine` is where they were measured."""
+    with path.open("w", newline="") as file:
+        rows = csv.DictWriter(file, COLUMNS)
+        rows.writeheader()
+        for result in results:
+            for name, contender in result.contenders.items():
+                rows.writerow({"machine": machine, "case": result.case, "contender": name, **asdict(contender)})
+
+
+def read_csv(path: Path, machine: str) -> list[Result]:
+    """The results in a file that were measured on this machine; none if there is no file.
+
+    Raises:
+        ValueError: for a file that write_csv has not written.
+    """
+    if not path.is_file():
+        return []
+    found: dict[str, Result] = {}
+    with path.open(newline="") as file:
+        rows = csv.DictReader(file)
+        if list(rows.fieldnames or ()) != COLUMNS:
+            raise ValueError(f"{path} is no file of --regret, whose columns are {', '.join(COLUMNS)}; name another one")
+        for row in rows:
+            if row.pop("machine") == machine:
+                result = found.setdefault(row["case"], Result(row.pop("case")))
+                name = row.pop("contender")
+                result.contenders[name] = Contender(**{k: float(v) if k in MEASURES else v for k, v in row.items()})  # pyright: ignore
+    return list(found.values())
