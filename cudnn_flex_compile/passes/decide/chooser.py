@@ -65,14 +65,11 @@ def choose(contenders: dict[Way, CostInputs], only_faster: bool, measure: Measur
         every: whether all are measured, however plain the prediction is.
     """
     graphs = contenders[()]
-    estimates = _estimated(contenders, dict.fromkeys([*contenders, STOCK], ()))
-    doubtful = list(estimates) if every else _doubtful(estimates, graphs)
-    measured = measure(doubtful) if measure is not None and len(doubtful) > 1 else {}
-    if measured.keys() >= ({STOCK} & set(doubtful)) and len(measured) > 1:
-        estimates = _estimated(contenders, measured)
-    elif graphs.table.foreign:
+    predicted = _estimated(contenders, dict.fromkeys([*contenders, STOCK], ()))
+    measured = _measured(predicted, contenders, measure, every) if measure is not None else {}
+    if not measured and graphs.table.foreign:
         _warn_of(graphs.table.device)
-    return _by_time(estimates, graphs, only_faster)
+    return _by_time(measured or predicted, graphs, only_faster)
 
 
 @functools.cache
@@ -94,23 +91,50 @@ def _estimated(contenders: dict[Way, CostInputs], kernels: Measured) -> dict[Way
     return found
 
 
-def _doubtful(estimates: dict[Way, Estimate], graphs: CostInputs) -> list[Way]:
-    """The contenders that predictions can't tell apart. Those of ours on a device of its own table differ by little
-    where their predictions are close, so that the fastest one alone is compared with Inductor's kernel.
+def _measured(
+    predicted: dict[Way, Estimate], contenders: dict[Way, CostInputs], measure: Measure, every: bool
+) -> dict[Way, Estimate]:
+    """The times of contenders that predictions can't tell apart; of none if either side could not be measured."""
+    graphs = contenders[()]
+    worth = graphs.sharing * max(found.total for found in predicted.values()) >= WORTH_MEASURING
+    if not (every or worth):
+        return {}
+    if every or graphs.table.foreign:
+        found = _estimated(contenders, measure(list(predicted)))
+    else:
+        found = _one_by_one(predicted, contenders, measure)
+    return found if STOCK in found and len(found) > 1 else {}
+
+
+def _one_by_one(
+    predicted: dict[Way, Estimate], contenders: dict[Way, CostInputs], measure: Measure
+) -> dict[Way, Estimate]:
+    """The times of the fastest of ours and of Inductor's kernel. Where ours loses, or can't run, the next one is
+    measured, too. Otherwise it is not: on a device of its own table those of ours differ by little where their
+    predictions are close.
     """
-    if graphs.sharing * max(found.total for found in estimates.values()) < WORTH_MEASURING:
-        return []
-    if graphs.table.foreign:
-        return list(estimates)
-    best = min((way for way in estimates if way != STOCK), key=lambda way: estimates[way].total)
-    faster, slower = sorted((estimates[best].total, estimates[STOCK].total))
-    error = PREDICTION_ERROR if best or in_table(graphs) else PREDICTION_ERROR**2
-    return [best, STOCK] if slower < error * faster else []
+    found: dict[Way, Estimate] = {}
+    asked, stock = [STOCK], predicted[STOCK].total
+    for way in (way for way in _fastest_first(predicted) if way != STOCK):
+        time, error = predicted[way].total, PREDICTION_ERROR
+        error *= 1.0 if way or in_table(contenders[()]) else PREDICTION_ERROR
+        if time >= error * stock or (not found and stock >= error * time):
+            break
+        asked.insert(-1, way)
+        found = _estimated(contenders, measure(asked))
+        if STOCK not in found or _fastest_first(found)[0] != STOCK:
+            break
+        stock = found[STOCK].total
+    return found
+
+
+def _fastest_first(estimates: dict[Way, Estimate]) -> list[Way]:
+    return sorted(estimates, key=lambda way: (estimates[way].total, way == STOCK))
 
 
 def _by_time(estimates: dict[Way, Estimate], graphs: CostInputs, only_faster: bool) -> Choice:
-    ordered = dict(sorted(estimates.items(), key=lambda item: (item[1].total, item[0] == STOCK)))
-    ways = list(ordered)
+    ways = _fastest_first(estimates)
+    ordered = {way: estimates[way] for way in ways}
     order = ways[: ways.index(STOCK)] if only_faster and STOCK in ways else [way for way in ways if way != STOCK]
     code = Code.LSE_GRADIENT if graphs.lse_gradient else Code.SLOWER
     return Choice(tuple(order), ordered, Reason(code, _in_words(ordered, graphs)))

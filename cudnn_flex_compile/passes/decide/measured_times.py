@@ -70,14 +70,16 @@ class Measuring:
     budget: Budget
 
     def __call__(self, ways: Sequence[Way]) -> Measured:
-        """The times of these contenders, measured now or before; of none that cannot be measured."""
+        """The times of these contenders, measured now or before; of none that cannot be measured. Finding the plans of
+        the first one is outside of the budget, because they are looked for in any case.
+        """
         try:
             contest = _contest_of(self.candidates[()])
             keys = {way: self._key(way, contest) for way in ways}
             found = {way: times for way in ways if (times := _recalled(keys[way])) is not None}
             missing = [way for way in ways if way not in found]
             if missing and self.budget.left > 0:
-                self._time(missing, contest, found)
+                self._time(missing, ways[0], contest, found)
                 for way in missing:
                     _remember(keys[way], found.setdefault(way, FAILED))
             return {way: times for way, times in found.items() if times != FAILED}
@@ -85,7 +87,7 @@ class Measuring:
             log.info("cudnn_flex: the contenders of a call could not be measured", exc_info=True)
             return {}
 
-    def _time(self, ways: Sequence[Way], contest: Contest, found: Measured) -> None:
+    def _time(self, ways: Sequence[Way], first: Way, contest: Contest, found: Measured) -> None:
         """Times contenders, as far as the budget goes. Inductor's kernel is compiled while plans are found."""
         start, paid = clock(), 0.0
         mine = [way for way in ways if way != STOCK]
@@ -97,7 +99,7 @@ class Measuring:
                     before = clock()
                     if before - start - paid < self.budget.left and self.ready(way):
                         there.append(way)
-                    paid += clock() - before if way == mine[0] else 0.0  # it takes part in any case
+                    paid += clock() - before if way == first else 0.0
                 if there:
                     found.update(zip(there, self._ours(there), strict=True))
                 if stock is not None:

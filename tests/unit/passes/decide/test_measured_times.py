@@ -194,6 +194,16 @@ def test_the_budget_is_kept(device):
     assert device.timed == ["ours", "inductor"]
 
 
+def test_a_contender_that_comes_later_is_within_the_budget(device):
+    """Times of before are not measured again, and the plans of the later one are not found for nothing."""
+    measuring = device.measuring()
+    first = measuring([GRAPHS, STOCK])
+    left, device.ours = measuring.budget.left, [0.25, 0.75]
+    assert measuring([GRAPHS, LISTS, STOCK]) == first | {LISTS: (0.25, 0.75)}
+    assert device.timed == ["ours", "inductor", "ours"]
+    assert measuring.budget.left == left - SECONDS["plans"] - SECONDS["ours"]
+
+
 def test_other_plans_of_ours_are_found_while_there_is_time(device):
     device.ours = [0.5, 1.0]
     assert device.measuring(0.5)([GRAPHS, LISTS]) == {GRAPHS: (0.5, 1.0)}
@@ -278,7 +288,7 @@ def test_plain_predictions_measure_nothing(predicted, times, order):
     assert measure.ways == []
 
 
-@pytest.mark.parametrize("times", [(1.0, 2.0, 1.2), (1.2, 2.0, 1.0)])
+@pytest.mark.parametrize("times", [(1.0, 4.0, 1.2), (1.2, 4.0, 1.0)])
 @pytest.mark.parametrize(("graphs", "order"), [(1.0, (GRAPHS,)), (3.0, ())])
 def test_where_they_are_not_plain_times_decide(predicted, times, graphs, order):
     predicted(*times)
@@ -288,6 +298,41 @@ def test_where_they_are_not_plain_times_decide(predicted, times, graphs, order):
     assert found.order == order
     assert {way: estimate.total for way, estimate in found.estimates.items()} == {GRAPHS: graphs, STOCK: 2.0}
     assert found.slower.detail.endswith("; measured here")
+
+
+@pytest.mark.parametrize(
+    ("lists", "order"), [(1.5, (LISTS,)), (2.0, (LISTS,)), (2.5, ()), (None, ())],
+    ids=["wins", "ties", "loses", "fails"],
+)  # fmt: skip
+@pytest.mark.parametrize("graphs", [3.0, None], ids=["loses", "can't run"])
+def test_where_the_fastest_of_ours_loses_the_next_one_is_measured(predicted, graphs, lists, order):
+    predicted(1.0, 2.5, 1.2)
+    known = {"graphs": graphs, "lists": lists, "inductor": 2.0}
+    measure = Asked(**{name: ms for name, ms in known.items() if ms is not None})
+    found = chosen(measure)
+    assert measure.ways == [[GRAPHS, STOCK], [GRAPHS, LISTS, STOCK]]
+    if {graphs, lists} == {None}:  # predictions decide
+        assert found.order == (GRAPHS,)
+    else:
+        assert found.order == order
+        assert all(estimate.measured for estimate in found.estimates.values())
+
+
+@pytest.mark.parametrize(
+    ("lists", "times"),
+    [
+        (2.7, {"graphs": 3.0, "inductor": 2.0}),
+        (1.1, {"graphs": 2.0, "inductor": 2.0}),
+        (1.1, {"graphs": 1.0, "inductor": 2.0}),
+        (1.1, {"graphs": 3.0}),
+    ],
+    ids=["it is plainly slower", "ties are ours", "the first wins", "Inductor's kernel can't be timed"],
+)
+def test_where_the_next_one_is_not_measured(predicted, lists, times):
+    predicted(1.0, lists, 1.2)
+    measure = Asked(**times)
+    chosen(measure)
+    assert measure.ways == [[GRAPHS, STOCK]]
 
 
 def test_two_of_ours_are_told_apart_by_the_devices_own_table(predicted):
