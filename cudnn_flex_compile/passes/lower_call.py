@@ -9,10 +9,10 @@ from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD
 from cudnn_flex_compile.passes.contenders import GRAPHS, Contenders
 from cudnn_flex_compile.passes.decide import eligibility
 from cudnn_flex_compile.passes.decide.candidate import Candidate
-from cudnn_flex_compile.passes.decide.chooser import STOCK, Choice, Way, unplannable
+from cudnn_flex_compile.passes.decide.chooser import STOCK, Choice, Way
 from cudnn_flex_compile.passes.decide.key_compaction import COUNTS, compacted
 from cudnn_flex_compile.passes.describe import describe_mask
-from cudnn_flex_compile.passes.graph_context import Context, cost_inputs_of, created_here
+from cudnn_flex_compile.passes.graph_context import Context, created_here
 from cudnn_flex_compile.passes.read.call import Call, requires_grad
 from cudnn_flex_compile.passes.read.captures import read_captures
 from cudnn_flex_compile.passes.read.programs import traced_of
@@ -67,7 +67,7 @@ def lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason 
     )  # fmt: skip
 
     faster = context.only_faster and not candidate.dots
-    why = unplannable(cost_inputs_of(candidate, context)) if faster else None
+    why = eligibility.unplannable(longer, training) if faster else None
     return why or _lower_in_order(Contenders(candidate, traced, checked, large, context), checked, context, report)
 
 

@@ -10,7 +10,8 @@ import torch
 from torch.nn.attention.flex_attention import flex_attention
 
 from cudnn_flex_compile import collect, explain
-from cudnn_flex_compile.passes import contenders, lower_call
+from cudnn_flex_compile.passes import contenders
+from cudnn_flex_compile.passes.decide import eligibility
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.report import all_kept
 
@@ -83,7 +84,7 @@ def test_whoever_collects_is_not_warned(warned, caplog):
 
 
 def test_the_dtype_comes_before_the_speed(warned, monkeypatch):
-    monkeypatch.setattr(lower_call, "unplannable", lambda *_: Reason(Code.SLOWER, "made up"))
+    monkeypatch.setattr(eligibility, "unplannable", lambda *_: Reason(Code.SLOWER, "made up"))
     (text,) = warned(lower="when_faster")
     assert "DTYPE: queries, keys and values are torch.float32" in text
 

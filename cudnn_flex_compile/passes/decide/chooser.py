@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from cudnn_flex_compile.passes.decide.cost_inputs import CostInputs
 from cudnn_flex_compile.passes.decide.cost_model import Estimate, in_table, inductors, ours
 from cudnn_flex_compile.passes.decide.device_times import INDUCTOR
-from cudnn_flex_compile.passes.read.call import example
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.report.call import Contender
 
@@ -24,7 +23,6 @@ log = logging.getLogger("cudnn_flex_compile")
 # A factor that is in no table, such as that of a bias, may err as much again.
 PREDICTION_ERROR = 1.3
 WORTH_MEASURING = 0.1  # milliseconds of a step: calls that take less in all are not worth the seconds of a measurement
-DECODING_QUERIES = 16  # with up to so many queries, a call decodes
 
 Way = tuple[str, ...]  # the directions that run by a list of tiles; none where all are graphs
 STOCK: Way = (INDUCTOR,)
@@ -94,38 +92,26 @@ def _estimated(contenders: dict[Way, CostInputs], kernels: Measured) -> dict[Way
 def _measured(
     predicted: dict[Way, Estimate], contenders: dict[Way, CostInputs], measure: Measure, every: bool
 ) -> dict[Way, Estimate]:
-    """The times of contenders that predictions can't tell apart; of none if either side could not be measured."""
-    graphs = contenders[()]
-    worth = graphs.sharing * max(found.total for found in predicted.values()) >= WORTH_MEASURING
-    if not (every or worth):
-        return {}
-    if every or graphs.table.foreign:
-        found = _estimated(contenders, measure(list(predicted)))
-    else:
-        found = _one_by_one(predicted, contenders, measure)
-    return found if STOCK in found and len(found) > 1 else {}
+    """The times of contenders that predictions can't tell apart; of none if either side could not be measured.
 
-
-def _one_by_one(
-    predicted: dict[Way, Estimate], contenders: dict[Way, CostInputs], measure: Measure
-) -> dict[Way, Estimate]:
-    """The times of the fastest of ours and of Inductor's kernel. Where ours loses, or can't run, the next one is
-    measured, too. Otherwise it is not: on a device of its own table those of ours differ by little where their
-    predictions are close.
+    On a device of its own table those of ours differ by little where their predictions are close. So the fastest one
+    alone is compared with Inductor's kernel, and the next one where it loses, or can't run.
     """
+    graphs, ways = contenders[()], [way for way in _fastest_first(predicted) if way != STOCK]
+    if not every and graphs.sharing * max(estimate.total for estimate in predicted.values()) < WORTH_MEASURING:
+        return {}
+    together = every or graphs.table.foreign
     found: dict[Way, Estimate] = {}
-    asked, stock = [STOCK], predicted[STOCK].total
-    for way in (way for way in _fastest_first(predicted) if way != STOCK):
-        time, error = predicted[way].total, PREDICTION_ERROR
-        error *= 1.0 if way or in_table(contenders[()]) else PREDICTION_ERROR
-        if time >= error * stock or (not found and stock >= error * time):
+    for count in [len(ways)] if together else range(1, len(ways) + 1):
+        way, stock = ways[count - 1], (found or predicted)[STOCK].total
+        error = PREDICTION_ERROR if way or in_table(graphs) else PREDICTION_ERROR**2
+        least = 0.0 if found else stock / error  # of the first: it may be plainly faster
+        if not (together or least < predicted[way].total < error * stock):
             break
-        asked.insert(-1, way)
-        found = _estimated(contenders, measure(asked))
+        found = _estimated(contenders, measure([*ways[:count], STOCK]))
         if STOCK not in found or _fastest_first(found)[0] != STOCK:
             break
-        stock = found[STOCK].total
-    return found
+    return found if STOCK in found and len(found) > 1 else {}
 
 
 def _fastest_first(estimates: dict[Way, Estimate]) -> list[Way]:
@@ -161,13 +147,3 @@ def name_of(way: Way) -> str:
     if way == STOCK:
         return INDUCTOR
     return f"tile lists ({', '.join(way)})" if way else "graphs"
-
-
-def unplannable(inputs: CostInputs) -> Reason | None:
-    """A reason to keep a call whose kernels are fast, but would be built again for each call."""
-    queries, keys = (example(node).shape[2] for node in (inputs.call.query, inputs.call.key))
-    static = isinstance(queries, int), isinstance(keys, int)
-    if inputs.training or static != (True, False) or queries > DECODING_QUERIES:
-        return None
-    detail = "a few queries beside keys whose number changes: a plan for each number takes longer than the call"
-    return Reason(Code.SLOWER, detail)

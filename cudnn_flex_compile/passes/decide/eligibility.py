@@ -17,6 +17,7 @@ from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.partition import HALF, Hoisted
 
 MIB = 2**20
+DECODING_QUERIES = 16  # with up to so many queries, a call decodes
 UNFORCED = {"BACKEND": "AUTO", "FORCE_USE_FLEX_ATTENTION": False}  # options that name a kernel, and values that don't
 
 
@@ -54,6 +55,16 @@ def unsuitable(call: Call) -> Reason | None:
     if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
         return Reason(Code.CAPTURING, "this call was compiled while a CUDA graph was captured", lasting=False)
     return None
+
+
+def unplannable(call: Call, training: bool) -> Reason | None:
+    """A reason to keep a call whose kernels are fast, but would be built again for each call."""
+    queries, keys = (example(node).shape[2] for node in (call.query, call.key))
+    static = isinstance(queries, int), isinstance(keys, int)
+    if training or static != (True, False) or queries > DECODING_QUERIES:
+        return None
+    detail = "a few queries beside keys whose number changes: a plan for each number takes longer than the call"
+    return Reason(Code.SLOWER, detail)
 
 
 def _of_data(call: Call) -> str | None:

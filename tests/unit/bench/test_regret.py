@@ -221,6 +221,6 @@ def test_wrong_usage(arguments, what, capsys):
 
 
 def test_processes_are_as_many_as_there_are_cores_but_one(monkeypatch):
-    for cores, wanted in ((None, 1), (1, 1), (2, 1), (16, 15), (128, command.MOST)):
+    for cores, wanted in ((None, 1), (1, 1), (2, 1), (8, 7), (16, command.MOST), (128, command.MOST)):
         monkeypatch.setattr(command.os, "cpu_count", lambda cores=cores: cores)
         assert command._side_by_side() == wanted

@@ -8,8 +8,9 @@ import torch
 
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD
 from cudnn_flex_compile.passes.decide import chooser, cost_inputs, cost_model
-from cudnn_flex_compile.passes.decide.chooser import choose, name_of, unplannable
+from cudnn_flex_compile.passes.decide.chooser import choose, name_of
 from cudnn_flex_compile.passes.decide.cost_inputs import Blocks, CostInputs, Workload
+from cudnn_flex_compile.passes.decide.eligibility import unplannable
 from cudnn_flex_compile.reasons import Code
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import F32
@@ -175,7 +176,7 @@ def chosen(inputs):
 
 
 def is_kept(inputs):
-    return unplannable(inputs) is not None or inputs.tiled not in chosen(inputs).order
+    return unplannable(inputs.call, inputs.training) is not None or inputs.tiled not in chosen(inputs).order
 
 
 @pytest.mark.parametrize("name", KEPT)
@@ -183,7 +184,7 @@ def test_what_is_kept(name):
     given, detail = KEPT[name]
     inputs = facts(**given)
     assert is_kept(inputs)
-    reason = unplannable(inputs) or chosen(inputs).slower
+    reason = unplannable(inputs.call, inputs.training) or chosen(inputs).slower
     assert detail in reason.detail
     assert reason.code is (Code.LSE_GRADIENT if "lse_gradient" in given else Code.SLOWER)
     assert "python" not in reason.detail
