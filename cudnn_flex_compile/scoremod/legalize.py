@@ -8,23 +8,15 @@ import math
 from collections.abc import Callable
 
 from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod.integers import Illegal, quotient, remainder
 from cudnn_flex_compile.scoremod.interpret import fold
 from cudnn_flex_compile.scoremod.ir import BOOL, F32, I32, I64, SCORE, TRUE, Expr
 from cudnn_flex_compile.scoremod.optable import TABLE, make
-from cudnn_flex_compile.scoremod.ranges import INT32_LIMIT, interval, magnitude, nonnegative
 from cudnn_flex_compile.scoremod.simplify import simplify
 from cudnn_flex_compile.scoremod.switches import on
 
 TINY = 1e-30
 GIVEN = ("operand", "scalar")
-
-
-class Illegal(Exception):
-    """`op` has no form that cuDNN is known to compute right; `why` says what is wrong with it."""
-
-    def __init__(self, op: str, why: str) -> None:
-        super().__init__(f"{op}: {why}")
-        self.op, self.why = op, why
 
 
 def _of_score(node: Expr) -> bool:
@@ -124,24 +116,6 @@ def _operand_right(n: Expr) -> Expr:
     return make(turned[n.kind], right, left) if given == [True, False] else n
 
 
-def _integer_division(n: Expr) -> Expr:
-    """// and % round down in torch and toward zero in cuDNN, which is the same where nothing is negative
-
-    x // d -> (x + m * d) // d - m;  x % d -> (x + m * d) % d, with m * d no less than any -x
-    """
-    left, right = n.args
-    divisor = int(right.value or 0) if right.kind == "const" else 0
-    if divisor <= 0:
-        raise Illegal(n.kind, "the divisor is no positive constant")
-    if nonnegative(left) and magnitude(left) <= INT32_LIMIT:
-        return n
-    multiple = -(interval(left)[0] // divisor)
-    if magnitude(left) + multiple * divisor > INT32_LIMIT:
-        raise Illegal(n.kind, "the dividend may be negative, and as large as 32-bit integers are")
-    raised = ir.intern(n.kind, I32, (left + ir.const(multiple * divisor, I32), right))
-    return raised if n.kind == "mod" else raised + ir.const(-multiple, I32)
-
-
 def _number_of_bool(n: Expr) -> Expr:
     """f32(p) -> where(p, 1, 0) for a bool p"""
     (x,) = n.args
@@ -194,7 +168,7 @@ def _stop(n: Expr) -> Expr:
 RULES: dict[str, Callable[[Expr], Expr]] = {
     "stop": _stop,
     "sub": _sub, "div": _div, "neg": _neg, "max": _max, "min": _min, "sign": _sign, "exp2": _exp2,
-    "clamp_min": _clamp("max"), "clamp_max": _clamp("min"), "idiv": _integer_division, "mod": _integer_division,
+    "clamp_min": _clamp("max"), "clamp_max": _clamp("min"), "idiv": quotient, "mod": remainder,
     "f32": _number_of_bool, "i32": _number_of_bool, "where": _where,
     "ge": _compare, "gt": _compare, "eq": _compare, "ne": _compare,
 }  # fmt: skip

@@ -21,29 +21,31 @@ def nonnegative(node: Expr) -> bool:
     return interval(node)[0] >= 0
 
 
-def interval(root: Expr) -> Interval:
-    """Bounds of the value of an integer or boolean expression that does not overflow."""
-    return _intervals(root, UNBOUNDED[1])[root]
+def interval(root: Expr, longest: int = AXIS_LIMIT) -> Interval:
+    """Bounds of the value of an integer or boolean expression that does not overflow. No axis is longer than `longest`.
+    """
+    return _intervals(root, UNBOUNDED[1], longest)[root]
 
 
-def magnitude(root: Expr, captured: int = INT32_LIMIT + 1) -> int:
+def magnitude(root: Expr, captured: int = INT32_LIMIT + 1, longest: int = AXIS_LIMIT) -> int:
     """An upper bound of |value| of an integer or boolean expression, at every step of its evaluation.
 
-    `captured` bounds the entries of captured tensors. The index into a captured tensor is no step: it is in its range.
+    `captured` bounds the entries of captured tensors, and `longest` the axes. The index into a captured tensor is no
+    step: it is in its range.
     """
     largest: dict[Expr, int] = {}
-    for node, (low, high) in _intervals(root, captured).items():
+    for node, (low, high) in _intervals(root, captured, longest).items():
         steps = () if node.kind == "gather" else node.args
         own = 0 if node.dtype == F32 else max(-low, high)
         largest[node] = max([own, *(largest[a] for a in steps)])
     return largest[root]
 
 
-def _intervals(root: Expr, captured: int) -> dict[Expr, Interval]:
+def _intervals(root: Expr, captured: int, longest: int) -> dict[Expr, Interval]:
     """Bounds of every node, arguments before their users; those of floats are UNBOUNDED."""
     found: dict[Expr, Interval] = {}
     for node in ir.walk(root):
-        low, high = _leaf(node, captured) if _is_leaf(node) else _result(node, [found[a] for a in node.args])
+        low, high = _leaf(node, captured, longest) if _is_leaf(node) else _result(node, [found[a] for a in node.args])
         found[node] = max(low, UNBOUNDED[0]), min(high, UNBOUNDED[1])
     return found
 
@@ -52,7 +54,7 @@ def _is_leaf(node: Expr) -> bool:
     return not node.args or node.kind == "gather" or node.dtype in (BOOL, F32)
 
 
-def _leaf(node: Expr, captured: int) -> Interval:
+def _leaf(node: Expr, captured: int, longest: int) -> Interval:
     if node.dtype == BOOL:
         return 0, 1
     if node.dtype == F32:
@@ -61,7 +63,7 @@ def _leaf(node: Expr, captured: int) -> Interval:
         case "const":
             return int(node.value or 0), int(node.value or 0)
         case "index":
-            return 0, AXIS_LIMIT - 1
+            return 0, longest - 1
         case "scalar" | "operand":
             return -VALUE_LIMIT, VALUE_LIMIT
         case _:

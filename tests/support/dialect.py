@@ -11,6 +11,8 @@ import cudnn
 import torch
 from torch.nn import functional as F
 
+from tests.support import int_division
+
 FLOAT, INT32, BOOLEAN = cudnn.data_type.FLOAT, cudnn.data_type.INT32, cudnn.data_type.BOOLEAN
 STORED = {
     FLOAT: torch.float32, INT32: torch.int32, BOOLEAN: torch.bool,
@@ -30,8 +32,7 @@ class Slot(NamedTuple):
 
 
 def _quotient(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Toward zero on integers, as C divides."""
-    return torch.div(a, b) if a.is_floating_point() else torch.div(a, b, rounding_mode="trunc")
+    return torch.div(a, b) if a.is_floating_point() else int_division.quotient(a, b)
 
 
 def _vjp(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -53,7 +54,7 @@ POINTWISE: dict[str, Slot] = {
         "abs", "reciprocal", "exp", "log", "sqrt", "rsqrt", "sin", "cos", "tan", "tanh", "sigmoid", "erf", "relu",
         "floor", "ceil", "logical_not", "neg",
     )},
-    "div": Slot(AB, _quotient), "mod": Slot(PAIR, torch.fmod), "pow": Slot(PAIR, torch.pow),
+    "div": Slot(AB, _quotient), "mod": Slot(PAIR, int_division.remainder), "pow": Slot(PAIR, torch.pow),
     "min": Slot(PAIR, torch.minimum), "max": Slot(PAIR, torch.maximum),
     "gelu": Slot(ONE, F.gelu), "gelu_approx_tanh": Slot(ONE, _gelu_tanh), "swish": Slot(ONE, F.silu),
     "softplus": Slot(ONE, F.softplus), "relu_backward": Slot(LOSS, _vjp(torch.relu)),

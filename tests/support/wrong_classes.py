@@ -110,6 +110,13 @@ def finite_fill(program: Program, training: bool) -> Lowering:
     return _raw(program, lambda e: _selected(e, e.emit(SCORE), e.emit(mask), FAR_FILL), mask, FAR_FILL)
 
 
+RAISED = make("eq", make("mod", Q - KV + ir.const(3 * 5592405, I32), ir.const(3, I32)), ZERO)
+
+
+def large_dividends(program: Program, training: bool) -> Lowering:
+    return _raw(program, lambda e: _selected(e, e.emit(SCORE), e.emit(RAISED)), RAISED)
+
+
 def _scores(score: Expr, gradient: Expr) -> Lowering:
     return Lowering("raw", {}, lambda e: e.emit(score), lambda e: e.emit(gradient), (score, gradient))
 
@@ -152,6 +159,8 @@ CLASSES: dict[str, Class] = {
         raw=documents, off=("columns expanded",), directions=(BACKWARD,),
         right=(ir.program(mask=hides(ir.operand(0, F32, "bqk"))), (("bqk", BF),), _bias_of_documents)),
     "finite fill": Class(ir.program(mask=AHEAD), raw=finite_fill, directions=(FORWARD,)),
+    "dividends beyond 2**24": Class(
+        ir.program(mask=make("eq", make("mod", Q - KV, ir.const(3, I32)), ZERO)), raw=large_dividends),
     "max beside relu_backward": Class(
         ir.program(make("clamp_min", SCORE, ir.const(-0.5, F32))), off=("max by relu",),
         raw=result_in_relu_backward, directions=(BACKWARD,)),

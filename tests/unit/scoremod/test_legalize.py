@@ -1,7 +1,7 @@
 """Legal forms keep their value under cuDNN's own arithmetic, and keep the dialect's rules (facts/cudnn_dialect.md).
 
 The arithmetic where cuDNN differs from torch is written down here: a strict comparison of integers is computed as
-a non-strict one, and // and % round toward zero.
+a non-strict one, and // and % in float32, toward zero.
 """
 
 import math
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.derive import derive
+from cudnn_flex_compile.scoremod.integers import LONGEST
 from cudnn_flex_compile.scoremod.interpret import environment, evaluate
 from cudnn_flex_compile.scoremod.ir import BOOL, F32, GRAD, I32, I64, SCORE, Expr
 from cudnn_flex_compile.scoremod.legalize import Illegal, legalize, unsupported
@@ -22,6 +23,7 @@ from cudnn_flex_compile.scoremod.partition import partition
 from cudnn_flex_compile.scoremod.ranges import VALUE_LIMIT
 from cudnn_flex_compile.scoremod.simplify import normalize, simplify
 from cudnn_flex_compile.scoremod.text import infix
+from tests.support import int_division
 from tests.support.evaluate import PAIRS, differing, direct, interpreted, leaf_values, operands_of, program_of, scores
 from tests.support.generate import Grammar, Mod, mask_mods, score_mods
 
@@ -30,8 +32,8 @@ Q, KV = ir.index("q"), ir.index("k")
 DIALECT = {
     "gt": lambda a, b: a > b if a.is_floating_point() else a >= b,
     "lt": lambda a, b: a < b if a.is_floating_point() else a <= b,
-    "idiv": lambda a, b: torch.div(a, b, rounding_mode="trunc"),
-    "mod": torch.fmod,
+    "idiv": int_division.quotient,
+    "mod": int_division.remainder,
 }
 
 
@@ -39,14 +41,15 @@ def as_cudnn_computes(root: Expr, score: torch.Tensor, operands: list[torch.Tens
     return in_dialect(root, leaf_values(score, operands, grad)).expand(PAIRS)
 
 
-def in_dialect(root: Expr, leaf: Callable[[Expr], torch.Tensor]) -> torch.Tensor:
-    values: dict[Expr, torch.Tensor] = {}
+def in_dialect(root: Expr, leaf: Callable[[Expr], torch.Tensor], **others: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """The value of a legal form, with other functions for some kinds."""
+    dialect, values = {**DIALECT, **others}, {}
     for node in ir.walk(root):
         args = [values[a] for a in node.args]
         if node.kind == F32:
             values[node] = args[0].to(leaf(SCORE).dtype)
         elif node.args:
-            values[node] = DIALECT.get(node.kind, TABLE[node.kind].evaluate)(*args)
+            values[node] = dialect.get(node.kind, TABLE[node.kind].evaluate)(*args)
         else:
             values[node] = leaf(node)
     return values[root]
@@ -129,7 +132,7 @@ def test_legal_masks_are_exact(captures: bool, least: int) -> None:
     assert count >= least, f"only {count} of the generated masks are legal"
 
 
-ENDS = torch.tensor([0, 1, 3, 39, 2047, 2**20, 2**24 - 2, 2**24 - 1], dtype=torch.int32)  # of an axis
+ENDS = torch.tensor([0, 1, 3, 39, 2047, 2**19, 2**20 - 2, 2**20 - 1], dtype=torch.int32)  # of an axis
 DIVIDENDS = {
     "q": Q, "q - kv": Q - KV, "kv - q": KV - Q, "-q": -Q, "|q - kv|": make("abs", Q - KV), "scalar": ir.scalar(0, I32),
     "operand": ir.operand(0, I32, "q"), "max": make("max", Q - KV, ir.const(-9, I32)),
@@ -137,14 +140,14 @@ DIVIDENDS = {
 
 
 def test_division_rounds_as_in_torch() -> None:
-    """With negative dividends, too; those that may overflow once they are raised have no legal form."""
+    """With negative dividends, too; those that may be too large for float32 once they are raised have no legal form."""
     count = {"legal": 0, "illegal": 0}
 
     @settings(max_examples=600)
     @given(
         st.sampled_from(["idiv", "mod"]), st.sampled_from(list(DIVIDENDS)), st.integers(-40, 40),
-        st.sampled_from([1, 2, 3, 6, 64, 1000, 2**20, VALUE_LIMIT, 2**31 - 1]),
-        st.sampled_from([1, 1, 2, -1, -3, 7, 60, 127, 2**10, 2**20]),
+        st.sampled_from([1, 2, 3, 6, 41, 47, 64, 1000, 2**18 + 1, 2**20, VALUE_LIMIT, 2**31 - 1]),
+        st.sampled_from([1, 1, 2, -1, -3, 7, 2**10]),
         st.sampled_from([0, 5, -5, VALUE_LIMIT, -VALUE_LIMIT]),
     )  # fmt: skip
     def check(kind: str, name: str, shift: int, divisor: int, factor: int, given_: int) -> None:
@@ -158,8 +161,9 @@ def test_division_rounds_as_in_torch() -> None:
         count["legal"] += 1
         axes = {"q": ENDS.view(-1, 1), "k": ENDS}
         leaf = environment(torch.zeros(()), axes, {0: torch.tensor(given_)}, {0: given_}, {})
-        got, expected = in_dialect(done, leaf), evaluate(root, leaf)
-        assert torch.equal(got.expand(8, 8), expected.expand(8, 8)), infix(done)
+        expected = evaluate(root, leaf).expand(8, 8)
+        for quotient in (int_division.quotient, int_division.greater_quotient):
+            assert torch.equal(in_dialect(done, leaf, idiv=quotient).expand(8, 8), expected), infix(done)
 
     check()
     assert count["legal"] >= 250, count
@@ -167,9 +171,26 @@ def test_division_rounds_as_in_torch() -> None:
 
 
 def test_division_of_what_is_never_negative_is_left_alone() -> None:
-    for kind in ("idiv", "mod"):
-        root = make(kind, Q + ir.const(5, I32), ir.const(7, I32))
+    for kind, divisor in (("idiv", 8), ("mod", 7)):
+        root = make(kind, Q + ir.const(5, I32), ir.const(divisor, I32))
         assert legalize(root) is root
+        done = legalize(make(kind, Q - KV, ir.const(7, I32)))
+        assert legalize(done) is done
+
+
+@pytest.mark.parametrize("divisor", [3, 5, 7, 41, 47, 55, 61, 82, 97, 1000, 4099, 65537, 300_007])
+def test_quotients_of_multiples(divisor: int) -> None:
+    """Every multiple of a divisor among the dividends that may come up, and the numbers beside it."""
+    first = torch.arange(0, LONGEST, divisor, dtype=torch.int32)
+    q = torch.cat([first, first - 1, first + 1]).clamp(0, LONGEST - 1)
+    axes = {"q": q.view(-1, 1), "k": torch.tensor([0, 1, LONGEST - 1], dtype=torch.int32)}
+    leaf = environment(torch.zeros(()), axes, {}, {}, {})
+    for dividend in (Q, Q - KV, Q + KV, KV - Q):
+        for kind in ("idiv", "mod"):
+            root = make(kind, dividend, ir.const(divisor, I32))
+            done, expected = legalize(root), evaluate(root, leaf)
+            for quotient in (int_division.quotient, int_division.greater_quotient):
+                assert torch.equal(in_dialect(done, leaf, idiv=quotient), expected), infix(done)
 
 
 def number(value: float) -> Expr:
@@ -206,6 +227,8 @@ def test_the_sign_near_zero(value: float) -> None:
         make("ge", SCORE, number(0.0)),
         make("where", make("gt", SCORE, number(0.0)), SCORE, SCORE * 2.0),
         make("idiv", (Q - KV) * ir.const(2**10, I32), ir.const(2, I32)),
+        make("idiv", Q + KV + Q, ir.const(3, I32)),
+        make("mod", Q + ir.operand(0, I32, "k"), ir.const(3, I32)),
         make("mod", (Q - ir.const(1, I32)) * ir.const(127, I32), ir.const(VALUE_LIMIT, I32)),
         make("mod", Q - KV, ir.const(2**31 - 1, I32)),
         make("idiv", Q, ir.scalar(0, I32)),

@@ -18,6 +18,7 @@ from cudnn_flex_compile.scoremod.interpret import environment, evaluate
 from tests.deviceless.accepted import BATCH, HEADS, operand, problem
 from tests.deviceless.test_wrong_classes import REFUSED, raw_lowering
 from tests.support import emulator
+from tests.support.dialect import POINTWISE
 from tests.support.wrong_classes import CLASSES
 
 MEANT = sorted(CLASSES.keys() - REFUSED - {"finite fill"})
@@ -30,6 +31,7 @@ def raw(case, direction, score, operands, grad):
         mock.patch.object(emulator, "WRONG", {}),
         mock.patch.object(emulator, "MISREAD", {}),
         mock.patch.object(emulator, "REFUSED", {}),
+        mock.patch.dict(POINTWISE, mod=POINTWISE["mod"]._replace(compute=torch.fmod)),
     ):
         found = problem(case.program, direction, specs, case.lengths)
         return emulator.emulated(found, raw_lowering(case, direction), score, operands, {}, {}, grad)

@@ -1,0 +1,28 @@
+"""// and % of indices on a GPU, where cuDNN computes them in float32: scoremod/integers.py has the forms that it gets
+right.
+
+The values are such that one wrong quotient or remainder shows: dense attention in float64 says how far off stock is.
+"""
+
+import pytest
+import torch
+
+from tests.gpu.test_numerics import check
+
+DIVISORS = (3, 7, 41, 47, 55, 97, 128, 1000)  # 1 / 41 and others are rounded down, so that 41 times it is less than 1
+FORMS = {
+    "remainders of distances": lambda d: (None, lambda b, h, q, kv: (q - kv) % d < d // 2 + 1),
+    "remainders of sums": lambda d: (None, lambda b, h, q, kv: (q + kv) % d != 1),
+    "quotients of distances": lambda d: (lambda s, b, h, q, kv: s + (q - kv) // d % 2 * 4.0, None),
+    "quotients of distances the other way": lambda d: (lambda s, b, h, q, kv: s + (kv - q) // d % 2 * 4.0, None),
+    "quotients of sums": lambda d: (lambda s, b, h, q, kv: s + (q + kv) // d % 2 * 4.0, None),
+    "quotients of rows and columns": lambda d: (lambda s, b, h, q, kv: s + (q // d - kv // d) * 0.125, None),
+    "blocks under a causal mask": lambda d: (
+        lambda s, b, h, q, kv: s + (q // d - kv // d).abs() % 3 * 1.0, lambda b, h, q, kv: q >= kv),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("divisor", DIVISORS)
+def test_within_twice_stock_error(divisor, form):
+    check(lambda heads, length, device: FORMS[form](divisor), None, 64, 1000, torch.bfloat16, 1)
