@@ -47,15 +47,27 @@ def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+def _by_float(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Integers are computed in float32, too."""
+
+    def compute(*values: torch.Tensor) -> torch.Tensor:
+        if any(v.is_floating_point() for v in values):
+            return function(*values)
+        return function(*(v.float() for v in values)).int()
+
+    return compute
+
+
 AB, PAIR, ONE, LOSS = ("a", "b"), ("input0", "input1"), ("input",), ("loss", "input")
 POINTWISE: dict[str, Slot] = {
     **{name: Slot(AB, getattr(torch, name)) for name in ("add", "sub", "mul", "logical_and", "logical_or")},
     **{name: Slot(ONE, getattr(torch, name)) for name in (
-        "abs", "reciprocal", "exp", "log", "sqrt", "rsqrt", "sin", "cos", "tan", "tanh", "sigmoid", "erf", "relu",
+        "reciprocal", "exp", "log", "sqrt", "rsqrt", "sin", "cos", "tan", "tanh", "sigmoid", "erf", "relu",
         "floor", "ceil", "logical_not", "neg",
     )},
     "div": Slot(AB, _quotient), "mod": Slot(PAIR, int_division.remainder), "pow": Slot(PAIR, torch.pow),
-    "min": Slot(PAIR, torch.minimum), "max": Slot(PAIR, torch.maximum),
+    "abs": Slot(ONE, _by_float(torch.abs)),
+    "min": Slot(PAIR, _by_float(torch.minimum)), "max": Slot(PAIR, _by_float(torch.maximum)),
     "gelu": Slot(ONE, F.gelu), "gelu_approx_tanh": Slot(ONE, _gelu_tanh), "swish": Slot(ONE, F.silu),
     "softplus": Slot(ONE, F.softplus), "relu_backward": Slot(LOSS, _vjp(torch.relu)),
     "gelu_backward": Slot(LOSS, _vjp(F.gelu)), "gelu_approx_tanh_backward": Slot(LOSS, _vjp(_gelu_tanh)),

@@ -1,7 +1,8 @@
 """// and % of integers as cuDNN computes them: in float32, toward zero.
 
 Read in the kernels that cuDNN 9.19 and 9.28 compile for SM80 and SM90: x % d is fmod, and x // d is x times an
-approximate 1 / d. Sums, products, comparisons and selects of integers are computed in integers there.
+approximate 1 / d. Absolute values, minima and maxima are those of float32 (dialect.py); sums, products, comparisons and
+selects of integers are exact.
 """
 
 import math
