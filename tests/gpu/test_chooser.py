@@ -7,10 +7,11 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile import cache_info, collect
-from cudnn_flex_compile.bench.mods import MASKS, causal, softcap
+from cudnn_flex_compile.bench.mods import causal, softcap
 from cudnn_flex_compile.engine.state import engine
 from cudnn_flex_compile.passes.decide import cost_inputs, device_times, measured_times
 from cudnn_flex_compile.reasons import Code
+from tests.gpu.test_behaviour import blocks_of_another_diagonal
 from tests.support import dense
 
 LENGTH = 2048
@@ -119,4 +120,4 @@ def test_where_inductor_cannot_be_timed_predictions_decide(monkeypatch):
     monkeypatch.setattr(measured_times, "compiling", fails)
     assert run(LENGTH, softcap(20.0), causal, autotune=True).lowered
     forget()
-    assert run(LENGTH, *MASKS["dilated window"](4, LENGTH, "cuda"), autotune=True).kept
+    assert run(LENGTH, None, blocks_of_another_diagonal, autotune=True).kept
