@@ -81,6 +81,7 @@ class Case:
         device: "cuda"; tests of the measuring itself run on "cpu".
         options: the backend's.
         training: whether gradients are asked for.
+        inside: whether products of matrices are around the call, as in a model.
     """
 
     mod: str
@@ -89,9 +90,11 @@ class Case:
     device: str = "cuda"
     options: dict[str, Any] = field(default_factory=dict[str, Any])
     training: bool = True
+    inside: bool = False
 
     def __str__(self) -> str:
-        return f"{self.mod} at {self.shape}" + ("" if self.training else ", forward alone")
+        how = ("" if self.training else ", forward alone") + (", in a model" if self.inside else "")
+        return f"{self.mod} at {self.shape}{how}"
 
     def layer(self) -> Layer:
         shape = self.shape
@@ -128,7 +131,14 @@ class Case:
             gqa = shape.heads != shape.kv_heads
             return flex_attention(q, k, v, score_mod, mask, enable_gqa=gqa).transpose(1, 2)  # pyright: ignore
 
-        return with_own_code(call, name)
+        if not self.inside:
+            return with_own_code(call, name)
+        weight = torch.randn(shape.head_dim, shape.head_dim, device=self.device, dtype=self.dtype) / shape.head_dim**0.5
+
+        def projected(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+            return call(q @ weight, k @ weight, v @ weight) @ weight
+
+        return with_own_code(projected, name)
 
     def sdpa_arguments(self) -> dict[str, Any] | None:
         """The arguments with which torch's SDPA computes the same on a kernel of its own; None if it has none.

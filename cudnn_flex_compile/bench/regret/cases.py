@@ -15,24 +15,26 @@ README = (  # the masks that README.md says gains of
     "sink tokens + small window", "padded lengths", "causal + padding, right", "causal + padding, left",
     "causal + padding, scattered", "frames", "documents",
 )  # fmt: skip
-# A few queries beside many keys, without gradients; and short sequences in training.
+# A few queries beside many keys, without gradients; and short sequences in training, by themselves and in a model.
 DECODING = itertools.product(
     ("8,32,8,1/8192,128", "1,32,8,4/32768,128", "4,16,16,16/4096,64"),
     ("full", "last keys", "padded lengths", "soft cap"),
 )
-SHORT = itertools.product(
-    ("8,12,12,128,64", "8,16,4,256,128", "4,16,16,512,64", "2,16,8,1024,128"), ("full", "causal", "soft cap + causal")
-)
-Described = tuple[str, str, bool]  # the mod, the shape, and whether it trains
+SHORT = ("8,12,12,128,64", "8,16,4,256,128", "4,16,16,512,64", "2,16,8,1024,128")
+Described = tuple[str, str, dict[str, Any]]  # the mod, the shape, and fields of Case that are not as usual
+BY_ITSELF: dict[str, Any] = {}
+DECODES: dict[str, Any] = {"training": False}
+INSIDE: dict[str, Any] = {"inside": True}
 SETS: dict[str, tuple[Described, ...]] = {
-    "named": tuple((mod, USUAL, True) for mod in (*MODS, *MASKS) if mod not in README),
-    "forty": tuple((mod, shape, True) for shape, mod in itertools.product(EIGHT, FIVE)),
-    "masks": tuple((mod, USUAL, True) for mod in README),
+    "named": tuple((mod, USUAL, BY_ITSELF) for mod in (*MODS, *MASKS) if mod not in README),
+    "forty": tuple((mod, shape, BY_ITSELF) for shape, mod in itertools.product(EIGHT, FIVE)),
+    "masks": tuple((mod, USUAL, BY_ITSELF) for mod in README),
     "small": (
-        *((mod, shape, False) for shape, mod in DECODING),
-        *((mod, shape, True) for shape, mod in SHORT),
+        *((mod, shape, DECODES) for shape, mod in DECODING),
+        *((mod, shape, BY_ITSELF) for shape, mod in itertools.product(SHORT, ("causal", "soft cap + causal"))),
+        *(("causal", shape, INSIDE) for shape in SHORT),
     ),
-}  # fmt: skip
+}
 
 
 def chosen(names: list[str], dtype: torch.dtype, tiny: bool) -> dict[str, Case]:
@@ -57,8 +59,8 @@ def chosen(names: list[str], dtype: torch.dtype, tiny: bool) -> dict[str, Case]:
 
 
 def _case(described: Described) -> Case:
-    mod, shape, training = described
-    return Case(mod, Shape.parse(shape), training=training)
+    mod, shape, how = described
+    return Case(mod, Shape.parse(shape), **how)
 
 
 def _tiny(case: Case) -> Case:

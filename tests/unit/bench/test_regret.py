@@ -22,6 +22,7 @@ from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD
 
 CAUSAL, FRAMES = "causal at 2,16,16,4096,128", "frames at 2,16,16,4096,128"
 LAST = "last keys at 8,32,8,1/8192,128, forward alone"
+INSIDE = "causal at 8,12,12,128,64, in a model"
 
 
 def cases(*names, tiny=False):
@@ -40,7 +41,9 @@ def test_the_sets():
     decoding = [case for case in cases("small").values() if not case.training]
     assert len(decoding) == 12
     assert all(case.shape.length <= 16 < 4096 <= case.shape.kv_length for case in decoding)
-    assert {case.shape.length for case in cases("small").values() if case.training} == {128, 256, 512, 1024}
+    for inside in (False, True):
+        short = [case for case in cases("small").values() if case.training and case.inside == inside]
+        assert {case.shape.length for case in short} == {128, 256, 512, 1024}
 
 
 def test_cases_by_set_or_name():
@@ -154,7 +157,7 @@ def test_contenders_are_compiled_beside_others_and_measured_alone(tmp_path, monk
 
     monkeypatch.setattr(worker, "times_of", times_of)
     broken = dataclasses.replace(cases(LAST, tiny=True)[LAST], mod="nothing")
-    given = {**cases(FRAMES, tiny=True), "broken": broken}
+    given = {**cases(FRAMES, INSIDE, tiny=True), "broken": broken}
     worker.measure(given, 2, alone, tmp_path, lambda name, found: told.update({name: found}))
     assert told["broken"].startswith("ValueError: no mod is named 'nothing'")
     found = told[FRAMES].contenders
@@ -167,6 +170,9 @@ def test_contenders_are_compiled_beside_others_and_measured_alone(tmp_path, monk
     assert found[DEFAULT].ran == found["graphs"].ran == "chained"
     assert found[DEFAULT].predicted == found["graphs"].predicted > 0
     assert found[STOCK].predicted > 0
+    found = told[INSIDE].contenders
+    assert [found[name].ran for name in (DEFAULT, STOCK, "chained")] == ["native", STOCK, "chained"]
+    assert all(found[name].milliseconds > 0 for name in (DEFAULT, STOCK, "chained"))
 
 
 @pytest.mark.parametrize("training", [True, False])
