@@ -26,7 +26,7 @@ PROGRAMS = 64  # the number of programs whose kernels are kept, the last ones
 
 
 def mods_of(
-    program: Program, operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float | Tensor],
+    program: Program, operands: Sequence[Tensor], ints: Sequence[int | Tensor], floats: Sequence[float | Tensor],
     captured: Sequence[Tensor] = (),
 ) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:  # fmt: skip
     """A stock score_mod and mask_mod that compute the program."""
@@ -50,7 +50,7 @@ def mods_of(
 
 
 def score_mod_of(
-    program: Program, operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float | Tensor]
+    program: Program, operands: Sequence[Tensor], ints: Sequence[int | Tensor], floats: Sequence[float | Tensor]
 ) -> Any:
     """A stock score_mod that computes the program, with -inf where the mask does not hold."""
     modified, visible = mods_of(program, operands, ints, floats)
@@ -100,11 +100,13 @@ def forward(
     query: Tensor, key: Tensor, value: Tensor, given: Arguments, stock: Stock | None = None
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The output, and the natural log-sum-exp [B, H, Sq]. With `stock`, its blocks and its program count."""
-    # Captured tensors: Dynamo makes a float that changes symbolic, and flex_attention fails with it.
+    # Captured tensors: Dynamo makes a float that changes symbolic, and flex_attention fails with it. An integer of more
+    # than 31 bits came out wrong as a constant. (torch 2.11, an H200: tests/gpu/test_numbers.py)
     numbers = [torch.full((), float(f), dtype=torch.float32, device=query.device) for f in given.floats]
     gqa = query.shape[1] != key.shape[1]
     program = parse(given.program if stock is None else stock.program)
-    ints = exact((program.score, program.mask), given.ints)
+    exact_ints = exact((program.score, program.mask), given.ints)
+    ints = [torch.full((), i, dtype=torch.int64, device=query.device) for i in exact_ints]
     if stock is None:
         score_mod = score_mod_of(program, given.operands, ints, numbers)
         return _compiled(given.program)(query, key, value, score_mod, given.scale, gqa)

@@ -88,7 +88,7 @@ def environment(
     score: torch.Tensor,
     indices: Mapping[str, torch.Tensor],
     operands: Mapping[int, torch.Tensor],
-    ints: Mapping[int, int],
+    ints: Mapping[int, int | torch.Tensor],
     floats: Mapping[int, float | torch.Tensor],
     grad: torch.Tensor | None = None,
     captured: Sequence[torch.Tensor] = (),
@@ -99,7 +99,7 @@ def environment(
         score: [B, H, Q, K] scaled scores, float32 or float64 (or any shape that the rest broadcasts with).
         indices: int32 per axis, shaped to broadcast with the score.
         operands: by position, shaped to broadcast with the score.
-        ints, floats: the scalars, by position; a float may be a 0-d tensor on the device of the score. Integers may be
+        ints, floats: the scalars, by position, numbers or 0-d tensors on the device of the score. Integers may be
             beyond 32 bits, and sums with them have 64. Those that stand for "none", such as the largest integer,
             should have been brought back (saturate.py), so that no sum wraps.
         grad: like the score; needed where the expression has a `grad` leaf.
@@ -123,12 +123,11 @@ def environment(
             case "scalar":
                 source = floats if node.dtype == F32 else ints
                 number = source[int(node.value)]  # pyright: ignore[reportArgumentType]
+                # Integers have dimensions: beside a tensor that has some, one without would become 32 bits.
+                dtype, shape = (score.dtype, []) if node.dtype == F32 else (torch.int64, [1] * score.dim())
                 if isinstance(number, torch.Tensor):
-                    return number.to(score.dtype)
-                if node.dtype == F32:
-                    return torch.full((), number, dtype=score.dtype, device=score.device)
-                # With dimensions: beside a tensor that has some, one without would become 32 bits.
-                return torch.full([1] * score.dim(), number, dtype=torch.int64, device=score.device)
+                    return number.to(dtype).view(shape)
+                return torch.full(shape, number, dtype=dtype, device=score.device)
             case "capture" if captured:
                 return captured[int(node.value)]  # pyright: ignore[reportArgumentType]
             case kind:

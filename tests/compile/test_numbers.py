@@ -14,6 +14,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from cudnn_flex_compile import collect
 from cudnn_flex_compile.engine import support
 from cudnn_flex_compile.engine.key import forward_key, problem_of
+from cudnn_flex_compile.kernels import cpu, inductor
 from cudnn_flex_compile.reasons import Code
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import F32, SCORE
@@ -169,3 +170,24 @@ def test_plans_are_not_tried_where_a_log_sum_exp_would_lose_log_n(fill, refused)
     problem = problem_of(forward_key(text(ir.program(score, ir.TRUE)), *qkv(length=LENGTH), [], 0.25, True))
     reason = support.refused(problem, ir.program(score, ir.TRUE))
     assert (reason is not None and reason.code is Code.FINITE_FILL) == refused
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_stock_functions_of_a_program_have_integers_of_any_size(number, monkeypatch):
+    """Those that run on Inductor's kernel where no plan takes the integers; here by eager flex_attention."""
+    given_to_kernels = []
+    forward = cpu.forward
+    monkeypatch.setattr(cpu, "forward", lambda *given: given_to_kernels.append(given) or forward(*given))
+    monkeypatch.setattr(inductor, "_compiled", lambda program: inductor._attention)
+    chance = random.Random(number)
+    written = sources(chance)
+    torch._dynamo.reset()
+    options = {"lower": "always", "inner_backend": "aot_eager"}
+    compiled = torch.compile(attention(*written, "cpu"), backend="cudnn_flex", options=options, dynamic=True)
+    for _ in range(4):
+        given, args = numbers(chance), qkv(length=LENGTH)
+        compiled(*args, *given.values())
+        query, key, value, rest, *_ = given_to_kernels[-1]
+        found, _ = inductor.forward(query, key, value, rest)
+        off = (found - expected(args, *written, given)).abs().max()
+        assert off < 0.02, (written, given, float(off))
