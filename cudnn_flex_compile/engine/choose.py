@@ -119,7 +119,7 @@ def run_of(plan: Plan, forward: Plan, reference: Reference, values: Values | Non
     if values is None:
         sample = reference.sample(problem, generator)
         values = (sample.operands, sample.ints, sample.floats)
-    rest, plan = values, plan.prepared(*values)
+    rest, plan = values, plan.prepared(*values) or plan
     inputs = (t.query, t.key, t.value)
     wanted = (t.out, t.stats) if forward.problem.stats else (t.out,)
     if problem.direction != BACKWARD:

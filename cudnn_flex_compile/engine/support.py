@@ -62,7 +62,8 @@ def _length(problem: Problem, program: Program) -> str | None:
 
 
 def _single(problem: Problem, program: Program) -> str | None:
-    return "s_q = s_kv = 1" if problem.direction == BACKWARD and problem.lengths == (1, 1) else None
+    by_graph = problem.direction == BACKWARD and not problem.tiled
+    return "s_q = s_kv = 1" if by_graph and problem.lengths == (1, 1) else None
 
 
 def _two_operands(problem: Problem, program: Program) -> str | None:

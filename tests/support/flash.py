@@ -11,11 +11,12 @@ import torch
 from cudnn_flex_compile.engine.problem import FORWARD
 from cudnn_flex_compile.kernels.arguments import Arguments
 from cudnn_flex_compile.kernels.cpu import _blocks, per_head
+from tests.support.stand_in import Ready
 
 CUT_OFF = 2.0**-23  # of what a tensor core sums, relative to the sum of magnitudes
 
 
-class FlashStandIn:
+class FlashStandIn(Ready):
     strategy, device = "flash", torch.device("cpu")
 
     def __init__(self, problem):

@@ -62,6 +62,9 @@ class StandIn:
     def on_harder_mask(self) -> None:
         return None
 
+    def prepared(self, *values: Any) -> "StandIn":
+        return self
+
     def run(self, *arguments: Any) -> None:
         self.runs += 1
         raise self.error

@@ -27,7 +27,7 @@ from cudnn_flex_compile.engine.certify.regimes import (
 )
 from cudnn_flex_compile.engine.certify.samples import SEED, SamplePlan, sample_plan
 from cudnn_flex_compile.engine.plans.plan import Plan
-from cudnn_flex_compile.engine.problem import BACKWARD, Problem
+from cudnn_flex_compile.engine.problem import BACKWARD
 from cudnn_flex_compile.reasons import Code, Reason
 
 RUNS = 20  # the number of runs of a plan that must be deterministic
@@ -35,12 +35,14 @@ RUNS = 20  # the number of runs of a plan that must be deterministic
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """Values of a program's operands, and the checks of a plan on them.
+    """Values of a program's operands, the plans prepared for them, and the checks of a plan on them.
 
     Attributes:
         where: the rows and columns that are compared; the mask may depend on the operands.
     """
 
+    plan: Plan
+    forward: Plan
     sample: Sample
     where: SamplePlan
     asked: Sequence[Check]
@@ -78,15 +80,21 @@ def certify(
     generator = torch.Generator(plan.device).manual_seed(SEED)
     tensors = drawn(problem, generator)
     written = _written(plan, tensors)
-    data = [_data(problem, tensors, written, reference.sample(problem, generator))]
+    usual = _data(plan, forward, tensors, written, reference.sample(problem, generator))
+    if usual is None:
+        return Reason(Code.CERTIFICATION, f"{plan.strategy}, {problem.direction}, takes too much memory to be checked")
+    data = [usual]
     for regime in regimes:
-        if regime.extremes and not _varies(data[0].sample):
-            continue
+        given = usual
         if regime.extremes:
-            data.append(_data(problem, tensors, written, reference.sample(problem, generator, extremes=True)))
-        given = data[-1] if regime.extremes else data[0]
+            if not _varies(usual.sample):
+                continue
+            given = _data(plan, forward, tensors, written, reference.sample(problem, generator, extremes=True))
+            if given is None:
+                continue
+            data.append(given)
         with applied(regime, tensors, problem.scale):
-            _run(plan, forward, tensors, written, given.sample)
+            _run(given, tensors, written)
             written.note(regime)
             for asked in given.asked:
                 asked.add(regime, tensors)
@@ -100,18 +108,18 @@ def certify(
     wrong = first_wrong(findings, numbers, regimes, data[0].where.names)
     if wrong is not None:
         return Reason(Code.CERTIFICATION, f"{plan.strategy}, {problem.direction}, {wrong}")
-    if problem.deterministic and not _repeats(plan, forward, tensors, written, data[0].sample):
+    if problem.deterministic and not _repeats(usual, tensors, written):
         return Reason(Code.CERTIFICATION, f"{plan.strategy}, {problem.direction}, {RUNS} runs differ in their bits")
     plan.errors = errors_of(findings, numbers)
     return None
 
 
-def _repeats(plan: Plan, forward: Plan, tensors: Tensors, written: Outputs, sample: Sample) -> bool:
+def _repeats(given: Data, tensors: Tensors, written: Outputs) -> bool:
     """Whether runs on the same data give the same bits, as torch.use_deterministic_algorithms promises."""
     first: list[torch.Tensor] = []
-    different = torch.zeros((), dtype=torch.bool, device=plan.device)
+    different = torch.zeros((), dtype=torch.bool, device=given.plan.device)
     for _ in range(RUNS):
-        _run(plan, forward, tensors, written, sample)
+        _run(given, tensors, written)
         found = [outputs.memory for outputs in written.tensors.values()]
         first = first or [memory.clone() for memory in found]
         for one, another in zip(first, found, strict=True):
@@ -131,29 +139,36 @@ def _written(plan: Plan, tensors: Tensors) -> Outputs:
     return Outputs({"out": tensors.out_memory, **of_lse})
 
 
-def _data(problem: Problem, tensors: Tensors, written: Outputs, sample: Sample) -> Data:
-    """The tensors are unit normal."""
+def _data(plan: Plan, forward: Plan, tensors: Tensors, written: Outputs, sample: Sample) -> Data | None:
+    """The tensors are unit normal. None where plans can't be prepared for these values (Plan.prepared)."""
+    problem = plan.problem
     sample = replace(sample, operands=[surrounded(operand) for operand in sample.operands])
+    values = (sample.operands, sample.ints, sample.floats)
+    ready = plan.prepared(*values)
+    before = ready if forward is plan else forward.prepared(*values)
+    if ready is None or before is None:
+        return None
     where = sample_plan(problem, sample, tensors.query.device)
     outputs = [w.tensor for w in written.tensors.values()]
     if problem.direction == BACKWARD:
-        return Data(sample, where, checks_of_backward(problem, sample, where, tensors, outputs))
-    return Data(sample, where, checks_of_forward(problem, sample, where, outputs))
+        return Data(ready, before, sample, where, checks_of_backward(problem, sample, where, tensors, outputs))
+    return Data(ready, before, sample, where, checks_of_forward(problem, sample, where, outputs))
 
 
-def _run(plan: Plan, forward: Plan, t: Tensors, written: Outputs, sample: Sample) -> None:
+def _run(given: Data, t: Tensors, written: Outputs) -> None:
     """Runs a plan on the tensors; for a backward, its forward first."""
     t.out_memory.renew()
     t.stats_memory.renew()
+    sample, problem = given.sample, given.plan.problem
     values = (sample.operands, sample.ints, sample.floats)
     outputs = (t.out, t.stats)
-    if plan.problem.direction != BACKWARD and not plan.problem.stats:
+    if problem.direction != BACKWARD and not problem.stats:
         outputs = (t.out,)
-    forward.run((t.query, t.key, t.value, *outputs), *values)
-    if plan.problem.direction != BACKWARD:
+    given.forward.run((t.query, t.key, t.value, *outputs), *values)
+    if problem.direction != BACKWARD:
         return
     for gradient in written.tensors.values():
         gradient.renew()
-    rows = [t.grad_lse] if plan.problem.lse_gradient else []
+    rows = [t.grad_lse] if problem.lse_gradient else []
     gradients = (gradient.tensor for gradient in written.tensors.values())
-    plan.run((t.query, t.key, t.value, t.out, t.stats, t.grad, *rows, *gradients), *values)
+    given.plan.run((t.query, t.key, t.value, t.out, t.stats, t.grad, *rows, *gradients), *values)

@@ -34,6 +34,7 @@ from cudnn_flex_compile.scoremod.masks.intervals import every_endpoint, most_end
 # (python3 -m pytest tests/gpu/test_plain_masks.py -k deterministic)
 DETERMINISTIC_DIM = 64
 MOST_PAIRS = 2**30  # for which a list is made of a mask that is there for certification alone
+MOST_ENDPOINTS = 2**26  # of all rows of a mask of which certification makes a list; it has 256 MiB then
 
 
 def unusable(device: int) -> Reason | None:
@@ -104,9 +105,10 @@ class TilePlan(Plan):
         self, tensors: Sequence[Tensor], operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor],
         tiles: TileList | None = None,
     ) -> None:  # fmt: skip
-        """Runs by a list for the problem's geometry, in training where this is a backward. Certification gives none."""
+        """Runs by a list for the problem's geometry, in training where this is a backward, or by its own."""
+        tiles = tiles or self._listed
         if tiles is None:
-            tiles = self._listed or self._list(operands, ints, floats)
+            raise ValueError("a plan by tile lists was given none: give `tiles`, or run the plan that `prepared` gives")
         parts = tiles.forward if self._forward else tiles.backward
         work = empty((self._kernels.work.size,), (1,), torch.int32)
         if self._replays is None:
@@ -116,10 +118,12 @@ class TilePlan(Plan):
         addresses.append(tiles.numbers.numel())  # lists of one geometry have several sizes
         self._replays.run(addresses, work.data_ptr(), (tensors, parts, work))
 
-    def prepared(self, operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor]) -> Plan:
+    def prepared(self, operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor]) -> Plan | None:
+        if self._listed is not None:
+            return self
         other = copy.copy(self)
         other._listed = other._list(operands, ints, floats)
-        return other
+        return None if other._listed is None else other
 
     def on_harder_mask(self) -> Plan | None:
         """The same kernels on a list of EDGE_MASK, which is made as those of its own mask are; None at lengths where
@@ -130,16 +134,18 @@ class TilePlan(Plan):
             return None
         other = copy.copy(self)
         other.problem, other._mask = replace(self.problem, program=EDGE_PROGRAM, operands=()), EDGE_MASK
-        other._listed = other._list((), (), ())
-        return other
+        return other.prepared((), (), ())
 
-    def _list(self, operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor]) -> TileList:
+    def _list(self, operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor]) -> TileList | None:
+        """The list of the mask for some values, made by a look at all pairs; None where it has too many endpoints."""
         sizes, heads = self._tiler.geometry.sizes, self._tiler.geometry.mask_heads
 
         def rows() -> Any:
             return visible_rows(self._mask, operands, ints, floats, sizes, 1, self.device)
 
         most = max(int(most_endpoints(visible)) for _, visible in rows())
+        if most * sizes[0] * heads * sizes[2] > MOST_ENDPOINTS:
+            return None
         return self._tiler.exact(every_endpoint(rows(), sizes, heads, most))
 
 

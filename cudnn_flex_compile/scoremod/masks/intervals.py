@@ -94,13 +94,14 @@ def every_endpoint(chunks: Iterator[tuple[int, Tensor]], sizes: Sequence[int], h
         sizes: the sizes of the axes b, h, q and k.
         most: the number of endpoints for which there is room; further ones of a row are left out.
     """
-    columns = sizes[3]
-    width = most | 1  # the kernels take an odd number of endpoints
-    parts: list[Tensor] = []
-    for _, visible in chunks:
-        changes = _changes(visible)
-        where = torch.where(changes, (changes.cumsum(-1) - 1).clamp(max=width), width)
+    columns, width = sizes[3], most | 1  # the kernels take an odd number of endpoints
+    found: Tensor | None = None
+    for start, visible in chunks:
+        changes, count = _changes(visible), visible.shape[2]
+        rank = changes.cumsum(-1).sub_(1).clamp_(max=width).masked_fill_(~changes, width)
         place = torch.arange(columns, dtype=torch.int32, device=visible.device).expand(visible.shape)
-        part = place.new_full((*visible.shape[:3], width + 1), columns)
-        parts.append(part.scatter_(-1, where, place)[..., :width])
-    return as_table(torch.cat(parts, 2), sizes, heads)
+        if found is None:
+            found = place.new_full((*visible.shape[:2], sizes[2], width + 1), columns)
+        found[:, :, start : start + count].scatter_(-1, rank, place)
+    assert found is not None, "there are no rows"
+    return as_table(found[..., :width], sizes, heads)

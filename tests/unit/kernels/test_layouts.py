@@ -27,6 +27,7 @@ from cudnn_flex_compile.scoremod.learned import with_bias
 from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.text import text
 from tests.support import strided
+from tests.support.stand_in import Ready
 
 Q, KV = ir.index("q"), ir.index("k")
 CAPPED, CAUSAL = make("tanh", ir.SCORE / 20.0) * 20.0, make("ge", Q, KV)
@@ -114,16 +115,13 @@ def assert_near(found, expected, what):
         assert difference <= 0.03 * size + 1e-2, f"{what}, output {number}: off by {difference} of {size}"
 
 
-class HostPlan:
+class HostPlan(Ready):
     """The CPU's kernels on the memory at the addresses that a plan is run with."""
 
     strategy, errors, device = "on the host", (), torch.device("cpu")
 
     def __init__(self, problem):
         self.problem, self.outputs = problem, output_specs(problem)
-
-    def on_harder_mask(self):
-        return None
 
     def run(self, tensors, operands, ints, floats, tiles=None):
         self.run_at([tensor.data_ptr() for tensor in tensors], operands, ints, floats)

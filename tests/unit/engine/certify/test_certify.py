@@ -27,6 +27,7 @@ from cudnn_flex_compile.scoremod.learned import with_bias
 from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.partition import Hoisted
 from cudnn_flex_compile.scoremod.text import text
+from tests.support.stand_in import Ready
 
 Q, KV = ir.index("q"), ir.index("k")
 CAUSAL = make("ge", Q, KV)
@@ -43,7 +44,7 @@ def problem(program, direction, operands=(), lengths=(70, 90), dtype=torch.bfloa
     return Problem(program, direction, query, key, key, out_spec(query, key), operands, 0.25, 0)
 
 
-class StandIn:
+class StandIn(Ready):
     """Runs `program` on the CPU kernels, whatever the problem says, then spoils what it wrote."""
 
     strategy, device = "stand-in", torch.device("cpu")
@@ -52,9 +53,6 @@ class StandIn:
         self.problem, self.spoil = problem, spoil
         self.program = text(problem.program if program is None else program)
         self.outputs = (problem.query, problem.key, problem.value)
-
-    def on_harder_mask(self):
-        return None
 
     def grad_lse(self, grad_lse):
         """[B, H, Sq], from the tensor that the plan is given."""

@@ -21,6 +21,7 @@ from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem, Tensor
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import F32
 from cudnn_flex_compile.scoremod.learned import with_bias
+from tests.support.stand_in import Ready
 from tests.unit.engine.certify.test_certify import CAUSAL, KV, PROGRAM, Q, StandIn, joint
 
 pytestmark = pytest.mark.any_torch
@@ -156,7 +157,7 @@ def test_the_device_is_waited_for_twice(monkeypatch):
     assert [m.count for m in both(Waits, standard(ALIBI, slopes, length=128), ProgramReference(ALIBI))] == [3, 3]
 
 
-class Cheap:
+class Cheap(Ready):
     """Writes numbers that are not right, and takes no memory."""
 
     strategy, device = "cheap", torch.device("cpu")

@@ -20,6 +20,7 @@ from cudnn_flex_compile.scoremod.masks.intervals import most_endpoints
 from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.text import text
 from tests.support.flash import FlashStandIn
+from tests.support.stand_in import Ready
 
 CPU = torch.device("cpu")
 BATCH, HEADS, DIM = 1, 2, 16
@@ -46,7 +47,7 @@ def test_any_lengths_have_it(rows, columns):
     assert visible(rows, columns).shape == (rows, columns)
 
 
-class ByList:
+class ByList(Ready):
     """The CPU's kernel in place of a plan by a list, which may be of a mask that is wrong somewhere."""
 
     strategy, device = "tile_lists", CPU

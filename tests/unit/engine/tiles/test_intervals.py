@@ -14,6 +14,7 @@ from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.partition import pairwise
 from cudnn_flex_compile.scoremod.text import text
 from tests.support.mask_sources import normal, used
+from tests.support.stand_in import Ready
 
 BATCH, HEADS, LENGTH, DIM = 2, 4, 150, 16
 CPU = torch.device("cpu")
@@ -27,7 +28,7 @@ MASKS = (
 )  # fmt: skip
 
 
-class Runs:
+class Runs(Ready):
     """The CPU's kernel in place of a plan, with a mask of its own."""
 
     strategy, device = "tile_lists", CPU

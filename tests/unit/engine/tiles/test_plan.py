@@ -189,8 +189,12 @@ def test_the_same_kernels_are_certified_on_another_mask(monkeypatch, mask_heads)
     other = made.on_harder_mask()
     assert (other.problem.program, other.problem.operands) == (EDGE_PROGRAM, ())
     assert (other._kernels, other._tiler, made.problem) == (made._kernels, made._tiler, wanted)
-    for one in (made, other, other):
+    ready = made.prepared((), (), ())
+    assert other.prepared((), (), ()) is other
+    for one in (ready, other, other):
         one.run(("tensors",), (), (), ())
+    with pytest.raises(ValueError, match="was given none"):
+        made.run(("tensors",), (), (), ())
     assert [given[:2] for given in launched] == [(("tensors",), ("the list",))] * 3
     for table, mask in zip(tables, (EDGE_MASK, ir.TRUE), strict=True):  # one list of it, whatever its runs
         assert table.shape == (mask_heads, table.shape[1], BATCH * ROWS)
@@ -200,3 +204,5 @@ def test_the_same_kernels_are_certified_on_another_mask(monkeypatch, mask_heads)
     assert {63, 64, 65, 79, 80, 81} <= set(tables[0].unique().tolist())
     monkeypatch.setattr(plan, "MOST_PAIRS", ROWS * COLUMNS - 1)
     assert made.on_harder_mask() is None
+    monkeypatch.setattr(plan, "MOST_ENDPOINTS", -1)
+    assert made.prepared((), (), ()) is None, "it would take too much memory"

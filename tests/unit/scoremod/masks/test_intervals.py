@@ -29,7 +29,7 @@ def test_tables_show_the_rows(seed, shape):
     most = int(most_endpoints(visible))
     halves = [visible[:, :, :3], visible[:, :, 3:]] if shape[2] > 3 else [visible]
     for width in (most, most + 1, sizes[3] + 1):
-        table = every_endpoint(iter([(0, half) for half in halves]), sizes, heads, width)
+        table = every_endpoint(iter([(3 * i, half) for i, half in enumerate(halves)]), sizes, heads, width)
         assert (table.shape, table.dtype) == ((heads, width | 1, 2 * shape[2]), torch.int32)
         assert torch.equal(shown(table, sizes), visible.expand(2, heads, -1, -1))
         assert (table.diff(dim=1) >= 0).all()
