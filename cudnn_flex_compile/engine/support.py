@@ -15,6 +15,7 @@ import torch
 from cudnn_flex_compile.engine.problem import BACKWARD, Problem
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod.integers import LONGEST
 from cudnn_flex_compile.scoremod.ir import F32, SCORE, Expr, Program
 from cudnn_flex_compile.scoremod.learned import without_bias
 from cudnn_flex_compile.scoremod.masks.form import split
@@ -76,6 +77,13 @@ def _two_operands(problem: Problem, program: Program) -> str | None:
     return None
 
 
+def _long_division(problem: Problem, program: Program) -> str | None:
+    if problem.tiled or max(*problem.query.shape[:3], *problem.lengths) <= LONGEST:
+        return None
+    divided = any(n.kind in ("idiv", "mod") for n in ir.walk(program.score, program.mask))
+    return f"// or % of indices, for a call longer than {LONGEST}" if divided else None
+
+
 def _fed_by_operands(root: Expr) -> bool:
     leaves = [n for n in ir.walk(root) if not n.args]
     return any(n.kind == "operand" for n in leaves) and all(n.kind in ("operand", "scalar", "const") for n in leaves)
@@ -123,6 +131,8 @@ RULES: tuple[Rule, ...] = (
          "finfo(bfloat16).min, which becomes -inf on the way; at -1e9 a float32 log-sum-exp has lost log n, and the "
          "backward's weights add up to n (tests/compile/test_numbers.py)", of_plans=True),
     Rule(Code.ILLEGAL_OP, _two_operands, evidence="a node that does not descend from the score is refused"),
+    Rule(Code.ILLEGAL_OP, _long_division, evidence="cuDNN divides integers in float32 (scoremod/integers.py)",
+         of_plans=True),
 )  # fmt: skip
 
 
@@ -201,6 +211,12 @@ REWRITES: tuple[Rewrite, ...] = (
     Rewrite("one predicate", "bounds, then an or, as selects -> one select by all of the mask", WRONG, (),
             "engine/graph/strategies/dense.py", "causal, then (q - kv <= w) | (kv < n): the or was dropped once; of "
             "it 64 forms tried since are right on 9.19, and 16 on 9.28", switched=False),
+    Rewrite("small dividends", "(x + m * d) % d, m * d near 2**24 -> near the largest -x of calls up to 2**20", WRONG,
+            BOTH, "scoremod/integers.py", "(q - kv) % 3 == 0: out is off by 0.05 to 0.8; % is computed in float32",
+            switched=False),
+    Rewrite("no multiples divided", "x // d -> (2 * x + 1) // (2 * d), unless d is a power of two", WRONG, (),
+            "scoremod/integers.py", "x // d is x times a rounded 1 / d, which may be one too small for a multiple of d",
+            switched=False, measured="without a GPU"),
     Rewrite("pairs outside", "documents[q] == documents[kv] in the graph -> a bias, computed outside", WRONG, BOTH,
             "scoremod/partition.py", "backward, with the operands broadcast in the graph", switched=False),
     Rewrite("infinite fill", "select(x, -1e9) -> select(x, -inf)", WRONG, BOTH,
