@@ -21,7 +21,7 @@ from cudnn_flex_compile.engine.problem import BACKWARD, Problem
 from cudnn_flex_compile.engine.repro import Rejection, warn_of
 from cudnn_flex_compile.engine.state import engine
 from cudnn_flex_compile.phases import phase
-from cudnn_flex_compile.reasons import Code, Reason, most_telling
+from cudnn_flex_compile.reasons import Reason, most_telling
 
 OF_SHAPES = tuple(regime for regime in REGIMES if regime.shapes)
 
@@ -40,7 +40,6 @@ def choose(problem: Problem, forward: Plan | None, reference: Reference, policy:
         if right and attempt.last_resort:
             continue
         if policy.strategy not in ("", *(attempt.variant or ("parts",))):
-            reasons.append(Reason(Code.FORCED_BACKEND, f"options have strategy={policy.strategy!r}"))
             continue
         plan = attempt()
         if isinstance(plan, Reason):
@@ -56,7 +55,7 @@ def choose(problem: Problem, forward: Plan | None, reference: Reference, policy:
             break
     chosen = _fastest(right, forward, reference) if right else None
     warn_of(rejected, problem, reference, chosen and chosen.strategy)
-    return chosen or most_telling(reasons)
+    return chosen or most_telling(reasons, policy.strategy)
 
 
 def certified(
