@@ -15,7 +15,7 @@ from cudnn_flex_compile.engine.problem import Binding
 from cudnn_flex_compile.engine.tiles import plan as tiles_plan
 from cudnn_flex_compile.kernels import inductor_timer
 from cudnn_flex_compile.passes import contenders, graph_context
-from cudnn_flex_compile.passes.decide import candidate, measured_times
+from cudnn_flex_compile.passes.decide import candidate, chooser, measured_times
 from cudnn_flex_compile.passes.write import tile_lists
 from cudnn_flex_compile.reasons import Code
 from tests.support import stand_in
@@ -214,3 +214,17 @@ def test_contenders_of_real_calls(stood_in, trainable, function, mask_mod, ways,
     assert (contest.training, contest.lse_gradient) == (training, training and function is with_lse)
     forward, *_ = inductor_timer.contenders(dataclasses.replace(contest, training=False, lse_gradient=False), CPU)
     assert forward().shape == qkv[0].shape
+
+
+@pytest.mark.parametrize("wins", [True, False])
+def test_where_graphs_lose_a_list_of_tiles_is_measured_by_default(stood_in, monkeypatch, wins):
+    """Of a real call, whose predictions tell nothing. Each way is timed once, and Inductor's kernel, too."""
+    monkeypatch.setattr(chooser, "WORTH_MEASURING", 0.0)
+    monkeypatch.setattr(chooser, "PREDICTION_ERROR", 1e9)
+    times = iter([[300.0], [50.0 if wins else 200.0]])
+    monkeypatch.setattr(measured_times.timing, "milliseconds", lambda runs: [run() for run in runs] and next(times))
+    (call,) = run(mask_mod=causal, tune_seconds=600).calls
+    found = {contender.name: contender.milliseconds for contender in call.contenders}
+    assert found == {"graphs": 300.0, "tile lists (forward)": 50.0 if wins else 200.0, "inductor": 100.0}
+    assert call.strategies == (("tile_lists",) if wins else ())
+    assert len(stood_in.contests) == 1
