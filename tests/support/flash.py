@@ -11,7 +11,7 @@ import torch
 from cudnn_flex_compile.engine.problem import FORWARD
 from cudnn_flex_compile.kernels.arguments import Arguments
 from cudnn_flex_compile.kernels.cpu import _blocks, per_head
-from tests.support.stand_in import Ready
+from tests.support.ready import Ready
 
 CUT_OFF = 2.0**-23  # of what a tensor core sums, relative to the sum of magnitudes
 

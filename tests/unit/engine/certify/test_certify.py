@@ -27,7 +27,7 @@ from cudnn_flex_compile.scoremod.learned import with_bias
 from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.partition import Hoisted
 from cudnn_flex_compile.scoremod.text import text
-from tests.support.stand_in import Ready
+from tests.support.ready import Ready
 
 Q, KV = ir.index("q"), ir.index("k")
 CAUSAL = make("ge", Q, KV)

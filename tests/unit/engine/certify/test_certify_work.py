@@ -21,7 +21,7 @@ from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem, Tensor
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import F32
 from cudnn_flex_compile.scoremod.learned import with_bias
-from tests.support.stand_in import Ready
+from tests.support.ready import Ready
 from tests.unit.engine.certify.test_certify import CAUSAL, KV, PROGRAM, Q, StandIn, joint
 
 pytestmark = pytest.mark.any_torch

@@ -20,7 +20,7 @@ from cudnn_flex_compile.scoremod.masks.intervals import most_endpoints
 from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.text import text
 from tests.support.flash import FlashStandIn
-from tests.support.stand_in import Ready
+from tests.support.ready import Ready
 
 CPU = torch.device("cpu")
 BATCH, HEADS, DIM = 1, 2, 16

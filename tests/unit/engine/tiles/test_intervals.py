@@ -14,7 +14,7 @@ from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.partition import pairwise
 from cudnn_flex_compile.scoremod.text import text
 from tests.support.mask_sources import normal, used
-from tests.support.stand_in import Ready
+from tests.support.ready import Ready
 
 BATCH, HEADS, LENGTH, DIM = 2, 4, 150, 16
 CPU = torch.device("cpu")
