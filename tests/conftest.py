@@ -20,6 +20,10 @@ from cudnn_flex_compile.kernels import cpu
 
 # Eager flex_attention, with which tests compare, has Dynamo trace it at each call; without, it computes the same.
 flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = not torch.cuda.is_available()
+if not torch.cuda.is_available():
+    from tests.support import quick_dynamo
+
+    quick_dynamo.apply()
 
 
 @pytest.hookimpl(optionalhook=True)
