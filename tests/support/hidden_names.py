@@ -17,6 +17,9 @@ import torch
 import torch._dynamo
 from torch.nn.attention import flex_attention as stock
 
+from tests.support import quick_dynamo
+from tests.support.uncompiled import uncompiled
+
 INDUCTORS = ("torch._inductor", "torch._functorch")
 
 
@@ -32,18 +35,34 @@ def hiding(name):
     return patch.object(pkgutil, "resolve_name", found)
 
 
+slopes, shift = torch.linspace(0.1, 0.4, 4), torch.tensor(2.0)
+
+
+def model(q, k, v):
+    blocks = stock.create_block_mask(lambda b, h, i, j: i >= j, None, None, 64, 64, device="cpu")
+    out = stock.flex_attention(q, k, v, lambda s, b, h, i, j: s - slopes[h] * (i - j) + shift, blocks)
+    return stock.flex_attention(torch.tanh(out), k, v, lambda s, b, h, i, j: 2 * torch.tanh(s / 2))
+
+
+def warm():
+    """Have torch import what it imports when a model is compiled, once for all processes that are forked.
+
+    No backward runs: its threads would not be there in these processes.
+    """
+    quick_dynamo.apply()
+    given = [torch.randn(1, 4, 64, 16) for _ in range(3)]
+    with torch.no_grad():
+        torch.compile(model, backend="aot_eager")(*given)
+        torch.compile(torch.sin)(*given[:1])
+    torch._dynamo.reset()
+
+
 def calls(inner_backend):
     """What becomes of a model's two calls, whose numbers and gradients are those of the model itself."""
     from cudnn_flex_compile.backend import cudnn_flex
     from cudnn_flex_compile.report.report import collect
 
     torch.manual_seed(0)
-    slopes, shift = torch.linspace(0.1, 0.4, 4), torch.tensor(2.0)
-
-    def model(q, k, v):
-        blocks = stock.create_block_mask(lambda b, h, i, j: i >= j, None, None, 64, 64, device="cpu")
-        out = stock.flex_attention(q, k, v, lambda s, b, h, i, j: s - slopes[h] * (i - j) + shift, blocks)
-        return stock.flex_attention(torch.tanh(out), k, v, lambda s, b, h, i, j: 2 * torch.tanh(s / 2))
 
     def backend(graph_module, inputs):
         return cudnn_flex(graph_module, inputs, options={"lower": "always", "inner_backend": inner_backend})
@@ -53,7 +72,8 @@ def calls(inner_backend):
     with collect() as report:
         out = torch.compile(model, backend=backend)(*leaves)
     gradients = torch.autograd.grad(out.float().square().sum(), leaves)
-    expected = model(*exact)
+    with uncompiled():
+        expected = model(*exact)
     wanted = torch.autograd.grad(expected.square().sum(), exact)
     for found, true in zip((out, *gradients), (expected, *wanted), strict=True):
         assert (found - true).norm() <= 5e-2 * true.norm(), "the numbers are wrong"
@@ -75,6 +95,7 @@ def verdict(name):
 
 def main():
     torch._dynamo.config.suppress_errors = False
+    warm()
     for name in sys.argv[1:]:
         child = os.fork()
         if child == 0:
