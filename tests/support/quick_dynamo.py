@@ -3,7 +3,12 @@
 It changes functions of torch, and nothing of the package; tests/conftest.py applies it where there is no GPU.
 """
 
+import logging
+
 import torch
+from torch._dynamo import config, guards
+from torch._dynamo.variables import higher_order_ops
+from torch._dynamo.variables.tensor import TensorVariable
 from torch._functorch import apis
 from torch._functorch.vmap import (
     _add_batch_dim,
@@ -39,8 +44,30 @@ def vmap_of_tensors(function, in_dims, out_dims, randomness, chunk_size, *args, 
         return _unwrap_batched(batched_outputs, out_dims, level, size, function)
 
 
+def inputs_of_subgraph(sub_args, tracer, tx, set_subgraph_inputs, description, sub_args_names=None):
+    """Do what Dynamo's function does, but has no interpreter flatten arguments that are all tensors."""
+    if set_subgraph_inputs != "flatten_manual" or any(type(arg) is not TensorVariable for arg in sub_args):
+        return STOCK_INPUTS(sub_args, tracer, tx, set_subgraph_inputs, description, sub_args_names)
+    for arg in sub_args:
+        arg.set_name_hint("child")
+    return STOCK_INPUTS(sub_args, tracer, tx, "manual", description)
+
+
+TRACE = logging.getLogger("torch.__trace")
+STOCK_INPUTS = higher_order_ops.validate_args_and_maybe_create_graph_inputs
+CHANGES = (
+    (apis, "vmap_impl", vmap_of_tensors),
+    (higher_order_ops, "validate_args_and_maybe_create_graph_inputs", inputs_of_subgraph),
+    (guards, "profile_guard_manager", lambda *_: 0.0),  # a time in a log, before which it empties the caches
+    (config, "run_gc_after_compile", False),
+    # pytest adds a handler to loggers that don't propagate, and to have one handle its records torch writes all graphs.
+    (TRACE, "propagate", True),
+    (TRACE, "handlers", []),
+)
+STOCK = tuple(getattr(place, name) for place, name, _ in CHANGES)
+
+
 def apply():
     """Change this process's torch."""
-    apis.vmap_impl = vmap_of_tensors
-    torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0  # a time in a log, before which it empties the caches
-    torch._dynamo.config.run_gc_after_compile = False
+    for place, name, value in CHANGES:
+        setattr(place, name, value)

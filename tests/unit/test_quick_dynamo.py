@@ -1,13 +1,14 @@
 """The tests compile the graphs that users have: what tests/support/quick_dynamo.py changes gives the same ones."""
 
+import contextlib
 from unittest.mock import patch
 
 import pytest
 import torch
-from torch._functorch import apis, vmap
+from torch._functorch import vmap
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from tests.support.quick_dynamo import vmap_of_tensors
+from tests.support import quick_dynamo
 
 LENGTH = 64
 
@@ -34,7 +35,16 @@ def of_several(x, numbers):
     return swapped, summed, nested, torch.vmap(lambda given: given["x"] * 2)({"x": x}), torch.vmap(torch.sin)(x)
 
 
-def graph(function, inputs, implementation):
+@contextlib.contextmanager
+def stock():
+    """torch as it was before tests/conftest.py."""
+    with contextlib.ExitStack() as stack:
+        for (place, name, _), before in zip(quick_dynamo.CHANGES, quick_dynamo.STOCK, strict=True):
+            stack.enter_context(patch.object(place, name, before))
+        yield
+
+
+def graph(function, inputs):
     """The lines of the graph that Dynamo traces, with the shapes of its nodes, but without where they come from."""
     lines = []
 
@@ -44,17 +54,20 @@ def graph(function, inputs, implementation):
         return graph_module.forward
 
     torch._dynamo.reset()
-    with patch.object(apis, "vmap_impl", implementation):
-        torch.compile(function, backend=backend, fullgraph=True)(*inputs)
+    torch.compile(function, backend=backend, fullgraph=True)(*inputs)
     return lines
 
 
 @pytest.mark.parametrize("function", [plain, with_blocks, with_given_blocks, of_several])
 def test_the_graph_is_that_of_stock(function):
     inputs = torch.randn(1, 2, LENGTH, 16), torch.randn(2)
-    expected = graph(function, inputs, vmap.vmap_impl)
+    with stock():
+        expected = graph(function, inputs)
     assert sum("_vmap_increment_nesting" in line for line in expected) >= 2
-    assert graph(function, inputs, vmap_of_tensors) == expected
+    with contextlib.ExitStack() as stack:
+        for place, name, value in quick_dynamo.CHANGES:
+            stack.enter_context(patch.object(place, name, value))
+        assert graph(function, inputs) == expected
 
 
 @pytest.mark.parametrize(
@@ -67,7 +80,7 @@ def test_the_graph_is_that_of_stock(function):
 )  # fmt: skip
 def test_errors_are_those_of_stock(function, in_dims, args):
     texts = []
-    for implementation in (vmap.vmap_impl, vmap_of_tensors):
+    for implementation in (vmap.vmap_impl, quick_dynamo.vmap_of_tensors):
         with pytest.raises(ValueError, match="vmap") as raised:
             implementation(function, in_dims, 0, "error", None, *args)
         texts.append(str(raised.value))
