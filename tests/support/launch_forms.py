@@ -18,7 +18,8 @@ from cudnn_flex_compile import collect, install
 from cudnn_flex_compile.bench.rows.launch import OURS, STOCK, Side, block_masks
 from cudnn_flex_compile.bench.rows.layers import Model
 from cudnn_flex_compile.bench.rows.measure import Bench, Contender
-from cudnn_flex_compile.bench.rows.rows import Row, chosen
+from cudnn_flex_compile.bench.rows.row import Row
+from cudnn_flex_compile.bench.rows.rows import chosen
 from cudnn_flex_compile.report.report import Report
 from tests.support.uncompiled import uncompiled
 

@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from cudnn_flex_compile.bench.rows.measure import Bench, Measured, Result, measure
-from cudnn_flex_compile.bench.rows.rows import Row, chosen
+from cudnn_flex_compile.bench.rows.row import Row
+from cudnn_flex_compile.bench.rows.rows import chosen
 from cudnn_flex_compile.bench.rows.show import plot, table, write_csv
 from cudnn_flex_compile.bench.rows.turns import compiling
 

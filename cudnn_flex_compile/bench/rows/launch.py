@@ -18,8 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from cudnn_flex_compile import inductor_seam, install
 from cudnn_flex_compile.backend import cudnn_flex
 from cudnn_flex_compile.bench.rows.layers import Attention, Model
-from cudnn_flex_compile.bench.rows.masks import Data
-from cudnn_flex_compile.bench.rows.rows import ALONE, BLOCKS, DISABLED, LAYERS, WHOLE, Row
+from cudnn_flex_compile.bench.rows.row import ALONE, BLOCKS, DISABLED, LAYERS, WHOLE, Data, Row
 
 STOCK, OURS = SIDES = ("inductor", "cudnn_flex")
 # torch.compile shares compiled code between all who compile a function with the same options. One side has this option,

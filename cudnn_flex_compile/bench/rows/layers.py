@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from cudnn_flex_compile.bench.rows.rows import Row
+from cudnn_flex_compile.bench.rows.row import Row
 
 LATENT = 512  # width of DeepSeek's compressed keys and values
 

@@ -4,18 +4,13 @@ rows.py names them. Data depends on a seed alone, so that both sides see the sam
 """
 
 import random
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import and_masks
 
-if TYPE_CHECKING:
-    from cudnn_flex_compile.bench.rows.rows import Row
+from cudnn_flex_compile.bench.rows.row import Data, MaskMod, Row
 
-Data = dict[str, Tensor]
-MaskMod = Callable[..., Any]
 SHORTEST, LONGEST = 16, 6  # a document has a length / SHORTEST tokens at least, a length / LONGEST at most
 PATCHES = 3  # an image of a mixed document has length / (SHORTEST * PATCHES) tokens or more
 
@@ -38,7 +33,7 @@ def _documents(length: int, draw: random.Random) -> list[int]:
     return lengths(length, max(total // SHORTEST, 1), max(total // LONGEST * 2, 2), draw)
 
 
-def draw_offsets(row: "Row", draw: random.Random) -> Data:
+def draw_offsets(row: Row, draw: random.Random) -> Data:
     """The offset at which each document begins, and each token's document, int32, as in torchtitan."""
     sizes = torch.tensor(_documents(row.length, draw))
     ends = sizes.cumsum(0)
@@ -48,7 +43,7 @@ def draw_offsets(row: "Row", draw: random.Random) -> Data:
     return {"doc_id": ids.int(), "offsets": padded.int()}
 
 
-def offsets(row: "Row", data: Data) -> tuple[MaskMod, ...]:
+def offsets(row: Row, data: Data) -> tuple[MaskMod, ...]:
     doc_id, begin = data["doc_id"], data["offsets"]
 
     def packed(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
@@ -57,13 +52,13 @@ def offsets(row: "Row", data: Data) -> tuple[MaskMod, ...]:
     return (and_masks(causal, packed),)
 
 
-def draw_ends(row: "Row", draw: random.Random) -> Data:
+def draw_ends(row: Row, draw: random.Random) -> Data:
     """The end of each token's document, as in torchtitan with several batch entries."""
     rows = [torch.tensor(_documents(row.length, draw)) for _ in range(row.batch)]
     return {"ends": torch.stack([torch.repeat_interleave(sizes.cumsum(0) - 1, sizes) for sizes in rows]).int()}
 
 
-def ends(row: "Row", data: Data) -> tuple[MaskMod, ...]:
+def ends(row: Row, data: Data) -> tuple[MaskMod, ...]:
     last = data["ends"]
 
     def packed(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
@@ -72,7 +67,7 @@ def ends(row: "Row", data: Data) -> tuple[MaskMod, ...]:
     return (and_masks(causal, packed),)
 
 
-def offsets_and_window(row: "Row", data: Data) -> tuple[MaskMod, ...]:
+def offsets_and_window(row: Row, data: Data) -> tuple[MaskMod, ...]:
     (documents,), window = offsets(row, data), row.window
 
     def recent(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
@@ -82,13 +77,13 @@ def offsets_and_window(row: "Row", data: Data) -> tuple[MaskMod, ...]:
     return (recent_documents,) if row.every_layer else (recent_documents, documents)
 
 
-def draw_ids(row: "Row", draw: random.Random) -> Data:
+def draw_ids(row: Row, draw: random.Random) -> Data:
     """Each token's document: int64 for each batch entry, as torchtune has them."""
     rows = [torch.tensor(_documents(row.length, draw)) for _ in range(row.batch)]
     return {"ids": torch.stack([torch.repeat_interleave(torch.arange(len(sizes)), sizes) for sizes in rows])}
 
 
-def same_document(row: "Row", data: Data) -> tuple[MaskMod, ...]:
+def same_document(row: Row, data: Data) -> tuple[MaskMod, ...]:
     ids = data["ids"]
 
     def visible(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
@@ -97,7 +92,7 @@ def same_document(row: "Row", data: Data) -> tuple[MaskMod, ...]:
     return (visible,)
 
 
-def draw_padding(row: "Row", draw: random.Random) -> Data:
+def draw_padding(row: Row, draw: random.Random) -> Data:
     """Whether each token is there: the longest sequence has all, the others end at some length."""
     ends = [row.length, *(draw.randint(row.length // 2, row.length) for _ in range(row.batch - 1))]
     if row.batch == 1:
@@ -105,7 +100,7 @@ def draw_padding(row: "Row", draw: random.Random) -> Data:
     return {"padding": torch.arange(row.length) < torch.tensor(ends).unsqueeze(1)}
 
 
-def padded(row: "Row", data: Data) -> tuple[MaskMod, ...]:
+def padded(row: Row, data: Data) -> tuple[MaskMod, ...]:
     padding, window = data["padding"], row.window
 
     def full(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
@@ -122,7 +117,7 @@ def padded(row: "Row", data: Data) -> tuple[MaskMod, ...]:
     return (recent, visible) if window else (visible,)
 
 
-def draw_spans(row: "Row", draw: random.Random) -> Data:
+def draw_spans(row: Row, draw: random.Random) -> Data:
     """Documents of text, images that are seen, and images to be denoised, as BAGEL packs them: -1 is no image."""
     document, full, noise = (torch.full((row.length,), -1) for _ in range(3))
     span = start = 0
@@ -139,7 +134,7 @@ def draw_spans(row: "Row", draw: random.Random) -> Data:
     return {"document": document, "full": full, "noise": noise}
 
 
-def spans(row: "Row", data: Data) -> tuple[MaskMod, ...]:
+def spans(row: Row, data: Data) -> tuple[MaskMod, ...]:
     document, full, noise = data["document"], data["full"], data["noise"]
 
     def visible(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
@@ -150,13 +145,13 @@ def spans(row: "Row", data: Data) -> tuple[MaskMod, ...]:
     return (visible,)
 
 
-def draw_frames(row: "Row", draw: random.Random) -> Data:
+def draw_frames(row: Row, draw: random.Random) -> Data:
     """The end of each token's chunk of frames: seven chunks, the same in each step."""
     chunk = -(-row.length // 7)
     return {"ends": ((torch.arange(row.length) // chunk + 1) * chunk).clamp(max=row.length)}
 
 
-def frames(row: "Row", data: Data) -> tuple[MaskMod, ...]:
+def frames(row: Row, data: Data) -> tuple[MaskMod, ...]:
     ends = data["ends"]
 
     def visible(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
@@ -165,14 +160,14 @@ def frames(row: "Row", data: Data) -> tuple[MaskMod, ...]:
     return (visible,)
 
 
-def draw_anchors(row: "Row", draw: random.Random) -> Data:
+def draw_anchors(row: Row, draw: random.Random) -> Data:
     """The length of the context that each block of drafts sees."""
     count = row.length // row.block
     rows = [sorted(draw.randint(1, row.context) for _ in range(count)) for _ in range(row.batch)]
     return {"anchors": torch.tensor(rows)}
 
 
-def drafts(row: "Row", data: Data) -> tuple[MaskMod, ...]:
+def drafts(row: Row, data: Data) -> tuple[MaskMod, ...]:
     anchors, context, block = data["anchors"], row.context, row.block
 
     def visible(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:

@@ -23,8 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.bench.rows.launch import OURS, SIDES, STOCK, Side, block_masks, launched
 from cudnn_flex_compile.bench.rows.layers import Model, of_transformers
-from cudnn_flex_compile.bench.rows.masks import Data
-from cudnn_flex_compile.bench.rows.rows import WHOLE, Row
+from cudnn_flex_compile.bench.rows.row import WHOLE, Data, Row
 from cudnn_flex_compile.bench.rows.turns import Alone
 from cudnn_flex_compile.report.report import Report, collect
 

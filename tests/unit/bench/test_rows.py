@@ -17,7 +17,8 @@ from cudnn_flex_compile import inductor_seam, uninstall
 from cudnn_flex_compile.bench.rows import command, masks
 from cudnn_flex_compile.bench.rows.launch import OURS, SIDES, STOCK
 from cudnn_flex_compile.bench.rows.measure import IN_A_ROW, WARM_UP, Bench, Measured, Result, is_attention, measure
-from cudnn_flex_compile.bench.rows.rows import FORMS, LAYERS, ROWS, chosen
+from cudnn_flex_compile.bench.rows.row import FORMS, LAYERS
+from cudnn_flex_compile.bench.rows.rows import ROWS, chosen
 from cudnn_flex_compile.bench.rows.show import calls, plot, table, write_csv
 from cudnn_flex_compile.bench.rows.turns import compiling
 from cudnn_flex_compile.cli import main
