@@ -22,6 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=20, help="samples that count, of each contender (20)")
     parser.add_argument("--mode", choices=("reduce-overhead",), help="CUDA graphs, for both; forward + backward only")
     parser.add_argument("--lower", default="when_faster", choices=("when_faster", "always"))
+    both = "measure each case under torch.use_deterministic_algorithms, too: how many times as long our calls take then"
+    parser.add_argument("--deterministic", action="store_true", help=both)
     parser.add_argument("--no-sdpa", action="store_true", help="leave torch's SDPA out")
     parser.add_argument("--warm", type=int, default=0, metavar="N", help="processes that fill compile caches before")
     parser.add_argument("--csv", type=Path, metavar="FILE")

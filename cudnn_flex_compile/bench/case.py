@@ -82,6 +82,7 @@ class Case:
         options: the backend's.
         training: whether gradients are asked for.
         inside: whether products of matrices are around the call, as in a model.
+        deterministic: whether it runs under torch.use_deterministic_algorithms.
     """
 
     mod: str
@@ -91,10 +92,15 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict[str, Any])
     training: bool = True
     inside: bool = False
+    deterministic: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.mod}, deterministic" if self.deterministic else self.mod
 
     def __str__(self) -> str:
         how = ("" if self.training else ", forward alone") + (", in a model" if self.inside else "")
-        return f"{self.mod} at {self.shape}{how}"
+        return f"{self.name} at {self.shape}{how}"
 
     def layer(self) -> Layer:
         shape = self.shape

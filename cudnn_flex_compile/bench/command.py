@@ -3,6 +3,7 @@
 """
 
 import argparse
+import dataclasses
 import importlib.util
 import logging
 import os
@@ -83,6 +84,8 @@ def cases_of(given: argparse.Namespace) -> list[Case]:
         named(mod)
     options = {"lower": given.lower}
     cases = [Case(mod, Shape.parse(s), TORCH_DTYPES[given.dtype], options=options) for s in shapes for mod in mods]
+    if given.deterministic:
+        cases = [dataclasses.replace(case, deterministic=how) for case in cases for how in (False, True)]
     for case in cases:
         if case.mod in BY_BATCH and case.shape.batch > ENTRIES:
             raise ValueError(f"{case.mod!r} is a mask of at most {ENTRIES} batch entries, not of {case.shape.batch}")
@@ -117,7 +120,7 @@ def _measured(cases: list[Case], given: argparse.Namespace, console: Console) ->
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("measuring", total=len(cases))
         for case in cases:
-            progress.update(task, description=f"{case.mod} at {case.shape}")
+            progress.update(task, description=f"{case.name} at {case.shape}")
             found = _without_fail(case, lambda case=case: measure(case, given.repeats, given.mode, not given.no_sdpa))
             results += [] if found is None else [found]
             if given.csv and results:  # as far as it got
@@ -130,14 +133,18 @@ Found = TypeVar("Found")
 
 
 def _without_fail(case: Case, run: Callable[[], Found]) -> Found | None:
-    """The result of `run`; None if it raises, which is printed."""
+    """The result of `run` with the case's algorithms; None if it raises, which is printed."""
+    before = torch.are_deterministic_algorithms_enabled()
     try:
+        torch.use_deterministic_algorithms(case.deterministic)
         return run()
     except Exception as error:
-        log.debug("%s at %s", case.mod, case.shape, exc_info=True)
+        log.debug("%s at %s", case.name, case.shape, exc_info=True)
         what = (str(error).strip().splitlines() or [""])[0]
-        print(f"cudnn-flex bench: {case.mod} at {case.shape} failed: {type(error).__name__}: {what}", file=sys.stderr)
+        print(f"cudnn-flex bench: {case.name} at {case.shape} failed: {type(error).__name__}: {what}", file=sys.stderr)
         return None
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def show(results: list[Result], given: argparse.Namespace, console: Console) -> None:

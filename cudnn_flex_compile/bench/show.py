@@ -5,6 +5,7 @@ command.py gives it the results of measure.py. matplotlib is needed for plots al
 
 import csv
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ def table(results: list[Result]) -> Table:
     for part in measured(results):
         shown.add_column(TITLES[part], justify="right")
     for result in results:
-        cells = [_cell(result, part) for part in measured(results)]
-        shown.add_row(str(result.case.shape), result.case.mod, result.how, *cells)
+        cells = [_cell(result, part) + _price(result, part, results) for part in measured(results)]
+        shown.add_row(str(result.case.shape), result.case.name, result.how, *cells)
     if len(results) > 1:
         shown.add_section()
         shown.add_row("geometric mean", "", "", *(f"[bold]{mean(results, p):.2f}x" for p in measured(results)))
@@ -42,6 +43,15 @@ def _cell(result: Result, part: str) -> str:
     return cell + (f"[/] (SDPA {result.times[SDPA, part].median:.3f})" if (SDPA, part) in result.times else "")
 
 
+def _price(result: Result, part: str, results: list[Result]) -> str:
+    """How many times as long as otherwise our calls take with deterministic algorithms, if both were measured."""
+    plain = replace(result.case, deterministic=False)
+    times = [r.times[OURS, part].median for r in results if r.case == plain]
+    if not result.case.deterministic or not times:
+        return ""
+    return f"\n{result.times[OURS, part].median / times[0]:.2f} times as long as otherwise"
+
+
 def measured(results: list[Result]) -> list[str]:
     """The parts that all results have."""
     return [part for part in PARTS if all((OURS, part) in result.times for result in results)]
@@ -51,13 +61,14 @@ def write_csv(results: list[Result], path: Path) -> None:
     """One row a result; times in milliseconds."""
     names = [name for name in (STOCK, OURS, SDPA) if any((name, BOTH) in r.times for r in results)]
     parts = measured(results)
-    header = ["shape", "mod", "dtype", "strategies"]
+    header = ["shape", "mod", "dtype", "deterministic", "strategies"]
     header += [f"{name}_{part}_{what}" for part in parts for name in names for what in ("ms", "spread_ms")]
     with path.open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow([*header, *(f"{part}_x" for part in parts)])
         for result in results:
-            cells: list[Any] = [str(result.case.shape), result.case.mod, str(result.case.dtype)[6:], result.how]
+            case = result.case
+            cells: list[Any] = [str(case.shape), case.mod, str(case.dtype)[6:], case.deterministic, result.how]
             for part in parts:
                 for name in names:
                     time = result.times.get((name, part))
@@ -76,7 +87,7 @@ def plot(results: list[Result], path: Path) -> None:
     from matplotlib import pyplot
 
     lengths = sorted({result.case.shape.length for result in results})
-    mods = list(dict.fromkeys(result.case.mod for result in results))
+    mods = list(dict.fromkeys(result.case.name for result in results))
     count = 2 if len(lengths) > 1 else 1
     figure, all_axes = pyplot.subplots(1, count, figsize=(7.5 * count, 3.8), layout="constrained", squeeze=False)
     _bars(all_axes[0][0], results, mods)
@@ -95,7 +106,7 @@ def _bars(axes: Any, results: list[Result], mods: list[str]) -> None:
     parts = measured(results)
     width = 0.8 / len(parts)
     for i, part in enumerate(parts):
-        heights = [mean([r for r in results if r.case.mod == mod], part) for mod in mods]
+        heights = [mean([r for r in results if r.case.name == mod], part) for mod in mods]
         places = [j + (i - (len(parts) - 1) / 2) * width for j in range(len(mods))]
         bars = axes.bar(places, heights, width * 0.95, label=TITLES[part], color=COLORS[part])
         axes.bar_label(bars, fmt="%.1f", fontsize=7)
@@ -108,7 +119,7 @@ def _lines(axes: Any, results: list[Result], mods: list[str]) -> None:
     """A colour for each mod, a marker for each head dim; a line joins shapes of the same head dim."""
     head_dims = sorted({result.case.shape.head_dim for result in results})
     for (i, mod), (j, head_dim) in itertools.product(enumerate(mods), enumerate(head_dims)):
-        own = [r for r in results if r.case.mod == mod and r.case.shape.head_dim == head_dim]
+        own = [r for r in results if r.case.name == mod and r.case.shape.head_dim == head_dim]
         own.sort(key=lambda r: r.case.shape.length)
         points = [r.case.shape.length for r in own], [r.ratio(BOTH) for r in own]
         axes.plot(*points, marker=MARKERS[j % len(MARKERS)], color=f"C{i}", label=mod if j == 0 else None)

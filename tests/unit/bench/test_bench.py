@@ -6,6 +6,7 @@ Knows nothing of speed: the functions are stand-ins, or run on the CPU.
 import contextlib
 import csv
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -303,13 +304,39 @@ def test_wrong_usage(arguments, what, capsys):
 
 def test_forty_cases_and_their_shares():
     class Given:
-        forty, dtype, lower, mods, shapes = True, "bf16", "always", None, None
+        forty, dtype, lower, mods, shapes, deterministic = True, "bf16", "always", None, None, False
 
     found = command.cases_of(Given)
     assert len(found) == 40 == len({(c.mod, c.shape) for c in found})
     assert {c.mod for c in found} == set(FIVE)
     parts = [command.share(found, f"{i}/7") for i in range(7)]
     assert sorted(id(c) for part in parts for c in part) == sorted(map(id, found))
+    Given.deterministic = True
+    both = command.cases_of(Given)
+    assert [c for c in both if not c.deterministic] == found
+    assert [replace(c, deterministic=False) for c in both if c.deterministic] == found
+
+
+def test_the_price_of_deterministic_algorithms(capsys, monkeypatch):
+    """Each case is measured with its algorithms, and the table says how many times as long our calls take then."""
+    good, seen = {r.case.mod: r for r in results()}, []
+
+    def measure_slower(case, *how):
+        exact = torch.are_deterministic_algorithms_enabled()
+        seen.append((case.mod, exact, case.deterministic))
+        times = {key: Time(t.median * (1.25 if exact else 1.0), t.spread) for key, t in good[case.mod].times.items()}
+        return replace(good[case.mod], case=case, times=times)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
+    monkeypatch.setattr(command, "measure", measure_slower)
+    assert main(["bench", "--mods", "full", "causal", "--deterministic"]) == 0
+    assert seen == [(mod, how, how) for mod in ("full", "causal") for how in (False, True)]
+    assert not torch.are_deterministic_algorithms_enabled()
+    printed = capsys.readouterr().out
+    assert printed.count("1.25 times") == 2 * len(PARTS)
+    assert "deterministic" in printed
 
 
 def test_help_imports_no_torch():
