@@ -1,8 +1,9 @@
 """Chooses among the ways to run a call: its contenders are ours, and Inductor's kernel. The fastest one wins.
 
 lower_call.py says what the contenders are, and tries them in the order that is chosen here. Times are predicted
-(cost_model.py). Where two are so close that a prediction can't tell them apart, or were predicted by the table of
-another kind of device, measured_times.py measures them. This file must not know how a call is lowered.
+(cost_model.py). Where two are so close that a prediction can't tell them apart, or no table tells their times (those of
+another kind of device, and of deterministic backwards), measured_times.py measures them. This file must not know how a
+call is lowered.
 """
 
 import functools
@@ -100,7 +101,7 @@ def _measured(
     graphs, ways = contenders[()], [way for way in _fastest_first(predicted) if way != STOCK]
     if not every and graphs.sharing * max(estimate.total for estimate in predicted.values()) < WORTH_MEASURING:
         return {}
-    together = every or graphs.table.foreign
+    together = every or graphs.untold
     found: dict[Way, Estimate] = {}
     for count in [len(ways)] if together else range(1, len(ways) + 1):
         way, stock = ways[count - 1], (found or predicted)[STOCK].total
@@ -132,6 +133,8 @@ def _in_words(estimates: dict[Way, Estimate], graphs: CostInputs) -> str:
     table = graphs.table
     if known == "predicted" and table.foreign:
         known += f" by the table of {table.device}, for there is none of this device: run `cudnn-flex calibrate`"
+    elif known == "predicted" and graphs.untold:
+        known += ", as if no backward had to be deterministic"
     shared = f" in each of {graphs.sharing} calls" if graphs.sharing > 1 else ""
     listed = ", ".join(f"{name_of(way)} {_of_parts(found)}" for way, found in estimates.items())
     return f"milliseconds of a step{shared}: {listed}; {known}"

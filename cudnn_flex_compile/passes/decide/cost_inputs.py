@@ -17,6 +17,7 @@ from cudnn_flex_compile.passes.read.call import Call, example, hint
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import Program
 from cudnn_flex_compile.scoremod.partition import Hoisted
+from cudnn_flex_compile.torch_private import deterministic
 
 # Functions that a kernel computes with many instructions. A score with one of them costs as much as a soft cap.
 COSTLY = {"tanh", "sigmoid", "exp", "exp2", "log", "erf", "sin", "cos", "pow"}
@@ -107,6 +108,11 @@ class CostInputs:
         """Milliseconds a TFLOP of the forward's two products, on this device; None if it was not measured."""
         dim = max(hint(example(node).shape[3]) for node in (self.call.query, self.call.value))
         return self.table.rate(way, direction, kind, dim, min(self.lengths))
+
+    @property
+    def untold(self) -> bool:
+        """Whether no table tells the times of its kernels: of another kind of device's, or deterministic backwards."""
+        return self.table.foreign or (self.training and deterministic())
 
     @property
     def table(self) -> DeviceTimes:

@@ -8,7 +8,7 @@ import torch
 
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD
 from cudnn_flex_compile.passes.decide import chooser, cost_inputs, cost_model
-from cudnn_flex_compile.passes.decide.chooser import choose, name_of
+from cudnn_flex_compile.passes.decide.chooser import STOCK, choose, name_of
 from cudnn_flex_compile.passes.decide.cost_inputs import Blocks, CostInputs, Workload
 from cudnn_flex_compile.passes.decide.eligibility import unplannable
 from cudnn_flex_compile.reasons import Code
@@ -285,3 +285,38 @@ def test_the_gradient_of_the_log_sum_exp_costs_graphs_a_pass(tiled, folded):
     inputs = replace(facts(lse_gradient=True, around=LITTLE), tiled=tiled)
     assert ("LSE" in {name for name, _ in cost_model.ours(inputs).rest}) == folded
     assert ("LSE" in {name for name, _ in cost_model.ours(inputs, (1.0, 1.0)).rest}) is False
+
+
+@pytest.fixture
+def exact():
+    """Algorithms must be deterministic."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_deterministic_backwards_are_contenders_of_their_own(exact):
+    """No table has their times: all are measured, and the fastest of them wins, however plain a prediction is."""
+    inputs = given(8192, 128, heads=128)
+    ways = {(): inputs, BOTH: replace(inputs, tiled=BOTH), (FORWARD,): replace(inputs, tiled=(FORWARD,))}
+    times = {(): (1.0, 5.0), BOTH: (1.0, 9.5), (FORWARD,): (0.9, 5.0), STOCK: (2.0, 8.0)}
+    asked = []
+
+    def measure(doubtful):
+        asked.append(set(doubtful))
+        return {way: times[way] for way in doubtful}
+
+    assert choose(ways, True, measure, False).order == ((FORWARD,), ())
+    assert asked == [set(times)]
+    torch.use_deterministic_algorithms(False)
+    assert choose(ways, True, measure, False).order[0] == BOTH
+    assert len(asked) == 1, "what the table tells"
+
+
+def test_a_deterministic_forward_is_the_usual_one(exact):
+    inputs = given(8192, 128, heads=128, training=False)
+    assert choose({(): inputs}, True, lambda ways: pytest.fail("measured"), False).order == ((),)
+
+
+def test_predictions_say_that_they_know_no_deterministic_backward(exact):
+    assert chosen(facts(share=0.2)).slower.detail.endswith("; predicted, as if no backward had to be deterministic")
