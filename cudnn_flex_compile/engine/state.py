@@ -32,7 +32,8 @@ class Engine:
         references: the users' functions that plans are compared with, by program and sizes (engine/find_plan.py).
         coverage: the classes of plans that were certified in full, so that a new shape of one takes fewer regimes
             (engine/certify/coverage.py).
-        times: the kernel times of contenders, by everything that they depend on (passes/decide/measured_times.py).
+        times: what was measured, by everything that it depends on: the kernel times of contenders
+            (passes/decide/measured_times.py), and whether kernels end (engine/tiles/ordered.py).
         graph_pool: the launches that are replayed.
         also_clear: drops what others keep for plans, such as lists of tiles.
     """

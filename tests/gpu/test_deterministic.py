@@ -1,9 +1,12 @@
 """With torch.use_deterministic_algorithms(True) every run gives the same bits, gradients too, or the call is kept.
 
-Knows nothing of numbers (test_numerics.py).
+By graphs, and by tile lists, whose numbers are checked as well.
 """
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,11 +14,16 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cudnn_flex_compile import cache_clear
 from cudnn_flex_compile.bench.mods import ALL, BY_BATCH
+from cudnn_flex_compile.engine.tiles import ordered
+from cudnn_flex_compile.engine.tiles.frontend import kernels_missing
 from cudnn_flex_compile.report.report import collect
 from tests.fuzzing.judge import poison
+from tests.support import plain_masks
+from tests.support.documents import causal_documents, layout
 
 BATCH, HEADS, KV_HEADS, DIM, REPEATS = 2, 8, 2, 128, 100
-# Calls by tile lists are in test_plain_masks.py.
+NINETY = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+by_lists = pytest.mark.skipif(not NINETY or kernels_missing() is not None, reason="no kernels by tile lists here")
 OPTIONS = {"inner_backend": "aot_eager", "lower": "always", "strategy": "graphs"}
 
 
@@ -39,6 +47,16 @@ CASES = {
 }
 
 
+# Calls by tile lists: heads, kv heads, head dim, value dim, dtype.
+DIMS = {
+    "64, grouped": (4, 2, 64, 64, torch.bfloat16), "128": (4, 4, 128, 128, torch.bfloat16),
+    "128, grouped": (8, 1, 128, 128, torch.float16),
+    "192, 128": (4, 4, 192, 128, torch.bfloat16), "256, grouped": (4, 2, 256, 256, torch.bfloat16),
+    "256": (4, 4, 256, 256, torch.bfloat16),
+}  # fmt: skip
+OTHER_TILES = "256"
+
+
 @pytest.fixture(autouse=True)
 def deterministic():
     torch._dynamo.reset()
@@ -59,6 +77,25 @@ def inputs(length):
 
 def bits(tensor):
     return tensor.detach().contiguous().view(torch.int16)
+
+
+def documents(batch, length, device):
+    return causal_documents(layout(1, batch, length, 12).to(device))
+
+
+MASKS = {name: plain_masks.MASKS[name] for name in ("causal", "sinks + window", "right padding")}
+MASKS["documents"] = documents
+
+
+def call_by_lists(how, name, length=1000):
+    """A compiled call, its inputs, its gradient and its mask_mod."""
+    heads, kv_heads, dim, value_dim, dtype = DIMS[how]
+    qkv, grad = plain_masks.inputs(BATCH, length, heads, kv_heads, dim, dtype, "cuda", value_dim)
+    mask_mod = MASKS[name](BATCH, length, "cuda")
+    mask = plain_masks.block_mask(mask_mod, BATCH, length, "cuda")
+    options = {"strategy": "tile_lists"}
+    function = torch.compile(plain_masks.attend, backend="cudnn_flex", dynamic=False, options=options)
+    return lambda q, k, v: function(q, k, v, mask), qkv, grad, mask_mod
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -94,10 +131,92 @@ def check_repeats(attention, leaves, grad):
             noise.mul_(1.0)
         out = attention(*leaves)
         found = [bits(t) for t in (out, *torch.autograd.grad(out, leaves, grad))]
-        first = first or found
+        first = found if first is None else first
         for label, one, another in zip(("out", "dQ", "dK", "dV"), first, found, strict=True):
             different = int((one != another).sum())
             assert not different, f"{label} differs in {different} elements at run {run}"
+
+
+@by_lists
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("how", DIMS)
+def test_every_run_by_a_list_gives_the_same_bits(how, name):
+    attention, qkv, grad, mask_mod = call_by_lists(how, name)
+    torch.use_deterministic_algorithms(True)
+    with collect() as report:
+        out = attention(*qkv)
+    if how == OTHER_TILES:
+        assert "takes a list of its own" in report.calls[0].reason.detail
+        return
+    assert report.calls[0].strategies == ("tile_lists", "tile_lists"), report.calls[0].reason
+    found = (out.detach(), *torch.autograd.grad(out, qkv, grad))
+    check_repeats(attention, qkv, grad)
+    torch.use_deterministic_algorithms(False)  # the reference may use any algorithm
+    plain_masks.assert_right_numbers(found, qkv, grad, mask_mod)
+
+
+@by_lists
+def test_lists_take_one_direction_where_the_other_has_other_tiles():
+    """The forward runs by a list, and the backward by a graph."""
+    _, qkv, grad, mask_mod = call_by_lists(OTHER_TILES, "causal", 4096)
+    mask = plain_masks.block_mask(mask_mod, BATCH, 4096, "cuda")
+    function = torch.compile(plain_masks.attend, backend="cudnn_flex", options={"lower": "always"})
+    torch.use_deterministic_algorithms(True)
+    with collect() as report:
+        out = function(*qkv, mask)
+    assert len(report.calls[0].strategies) == 2, report.calls[0].reason
+    assert report.calls[0].strategies[1] != "tile_lists"
+    found = (out.detach(), *torch.autograd.grad(out, qkv, grad))
+    check_repeats(lambda q, k, v: function(q, k, v, mask), qkv, grad)
+    torch.use_deterministic_algorithms(False)
+    plain_masks.assert_right_numbers(found, qkv, grad, mask_mod)
+
+
+@by_lists
+@pytest.mark.parametrize("kind", [("1", "128", "128", "bfloat16"), ("4", "64", "64", "float16")])
+def test_the_process_that_tries_whether_kernels_end(kind):
+    assert ordered._watched((*kind, str(torch.cuda.current_device()))) == ordered.ENDS
+
+
+SCRIPT = """
+import hashlib, sys, torch
+from tests.gpu import test_deterministic as tests
+torch.use_deterministic_algorithms(True)
+noise, other = torch.ones(2**24, device="cuda"), torch.cuda.Stream()
+for attention, leaves, grad in tests.calls_of_both_kinds():
+    if sys.argv[1] == "busy":
+        with torch.cuda.stream(other):
+            for _ in range(200):
+                noise.mul_(1.0)
+    out = attention(*leaves)
+    for tensor in (out, *torch.autograd.grad(out, leaves, grad)):
+        print(hashlib.sha256(tests.bits(tensor).cpu().numpy().tobytes()).hexdigest())
+"""
+
+
+def calls_of_both_kinds():
+    """By graphs, and by tile lists where there are kernels for them."""
+    score_mod, mask_mod = ALL["soft cap + causal"](HEADS, 1000, "cuda")
+    mask = create_block_mask(mask_mod, None, None, 1000, 1000, device="cuda")
+    leaves, grad = inputs(1000)
+    yield torch.compile(
+        lambda q, k, v: flex_attention(q, k, v, score_mod, mask, enable_gqa=True), backend="cudnn_flex", options=OPTIONS
+    ), leaves, grad
+    if NINETY and kernels_missing() is None:
+        yield call_by_lists("128", "documents")[:3]
+
+
+def test_two_processes_give_the_same_bits():
+    """One of them beside other work on the GPU."""
+    command = [sys.executable, "-c", SCRIPT]
+    quiet, busy = (
+        subprocess.run([*command, how], env=os.environ, capture_output=True, text=True, timeout=600)
+        for how in ("quiet", "busy")
+    )
+    assert (quiet.returncode, busy.returncode) == (0, 0), quiet.stderr + busy.stderr
+    digests, others = ([line for line in ran.stdout.split() if len(line) == 64] for ran in (quiet, busy))
+    assert digests
+    assert digests == others
 
 
 def test_both_modes_have_plans_of_their_own():

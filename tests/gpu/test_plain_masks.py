@@ -1,4 +1,4 @@
-"""Plain scores by tile lists on the GPU: numbers of all kinds of masks, edges of tiles, directions apart, determinism.
+"""Plain scores by tile lists on the GPU: numbers of all kinds of masks, edges of tiles, directions apart.
 
 Knows nothing of which calls run so by themselves (tests/compile/test_plain_masks.py), nor of speed
 (tests/measure/tile_lists.py).
@@ -190,39 +190,6 @@ def test_learned_sinks_through_the_log_sum_exp(name):
         wanted.append(torch.autograd.grad(result, leaves, grad.to(result.dtype)))
     for mine, right, stock in zip(found, *wanted, strict=True):
         assert (mine.double() - right).norm() <= 2 * (stock.double() - right).norm() + 1e-3 * right.norm()
-
-
-def bits(tensors):
-    return [t.detach().contiguous().view(torch.int16) for t in tensors]
-
-
-@pytest.mark.parametrize("name", ["causal", "sinks + window", "right padding"])
-@pytest.mark.parametrize("how", DIMS)
-def test_deterministic_runs_give_the_same_bits(how, name):
-    """Other head dims are refused: a list that does not fit would have the kernel wait for ever."""
-    heads, kv_heads, dim, value_dim, dtype = DIMS[how]
-    qkv, grad = inputs(2, 1000, heads, kv_heads, dim, dtype, "cuda", value_dim)
-    mask_mod = MASKS[name](2, 1000, "cuda")
-    mask, function, other = block_mask(mask_mod, 2, 1000, "cuda"), compiled(), torch.cuda.Stream()
-    torch.use_deterministic_algorithms(True)
-    try:
-        with collect() as report:
-            out = function(*qkv, mask)
-        if {dim, value_dim or dim} != {64}:
-            assert "the deterministic backward of head dims" in report.calls[0].reason.detail
-            return
-        assert report.calls[0].strategies == BY_LISTS, report.calls[0].reason
-        assert_right(out, qkv, grad, mask_mod)
-        first, noise = None, torch.ones(2**22, device="cuda")
-        for run in range(20):
-            with torch.cuda.stream(other):
-                noise.mul_(1.0)
-            out = function(*qkv, mask)
-            found = bits((out, *torch.autograd.grad(out, qkv, grad)))
-            first = first or found
-            assert all(map(torch.equal, found, first)), run
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def test_launches_on_the_same_memory_are_replayed():

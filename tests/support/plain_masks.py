@@ -93,10 +93,14 @@ def attend(q, k, v, mask):
 
 
 def assert_right(out, qkv, grad, mask_mod):
+    """The output and all gradients of it are right."""
+    assert_right_numbers((out.detach(), *torch.autograd.grad(out, qkv, grad)), qkv, grad, mask_mod)
+
+
+def assert_right_numbers(found, qkv, grad, mask_mod):
     """Within twice what stock is off by, in the output and all gradients. Where a row sees one key, its dQ is a
     difference of equal numbers, as large as dV, of which float32 leaves a rest.
     """
-    found = (out.detach(), *torch.autograd.grad(out, qkv, grad))
     scale = qkv[0].shape[-1] ** -0.5
     results = (dense.with_gradients(*qkv, None, mask_mod, scale, grad, exact) for exact in (True, False))
     (out, _, *gradients), (stock, _, *stock_gradients) = results

@@ -76,17 +76,3 @@ def keep(problem: Problem, reference: Reference, policy: Policy, found: Plan | R
             log.info("cudnn_flex: a plan is not kept beyond this process: %s", error)
             return
         store.write(key_of(problem, fingerprint, policy), data)
-
-
-def recall_text(key: str) -> str | None:
-    """The text that keep_text kept under this key, in this process or in another."""
-    store = engine.store
-    data = None if store is None else store.read(key)
-    return None if data is None else data.decode()
-
-
-def keep_text(key: str, value: str) -> None:
-    """Keeps a measured text. The key has everything that it depends on."""
-    store = engine.store
-    if store is not None:
-        store.write(key, value.encode())

@@ -17,8 +17,9 @@ from cudnn_flex_compile.engine.frontend import quiet
 from cudnn_flex_compile.engine.launch.memory import empty
 from cudnn_flex_compile.engine.launch.replay import Replays
 from cudnn_flex_compile.engine.plans.plan import Attempt, Plan, Record
-from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Problem
+from cudnn_flex_compile.engine.problem import FORWARD, Problem
 from cudnn_flex_compile.engine.state import engine
+from cudnn_flex_compile.engine.tiles import ordered
 from cudnn_flex_compile.engine.tiles.edge_mask import EDGE_MASK, EDGE_PROGRAM
 from cudnn_flex_compile.engine.tiles.frontend import kernels_missing
 from cudnn_flex_compile.engine.tiles.kernels import Backward, Forward, geometry_of
@@ -29,10 +30,6 @@ from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod.interpret import visible_rows
 from cudnn_flex_compile.scoremod.masks.intervals import every_endpoint, most_endpoints
 
-# The deterministic backward waits on semaphores, in the order of the list: with one that does not fit it would never
-# end, and no check can say so. It was seen right at this head dim.
-# (python3 -m pytest tests/gpu/test_plain_masks.py -k deterministic)
-DETERMINISTIC_DIM = 64
 MOST_PAIRS = 2**30  # for which a list is made of a mask that is there for certification alone
 MOST_ENDPOINTS = 2**26  # of all rows of a mask of which certification makes a list; it has 256 MiB then
 
@@ -51,13 +48,10 @@ def build(problem: Problem) -> "TilePlan | Reason":
 
     Raises torch.OutOfMemoryError; whatever else the frontend raises is a refusal.
     """
-    refused = unusable(problem.device)
-    if refused is not None:
-        return refused
-    dims = {problem.query.shape[3], problem.value.shape[3]}
-    if problem.deterministic and problem.direction == BACKWARD and dims != {DETERMINISTIC_DIM}:
-        return Reason(Code.SHAPE_REFUSED, f"{NAME}: the deterministic backward of head dims {sorted(dims)}, not of 64")
     try:
+        refused = unusable(problem.device) or ordered.refused(problem)
+        if refused is not None:
+            return refused
         with quiet():
             return TilePlan(problem)
     except torch.OutOfMemoryError:

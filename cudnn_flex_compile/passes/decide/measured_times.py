@@ -27,7 +27,7 @@ from cudnn_flex_compile.engine.problem import BACKWARD, problem_text
 from cudnn_flex_compile.engine.state import engine
 from cudnn_flex_compile.engine.store.identity import environment
 from cudnn_flex_compile.engine.store.plan_cache import CachedPlan
-from cudnn_flex_compile.engine.store.verdicts import keep_text, recall_text
+from cudnn_flex_compile.engine.store.texts import keep_text, recall_text
 from cudnn_flex_compile.engine.worker import run_clean
 from cudnn_flex_compile.kernels.inductor_timer import Contest, compiling
 from cudnn_flex_compile.passes.decide.candidate import Candidate, backward_call, forward_call

@@ -135,17 +135,18 @@ def test_the_forwards_counter_is_zero(launched):
     assert (calls[0][-2].tolist(), calls[0][-1]) == ([0], 7)
 
 
-def test_the_deterministic_backward_of_other_head_dims_is_refused(monkeypatch):
+def test_a_deterministic_backward_that_is_refused_is_never_made(monkeypatch):
     monkeypatch.setattr(plan, "unusable", lambda device: None)
     monkeypatch.setattr(plan, "TilePlan", lambda wanted: "a plan")
-    refused = plan.build(problem(HEADS, dim=256, deterministic=True))
-    assert isinstance(refused, Reason)
-    assert refused.code is Code.SHAPE_REFUSED
-    for other in (
-        problem(HEADS, dim=256), problem(HEADS, dim=64, deterministic=True), problem(2, dim=64, deterministic=True),
-        problem(HEADS, dim=256, deterministic=True, backward=False),
-    ):  # fmt: skip
+    monkeypatch.setattr(plan.ordered, "_unending", lambda kind: Reason(Code.CERTIFICATION, " ".join(kind)))
+    refused = plan.build(problem(deterministic=True))
+    assert refused == Reason(Code.CERTIFICATION, f"{HEADS // 2} {DIM} {DIM} bfloat16 0")
+    for other in (problem(), problem(deterministic=True, backward=False)):
         assert plan.build(other) == "a plan"
+    refused = plan.build(problem(HEADS, dim=256, deterministic=True))
+    assert refused.code is Code.SHAPE_REFUSED
+    assert "head dim 256" in refused.detail
+    assert plan.build(problem(HEADS, dim=256)) == "a plan"
 
 
 def test_a_launch_on_another_stream(monkeypatch):
