@@ -120,7 +120,7 @@ def _measured(cases: list[Case], given: argparse.Namespace, console: Console) ->
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("measuring", total=len(cases))
         for case in cases:
-            progress.update(task, description=f"{case.name} at {case.shape}")
+            progress.update(task, description=str(case))
             found = _without_fail(case, lambda case=case: measure(case, given.repeats, given.mode, not given.no_sdpa))
             results += [] if found is None else [found]
             if given.csv and results:  # as far as it got
@@ -139,9 +139,9 @@ def _without_fail(case: Case, run: Callable[[], Found]) -> Found | None:
         torch.use_deterministic_algorithms(case.deterministic)
         return run()
     except Exception as error:
-        log.debug("%s at %s", case.name, case.shape, exc_info=True)
+        log.debug("%s", case, exc_info=True)
         what = (str(error).strip().splitlines() or [""])[0]
-        print(f"cudnn-flex bench: {case.name} at {case.shape} failed: {type(error).__name__}: {what}", file=sys.stderr)
+        print(f"cudnn-flex bench: {case} failed: {type(error).__name__}: {what}", file=sys.stderr)
         return None
     finally:
         torch.use_deterministic_algorithms(before)
