@@ -101,6 +101,9 @@ def test_the_call_that_is_tried(monkeypatch, ratio):
         def __init__(self, problem):
             self.problem = problem
 
+        def prepared(self, *values):
+            return self
+
     monkeypatch.setattr(trial, "TilePlan", TilePlan)
     monkeypatch.setattr(trial, "kernels_missing", lambda: None)
     monkeypatch.setattr(torch.cuda, "device", lambda index: torch.device("meta"))
