@@ -65,6 +65,7 @@ POINTWISE: dict[str, Slot] = {
         "reciprocal", "exp", "log", "sqrt", "rsqrt", "sin", "cos", "tan", "tanh", "sigmoid", "erf", "relu",
         "floor", "ceil", "logical_not", "neg",
     )},
+    "identity": Slot(ONE, torch.Tensor.clone),
     "div": Slot(AB, _quotient), "mod": Slot(PAIR, int_division.remainder), "pow": Slot(PAIR, torch.pow),
     "abs": Slot(ONE, _by_float(torch.abs)),
     "min": Slot(PAIR, _by_float(torch.minimum)), "max": Slot(PAIR, _by_float(torch.maximum)),
