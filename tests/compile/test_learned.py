@@ -241,7 +241,7 @@ def test_what_is_no_sum_is_kept(form, trainable):
 def capped(make):
     def beside(*learned):
         score_mod = make(*learned)
-        return lambda s, b, h, q, kv: 2.0 * torch.tanh(s / 2.0) + score_mod(0.0 * s, b, h, q, kv)
+        return lambda s, b, h, q, kv: 2.0 * torch.tanh(s / 2.0) + score_mod(torch.zeros_like(s), b, h, q, kv)
 
     return beside
 

@@ -101,3 +101,40 @@ FORMS = {
     "rows": rows,
     "several": several,
 }
+
+
+def capped(form):
+    """A form beside a soft cap."""
+
+    def make(batch, heads, length):
+        tensors, added, mask = form(batch, heads, length)
+
+        def beside(*learned):
+            score_mod = added(*learned)
+            return lambda s, b, h, q, kv: 5.0 * torch.tanh(s / 5.0) + score_mod(torch.zeros_like(s), b, h, q, kv)
+
+        return tensors, beside, mask
+
+    return make
+
+
+def documents(length):
+    ids = torch.arange(length, device="cuda") // 150
+    return lambda b, h, q, kv: (ids[q] == ids[kv]) & (q >= kv)
+
+
+def dilated(b, h, q, kv):
+    return (q - kv) % 3 == 0
+
+
+# Beside what cuDNN's own gradient of a bias is wrong for (engine/plans/pair_gradient.py).
+BESIDE = {
+    "soft cap, T5": capped(t5),
+    "soft cap, relative table, causal": capped(relative),
+    "soft cap, slopes, causal": capped(slopes),
+    "soft cap, [B, H, S, S], causal": capped(of_each_entry),
+    "T5, dilated": lambda *n: t5(*n, mask=dilated),
+    "T5, prefix": lambda *n: t5(*n, mask=lambda b, h, q, kv: (q >= kv) | (kv < 100)),
+    "relative table, documents": lambda *n: relative(*n, mask=documents(n[2])),
+    "soft cap, T5, dilated": capped(lambda *n: t5(*n, mask=dilated)),
+}
