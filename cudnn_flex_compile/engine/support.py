@@ -201,6 +201,8 @@ REWRITES: tuple[Rewrite, ...] = (
     Rewrite("no multiples divided", "x // d -> (2 * x + 1) // (2 * d), unless d is a power of two", WRONG, (),
             "scoremod/integers.py", "x // d is x times a rounded 1 / d, which may be one too small for a multiple of d",
             switched=False, measured="without a GPU"),
+    Rewrite("exact extrema", "min(x, y) of integers beyond 2**24 -> where(y >= x, x, y); so for max and abs", WRONG, (),
+            "scoremod/integers.py", "computed in float32", switched=False, measured="without a GPU"),
     Rewrite("pairs outside", "documents[q] == documents[kv] in the graph -> a bias, computed outside", WRONG, BOTH,
             "scoremod/partition.py", "backward, with the operands broadcast in the graph", switched=False),
     Rewrite("infinite fill", "select(x, -1e9) -> select(x, -inf)", WRONG, BOTH,

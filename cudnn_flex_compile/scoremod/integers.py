@@ -1,11 +1,12 @@
-"""Rewrites // and % of integers into forms that cuDNN computes right; legalize.py calls it where it meets one.
+"""Rewrites ops on integers that cuDNN computes in float32 into forms that are exact; legalize.py calls it.
 
-cuDNN computes both in float32, and rounds toward zero: x % d by fmod, and x // d as x times 1 / d. Sums, differences,
-products, comparisons and selects of integers are exact.
+These are absolute values, minima, maxima, // and %. The last two round toward zero: x % d is fmod, and x // d is x
+times 1 / d. Sums, differences, products, comparisons and selects of integers are exact.
 """
 
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import I32, Expr
+from cudnn_flex_compile.scoremod.optable import make
 from cudnn_flex_compile.scoremod.ranges import INT32_LIMIT, interval, magnitude
 from cudnn_flex_compile.scoremod.simplify import FLOAT_EXACT
 
@@ -43,6 +44,14 @@ def quotient(n: Expr) -> Expr:
     if exact or odd:
         return n
     return ir.intern("idiv", I32, (dividend * TWO + ONE, ir.const(2 * int(divisor.value or 0), I32)))
+
+
+def extremum(n: Expr) -> Expr:
+    """min(x, y) -> where(y >= x, x, y), and so max(x, y) and |x|, where float32 may round what they are computed of"""
+    if all(magnitude(a) <= FLOAT_EXACT for a in n.args):
+        return n
+    x, y = n.args if len(n.args) == 2 else (n.args[0], -n.args[0])
+    return make("where", make("ge", y, x) if n.kind == "min" else make("ge", x, y), x, y)
 
 
 def _is_odd(dividend: Expr) -> bool:

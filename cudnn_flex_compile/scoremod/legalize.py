@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 
 from cudnn_flex_compile.scoremod import ir
-from cudnn_flex_compile.scoremod.integers import Illegal, quotient, remainder
+from cudnn_flex_compile.scoremod.integers import Illegal, extremum, quotient, remainder
 from cudnn_flex_compile.scoremod.interpret import fold
 from cudnn_flex_compile.scoremod.ir import BOOL, F32, I32, I64, SCORE, TRUE, Expr
 from cudnn_flex_compile.scoremod.optable import TABLE, make
@@ -53,7 +53,7 @@ def _max(n: Expr) -> Expr:
     that may be infinite takes the other place: relu(x - y) + y.
     """
     if not _of_score(n) or not on("max by relu"):
-        return n
+        return extremum(n) if n.dtype == I32 else n
     x, y = sorted(n.args, key=_of_score, reverse=True)
     return make("relu", x - y) + y if _infinite(x, y) else x + make("relu", y - x)
 
@@ -61,7 +61,7 @@ def _max(n: Expr) -> Expr:
 def _min(n: Expr) -> Expr:
     """min(x, y) -> x - relu(x - y)"""
     if not _of_score(n) or not on("max by relu"):
-        return n
+        return extremum(n) if n.dtype == I32 else n
     x, y = sorted(n.args, key=_of_score, reverse=True)
     return make("relu", y - x) * -1.0 + y if _infinite(x, y) else x - make("relu", x - y)
 
@@ -80,6 +80,11 @@ def _clamp(kind: str) -> Callable[[Expr], Expr]:
         return rule(n) if _of_score(n) and on("max by relu") else ir.intern(kind, n.dtype, n.args)
 
     return rewrite
+
+
+def _abs(n: Expr) -> Expr:
+    """|x| of an integer -> extremum"""
+    return extremum(n) if n.dtype == I32 else n
 
 
 def _exp2(n: Expr) -> Expr:
@@ -167,7 +172,7 @@ def _stop(n: Expr) -> Expr:
 
 RULES: dict[str, Callable[[Expr], Expr]] = {
     "stop": _stop,
-    "sub": _sub, "div": _div, "neg": _neg, "max": _max, "min": _min, "sign": _sign, "exp2": _exp2,
+    "sub": _sub, "div": _div, "neg": _neg, "abs": _abs, "max": _max, "min": _min, "sign": _sign, "exp2": _exp2,
     "clamp_min": _clamp("max"), "clamp_max": _clamp("min"), "idiv": quotient, "mod": remainder,
     "f32": _number_of_bool, "i32": _number_of_bool, "where": _where,
     "ge": _compare, "gt": _compare, "eq": _compare, "ne": _compare,

@@ -70,6 +70,13 @@ OPERANDS = {
     "per batch and head": (ir.program(ir.SCORE * ir.operand(0, F32, "bh")), ("bh", torch.float32)),
     "lengths": (ir.program(mask=make("gt", ir.operand(0, I32, "b"), KV)), ("b", torch.int32)),
     "row starts": (ir.program(mask=make("ge", KV, ir.operand(0, I32, "bq"))), ("bq", torch.int32)),
+    "distance to a captured integer": (
+        ir.program(ir.SCORE - make("abs", Q - ir.operand(0, I32, "b")) * 0.1), ("b", torch.int32)),
+    "the least of captured integers": (
+        ir.program(mask=make("ne", make("min", Q + ir.operand(0, I32, "bq"), KV), ir.const(3, I32))),
+        ("bq", torch.int32)),
+    "the largest of captured integers": (
+        ir.program(ir.SCORE + make("max", KV - Q, ir.scalar(0, I32)) * 0.1), None),
     "captured integer": (ir.program(mask=make("ge", ir.scalar(0, I32), Q - KV)), None),
     "captured float": (ir.program(make("tanh", ir.SCORE / ir.scalar(0, F32)) * ir.scalar(0, F32)), None),
 }

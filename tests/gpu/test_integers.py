@@ -1,5 +1,4 @@
-"""// and % of indices on a GPU, where cuDNN computes them in float32: scoremod/integers.py has the forms that it gets
-right.
+"""Ops on integers that cuDNN computes in float32, on a GPU: scoremod/integers.py has the forms that it gets right.
 
 The values are such that one wrong quotient or remainder shows: dense attention in float64 says how far off stock is.
 """
@@ -20,6 +19,20 @@ FORMS = {
     "blocks under a causal mask": lambda d: (
         lambda s, b, h, q, kv: s + (q // d - kv // d).abs() % 3 * 1.0, lambda b, h, q, kv: q >= kv),
 }  # fmt: skip
+
+
+def distances(far):
+    """Of rows and columns to an integer beyond both, less what they are: zero, but where a distance is rounded."""
+
+    def score_mod(s, b, h, q, kv):
+        return s + ((q - far).abs() + (kv - far).abs() + q + kv - far - far) * 1.0
+
+    return score_mod
+
+
+@pytest.mark.parametrize("far", [2**25 + 1, 2**27 + 3])
+def test_distances_to_far_integers(far):
+    check(lambda heads, length, device: (distances(far), None), None, 64, 1000, torch.bfloat16, 1)
 
 
 @pytest.mark.parametrize("form", FORMS)

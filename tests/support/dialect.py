@@ -11,7 +11,7 @@ import cudnn
 import torch
 from torch.nn import functional as F
 
-from tests.support import int_division
+from tests.support import int_arithmetic
 
 FLOAT, INT32, BOOLEAN = cudnn.data_type.FLOAT, cudnn.data_type.INT32, cudnn.data_type.BOOLEAN
 STORED = {
@@ -32,7 +32,7 @@ class Slot(NamedTuple):
 
 
 def _quotient(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return torch.div(a, b) if a.is_floating_point() else int_division.quotient(a, b)
+    return torch.div(a, b) if a.is_floating_point() else int_arithmetic.quotient(a, b)
 
 
 def _vjp(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -47,17 +47,6 @@ def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-def _by_float(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Integers are computed in float32, too."""
-
-    def compute(*values: torch.Tensor) -> torch.Tensor:
-        if any(v.is_floating_point() for v in values):
-            return function(*values)
-        return function(*(v.float() for v in values)).int()
-
-    return compute
-
-
 AB, PAIR, ONE, LOSS = ("a", "b"), ("input0", "input1"), ("input",), ("loss", "input")
 POINTWISE: dict[str, Slot] = {
     **{name: Slot(AB, getattr(torch, name)) for name in ("add", "sub", "mul", "logical_and", "logical_or")},
@@ -66,9 +55,10 @@ POINTWISE: dict[str, Slot] = {
         "floor", "ceil", "logical_not", "neg",
     )},
     "identity": Slot(ONE, torch.Tensor.clone),
-    "div": Slot(AB, _quotient), "mod": Slot(PAIR, int_division.remainder), "pow": Slot(PAIR, torch.pow),
-    "abs": Slot(ONE, _by_float(torch.abs)),
-    "min": Slot(PAIR, _by_float(torch.minimum)), "max": Slot(PAIR, _by_float(torch.maximum)),
+    "div": Slot(AB, _quotient), "mod": Slot(PAIR, int_arithmetic.remainder), "pow": Slot(PAIR, torch.pow),
+    "abs": Slot(ONE, int_arithmetic.in_float32(torch.abs)),
+    "min": Slot(PAIR, int_arithmetic.in_float32(torch.minimum)),
+    "max": Slot(PAIR, int_arithmetic.in_float32(torch.maximum)),
     "gelu": Slot(ONE, F.gelu), "gelu_approx_tanh": Slot(ONE, _gelu_tanh), "swish": Slot(ONE, F.silu),
     "softplus": Slot(ONE, F.softplus), "relu_backward": Slot(LOSS, _vjp(torch.relu)),
     "gelu_backward": Slot(LOSS, _vjp(F.gelu)), "gelu_approx_tanh_backward": Slot(LOSS, _vjp(_gelu_tanh)),

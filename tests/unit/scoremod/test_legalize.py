@@ -23,7 +23,7 @@ from cudnn_flex_compile.scoremod.partition import partition
 from cudnn_flex_compile.scoremod.ranges import VALUE_LIMIT
 from cudnn_flex_compile.scoremod.simplify import normalize, simplify
 from cudnn_flex_compile.scoremod.text import infix
-from tests.support import int_division
+from tests.support import int_arithmetic
 from tests.support.evaluate import PAIRS, differing, direct, interpreted, leaf_values, operands_of, program_of, scores
 from tests.support.generate import Grammar, Mod, mask_mods, score_mods
 
@@ -32,8 +32,9 @@ Q, KV = ir.index("q"), ir.index("k")
 DIALECT = {
     "gt": lambda a, b: a > b if a.is_floating_point() else a >= b,
     "lt": lambda a, b: a < b if a.is_floating_point() else a <= b,
-    "idiv": int_division.quotient,
-    "mod": int_division.remainder,
+    "idiv": int_arithmetic.quotient,
+    "mod": int_arithmetic.remainder,
+    **{name: int_arithmetic.in_float32(TABLE[name].evaluate) for name in ("abs", "min", "max")},
 }
 
 
@@ -162,7 +163,7 @@ def test_division_rounds_as_in_torch() -> None:
         axes = {"q": ENDS.view(-1, 1), "k": ENDS}
         leaf = environment(torch.zeros(()), axes, {0: torch.tensor(given_)}, {0: given_}, {})
         expected = evaluate(root, leaf).expand(8, 8)
-        for quotient in (int_division.quotient, int_division.greater_quotient):
+        for quotient in (int_arithmetic.quotient, int_arithmetic.greater_quotient):
             assert torch.equal(in_dialect(done, leaf, idiv=quotient).expand(8, 8), expected), infix(done)
 
     check()
@@ -189,8 +190,32 @@ def test_quotients_of_multiples(divisor: int) -> None:
         for kind in ("idiv", "mod"):
             root = make(kind, dividend, ir.const(divisor, I32))
             done, expected = legalize(root), evaluate(root, leaf)
-            for quotient in (int_division.quotient, int_division.greater_quotient):
+            for quotient in (int_arithmetic.quotient, int_arithmetic.greater_quotient):
                 assert torch.equal(in_dialect(done, leaf, idiv=quotient), expected), infix(done)
+
+
+FAR = [2**28, 2**28 - 1, 2**24 + 1, 2**24 - 1, 1, 0, -1, -(2**24) - 1, -(2**28) + 1, -(2**28)]
+EXTREMA = {
+    "abs": lambda given: (make("abs", Q - given), make("abs", given - KV)),
+    "min": lambda given: (make("min", Q, given), make("min", given, KV - Q), make("min", Q - given, ir.const(7, I32))),
+    "max": lambda given: (make("max", Q, given), make("max", given, KV - Q), make("max", ir.const(-7, I32), Q - given)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("given", [ir.scalar(0, I32), ir.operand(0, I32, "b")], ids=infix)
+@pytest.mark.parametrize("kind", EXTREMA)
+def test_extrema_of_captured_integers(kind: str, given: Expr) -> None:
+    """Captured integers may have more digits than float32; indices have not."""
+    axes = {"q": torch.arange(40, dtype=torch.int32).view(-1, 1), "k": torch.arange(50, dtype=torch.int32)}
+    for root in EXTREMA[kind](given):
+        done = legalize(root)
+        assert_dialect(done)
+        for value in FAR:
+            leaf = environment(torch.zeros((1, 1)), axes, {0: torch.tensor([[value]])}, {0: value}, {})
+            found, expected = in_dialect(done, leaf), evaluate(root, leaf)
+            assert torch.equal(found.expand(40, 50).long(), expected.expand(40, 50).long()), (value, infix(done))
+    near = make(kind, *(Q - KV, KV)[: TABLE[kind].arity])
+    assert legalize(near) is near
 
 
 def number(value: float) -> Expr:
