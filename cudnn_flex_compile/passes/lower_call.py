@@ -27,7 +27,7 @@ from cudnn_flex_compile.scoremod.text import text
 # Why a call is not run by graphs, but may be by a tile list, which honours any blocks.
 TRY_LISTS = (
     Code.SLOWER, Code.BIAS_BUDGET, Code.LSE_GRADIENT, Code.SHAPE_REFUSED, Code.ILLEGAL_OP, Code.CERTIFICATION,
-    Code.BLOCK_MASK,
+    Code.BLOCK_MASK, Code.MEMORY,
 )  # fmt: skip
 
 

@@ -152,7 +152,7 @@ def test_what_the_kernels_refuse_is_tried_by_plans(monkeypatch):
         assert (report.calls[0].strategies, report.calls[0].reason) == expected
 
 
-@pytest.mark.parametrize("code", [Code.LSE_GRADIENT, Code.CERTIFICATION, Code.SHAPE_REFUSED])
+@pytest.mark.parametrize("code", [Code.LSE_GRADIENT, Code.CERTIFICATION, Code.SHAPE_REFUSED, Code.MEMORY])
 def test_what_plans_do_not_give_is_tried_by_a_list(monkeypatch, code):
     judge = contenders.plan_or_reason
     monkeypatch.setattr(contenders, "plan_or_reason", lambda given: judge(given) if given.tiled else Reason(code, "no"))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cudnn_flex_compile.passes import contenders
-from cudnn_flex_compile.passes.decide import chooser, cost_inputs, cost_model
+from cudnn_flex_compile.passes.decide import cost_inputs, cost_model
 from cudnn_flex_compile.passes.decide.chooser import STOCK, choose
 from cudnn_flex_compile.passes.decide.cost_inputs import Blocks, CostInputs, Workload
 from cudnn_flex_compile.passes.decide.device_times import FOLDER, read
@@ -57,7 +57,7 @@ def at(size, call, partial, listed):
 def test_all_calls_are_lowered_on_an_h200(quickstart, calls, monkeypatch):
     times = read(FOLDER / "NVIDIA_H200.json")
     monkeypatch.setattr(cost_inputs, "times_of", lambda device: times)
-    for module in (cost_inputs, cost_model, chooser):
+    for module in (cost_inputs, cost_model):
         monkeypatch.setattr(module, "example", lambda node: node)
     causal = 1, (quickstart.LARGE[2] // BLOCK + 1) / 2
     assert len(calls) == len(quickstart.LAYERS)
