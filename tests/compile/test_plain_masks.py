@@ -163,6 +163,27 @@ def test_what_plans_do_not_give_is_tried_by_a_list(monkeypatch, code):
     assert_right(out, arguments[:3], grad, mask_mod)
 
 
+@pytest.fixture
+def exact():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("strategy", ["tile_lists", "graphs"])
+@pytest.mark.parametrize("name", MASKS)
+def test_deterministic_algorithms(exact, name, strategy):
+    """None of our ops is one that torch refuses then, and two runs give the same bits."""
+    arguments, grad, mask_mod = call(name)
+    function = compiled(strategy=strategy)
+    with collect() as report:
+        runs = [function(*arguments) for _ in range(2)]
+    assert report.lowered, report.calls[0].reason
+    found = [(out.detach(), *torch.autograd.grad(out, arguments[:3], grad, retain_graph=True)) for out in runs]
+    assert all(map(torch.equal, *found))
+    assert_right(runs[0], arguments[:3], grad, mask_mod)
+
+
 def test_short_calls_do_not():
     arguments, _, _ = call("causal")
     with collect() as report:
