@@ -60,7 +60,7 @@ def judge(labels, found, exact, stock):
         assert error <= 2 * off, f"{label}: {error / size:.2e}, stock {off / size:.2e}"
 
 
-def check(reasons, form, head_dim, length, dtype, group, heads=4, batch=2, **options):
+def check(reasons, form, head_dim, length, dtype, group, heads=4, batch=2, may_be_kept=True, **options):
     *leaves, grad = inputs(head_dim, length, dtype, group, heads, batch)
     learned, make, mask_mod = {**FORMS, **BESIDE}[form](batch, heads, length)
     scale = 1 / math.sqrt(head_dim)
@@ -69,7 +69,7 @@ def check(reasons, form, head_dim, length, dtype, group, heads=4, batch=2, **opt
         out = compiled(make(*learned), mask_mod, length, group, **options)(*leaves)
     (call,) = report.calls
     reasons.append(call.reason)
-    assert call.reason is None or call.reason.code is Code.CERTIFICATION, call.reason
+    assert call.reason is None or (may_be_kept and call.reason.code is Code.CERTIFICATION), call.reason
     copies, own = ([dense.leaf(t, True) for t in tensors] for tensors in (leaves, learned))
     exact_out = dense.attention(*copies, make(*own), mask_mod, scale, True)[0]
     low = [dense.leaf(t, False) for t in leaves]
@@ -97,10 +97,8 @@ def test_within_twice_stock_error(reasons, form, head_dim, length, group):
 
 def by_pairs(form, head_dim, length, dtype, group, **options):
     """Lowered by the gradient of each pair, and right."""
-    reasons = []
     with collect() as report:
-        check(reasons, form, head_dim, length, dtype, group, **options)
-    assert reasons == [None], "certification finds cuDNN's gradient of each pair wrong"
+        check([], form, head_dim, length, dtype, group, may_be_kept=False, **options)
     assert report.calls[0].strategies[1].endswith(", pairs")
 
 
