@@ -70,7 +70,7 @@ class GraphPlan(AddressPlan):
 
     @classmethod
     def attempts(cls, problem: Problem, every: Callable[[Problem], list[Attempt]]) -> list[Attempt]:
-        """None where a learned operand's gradient is not cuDNN's own."""
+        """Gives none where the gradient of a learned operand is not cuDNN's own."""
         by_pairs = problem.direction == BACKWARD and needed(problem.program, problem.query.dtype)
         if problem.tiled or problem.lse_gradient or by_pairs:
             return []
