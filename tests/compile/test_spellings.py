@@ -3,6 +3,7 @@
 What stock flex_attention refuses raises stock's error, whatever that is. INTERNAL is for our bugs alone.
 """
 
+import functools
 import logging
 import traceback
 import warnings
@@ -19,8 +20,24 @@ from tests.support.spellings import SPELLINGS, inputs
 OPTIONS = {"inner_backend": "aot_eager", "lower": "always"}
 
 
+@functools.cache
 def report_of(name):
+    """The report of a spelling's call, the error that it raises, and the tracebacks that we log."""
     torch._dynamo.reset()
+    tracebacks, ours = [], logging.getLogger("cudnn_flex_compile")
+    logged = logging.Handler(logging.INFO)
+    logged.emit = lambda record: tracebacks.append(record.getMessage()) if record.exc_info else None
+    ours.addHandler(logged)
+    level = ours.level
+    ours.setLevel(logging.INFO)
+    try:
+        return *_reported(name), tracebacks
+    finally:
+        ours.setLevel(level)
+        ours.removeHandler(logged)
+
+
+def _reported(name):
     compiled = torch.compile(SPELLINGS[name], backend="cudnn_flex", options=OPTIONS)
     with (
         warnings.catch_warnings(),
@@ -36,12 +53,11 @@ def report_of(name):
 
 
 @pytest.mark.parametrize("name", SPELLINGS)
-def test_no_spelling_is_a_bug_of_ours(name, caplog):
-    caplog.set_level(logging.INFO, "cudnn_flex_compile")
-    report, error = report_of(name)
+def test_no_spelling_is_a_bug_of_ours(name):
+    report, error, tracebacks = report_of(name)
     assert not [c.reason for c in report.calls if c.reason and c.reason.code is Code.INTERNAL]
     assert all(c.reason.detail for c in report.kept)
-    assert not [r.getMessage() for r in caplog.records if r.name.startswith("cudnn_flex_compile") and r.exc_info]
+    assert not tracebacks
     assert error is None or not _is_ours(error)
 
 
@@ -62,19 +78,19 @@ REASONS = {
 
 @pytest.mark.parametrize("name", REASONS)
 def test_what_is_not_taken_says_so(name):
-    report, error = report_of(name)
+    report, error, _ = report_of(name)
     assert [c.reason and c.reason.code for c in report.calls] == [REASONS[name]], str(error)
 
 
 def test_a_forced_kernel_is_named():
-    report, _ = report_of("options {'FORCE_USE_FLEX_ATTENTION': True}")
+    report, *_ = report_of("options {'FORCE_USE_FLEX_ATTENTION': True}")
     assert "FORCE_USE_FLEX_ATTENTION=True" in report.kept[0].reason.detail
 
 
 def test_a_size_that_depends_on_data_is_named(monkeypatch):
     """In one graph, where the number of tokens is known at run time alone."""
     monkeypatch.setitem(SPELLINGS, "tokens", lambda q, k, v: flex_attention(*[_picked(t) for t in (q, q, q)], causal))
-    report, _ = report_of("tokens")
+    report, *_ = report_of("tokens")
     assert [c.reason.code for c in report.calls] == [Code.DATA_DEPENDENT]
     assert "depends on data" in report.kept[0].reason.detail
 
@@ -90,5 +106,5 @@ def causal(s, b, h, q, kv):
 
 @pytest.mark.parametrize(("name", "kept"), [("a region called twice", 0), ("a kept region called twice", 2)])
 def test_each_call_of_a_region_that_is_compiled_once_counts(name, kept):
-    report, error = report_of(name)
+    report, error, _ = report_of(name)
     assert (len(report.calls), len(report.kept)) == (2, kept), str(error)
