@@ -12,6 +12,7 @@ from cudnn_flex_compile.scoremod.masks.intervals import NARROW
 from tests.support.mask_runs import EDGES, SOURCES, captured, shown
 from tests.support.mask_sources import CPU, brute_force, normal, used
 
+pytestmark = pytest.mark.any_torch
 BLOCK = (8, 8)
 KINDS = ("none", "needed", "needed and more", "any", "any, without full ones")
 
