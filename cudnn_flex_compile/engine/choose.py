@@ -110,7 +110,7 @@ Values = tuple[Sequence[torch.Tensor], Sequence[int], Sequence[torch.Tensor]]
 
 def run_of(plan: Plan, forward: Plan, reference: Reference, values: Values | None = None) -> Callable[[], None]:
     """A function that runs a plan on made-up queries, keys and values of its problem, and on values of its program that
-    are given, or made up, too.
+    are given, or made up, too. The plans are prepared for these values.
     """
     problem = plan.problem
     generator = torch.Generator(plan.device).manual_seed(SEED)
@@ -123,7 +123,7 @@ def run_of(plan: Plan, forward: Plan, reference: Reference, values: Values | Non
     wanted = (t.out, t.stats) if forward.problem.stats else (t.out,)
     if problem.direction != BACKWARD:
         return functools.partial(plan.run, (*inputs, *wanted), *rest)
-    forward.run((*inputs, *wanted), *rest)
+    (forward.prepared(*values) or forward).run((*inputs, *wanted), *rest)
     gradients = [spec.empty(plan.device) for spec in plan.outputs]
     rows = [t.grad_lse] if problem.lse_gradient else []
     return functools.partial(plan.run, (*inputs, t.out, t.stats, t.grad, *rows, *gradients), *rest)

@@ -61,8 +61,6 @@ class Problem:
         lse_gradient: whether the backward takes a gradient of the log-sum-exp, too.
         tiled: for how many heads a list of tiles (engine/tiles/tile_list.py) tells which pairs are visible, beside the
             program: 1 if all share it; 0 without one.
-        pairs: the node by which a backward also writes the gradient of the modified score at each pair, float32
-            (engine/plans/pair_gradient.py); empty where it does not.
         replay: whether the plan's launches may be replayed as CUDA graphs (engine/launch/replay.py).
     """
 
@@ -81,7 +79,6 @@ class Problem:
     gradients: tuple[TensorSpec, ...] | None = None
     lse_gradient: bool = False
     tiled: int = 0
-    pairs: str = ""
     replay: bool = True
 
     @property
@@ -164,14 +161,11 @@ def stats_spec(problem: Problem) -> TensorSpec:
 
 
 def output_specs(problem: Problem) -> tuple[TensorSpec, ...]:
-    """The layouts of a plan's outputs: out and stats, or dq, dk, dv, and the gradient of a learned operand or of pairs.
-    """
+    """The layouts of a plan's outputs: out and stats, or dq, dk, dv, and the gradient of a learned operand."""
     if problem.direction == FORWARD:
         return problem.out, stats_spec(problem)
     found = problem.gradients or tuple(dense_like(s) for s in (problem.query, problem.key, problem.value))
     bias = position(problem.program)
-    if problem.pairs:
-        return *found, dense(TensorSpec((*problem.lse_shape, problem.lengths[1]), (), torch.float32))
     if bias is None:
         return found
     return *found, dense(TensorSpec(problem.operands[bias].shape, (), problem.query.dtype))

@@ -16,7 +16,7 @@ from cudnn_flex_compile.engine.problem import BACKWARD, Problem
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.integers import LONGEST
-from cudnn_flex_compile.scoremod.ir import F32, Expr, Program
+from cudnn_flex_compile.scoremod.ir import F32, SCORE, Expr, Program
 from cudnn_flex_compile.scoremod.learned import without_bias
 from cudnn_flex_compile.scoremod.masks.form import split
 from cudnn_flex_compile.scoremod.ranges import AXIS_LIMIT
@@ -89,6 +89,21 @@ def _fed_by_operands(root: Expr) -> bool:
     return any(n.kind == "operand" for n in leaves) and all(n.kind in ("operand", "scalar", "const") for n in leaves)
 
 
+def _bias_beside_others(problem: Problem, program: Program) -> str | None:
+    rest, bias = without_bias(program.score)
+    if bias is None:
+        return None
+    if rest is not SCORE:
+        return "a captured tensor that requires grad is added to a score that is modified, too"
+    band = split(program.mask).skips_tiles
+    return None if band else "a captured tensor that requires grad, under a mask that is no band"
+
+
+def _bias_in_float16(problem: Problem, program: Program) -> str | None:
+    learned = without_bias(program.score)[1] is not None and problem.query.dtype != torch.bfloat16
+    return "a captured tensor that requires grad, in another dtype than bfloat16" if learned else None
+
+
 def _lse_in_float16(problem: Problem, program: Program) -> str | None:
     added = problem.lse_gradient and not problem.tiled and problem.query.dtype != torch.bfloat16
     return "the LSE takes part in the loss, in another dtype than bfloat16" if added else None
@@ -105,6 +120,12 @@ RULES: tuple[Rule, ...] = (
     Rule(Code.HEAD_DIM, _head_dim, evidence="cudnn_dialect: head dims tried on the H200"),
     Rule(Code.LENGTH, _length, evidence="index arithmetic is 32-bit (scoremod/ranges.py)"),
     Rule(Code.SHAPE_REFUSED, _single, evidence="cuDNN refuses this backward"),
+    Rule(Code.CAPTURED_GRADIENT, _bias_beside_others, evidence="bias beside a score_mod: dBias off by 90%; beside a "
+         "predicate: out off by 70% (tests/gpu/test_learned.py). A gradient for each pair that leaves score_mod's "
+         "backward by a node of its own is accepted, and off by 100%, or dQ beside it by a multiple",
+         measured="one H200 (SM90), cuDNN 9.19"),
+    Rule(Code.CAPTURED_GRADIENT, _bias_in_float16, evidence="dBias is float16, too: that of T5's table is off by 2.04 "
+         "times what stock's is (S 1000, D 128)", measured="one H200 (SM90), cuDNN 9.19"),
     Rule(Code.LSE_GRADIENT, _lse_in_float16, evidence="an output that holds the gradient may be too large for float16 "
          "(engine/plans/folded_output.py); by row vectors or wider values cuDNN took 1.1 to 3.4 times as long as "
          "Inductor's kernel for plain scores"),
@@ -187,9 +208,6 @@ REWRITES: tuple[Rewrite, ...] = (
     Rewrite("gradient as a product", "g of a score_mod's backward -> g * 1, beside dBias", REFUSED, (V928,),
             "engine/graph/strategies/scores.py", "where(q >= kv, x, x / 2) + bias: g must be read once, by a product",
             switched=False, measured="without a GPU"),
-    Rewrite("gradient by pairs", "dBias beside a score_mod or a predicate, or in float16 -> a gradient for each pair, "
-            "summed by torch", WRONG, (V919,), "engine/plans/pair_gradient.py",
-            "dBias off by 90% beside a score_mod, out by 70% beside a predicate", switched=False),
     Rewrite("not strict", "q > kv -> q - 1 >= kv", WRONG, BOTH,
             "scoremod/masks, scoremod/legalize.py", "computed as q >= kv", switched=False),
     Rewrite("one predicate", "bounds, then an or, as selects -> one select by all of the mask", WRONG, (),

@@ -47,7 +47,7 @@ def lower_or_reason(call: Call, context: Context, report: CallReport) -> Reason 
     refused = eligibility.wrong_dtype(call)
     if refused is not None:
         return refused
-    large = eligibility.over_budget(call, program, hoisted, context.options.bias_budget_mb)
+    large = eligibility.over_budget(call, hoisted, context.options.bias_budget_mb)
     if large is not None and traced.pairwise is None:
         return large
     asked = any(map(requires_grad, (call.query, call.key, call.value))) or any(part.learned for part in hoisted)

@@ -111,12 +111,6 @@ def with_bias(score: Expr, operand: Expr | None) -> Expr:
     return score if operand is None else score + make("learned", operand)
 
 
-def added(program: Program) -> Program:
-    """The program with its learned operand, if there is one, as any other, whose gradient nobody asks for."""
-    rest, operand = without_bias(program.score)
-    return program if operand is None else ir.program(rest + operand, program.mask)
-
-
 def without_bias(score: Expr) -> tuple[Expr, Expr | None]:
     """The score of a program without its learned operand, and this operand."""
     if score.kind == "add" and score.args[1].kind == "learned":

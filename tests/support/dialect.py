@@ -54,7 +54,6 @@ POINTWISE: dict[str, Slot] = {
         "reciprocal", "exp", "log", "sqrt", "rsqrt", "sin", "cos", "tan", "tanh", "sigmoid", "erf", "relu",
         "floor", "ceil", "logical_not", "neg",
     )},
-    "identity": Slot(ONE, torch.Tensor.clone),
     "div": Slot(AB, _quotient), "mod": Slot(PAIR, int_arithmetic.remainder), "pow": Slot(PAIR, torch.pow),
     "abs": Slot(ONE, int_arithmetic.in_float32(torch.abs)),
     "min": Slot(PAIR, int_arithmetic.in_float32(torch.minimum)),

@@ -190,8 +190,7 @@ def emulated(
     floats: dict[int, float],
     grad: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The modified, masked score of a forward problem; of a backward one, the gradient of the raw score, and that of
-    each pair in front, if the problem asks for it.
+    """The modified, masked score of a forward problem; of a backward one, the gradient of the raw score.
 
     Args:
         problem: whose operand specs describe `operands`.
@@ -215,7 +214,4 @@ def emulated(
     run = Run(graph, score, torch.zeros_like(score) if grad is None else grad, memory)
     modified = run.value(graph.modified) + (0.0 if graph.bias is None else run.value(graph.bias))
     modified = torch.where(run.visible(), modified, -math.inf)
-    if not graph.backward:
-        return modified.expand(score.shape)
-    found = run.value(graph.gradient).expand(score.shape)
-    return torch.stack([run.value(*built.callbacks.pairs), found]) if problem.pairs else found
+    return (run.value(graph.gradient) if graph.backward else modified).expand(score.shape)

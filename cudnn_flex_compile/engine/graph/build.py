@@ -10,7 +10,7 @@ import cudnn
 
 from cudnn_flex_compile.engine import frontend
 from cudnn_flex_compile.engine.graph.callbacks import Callbacks
-from cudnn_flex_compile.engine.graph.emit import FLOAT, TENSOR_TYPES, Inputs, output
+from cudnn_flex_compile.engine.graph.emit import FLOAT, TENSOR_TYPES, Inputs
 from cudnn_flex_compile.engine.graph.lowering import Lowering
 from cudnn_flex_compile.engine.problem import FORWARD, Problem, TensorSpec, output_specs, stats_spec
 from cudnn_flex_compile.scoremod.switches import on
@@ -58,6 +58,12 @@ def _declare(graph: Any, spec: TensorSpec) -> Any:
     return graph.tensor(dim=spec.shape, stride=spec.stride, data_type=TENSOR_TYPES[spec.dtype])
 
 
+def _output(tensor: Any, spec: TensorSpec) -> Any:
+    tensor.set_output(True).set_dim(list(spec.shape)).set_stride(list(spec.stride))
+    tensor.set_data_type(TENSOR_TYPES[spec.dtype])
+    return tensor
+
+
 def _arguments(callbacks: Callbacks) -> tuple[dict[str, Any], bool]:
     """Native arguments, and whether there is a score_mod."""
     inputs, lowering = callbacks.building[0]
@@ -86,9 +92,9 @@ def _forward(graph: Any, problem: Problem, callbacks: Callbacks, roles: dict[str
         generate_stats=problem.stats,
         **extra,
     )
-    roles["out"] = output(out, problem.out)
+    roles["out"] = _output(out, problem.out)
     if problem.stats:
-        roles["stats"] = output(stats, stats_spec(problem))
+        roles["stats"] = _output(stats, stats_spec(problem))
 
 
 def _backward(graph: Any, problem: Problem, callbacks: Callbacks, roles: dict[str, Any]) -> None:
@@ -101,8 +107,8 @@ def _backward(graph: Any, problem: Problem, callbacks: Callbacks, roles: dict[st
     if problem.deterministic:
         extra["use_deterministic_algorithm"] = True
     specs = dict(zip(GRADIENTS, output_specs(problem), strict=False))
-    if "dbias" in specs and not problem.pairs:
-        extra["dBias"] = roles["dbias"] = output(_declare(graph, specs["dbias"]), specs["dbias"])
+    if "dbias" in specs:
+        extra["dBias"] = roles["dbias"] = _output(_declare(graph, specs["dbias"]), specs["dbias"])
     gradients = graph.sdpa_backward(
         name="attention_backward",
         q=roles["query"],
@@ -115,7 +121,7 @@ def _backward(graph: Any, problem: Problem, callbacks: Callbacks, roles: dict[st
         **extra,
     )
     for name, tensor in zip(GRADIENTS, gradients, strict=False):
-        roles[name] = output(tensor, specs[name])
+        roles[name] = _output(tensor, specs[name])
 
 
 GRADIENTS = ("dq", "dk", "dv", "dbias")  # dbias only where an operand is learned

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cudnn_flex_compile.engine.frontend import Link
-from cudnn_flex_compile.engine.graph.emit import FLOAT, Emitter, Inputs, output
+from cudnn_flex_compile.engine.graph.emit import Emitter, Inputs
 from cudnn_flex_compile.engine.graph.lowering import Lowering
-from cudnn_flex_compile.engine.problem import Problem, output_specs
+from cudnn_flex_compile.engine.problem import Problem
 
 
 @dataclass(slots=True)
@@ -23,14 +23,11 @@ class Callbacks:
         building: the problem, lowering and inputs of the graph while it is built, empty afterwards.
         links: the graph's links (frontend.py).
         emitters: the emitter of each score_mod.
-        pairs: the gradient of the modified score at each pair, where the problem asks for it, once the frontend has
-            called score_mod_bprop. It stays when all else is cleared.
     """
 
     building: list[tuple[Inputs, Lowering]]
     links: list[Link]
     emitters: list[Emitter] = field(default_factory=list[Emitter])
-    pairs: list[Any] = field(default_factory=list[Any])
 
     def clear(self) -> None:
         for link in self.links:
@@ -46,19 +43,11 @@ class Callbacks:
 
     def score_mod_bprop(self, graph: Any, grad: Any) -> Any:
         inputs, lowering = self.building[0]
-        if inputs.problem.pairs:
-            self.pairs[:] = [_leaving(graph, inputs.problem, _shaped(grad, inputs.problem))]
         if lowering.score_mod_bprop is None:
             return grad
         emitter = self.emitters[-1]  # the forward's nodes are in the same graph, and are reused
         emitter.grad = _shaped(grad, inputs.problem)
         return lowering.score_mod_bprop(emitter)
-
-
-def _leaving(graph: Any, problem: Problem, grad: Any) -> Any:
-    """The gradient behind a node of its own, for cuDNN lets no tensor leave a graph that another node reads."""
-    given = {"a": grad, "b": grad} if problem.pairs == "add" else {"input": grad}
-    return output(getattr(graph, problem.pairs)(**given, compute_data_type=FLOAT), output_specs(problem)[-1])
 
 
 def _shaped(grad: Any, problem: Problem) -> Any:

@@ -29,12 +29,6 @@ AXIS_NUMBER = {axis: i for i, axis in enumerate(ir.AXES)}
 LOGICAL = ("and", "or", "not")
 
 
-def output(tensor: Any, spec: TensorSpec) -> Any:
-    """Makes a tensor leave the graph in this layout."""
-    tensor.set_output(True).set_dim(list(spec.shape)).set_stride(list(spec.stride))
-    return typed(tensor, TENSOR_TYPES[spec.dtype])
-
-
 def typed(tensor: Any, dtype: Any) -> Any:
     tensor.set_data_type(dtype)
     return tensor

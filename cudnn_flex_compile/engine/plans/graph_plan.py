@@ -18,10 +18,9 @@ from cudnn_flex_compile.engine.launch.handles import current_handle, handle_on
 from cudnn_flex_compile.engine.launch.memory import empty
 from cudnn_flex_compile.engine.launch.raw_execute import Launch, launcher
 from cudnn_flex_compile.engine.launch.replay import Replays
-from cudnn_flex_compile.engine.plans.pair_gradient import needed, running
 from cudnn_flex_compile.engine.plans.plan import AddressPlan, Attempt, Plan, Record
 from cudnn_flex_compile.engine.plans.variants import Variant, variants
-from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Binding, Problem
+from cudnn_flex_compile.engine.problem import FORWARD, Binding, Problem
 from cudnn_flex_compile.engine.state import engine
 from cudnn_flex_compile.engine.tiles.tile_list import TileList
 from cudnn_flex_compile.phases import phase
@@ -70,11 +69,9 @@ class GraphPlan(AddressPlan):
 
     @classmethod
     def attempts(cls, problem: Problem, every: Callable[[Problem], list[Attempt]]) -> list[Attempt]:
-        """Gives none where the gradient of a learned operand is not cuDNN's own."""
-        by_pairs = problem.direction == BACKWARD and needed(problem.program, problem.query.dtype)
-        if problem.tiled or problem.lse_gradient or by_pairs:
+        if problem.tiled or problem.lse_gradient:
             return []
-        program = pruned(running(problem.program, problem.query.dtype), problem.lengths)
+        program = pruned(problem.program, problem.lengths)
         return [
             Attempt(functools.partial(_build_variant, variant, program, problem), variant.last_resort, variant.written)
             for variant in variants(program, problem)
@@ -210,7 +207,6 @@ def _bind(problem: Problem, lowering: Lowering, built: AttentionGraph) -> Bindin
     operands, ints, floats = (tuple(sorted(bank)) for bank in (inputs.operands, inputs.ints, inputs.floats))
     tensors = [
         *(built.roles[r] for r in roles if r in built.roles),
-        *built.callbacks.pairs,
         *(inputs.operands[i] for i in operands),
         *(tensor for tensor, _ in (*inputs.hosts, *inputs.filled)),
         *(inputs.ints[i] for i in ints),

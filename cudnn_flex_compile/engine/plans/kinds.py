@@ -15,10 +15,9 @@ def kinds() -> tuple[type[Plan], ...]:
     from cudnn_flex_compile.engine.plans.box_plan import BoxPlan
     from cudnn_flex_compile.engine.plans.folded_output import FoldedPlan
     from cudnn_flex_compile.engine.plans.graph_plan import GraphPlan
-    from cudnn_flex_compile.engine.plans.pair_gradient import PairGradientPlan
     from cudnn_flex_compile.engine.tiles.plan import TilePlan
 
-    return TilePlan, FoldedPlan, PairGradientPlan, BoxPlan, GraphPlan
+    return TilePlan, FoldedPlan, BoxPlan, GraphPlan
 
 
 def restore(problem: Problem, record: Record) -> Plan:

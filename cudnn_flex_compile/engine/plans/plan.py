@@ -61,7 +61,7 @@ class Plan(ABC):
         problem: its problem.
         strategy: the name of its strategy in reports.
         device: the device on which it runs.
-        outputs: the layouts of out and stats, or of dq, dk, dv, and dbias if an operand is learned, or pairs.
+        outputs: the layouts of out and stats, or of dq, dk, dv, and dbias if an operand is learned.
         errors: the errors that certification measured, once it has run.
     """
 

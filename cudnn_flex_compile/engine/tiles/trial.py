@@ -39,7 +39,7 @@ def main(ratio: str, dim: str, value_dim: str, dtype: str, device: str) -> None:
         kernels_missing()  # has compiled kernels kept, so that the caller finds them
         problem = problem_of(int(ratio), int(dim), int(value_dim), getattr(torch, dtype), int(device))
         forward, backward = TilePlan(problem), TilePlan(problem.backward())
-        run = run_of(backward, forward.prepared((), (), ()) or forward, ProgramReference(EDGE_PROGRAM))
+        run = run_of(backward, forward, ProgramReference(EDGE_PROGRAM))
         for _ in range(2):
             run()
         torch.cuda.synchronize()

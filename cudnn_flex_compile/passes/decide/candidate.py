@@ -16,7 +16,6 @@ from cudnn_flex_compile.config import policy_from
 from cudnn_flex_compile.engine.certify.reference import CapturedValue, SubgraphReference
 from cudnn_flex_compile.engine.graph.strategies import STRATEGIES
 from cudnn_flex_compile.engine.key import Key, Meta, backward_key, by_list, forward_key, problem_of
-from cudnn_flex_compile.engine.plans.pair_gradient import running
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD, Error, Problem, TensorSpec, dense
 from cudnn_flex_compile.engine.support import refused
 from cudnn_flex_compile.engine.tiles.tile_list import NAME as TILE_LISTS
@@ -115,7 +114,7 @@ def plan_or_reason(candidate: Candidate) -> Lowered | Reason:
     for strategy in STRATEGIES:
         if forced not in ("", "parts", strategy.name):
             continue
-        lowering = strategy.lower(running(program, problem.query.dtype), candidate.training)
+        lowering = strategy.lower(program, candidate.training)
         if not isinstance(lowering, Reason):
             names = [TILE_LISTS if way in candidate.tiled else strategy.name for way in candidate.directions]
             return Lowered(tuple(names) if candidate.tiled else (strategy.name,))

@@ -101,7 +101,7 @@ def _measured(
     graphs, ways = contenders[()], [way for way in _fastest_first(predicted) if way != STOCK]
     if not every and graphs.sharing * max(estimate.total for estimate in predicted.values()) < WORTH_MEASURING:
         return {}
-    together = every or graphs.untold
+    together = every or any(inputs.untold for inputs in contenders.values())
     found: dict[Way, Estimate] = {}
     for count in [len(ways)] if together else range(1, len(ways) + 1):
         way, stock = ways[count - 1], (found or predicted)[STOCK].total

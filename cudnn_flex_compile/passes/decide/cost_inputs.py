@@ -24,6 +24,9 @@ COSTLY = {"tanh", "sigmoid", "exp", "exp2", "log", "erf", "sin", "cos", "pow"}
 # The calls that share a BlockMask which comes from outside of a graph with one call, and whose tensors are not at hand:
 # a trainer compiles flex_attention, or each layer, by itself, and models have as many layers, or more.
 LAYERS = 12
+# From this head dim on a backward by lists has other kernels where heads share keys, which calibrated calls do not.
+# (tests/unit/engine/tiles/test_ordered.py asks the frontend)
+OTHER_KERNELS_DIM = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +114,15 @@ class CostInputs:
 
     @property
     def untold(self) -> bool:
-        """Whether no table tells the times of its kernels: of another kind of device's, or deterministic backwards."""
-        return self.table.foreign or (self.training and deterministic())
+        """Whether no table tells the times of its kernels: those of another kind of device, of deterministic backwards,
+        or of backwards by lists of large heads that share keys.
+        """
+        return self.table.foreign or (self.training and deterministic()) or self._other_kernels
+
+    @property
+    def _other_kernels(self) -> bool:
+        query, key = (example(node).shape for node in (self.call.query, self.call.key))
+        return BACKWARD in self.tiled and hint(query[3]) >= OTHER_KERNELS_DIM and hint(query[1]) != hint(key[1])
 
     @property
     def table(self) -> DeviceTimes:

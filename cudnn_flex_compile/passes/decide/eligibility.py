@@ -10,12 +10,10 @@ import torch
 from torch.fx import Node
 
 from cudnn_flex_compile import torch_private
-from cudnn_flex_compile.engine.plans.pair_gradient import needed
 from cudnn_flex_compile.engine.support import wrong_dtypes
 from cudnn_flex_compile.passes.read.call import Call, example, hint, is_data, scale_of
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod import ir
-from cudnn_flex_compile.scoremod.ir import Program
 from cudnn_flex_compile.scoremod.partition import HALF, Hoisted
 
 MIB = 2**20
@@ -89,13 +87,12 @@ def wrong_dtype(call: Call) -> Reason | None:
     return None if detail is None else Reason(Code.DTYPE, detail)
 
 
-def over_budget(call: Call, program: Program, hoisted: Sequence[Hoisted], budget: int) -> Reason | None:
+def over_budget(call: Call, hoisted: Sequence[Hoisted], budget: int) -> Reason | None:
     """A reason if an operand over (q, kv) pairs takes more memory than the option allows."""
     sizes = sizes_of(call)
-    works = 2 if needed(program, example(call.query).dtype) else 1
     for part in hoisted:
         count = math.prod(n for axis, n in zip(ir.AXES, sizes, strict=True) if axis in part.dims)
-        gradients = count + works * _gradient_work(sizes) if part.learned else 0
+        gradients = count + _gradient_work(sizes) if part.learned else 0
         mib = (count * part.stored.itemsize + gradients * HALF.itemsize) / MIB
         if {"q", "k"} <= set(part.dims) and mib > budget:
             what = "a bias over (q, kv) pairs" + (", its gradient and the memory to work in" if part.learned else "")
@@ -105,8 +102,7 @@ def over_budget(call: Call, program: Program, hoisted: Sequence[Hoisted], budget
 
 def _gradient_work(sizes: tuple[int, int, int, int]) -> int:
     """The number of 16-bit numbers that a plan works on where it computes a bias's gradient: one for each pair of each
-    batch entry and head, in tiles of 64 by 128 (1.07 GB at B 2, H 16, S 4096). By engine/plans/pair_gradient.py they
-    have 32 bits.
+    batch entry and head, in tiles of 64 by 128 (1.07 GB at B 2, H 16, S 4096).
     """
     batch, heads, rows, columns = sizes
     return batch * heads * math.ceil(rows / 64) * 64 * math.ceil(columns / 128) * 128

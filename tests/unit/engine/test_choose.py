@@ -1,13 +1,15 @@
 """Which of a problem's plans is kept: the first right one, or the fastest of all. Plans and times are stand-ins."""
 
 import pytest
+import torch
 
 from cudnn_flex_compile.config import Policy
 from cudnn_flex_compile.engine import choose
+from cudnn_flex_compile.engine.certify.reference import ProgramReference
 from cudnn_flex_compile.engine.certify.regimes import REGIMES
 from cudnn_flex_compile.engine.choose import OF_SHAPES
 from cudnn_flex_compile.engine.find_plan import cache_clear, find_plan
-from cudnn_flex_compile.engine.key import backward_key, by_list, forward_key
+from cudnn_flex_compile.engine.key import backward_key, by_list, forward_key, problem_of
 from cudnn_flex_compile.engine.launch import timing
 from cudnn_flex_compile.engine.problem import Binding
 from cudnn_flex_compile.engine.store import identity
@@ -158,3 +160,25 @@ def test_a_guarded_graph_makes_no_other_known(backend, monkeypatch):
         guarded.append(guard)
         find_plan(call(length=length))
     assert backend.regimes == [len(REGIMES)] * 2 + [len(OF_SHAPES)] * 2
+
+
+def test_plans_are_prepared_before_they_are_timed(monkeypatch):
+    """As those by tile lists, which run by a list of their mask alone: the forward of a backward, too."""
+    ran = []
+
+    class Listed:
+        def __init__(self, problem, ready=False):
+            self.problem, self.ready, self.device, self.outputs = problem, ready, torch.device("cpu"), ()
+
+        def prepared(self, *values):
+            return Listed(self.problem, ready=True)
+
+        def run(self, tensors, *values):
+            assert self.ready, "it has no list"
+            ran.append(self.problem.direction)
+
+    problem = problem_of(call())
+    backward, forward = Listed(problem.backward()), Listed(problem)
+    for plan_, before in ((forward, forward), (backward, forward)):
+        choose.run_of(plan_, before, ProgramReference(problem.program))()
+    assert ran == ["forward", "forward", "backward"]

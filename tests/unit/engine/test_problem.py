@@ -150,8 +150,7 @@ def test_problems_that_differ_are_unequal() -> None:
         "direction": BACKWARD, "query": other, "key": other, "value": other, "out": other,
         "operands": (other,),
         "scale": 0.25, "device": 1, "stats": True, "grad": other, "deterministic": True,
-        "gradients": (other, other, other), "lse_gradient": True, "tiled": True, "pairs": "add",
-        "replay": False,
+        "gradients": (other, other, other), "lse_gradient": True, "tiled": True, "replay": False,
     }  # fmt: skip
     assert set(changes) == set(base)
     made = [Problem(**base), *(Problem(**{**base, name: value}) for name, value in changes.items())]

@@ -4,13 +4,17 @@ The kernels themselves run in tests/gpu/test_deterministic.py.
 """
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
+from cudnn_flex_compile.engine.frontend import tile_builder
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD
 from cudnn_flex_compile.engine.state import engine
 from cudnn_flex_compile.engine.tiles import ordered, trial
+from cudnn_flex_compile.engine.tiles.tile_list import ARCHITECTURE
+from cudnn_flex_compile.passes.decide import cost_inputs
 from cudnn_flex_compile.reasons import Code, Reason
 
 KIND = ("2", "128", "128", "bfloat16", "0")
@@ -43,6 +47,20 @@ def test_lists_fit_but_for_one_kind_of_call(dim, value_dim, kv_heads):
         return
     expected = (dim, kv_heads) == (256, 4)
     assert ordered.has_other_tiles(4, kv_heads, dim, value_dim, torch.bfloat16) == expected
+
+
+@pytest.mark.parametrize(("dim", "value_dim"), DIMS)
+def test_heads_that_share_keys_take_other_kernels_where_they_are_large(dim, value_dim):
+    """So that their times are not those of calls that share none."""
+
+    def tiles(kv_heads):
+        given = {"num_q_heads": 4, "num_kv_heads": kv_heads, "head_dim": dim, "head_dim_v": value_dim}
+        how = {"arch": ARCHITECTURE, "dtype": torch.bfloat16, "is_varlen": False, "deterministic": False}
+        found = tile_builder().resolve_sm90_bwd_consumer_config(**given, **how)
+        return replace(found, num_kv_heads=4, qhead_per_kvhead=1)
+
+    if dim == value_dim:
+        assert (tiles(2) != tiles(4)) == (dim >= cost_inputs.OTHER_KERNELS_DIM)
 
 
 def test_kernels_that_end_are_tried_once(known_device, monkeypatch):

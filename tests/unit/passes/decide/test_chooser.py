@@ -213,6 +213,24 @@ def test_the_reason_has_all_contenders_in_order():
     assert "tile lists (forward, backward)" in shared
 
 
+@pytest.mark.parametrize(("dim", "kv_heads", "all_are"), [(256, 2, True), (256, 4, False), (128, 2, False)])
+def test_backwards_by_lists_of_large_heads_that_share_keys_are_measured(dim, kv_heads, all_are):
+    """No table tells their times: here the lists are not as fast as they are predicted to be."""
+    listed = given(8192, dim, heads=4, tiled=True, program=CAUSAL)
+    listed.call.key.shape = (2, kv_heads, 8192, dim)
+    ways = {(): replace(listed, tiled=()), (FORWARD,): replace(listed, tiled=(FORWARD,)), BOTH: listed}
+    asked = []
+    times = {chooser.STOCK: (9.0, 9.0), (): (1.0, 3.0), (FORWARD,): (0.8, 3.0), BOTH: (0.8, 4.0)}
+
+    def measure(names):
+        asked.extend(names)
+        return {name: times[name] for name in names}
+
+    choice = choose(ways, only_faster=True, measure=measure, every=False)
+    assert (set(asked) == set(times)) == all_are
+    assert choice.order[0] == ((FORWARD,) if all_are else BOTH)
+
+
 def test_ties_are_ours(monkeypatch):
     monkeypatch.setattr(chooser, "ours", lambda inputs, measured: cost_model.inductors(inputs))
     assert chosen(facts()).order == ((),)
