@@ -5,6 +5,7 @@ Each process computes on one core: pytest-xdist runs one for each, and the tests
 
 import collections
 import gc
+import logging
 import os
 
 # Before torch is imported, and for processes that tests start.
@@ -13,6 +14,7 @@ os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # the core has what it s
 
 import pytest
 import torch
+import torch._dynamo.config
 from torch.nn.attention import flex_attention
 
 from cudnn_flex_compile import settings
@@ -20,10 +22,11 @@ from cudnn_flex_compile.kernels import cpu
 
 # Eager flex_attention, with which tests compare, has Dynamo trace it at each call; without, it computes the same.
 flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = not torch.cuda.is_available()
-if not torch.cuda.is_available():
-    from tests.support import quick_dynamo
-
-    quick_dynamo.apply()
+torch._dynamo.config.run_gc_after_compile = False
+# pytest adds a handler to loggers that don't propagate, and to have one handle its records torch writes all graphs.
+TRACE = logging.getLogger("torch.__trace")
+TRACE.propagate = True
+TRACE.handlers.clear()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -37,7 +37,6 @@ from tests.distributed.training import (
     RANKS,
     SIZES,
 )
-from tests.support import quick_dynamo
 from tests.support.uncompiled import uncompiled
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
@@ -118,7 +117,6 @@ def main():
     given = parser.parse_args()
     if given.device == "cpu":
         stock._validate_device = lambda *_: None  # as tests/conftest.py's trainable
-        quick_dynamo.apply()
     else:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     limit = datetime.timedelta(seconds=60)

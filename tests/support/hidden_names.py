@@ -17,7 +17,6 @@ import torch
 import torch._dynamo
 from torch.nn.attention import flex_attention as stock
 
-from tests.support import quick_dynamo
 from tests.support.uncompiled import uncompiled
 
 INDUCTORS = ("torch._inductor", "torch._functorch")
@@ -49,7 +48,6 @@ def warm():
 
     No backward runs: its threads would not be there in these processes.
     """
-    quick_dynamo.apply()
     given = [torch.randn(1, 4, 64, 16) for _ in range(3)]
     with torch.no_grad():
         torch.compile(model, backend="aot_eager")(*given)
