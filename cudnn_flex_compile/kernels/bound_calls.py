@@ -31,7 +31,7 @@ class BoundCall:
         key: its key (engine/key.py), of which `scale`, `policy`, `tiled`, `deterministic` and `device` are parts.
         flag: `stats` of a forward, `lse_gradient` of a backward.
         alike: whether tensors have the types, devices, dtypes, sizes and strides of its own, of which there are
-            `number`, and none is there twice.
+            `number`, and the same ones are there twice.
         plan: the plan; `launch` runs it on addresses, if it can.
         layouts: the outputs of the plan. The others are empty, in `rest`.
         uses: counts the runs.
@@ -52,7 +52,7 @@ class BoundCall:
         self.scale, self.policy, self.tiled = call.scale, call.policy, call.tiled
         self.deterministic, self.device = call.deterministic, given[0].get_device()
         self.flag = call.stats if forward else call.lse_gradient
-        self.alike: Callable[..., bool] = _looks(*given, dynamic_dims_sizes=[], dynamic_dims_strides=[]).check
+        self.alike = _alike(given)
         self.key, self.number = key, len(given)
         self.plan, self.launch, self.uses = plan, plan.launcher(len(operands)), uses
         self.layouts = tuple(layout for layout in layouts if layout[0] != (0,))
@@ -99,6 +99,21 @@ backwards: Calls = {}
 _looks: Any = torch_private.tensor_guards
 
 
+def _alike(given: Sequence[Tensor]) -> Callable[..., bool]:
+    """Whether tensors look like the ones given. Dynamo's guards compare tensors of which none is there twice."""
+    places = [next(i for i, other in enumerate(given) if other is tensor) for tensor in given]
+    first = sorted(set(places))
+    check = _looks(*[given[i] for i in first], dynamic_dims_sizes=[], dynamic_dims_strides=[]).check
+    if len(first) == len(given):
+        return check
+    again = [(place, i) for i, place in enumerate(places) if place != i]
+
+    def alike(*tensors: Tensor) -> bool:
+        return all(tensors[i] is tensors[j] for i, j in again) and check(*[tensors[i] for i in first])
+
+    return alike
+
+
 @functools.cache
 def _nothing(dtype: torch.dtype, device: int) -> Tensor:
     """An empty tensor on the current device, which must be the one given. All calls return the same."""
@@ -122,8 +137,6 @@ def bind(
         uses: has a `count` of runs (engine/store/lru.py).
     """
     given = (*tensors, *operands)
-    if len({id(tensor) for tensor in given}) < len(given):
-        return  # nothing looks like them
     other, number = calls.get(program), 1
     while other is not None:
         if other.key == key and other.number == len(given) and other.alike(*given):

@@ -59,6 +59,19 @@ def test_a_call_takes_few_calls_of_python(name, direction, host):
     assert in_c["Tensor.stride"] == 0, in_c
 
 
+def test_calls_that_take_a_tensor_twice_are_bound(noting):
+    """One of the same shape that takes two is another call, and so is one that takes another tensor twice."""
+    one, other = (torch.zeros(1, 16, HEADS, DIM, dtype=torch.bfloat16).transpose(1, 2) for _ in range(2))
+    written = text(GENERATED["causal"][0])
+    for query, key, value in [(one, one, one), (one, other, other), (other, one, other), (one, one, other)]:
+        for bound in (False, True):
+            noted.launches.clear(), ran_bound.clear()
+            undispatched.forward(query, key, value, [], [], [], written, 0.125, False, [], [], "", None, "")
+            assert any(ran_bound) == bound
+            ((_, addresses, _),) = noted.launches
+            assert addresses[:3] == [t.data_ptr() for t in (query, key, value)]
+
+
 # Generated calls
 
 SLOPES = ir.program(ir.SCORE + ir.operand(0, F32, "h"), MASK)
@@ -198,7 +211,7 @@ class Layer:
 
     def _draw_value(self, chance):
         batch, _, columns = self.sizes
-        self.value = self.key if chance.random() < 0.1 else tensor(chance, (batch, HEADS, columns, DIM), self.dtype)
+        self.value = self.key if chance.random() < 0.2 else tensor(chance, (batch, HEADS, columns, DIM), self.dtype)
 
     def _draw_bias(self, chance):
         _, rows, columns = self.sizes
