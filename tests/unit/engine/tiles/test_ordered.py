@@ -26,6 +26,7 @@ PROCESSORS = 132  # of an H200
 def known_device(monkeypatch):
     """A device, and processes that are stand-ins: a function of their script gives one that asks whether kernels end.
     """
+    monkeypatch.setenv("CUDNN_FLEX_CACHE", "0")
     monkeypatch.setattr(ordered, "environment", lambda device: ("an H200",))
     monkeypatch.setattr(ordered, "LIMIT", 60.0)
 
