@@ -164,11 +164,13 @@ def _linked(links: list[Link]) -> Generator[None]:
 # The interval kernels (cudnn.flex_attention, compiled by CuTe DSL).
 INTERVALS = "cudnn.flex_attention"
 LOUD = ("dispatch", "plan.builder")
+WARNING = ("FlexAttentionFwd", "FlexAttentionBwd")  # loggers
 
 
-# Note [What the frontend prints]. Frontend 1.32 prints a line for each interval kernel that it compiles, and has no
-# switch. A program's output is its own, so for as long as we have kernels compiled, in our thread alone, the modules
-# that do so get a `print` that logs. It may go when the frontend logs by itself; there is no issue upstream yet.
+# Note [What the frontend prints]. Frontend 1.32 prints a line for each interval kernel that it compiles, and warns that
+# its classes are experimental; it has no switch. A program's output is its own, so for as long as we have kernels
+# compiled, in our thread alone, the modules that do so get a `print` that logs, and their loggers a filter. It may go
+# when the frontend logs by itself; there is no issue upstream yet.
 # Note [One thread at a time]. Two threads that compile at once in CuTe DSL 4.8 fail ("An MLIR function requires a
 # Location"), or end the process. It may go when the compiler has no state that threads share.
 @contextlib.contextmanager
@@ -179,12 +181,16 @@ def quiet() -> Generator[None]:
         _compiling.append(threading.get_ident())
         for module in modules:
             module.print = _logged
+        for name in WARNING:
+            logging.getLogger(name).addFilter(_is_of_others)
         try:
             yield
         finally:
             _compiling.pop()
             for module in () if _compiling else modules:
                 del module.print
+            for name in () if _compiling else WARNING:
+                logging.getLogger(name).removeFilter(_is_of_others)
 
 
 def _logged(*what: Any, **how: Any) -> None:
@@ -192,6 +198,14 @@ def _logged(*what: Any, **how: Any) -> None:
         log.debug("%s", " ".join(map(str, what)))
     else:
         print(*what, **how)
+
+
+def _is_of_others(record: logging.LogRecord) -> bool:
+    """Whether a record is of another thread; ours are logged here."""
+    if threading.get_ident() not in _compiling:
+        return True
+    log.debug("%s", record.getMessage())
+    return False
 
 
 _compiler = new_reentrant_lock()

@@ -2,6 +2,7 @@
 
 import builtins
 import gc
+import logging
 import sys
 import threading
 import time
@@ -121,6 +122,25 @@ def test_what_the_frontend_prints_for_us_is_logged(interval_modules, capsys, cap
     assert capsys.readouterr().out == "Compiled a kernel\n"
     assert not any("print" in vars(m) for m in interval_modules)
     assert print is builtins.print
+
+
+@pytest.mark.usefixtures("interval_modules")
+def test_what_the_frontend_warns_us_of_is_logged(caplog):
+    caplog.set_level("DEBUG", "cudnn_flex_compile")
+    loggers = [logging.getLogger(name) for name in frontend.WARNING]
+
+    def warn(who):
+        for logger in loggers:
+            logger.warning("%s is experimental", who)
+
+    with quiet(), quiet():
+        warn("ours")
+        thread = threading.Thread(target=warn, args=("a user's",))
+        thread.start()
+        thread.join()
+    warn("another")
+    found = [(record.levelname, record.getMessage().split(" is ")[0]) for record in caplog.records]
+    assert found == [("DEBUG", "ours")] * 2 + [("WARNING", "a user's")] * 2 + [("WARNING", "another")] * 2
 
 
 def test_one_thread_compiles_at_a_time(interval_modules):
