@@ -7,5 +7,5 @@ class Ready:
     def on_harder_mask(self):
         return None
 
-    def prepared(self, operands, ints, floats):
+    def prepared(self, operands, ints, floats, room=None):
         return self

@@ -98,9 +98,11 @@ class Plan(ABC):
             tiles: the list of the mask's tiles where the problem is tiled; if it is not given, the plan makes one.
         """
 
-    def prepared(self, operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor]) -> "Plan | None":
+    def prepared(
+        self, operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor], room: int | None = None
+    ) -> "Plan | None":  # fmt: skip
         """The plan with all that a step has made before it runs, such as the list of its mask's tiles for these values;
-        None where that takes too much memory.
+        None where that takes more than `room` numbers.
         """
         return self
 

@@ -31,7 +31,6 @@ from cudnn_flex_compile.scoremod.interpret import visible_rows
 from cudnn_flex_compile.scoremod.masks.intervals import every_endpoint, most_endpoints
 
 MOST_PAIRS = 2**30  # for which a list is made of a mask that is there for certification alone
-MOST_ENDPOINTS = 2**26  # of all rows of a mask of which certification makes a list; it has 256 MiB then
 
 
 def unusable(device: int) -> Reason | None:
@@ -112,11 +111,13 @@ class TilePlan(Plan):
         addresses.append(tiles.numbers.numel())  # lists of one geometry have several sizes
         self._replays.run(addresses, work.data_ptr(), (tensors, parts, work))
 
-    def prepared(self, operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor]) -> Plan | None:
+    def prepared(
+        self, operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor], room: int | None = None
+    ) -> Plan | None:  # fmt: skip
         if self._listed is not None:
             return self
         other = copy.copy(self)
-        other._listed = other._list(operands, ints, floats)
+        other._listed = other._list(operands, ints, floats, room)
         return None if other._listed is None else other
 
     def on_harder_mask(self) -> Plan | None:
@@ -130,15 +131,19 @@ class TilePlan(Plan):
         other.problem, other._mask = replace(self.problem, program=EDGE_PROGRAM, operands=()), EDGE_MASK
         return other.prepared((), (), ())
 
-    def _list(self, operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor]) -> TileList | None:
-        """The list of the mask for some values, made by a look at all pairs; None where it has too many endpoints."""
+    def _list(
+        self, operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor], room: int | None
+    ) -> TileList | None:  # fmt: skip
+        """The list of the mask for some values, made by a look at all pairs; None where its rows have more endpoints
+        than there is room for.
+        """
         sizes, heads = self._tiler.geometry.sizes, self._tiler.geometry.mask_heads
 
         def rows() -> Any:
             return visible_rows(self._mask, operands, ints, floats, sizes, 1, self.device)
 
         most = max(int(most_endpoints(visible)) for _, visible in rows())
-        if most * sizes[0] * heads * sizes[2] > MOST_ENDPOINTS:
+        if room is not None and most * sizes[0] * heads * sizes[2] > room:
             return None
         return self._tiler.exact(every_endpoint(rows(), sizes, heads, most))
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cudnn_flex_compile.engine.certify.certify import certify
+from cudnn_flex_compile.engine.certify.certify import ROOM, certify
 from cudnn_flex_compile.engine.certify.random_inputs import random_like
 from cudnn_flex_compile.engine.certify.reference import (
     CapturedValue,
@@ -93,6 +93,25 @@ def verdict(direction, program=PROGRAM, runs=None, spoil=lambda tensors: None, r
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_right_plans_pass(direction, dtype):
     assert verdict(direction, dtype=dtype) is None
+
+
+@pytest.mark.parametrize("there_is_room", [True, False])
+def test_extremes_for_which_a_plan_has_no_room_are_left_out(there_is_room):
+    """As those whose list of tiles would take gigabytes; each set of values is prepared for once."""
+    asked, runs = [], []
+
+    class Preparing(StandIn):
+        def prepared(self, operands, ints, floats, room=None):
+            asked.append(room)
+            return self if room is None or there_is_room else None
+
+    program = ir.program(ir.SCORE * ir.operand(0, F32, "h"), CAUSAL)
+    slopes = (TensorSpec((1, 4, 1, 1), (4, 1, 1, 1), torch.float32),)
+    plan = Preparing(problem(program, FORWARD, slopes), spoil=lambda _: runs.append(0))
+    assert certify(plan, plan, ProgramReference(program)) is None
+    extremes = sum(regime.extremes for regime in REGIMES)
+    assert asked == [None] + [ROOM] * extremes
+    assert len(runs) == len(REGIMES) - (0 if there_is_room else extremes) > 0
 
 
 @pytest.mark.parametrize("direction", [FORWARD, BACKWARD])
