@@ -44,7 +44,7 @@ def _cell(result: Result, part: str) -> str:
 
 
 def _price(result: Result, part: str, results: list[Result]) -> str:
-    """How many times as long as otherwise our calls take with deterministic algorithms, if both were measured."""
+    """Says how many times as long our calls take with deterministic algorithms, if both were measured."""
     plain = replace(result.case, deterministic=False)
     times = [r.times[OURS, part].median for r in results if r.case == plain]
     if not result.case.deterministic or not times:

@@ -63,7 +63,7 @@ def _is_odd(dividend: Expr) -> bool:
 
 
 def _multiple(n: Expr, largest: int) -> int:
-    """How often the divisor is added to a dividend, so that it is never negative.
+    """Counts the divisors that are added to a dividend, so that it is never negative.
 
     Raises Illegal where a divisor is no positive constant, or it or the raised dividend may be above `largest`.
     """

@@ -218,7 +218,7 @@ def test_contenders_of_real_calls(stood_in, trainable, function, mask_mod, ways,
 
 @pytest.mark.parametrize("wins", [True, False])
 def test_where_graphs_lose_a_list_of_tiles_is_measured_by_default(stood_in, monkeypatch, wins):
-    """Of a real call, whose predictions tell nothing. Each way is timed once, and Inductor's kernel, too."""
+    """The call is real, and its predictions tell nothing. Each way is timed once, and so is Inductor's kernel."""
     monkeypatch.setattr(chooser, "WORTH_MEASURING", 0.0)
     monkeypatch.setattr(chooser, "PREDICTION_ERROR", 1e9)
     times = iter([[300.0], [50.0 if wins else 200.0]])

@@ -174,7 +174,7 @@ def test_plans_are_not_tried_where_a_log_sum_exp_would_lose_log_n(fill, refused)
 
 @pytest.mark.parametrize("number", range(12))
 def test_stock_functions_of_a_program_have_integers_of_any_size(number, monkeypatch):
-    """Those that run on Inductor's kernel where no plan takes the integers; here by eager flex_attention."""
+    """Inductor's kernel takes these functions where no plan takes the integers; here eager flex_attention does."""
     given_to_kernels = []
     forward = cpu.forward
     monkeypatch.setattr(cpu, "forward", lambda *given: given_to_kernels.append(given) or forward(*given))

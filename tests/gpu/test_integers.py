@@ -22,7 +22,7 @@ FORMS = {
 
 
 def distances(far):
-    """Of rows and columns to an integer beyond both, less what they are: zero, but where a distance is rounded."""
+    """Adds the distances of row and column to a far integer, less what they are: zero, unless one is rounded."""
 
     def score_mod(s, b, h, q, kv):
         return s + ((q - far).abs() + (kv - far).abs() + q + kv - far - far) * 1.0

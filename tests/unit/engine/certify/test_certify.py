@@ -97,7 +97,7 @@ def test_right_plans_pass(direction, dtype):
 
 @pytest.mark.parametrize("there_is_room", [True, False])
 def test_extremes_for_which_a_plan_has_no_room_are_left_out(there_is_room):
-    """As those whose list of tiles would take gigabytes; each set of values is prepared for once."""
+    """A list of tiles for them may take gigabytes. A plan is prepared once for each set of values."""
     asked, runs = [], []
 
     class Preparing(StandIn):

@@ -52,7 +52,7 @@ def test_lists_fit_but_for_one_kind_of_call(dim, value_dim, kv_heads):
 
 @pytest.mark.parametrize(("dim", "value_dim"), DIMS)
 def test_heads_that_share_keys_take_other_kernels_where_they_are_large(dim, value_dim):
-    """So that their times are not those of calls that share none."""
+    """Their times are then not those of calls that share none."""
 
     def tiles(kv_heads):
         given = {"num_q_heads": 4, "num_kv_heads": kv_heads, "head_dim": dim, "head_dim_v": value_dim}
