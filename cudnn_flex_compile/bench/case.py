@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask, flex_attention
 
 from cudnn_flex_compile.bench.mods import BY_BATCH, KNOWN
 from cudnn_flex_compile.report.call import CallReport
@@ -83,6 +83,8 @@ class Case:
         training: whether gradients are asked for.
         inside: whether products of matrices are around the call, as in a model.
         deterministic: whether it runs under torch.use_deterministic_algorithms.
+        renewed: whether what its mask reads counts as written before each call, as in training each step has a new
+            mask.
     """
 
     mod: str
@@ -93,6 +95,7 @@ class Case:
     training: bool = True
     inside: bool = False
     deterministic: bool = False
+    renewed: bool = False
 
     @property
     def name(self) -> str:
@@ -120,7 +123,13 @@ class Case:
     def compiled(self, backend: str, mode: str | None = None) -> Function:
         """The call by a backend, compiled when it first runs."""
         how: dict[str, Any] = {"options": {**self.options, "mode": mode}} if backend == OURS else {"mode": mode}
-        return torch.compile(self.call(backend), backend=backend, dynamic=False, **how)
+        return self.compiled_by(backend, backend, **how)
+
+    def compiled_by(self, backend: Any, name: str, **how: Any) -> Function:
+        """The call, named so, by whatever torch.compile takes as a backend, with other arguments of torch.compile."""
+        call = self.call(name)
+        compiled: Any = torch.compile(call, backend=backend, dynamic=False, **how)
+        return _renewing(compiled, read_by_mask(call)) if self.renewed else compiled
 
     def call(self, name: str) -> Function:
         """The call, from q, k and v of a layer to the output. Its code is its own, with this name: torch.compile
@@ -166,6 +175,26 @@ class Case:
             return torch.nn.functional.scaled_dot_product_attention(q, k, v, **arguments).transpose(1, 2)  # pyright: ignore
 
         return call
+
+
+def _renewing(function: Function, tensors: list[torch.Tensor]) -> Function:
+    """The function, before each call of which these tensors count as written."""
+
+    def call(*given: torch.Tensor) -> torch.Tensor:
+        for tensor in tensors:
+            torch.autograd.graph.increment_version(tensor)
+        return function(*given)
+
+    return call
+
+
+def read_by_mask(function: Function) -> list[torch.Tensor]:
+    """The tensors that the mask_mods of a function's BlockMasks read."""
+    found = inspect.getclosurevars(function).nonlocals.values()
+    masks = [value.mask_mod for value in found if isinstance(value, BlockMask)]
+    inner = [value for value in found if isinstance(value, types.FunctionType)]
+    read = [value for mask_mod in masks for value in inspect.getclosurevars(mask_mod).nonlocals.values()]
+    return [t for t in read if isinstance(t, torch.Tensor)] + [t for each in inner for t in read_by_mask(each)]
 
 
 def with_own_code(function: Function, name: str) -> Function:

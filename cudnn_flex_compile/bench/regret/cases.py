@@ -60,7 +60,7 @@ def chosen(names: list[str], dtype: torch.dtype, tiny: bool) -> dict[str, Case]:
 
 def _case(described: Described) -> Case:
     mod, shape, how = described
-    return Case(mod, Shape.parse(shape), **how)
+    return Case(mod, Shape.parse(shape), renewed=True, **how)
 
 
 def _tiny(case: Case) -> Case:

@@ -84,7 +84,7 @@ def _strategies(case: Case) -> list[str]:
 
 def _prepare(case: Case) -> Prepared:
     found, layers = Prepared(case), [case.layer()]
-    stock = case.compiled(STOCK) if case.device != "cpu" else torch.compile(case.call(STOCK), backend="eager")
+    stock = case.compiled(STOCK) if case.device != "cpu" else case.compiled_by("eager", STOCK)
     functions = {STOCK: stock, **{name: _forced(case, name, strategy=name) for name in _strategies(case)}}
     for name, function in functions.items():
         tried, _ = _tried(name, function, case, layers)
@@ -110,7 +110,7 @@ def _forced(case: Case, name: str, **options: Any) -> Function:
             raise KeptCall
         return compile_inner(graph_module, example_inputs, given)
 
-    return torch.compile(case.call(name), backend=backend, dynamic=False)
+    return case.compiled_by(backend, name)
 
 
 def _tried(name: str, function: Function, case: Case, layers: list[Layer]) -> tuple[Contender, Report]:

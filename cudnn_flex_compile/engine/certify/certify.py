@@ -31,8 +31,8 @@ from cudnn_flex_compile.engine.problem import BACKWARD
 from cudnn_flex_compile.reasons import Code, Reason
 
 RUNS = 20  # the number of runs of a plan that must be deterministic
-# The numbers that a plan may make beforehand for extreme values, such as a list of tiles (256 MiB).
-ROOM = 2**26
+# The numbers that a plan may make beforehand for extreme values, such as a list of tiles (128 MiB).
+ROOM = 2**25
 
 
 @dataclass(frozen=True, slots=True)

@@ -134,8 +134,8 @@ class TilePlan(Plan):
     def _list(
         self, operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[Tensor], room: int | None
     ) -> TileList | None:  # fmt: skip
-        """The list of the mask for some values, made by a look at all pairs; None where its rows have more endpoints
-        than there is room for.
+        """The list of the mask for some values, made by a look at all pairs; None where it, or the table of its rows'
+        endpoints, has more numbers than there is room for.
         """
         sizes, heads = self._tiler.geometry.sizes, self._tiler.geometry.mask_heads
 
@@ -145,7 +145,7 @@ class TilePlan(Plan):
         most = max(int(most_endpoints(visible)) for _, visible in rows())
         if room is not None and most * sizes[0] * heads * sizes[2] > room:
             return None
-        return self._tiler.exact(every_endpoint(rows(), sizes, heads, most))
+        return self._tiler.exact(every_endpoint(rows(), sizes, heads, most), room)
 
 
 def _enqueue(kernels: "Forward | Backward", device: int, given: tuple[Any, ...], _: int, stream: int) -> None:

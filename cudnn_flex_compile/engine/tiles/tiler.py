@@ -146,9 +146,10 @@ class Tiler:
         self._write_rows(draft)
         return draft.listed
 
-    def exact(self, table: Tensor) -> TileList:
-        """The list, with room for its tiles alone. Waits for the device."""
-        return self.write(*self.count(table))
+    def exact(self, table: Tensor, most: int | None = None) -> TileList | None:
+        """The list, with room for its tiles alone; None where it has more than `most` numbers. Waits for the device."""
+        counted, room = self.count(table)
+        return None if most is not None and self.size(room) > most else self.write(counted, room)
 
     def within(self, table: Tensor, room: Room) -> tuple[TileList, Tensor]:
         """The list, if there is room for it, and the number of tiles (`needed`). Waits for nothing."""

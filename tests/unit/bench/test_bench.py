@@ -8,6 +8,7 @@ import csv
 import math
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from rich.console import Console
 
 from cudnn_flex_compile.bench import case as cases
 from cudnn_flex_compile.bench import command, measure
-from cudnn_flex_compile.bench.case import OURS, SDPA, STOCK, Case, Layer, Shape, named
+from cudnn_flex_compile.bench.case import OURS, SDPA, STOCK, Case, Layer, Shape, named, read_by_mask
 from cudnn_flex_compile.bench.measure import BACKWARD, BOTH, FORWARD, PARTS, WARM_UP, Result, Time
 from cudnn_flex_compile.bench.mods import ALL, EIGHT, FIVE, KNOWN
 from cudnn_flex_compile.bench.show import plot, table, write_csv
@@ -346,3 +347,20 @@ def test_help_imports_no_torch():
     code = "import sys, cudnn_flex_compile.cli as c\ntry: c.main(['bench', '--help'])\nexcept SystemExit: pass\n"
     code += "assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_renewed_case_has_a_new_mask_at_each_call(inside):
+    case = Case("documents", Shape.parse("2,2,2,128,16"), device="cpu", training=False, renewed=True, inside=inside)
+    call = case.call("a call")
+    (ids,) = read_by_mask(call)
+    assert ids.shape == (128,)
+    function = case.compiled_by("eager", "another")
+    layer = case.layer()
+    seen = []
+    with mock.patch.object(torch.autograd.graph, "increment_version", seen.append):
+        outs = [function(*layer.qkv) for _ in range(2)]
+    assert [t.shape for t in seen] == [(128,)] * 2
+    assert torch.equal(*outs)
+    case.renewed = False
+    assert case.compiled_by("eager", "one more")(*layer.qkv).shape == outs[0].shape

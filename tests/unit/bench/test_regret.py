@@ -75,23 +75,25 @@ def result(default=(2.0, "native + native"), case="a case", **others):
 
 
 @pytest.mark.parametrize(
-    ("others", "best", "regret"),
+    ("others", "best", "regret", "speedup"),
     [
-        ({}, DEFAULT, 1.0),
-        ({"chained": (1.0, "chained + chained")}, "chained", 2.0),
-        ({"chained": (2.5, "chained + chained")}, DEFAULT, 1.0),
-        ({"native": (1.9, "native + native")}, DEFAULT, 1.0),
-        ({"native": (1.0, "native + native"), "parts": (1.6, "parts + parts")}, "parts", 1.25),
+        ({}, DEFAULT, 1.0, 1.5),
+        ({"chained": (1.0, "chained + chained")}, "chained", 2.0, 1.5),
+        ({"chained": (2.5, "chained + chained")}, DEFAULT, 1.0, 1.5),
+        ({"native": (1.5, "native + native")}, DEFAULT, 1.0, 2.0),
+        ({"native": (1.0, "native + native"), "parts": (1.6, "parts + parts")}, DEFAULT, 1.0, 3.0),
+        ({"native": (1.5, "native + native"), "parts": (1.2, "parts + parts")}, "parts", 1.25, 2.0),
     ],
 )
-def test_the_best_is_another_way_that_is_faster(others, best, regret):
+def test_the_best_is_another_way_that_is_faster(others, best, regret, speedup):
+    """A way that runs as the default does is the default, and the less of both times is that of the plans."""
     found = result(**others)
-    assert (found.best, found.regret, found.speedup) == (best, regret, 1.5)
+    assert (found.best, found.regret, found.speedup) == (best, regret, speedup)
 
 
 def test_a_call_that_is_kept_runs_as_inductors():
     found = result(default=(3.1, STOCK))
-    assert (found.best, found.regret) == (DEFAULT, 1.0)
+    assert (found.best, found.regret, found.speedup) == (DEFAULT, 1.0, 1.0)
     found = result(default=(3.0, STOCK), graphs=(2.0, "native + native"))
     assert (found.best, found.regret, found.speedup) == ("graphs", 1.5, 1.0)
 

@@ -186,7 +186,7 @@ def test_the_same_kernels_are_certified_on_another_mask(monkeypatch, mask_heads)
     made._kernels = type("Kernels", (), launch)()
     geometry = SimpleNamespace(sizes=(BATCH, HEADS, ROWS, COLUMNS), mask_heads=mask_heads)
     listed = SimpleNamespace(forward=("the list",))
-    made._tiler = SimpleNamespace(geometry=geometry, exact=lambda table: tables.append(table) or listed)
+    made._tiler = SimpleNamespace(geometry=geometry, exact=lambda table, most: tables.append((table, most)) or listed)
     other = made.on_harder_mask()
     assert (other.problem.program, other.problem.operands) == (EDGE_PROGRAM, ())
     assert (other._kernels, other._tiler, made.problem) == (made._kernels, made._tiler, wanted)
@@ -197,12 +197,16 @@ def test_the_same_kernels_are_certified_on_another_mask(monkeypatch, mask_heads)
     with pytest.raises(ValueError, match="was given none"):
         made.run(("tensors",), (), (), ())
     assert [given[:2] for given in launched] == [(("tensors",), ("the list",))] * 3
-    for table, mask in zip(tables, (EDGE_MASK, ir.TRUE), strict=True):  # one list of it, whatever its runs
+    for (table, most), mask in zip(tables, (EDGE_MASK, ir.TRUE), strict=True):  # one list of it, whatever its runs
+        assert most is None
         assert table.shape == (mask_heads, table.shape[1], BATCH * ROWS)
         rows = [shown for _, shown in visible_rows(mask, [], [], [], geometry.sizes, 1, CPU)]
         right = every_endpoint(iter([(0, torch.cat(rows, 2))]), geometry.sizes, mask_heads, table.shape[1])
         assert torch.equal(table, right)
-    assert {63, 64, 65, 79, 80, 81} <= set(tables[0].unique().tolist())
+    assert {63, 64, 65, 79, 80, 81} <= set(tables[0][0].unique().tolist())
     monkeypatch.setattr(plan, "MOST_PAIRS", ROWS * COLUMNS - 1)
     assert made.on_harder_mask() is None
     assert made.prepared((), (), (), room=-1) is None
+    assert len(tables) == 2, "no list is made where its table has no room"
+    made.prepared((), (), (), room=2**25)
+    assert tables[2][1] == 2**25
