@@ -94,14 +94,16 @@ def every_endpoint(chunks: Iterator[tuple[int, Tensor]], sizes: Sequence[int], h
         sizes: the sizes of the axes b, h, q and k.
         most: the number of endpoints for which there is room; further ones of a row are left out.
     """
-    columns, width = sizes[3], most | 1  # the kernels take an odd number of endpoints
+    batch, _, rows, columns = sizes
+    width = most | 1  # the kernels take an odd number of endpoints
     found: Tensor | None = None
     for start, visible in chunks:
         changes, count = _changes(visible), visible.shape[2]
         rank = changes.cumsum(-1).sub_(1).clamp_(max=width).masked_fill_(~changes, width)
         place = torch.arange(columns, dtype=torch.int32, device=visible.device).expand(visible.shape)
-        if found is None:
-            found = place.new_full((*visible.shape[:2], sizes[2], width + 1), columns)
-        found[:, :, start : start + count].scatter_(-1, rank, place)
+        if found is None:  # laid out as a table, for a copy may take gigabytes
+            found = place.new_full((visible.shape[1], width + 1, visible.shape[0], rows), columns)
+        near = found[..., start : start + count].permute(2, 0, 1, 3)
+        near.scatter_(2, rank.transpose(2, 3), place.transpose(2, 3))
     assert found is not None, "there are no rows"
-    return as_table(found[..., :width], sizes, heads)
+    return found[:, :width].expand(heads, width, batch, rows).reshape(heads, width, batch * rows)
