@@ -35,11 +35,15 @@ class HotFunction:
         if self._calls <= EAGER or not _pays(tensors[0]):
             with torch.no_grad():
                 return self._function(*tensors)
+        return self.compiled(*tensors)(*tensors)
+
+    def compiled(self, *tensors: Tensor) -> Callable[..., Tensor]:
+        """The function for tensors of this layout, compiled now if it is not yet."""
         layout = tuple([(t.shape, t.stride()) for t in tensors])
-        compiled = self._compiled.get(layout)
-        if compiled is None:
-            compiled = self._compiled[layout] = self._compile(tensors)
-        return compiled(*tensors)
+        found = self._compiled.get(layout)
+        if found is None:
+            found = self._compiled[layout] = self._compile(tensors)
+        return found
 
     def _compile(self, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
         try:

@@ -5,8 +5,9 @@ when the first call is launched; where it was not, the list is made again. Under
 read, and there is room for any mask. tile_lists.py keeps what is made here.
 """
 
+import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.engine.tiles.recording import recording_of
 from cudnn_flex_compile.engine.tiles.tile_list import ITEMSIZE, Geometry, Room, TileList
-from cudnn_flex_compile.engine.tiles.tiler import tiler_of
+from cudnn_flex_compile.engine.tiles.tiler import Tiler, tiler_of
 from cudnn_flex_compile.kernels import row_tables
 from cudnn_flex_compile.kernels.async_read import AsyncRead
 from cudnn_flex_compile.kernels.visible_pairs import Pairs
@@ -143,16 +144,15 @@ def _first_found(listed: Listed, pairs: Pairs) -> TileList | Reason | None:
     room = needs.room
     if room is None or not pairs.tensors:
         return _exact(pairs, listed)
-    table, found = _table(pairs, geometry.mask_heads, needs)
-    width = table.shape[1]
+    recipe, given = _recipe(pairs, geometry.mask_heads, needs)
+    width, device = needs.width, pairs.device.index
     needs.alike += 1
-    maker = None
+    make = functools.partial(_unrecorded, recipe, tiler_of(geometry, device), room)
     if needs.alike > RECORDED:
-        stream = torch.cuda.current_stream().cuda_stream
-        maker = recording_of(geometry, room, width, pairs.device.index, stream)
-    tiler = tiler_of(geometry, pairs.device.index)
-    tiles, needed = tiler.within(table, room) if maker is None else maker.within(table)
-    numbers = AsyncRead(torch.cat((found, needed)))
+        layouts, stream = tuple([(t.shape, t.dtype) for t in given]), torch.cuda.current_stream().cuda_stream
+        make = recording_of(geometry, room, recipe, layouts, device, stream) or make
+    tiles, counted = make(given)
+    numbers = AsyncRead(counted)
 
     def look() -> TileList | Reason | None:
         most, right, well, *counted = numbers()
@@ -164,7 +164,7 @@ def _first_found(listed: Listed, pairs: Pairs) -> TileList | Reason | None:
             return None
         wanted = Room(*counted)
         if not room.holds(wanted):
-            return _of_table(table, listed)
+            return None
         if room.is_wide_for(wanted):
             needs.room, needs.alike = wanted.with_reserve(), 0
         return tiles
@@ -173,18 +173,29 @@ def _first_found(listed: Listed, pairs: Pairs) -> TileList | Reason | None:
     return None
 
 
-def _table(pairs: Pairs, heads: int, needs: Needs) -> row_tables.Found:
-    """Made as the last one was."""
+def _unrecorded(
+    recipe: row_tables.Recipe, tiler: Tiler, room: Room, given: Sequence[Tensor]
+) -> tuple[TileList, Tensor]:
+    """Does what a Recording does."""
+    table, numbers = recipe(*given)
+    tiles, needed = tiler.within(table, room)
+    return tiles, torch.cat((numbers, needed))
+
+
+def _recipe(pairs: Pairs, heads: int, needs: Needs) -> tuple[row_tables.Recipe, Sequence[Tensor]]:
+    """The recipe of a table that is made as the last one was, and the tensors that it takes."""
     if needs.since == RETRY:
         needs.way, needs.since, needs.width = RUNS, 0, NARROW
     if needs.way == RUNS and pairs.mask.parts is not None:
-        return row_tables.by_runs(pairs, heads)
+        recipe = row_tables.recipe_by_runs(pairs, heads)
+        return (row_tables.Recipe(), row_tables.by_runs(pairs, heads)) if recipe is None else (recipe, pairs.tensors)
     needs.since += 1
-    if needs.way < PAIRS and row_tables.has_runs_in_blocks(pairs):
-        needs.way = BLOCKS
-        return row_tables.by_blocks(pairs, heads, needs.width)
-    needs.way = PAIRS
-    return row_tables.by_few(pairs, heads) if needs.width == NARROW else row_tables.by_many(pairs, heads, needs.width)
+    needs.way = BLOCKS if needs.way < PAIRS and row_tables.has_runs_in_blocks(pairs) else PAIRS
+    if needs.way == BLOCKS:
+        return row_tables.Recipe(), row_tables.by_blocks(pairs, heads, needs.width)
+    few = needs.width == NARROW
+    found = row_tables.by_few(pairs, heads) if few else row_tables.by_many(pairs, heads, needs.width)
+    return row_tables.Recipe(), found
 
 
 def _exact(pairs: Pairs, listed: Listed) -> TileList | Reason:

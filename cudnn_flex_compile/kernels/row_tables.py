@@ -6,7 +6,8 @@ endpoints at most. `by_many` takes any number of endpoints, and is slower.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -44,9 +45,36 @@ class Found(NamedTuple):
     numbers: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """The way in which tables are made of tensors, such as those that a mask reads.
+
+    Attributes:
+        function: gives the table of `heads` and the numbers in one tensor; None if the tensors are these themselves.
+    """
+
+    function: HotFunction | None = None
+    heads: int = 1
+
+    def __call__(self, *tensors: Tensor) -> Found:
+        return Found(*tensors) if self.function is None else _unpacked(self.function(*tensors), self.heads)
+
+    def compiled(self, *tensors: Tensor) -> Callable[..., Found]:
+        """The function, compiled for tensors such as these."""
+        if self.function is None:
+            return Found
+        function = self.function.compiled(*tensors)
+        return lambda *given: _unpacked(function(*given), self.heads)
+
+
+def recipe_by_runs(pairs: Pairs, heads: int) -> Recipe | None:
+    """The recipe by which `by_runs` makes the table of `pairs.tensors`; None where the mask reads scalars."""
+    return _recipe("runs", pairs, heads)
+
+
 def by_runs(pairs: Pairs, heads: int) -> Found:
     """The table by the runs of rows, which the mask must have."""
-    return _hot("runs", pairs, heads)
+    return _made("runs", pairs, heads)
 
 
 def has_runs_in_blocks(pairs: Pairs) -> bool:
@@ -105,8 +133,8 @@ def by_few(pairs: Pairs, heads: int) -> Found:
     """The table by one look at all pairs."""
     batch, mask_heads = pairs.axes
     if batch * mask_heads * pairs.sizes[2] * pairs.sizes[3] > CHUNKS * CHUNK:
-        return _unpacked(_few(pairs, heads), pairs, heads)
-    return _hot("few", pairs, heads)
+        return _unpacked(_few(pairs, heads), heads)
+    return _made("few", pairs, heads)
 
 
 def by_many(pairs: Pairs, heads: int, width: int) -> Found:
@@ -171,12 +199,17 @@ def _few(pairs: Pairs, heads: int) -> Tensor:
 WAYS = {"runs": _runs, "few": _few}
 
 
-def _hot(way: str, pairs: Pairs, heads: int) -> Found:
-    """Makes the table; on a GPU a function without scalars is compiled."""
+def _recipe(way: str, pairs: Pairs, heads: int) -> Recipe | None:
     if pairs.mask.reads_ints or pairs.mask.reads_floats or not pairs.tensors:
-        return _unpacked(WAYS[way](pairs, heads), pairs, heads)
+        return None
     made = _function(way, pairs.program, len(pairs.blocks), tuple(pairs.sizes), tuple(pairs.block_sizes), heads)
-    return _unpacked(made(*pairs.tensors), pairs, heads)
+    return Recipe(made, heads)
+
+
+def _made(way: str, pairs: Pairs, heads: int) -> Found:
+    """Makes the table; on a GPU a function without scalars is compiled."""
+    recipe = _recipe(way, pairs, heads)
+    return _unpacked(WAYS[way](pairs, heads), heads) if recipe is None else recipe(*pairs.tensors)
 
 
 @functools.lru_cache(64)
@@ -191,6 +224,5 @@ def _function(
     return HotFunction(function)
 
 
-def _unpacked(packed: Tensor, pairs: Pairs, heads: int) -> Found:
-    table = packed[:-3].view(heads, NARROW, pairs.sizes[0] * pairs.sizes[2])
-    return Found(table, packed[-3:])
+def _unpacked(packed: Tensor, heads: int) -> Found:
+    return Found(packed[:-3].view(heads, NARROW, -1), packed[-3:])

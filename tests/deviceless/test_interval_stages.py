@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cudnn_flex_compile.engine.tiles import recording as tile_recording
 from cudnn_flex_compile.engine.tiles import tile_list, tiler
 from cudnn_flex_compile.engine.tiles.tile_list import Room
+from cudnn_flex_compile.kernels.row_tables import Recipe
 
 SCRIPT = """
 import torch
@@ -251,16 +252,18 @@ def test_reserve_is_room_for_more_and_not_for_much_more():
 
 
 @pytest.mark.parametrize("inference", [False, True])
-def test_a_recorded_list_is_four_launches(geometry, counts, without_cuda, inference):
-    made = tiler.Tiler(geometry)
+def test_a_recorded_list_is_a_launch_and_a_copy_of_each_tensor(geometry, counts, without_cuda, inference):
+    """Of those that a table is made of, of the list, and of its numbers."""
+    made, rows = tiler.Tiler(geometry), geometry.batch * geometry.rows
+    layouts = ((torch.Size((1, 3, rows)), torch.int32), (torch.Size((3,)), torch.int32))
     with torch.inference_mode(inference):
-        recording = tile_recording.Recording(made, ROOM, 3, torch.device("cpu"))
+        recording = tile_recording.Recording(made, ROOM, Recipe(), layouts, torch.device("cpu"))
     assert len(counts) == 2 * 5
-    table = torch.full((1, 3, geometry.batch * geometry.rows), 7, dtype=torch.int32)
+    table, numbers = torch.full((1, 3, rows), 7, dtype=torch.int32), torch.tensor([3, 1, 1], dtype=torch.int32)
     with Counted() as counted:
-        listed, needed = recording.within(table)
-    assert counted.ops == {"copy_": 1, "clone": 2}
-    assert needed.shape == (4,)
+        listed, counted_tiles = recording((table, numbers))
+    assert counted.ops == {"copy_": 2, "clone": 2}
+    assert counted_tiles.shape == (3 + 4,)
     assert recording._graph.replays == 1
     assert len(counts) == 2 * 5
     assert torch.equal(recording._draft.table, table)
@@ -279,12 +282,12 @@ def test_few_ops_between_the_stages(geometry, monkeypatch):
 
 
 def test_what_cuda_does_not_record_is_listed_without(geometry, monkeypatch, caplog):
-    def refuse(made, room, width, device):
+    def refuse(made, room, recipe, layouts, device):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(tile_recording, "Recording", refuse)
     tile_recording.recording_of.cache_clear()
-    assert tile_recording.recording_of(geometry, ROOM, 3, 0, 0) is None
+    assert tile_recording.recording_of(geometry, ROOM, Recipe(), (), 0, 0) is None
     assert "not recorded" in caplog.text
     tile_recording.recording_of.cache_clear()
 
@@ -293,5 +296,5 @@ def test_a_large_list_is_not_recorded(geometry, monkeypatch):
     monkeypatch.setattr(tile_recording, "Recording", lambda *arguments: "recorded")
     tile_recording.recording_of.cache_clear()
     for room, expected in ((Room(2**10, 2**10, 2**10, 2**10), "recorded"), (Room(2**18, 0, 2**18, 0), None)):
-        assert tile_recording.recording_of(geometry, room, 3, 0, 0) is expected
+        assert tile_recording.recording_of(geometry, room, Recipe(), (), 0, 0) is expected
     tile_recording.recording_of.cache_clear()

@@ -17,6 +17,7 @@ from cudnn_flex_compile.engine.tiles.recording import recording_of
 from cudnn_flex_compile.engine.tiles.tile_list import Geometry
 from cudnn_flex_compile.engine.tiles.tiler import tiler_of
 from cudnn_flex_compile.kernels import tile_lists
+from cudnn_flex_compile.kernels.row_tables import Recipe
 from cudnn_flex_compile.report.report import collect
 from cudnn_flex_compile.scoremod.masks.intervals import NARROW, every_endpoint
 from tests.support import dense
@@ -147,7 +148,8 @@ def test_a_recorded_list_is_the_one_that_is_not():
     for batch, length, heads, kv_heads, dim, dtype in SHAPES.values():
         geometry = Geometry(batch, heads, kv_heads, length, length, dim, dim, 1, True, dtype)
         tiler, stream = tiler_of(geometry, 0), torch.cuda.current_stream().cuda_stream
-        recording = recording_of(geometry, tiler.every_tile, NARROW, 0, stream)
+        layouts = (torch.Size((1, NARROW, batch * length)), torch.int32), (torch.Size((3,)), torch.int32)
+        recording = recording_of(geometry, tiler.every_tile, Recipe(), layouts, 0, stream)
         assert recording is not None
         lists = []
         for number in (0, 5, 4, 9):
@@ -156,7 +158,8 @@ def test_a_recorded_list_is_the_one_that_is_not():
                      enumerate((batch, 1, length, length))]  # fmt: skip
             mask = causal_documents(ids)(*where)
             table = every_endpoint(iter([(0, mask)]), (batch, heads, length, length), 1, NARROW)
-            (recorded, needed), exact = recording.within(table), tiler.exact(table)
+            (recorded, numbers), exact = recording((table, torch.ones(3, device="cuda"))), tiler.exact(table)
+            needed = numbers[3:]
             lists.append([each.layout.views(each.numbers) for each in (recorded, exact)])
             ends = [int(lists[-1][1][f"{kind}offsets"][-1]) for kind in LISTED]
             assert needed.tolist() == ends

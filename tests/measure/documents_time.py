@@ -34,6 +34,7 @@ from cudnn_flex_compile import configure
 from cudnn_flex_compile.engine.tiles.recording import recording_of
 from cudnn_flex_compile.engine.tiles.tile_list import Geometry
 from cudnn_flex_compile.engine.tiles.tiler import tiler_of
+from cudnn_flex_compile.kernels.row_tables import Recipe
 from cudnn_flex_compile.passes.decide import cost_inputs, cost_model
 from cudnn_flex_compile.report.report import collect
 from cudnn_flex_compile.scoremod import ir
@@ -215,11 +216,16 @@ def lists(shape):
     table[:, 0], table[:, 1], table[:, 2] = 0, 0, torch.arange(1, batch * length + 1, device="cuda") % length
     tiler, stream = tiler_of(geometry, 0), torch.cuda.current_stream().cuda_stream
     room = tiler.count(table)[1].with_reserve()
-    recording = recording_of(geometry, room, NARROW, 0, stream)
-    makers = {"recorded": recording and recording.within, "not recorded": functools.partial(tiler.within, room=room)}
+    given = table, torch.zeros(3, dtype=torch.int32, device="cuda")
+    layouts = tuple((t.shape, t.dtype) for t in given)
+    recording = recording_of(geometry, room, Recipe(), layouts, 0, stream)
+    makers = {
+        "recorded": recording and functools.partial(recording, given),
+        "not recorded": functools.partial(tiler.within, table, room),
+    }
     for what, maker in makers.items():
         if maker is not None:
-            host, device = microseconds(functools.partial(maker, table), 20)
+            host, device = microseconds(maker, 20)
             yield f"list, B{batch} S{length} H{heads}/{kv_heads}, {what}: host {host:.0f} us, all {device:.0f} us"
 
 

@@ -58,9 +58,16 @@ class Tiler:
 def tiler(monkeypatch):
     made = Tiler()
 
-    def recording_of(geometry, room, width, device, stream):
+    def recording_of(geometry, room, recipe, layouts, device, stream):
         made.recorded += 1
-        return SimpleNamespace(within=lambda table: made.within(table, room))
+
+        def recording(tensors):
+            assert tuple((t.shape, t.dtype) for t in tensors) == layouts
+            table, numbers = recipe(*tensors)
+            tiles, needed = made.within(table, room)
+            return tiles, torch.cat((numbers, needed))
+
+        return recording
 
     monkeypatch.setattr(list_making, "tiler_of", lambda geometry, device: made)
     monkeypatch.setattr(list_making, "recording_of", recording_of)
@@ -123,7 +130,7 @@ def test_a_step_like_the_last_one_waits_for_nothing_until_its_call(tiler):
     assert tiler.recorded == 6 - 1 - list_making.RECORDED
 
 
-def test_a_list_that_is_too_small_is_made_anew_of_its_table_alone(tiler, monkeypatch):
+def test_a_list_that_is_too_small_is_made_anew(tiler, monkeypatch):
     needs = Needs()
     for _ in range(2):
         step(needs, SOURCES["documents"], documents(0, 1))
@@ -137,8 +144,8 @@ def test_a_list_that_is_too_small_is_made_anew_of_its_table_alone(tiler, monkeyp
 
 
 def test_runs_of_rows_are_tried_again(tiler, monkeypatch):
-    tried, by_runs = [], row_tables.by_runs
-    monkeypatch.setattr(row_tables, "by_runs", lambda *args: tried.append(1) or by_runs(*args))
+    tried, recipe = [], row_tables.recipe_by_runs
+    monkeypatch.setattr(row_tables, "recipe_by_runs", lambda *args: tried.append(1) or recipe(*args))
     needs, source = Needs(), SOURCES["causal documents"]
     step(needs, source, documents(0, 5, True))
     tried.clear()

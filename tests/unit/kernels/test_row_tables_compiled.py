@@ -1,6 +1,7 @@
 """Tables of rows are made by functions that Inductor compiles on a GPU: here, on the CPU, it takes all of them."""
 
 import pytest
+import torch
 
 from cudnn_flex_compile.kernels import hot_function, row_tables
 from cudnn_flex_compile.kernels.visible_pairs import Pairs, mask_of, text_of
@@ -39,6 +40,8 @@ def test_inductor_compiles_it(name, kind, monkeypatch):
     assert mask_of(program).parts is not None
     few, by_runs = row_tables.by_few(pairs, heads), row_tables.by_runs(pairs, heads)
     assert compiled == [True, True]
+    recorded = row_tables.recipe_by_runs(pairs, heads).compiled(*map(torch.zeros_like, pairs.tensors))
+    assert all(map(torch.equal, recorded(*pairs.tensors), by_runs))
     for table, numbers in (few, by_runs):
         if numbers[0] <= 3 and numbers[1]:
             assert (shown(table, sizes).expand(sizes) == ((own & partial) | full)).all()
