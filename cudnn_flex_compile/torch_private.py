@@ -8,6 +8,7 @@ import contextlib
 import functools
 import operator
 import pkgutil
+import warnings
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
@@ -220,6 +221,26 @@ fake_mode_type: Any = _now(
 )  # fmt: skip
 _fake = _now("torch._subclasses.fake_tensor:FakeTensor", "which inputs have no data", "every call is kept", None)
 needed_for_lowering = [name for name, value in zip(NAMES[-2:], (fake_mode_type, _fake), strict=True) if value is None]
+
+
+_functorch_options = _later(
+    "torch._functorch.config:patch", "compiles kernels for tensors without data", "options of the user's decide",
+    lambda **_: contextlib.nullcontext(),
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def fake_tensors() -> Generator[None]:
+    """Has tensors made without data, in this thread. They take no memory, and no device needs to be there.
+
+    Their address, which is 0, may be read, as compilers of kernels do. torch warns of the first such read in a process;
+    it is done here, where no warning is shown.
+    """
+    with _functorch_options()(fake_tensor_allow_unsafe_data_ptr_access=True), fake_mode_type():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.empty(1).data_ptr()
+        yield
 
 
 def is_fake(value: Any) -> bool:

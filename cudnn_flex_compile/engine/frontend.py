@@ -241,6 +241,37 @@ def _caches_of(module: Any, memory: type) -> list[tuple[Any, str, str]]:
     return [*found, *((function, "compile_cache", name.strip("_").lower()) for function, name in kept)]
 
 
+# Note [Plans of fake tensors]. FlexAttentionFwd and FlexAttentionBwd take a mask's plan, and read types and sizes
+# of it. Frontend 1.32 makes a plan of fake tensors without a device, but it compiles the stages that list tiles,
+# too, and it writes a number, which needs a device's guard. tiler.py has those stages compiled that we run. So for as
+# long as such a plan is made, in our thread alone, these functions do nothing of that. It may go when a kernel can be
+# compiled without a plan.
+INSTEAD: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys(
+        ("_compile_classify", "_compile_materialize", "_compile_k2q_count", "_compile_k2q_materialize"), lambda *_: None
+    ),
+    "_exclusive_offsets": lambda counts: counts.new_empty(counts.numel() + 1),
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def without_stages() -> Generator[None]:
+    """Makes plans of fake tensors without the stages that list tiles. Only one thread may be in here, as in `quiet`."""
+    builder, thread = tile_builder(), threading.get_ident()
+    before: dict[str, Any] = {name: getattr(builder, name) for name in INSTEAD if hasattr(builder, name)}
+
+    def replaced(name: str) -> Callable[..., Any]:
+        return lambda *given: (INSTEAD if threading.get_ident() == thread else before)[name](*given)
+
+    try:
+        for name in before:
+            setattr(builder, name, replaced(name))
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(builder, name, function)
+
+
 def compiled_kernel(compiler: Any) -> Any:
     """The kernel that FlexAttentionFwd or FlexAttentionBwd compiled. Their own call checks everything at each launch.
 
@@ -255,6 +286,15 @@ def tile_builder() -> Any:
     Raises ImportError or AttributeError where it is missing: then there is no plan by tiles.
     """
     return importlib.import_module(f"{INTERVALS}.plan.builder")
+
+
+def compile_without_a_device(architecture: int) -> None:
+    """Has this process, which sees no device, compile interval kernels for an architecture, such as 90.
+
+    Two variables of the environment say the same to the rest of the compiler (engine/tiles/ahead.py).
+    """
+    validation: Any = importlib.import_module(f"{INTERVALS}.plan.validation")
+    validation.get_device_arch = lambda _: architecture
 
 
 def backward_topology(config: Any) -> Any:

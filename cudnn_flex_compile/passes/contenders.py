@@ -122,6 +122,7 @@ def _by_lists(candidate: Candidate, traced: Traced, context: Context) -> dict[Wa
     forced = context.options.strategy in LISTS
     if both is None or (context.tiles is None and not forced):
         return {}
+    tile_lists.compile_ahead(both)
     missing = tile_lists.unusable(example(candidate.call.query).device)
     if missing is not None and missing.code is not Code.TILE_LISTS and not forced:
         return {}

@@ -12,25 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cudnn_flex_compile.engine.frontend import compiled_kernel
+from cudnn_flex_compile import torch_private
+from cudnn_flex_compile.engine.frontend import compiled_kernel, without_stages
 from cudnn_flex_compile.engine.problem import BACKWARD, Problem, output_specs
-from cudnn_flex_compile.engine.tiles.layout import Layout
-from cudnn_flex_compile.engine.tiles.tile_list import Arguments, Geometry
-from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.engine.tiles.layout import Layout, dense
+from cudnn_flex_compile.engine.tiles.tile_list import Arguments, geometry_of
 from cudnn_flex_compile.scoremod.masks.intervals import NARROW
 
 # The memory of the backward that must be zero: sums over heads that share keys, and the deterministic one's semaphores.
 ZEROS = ("dk_accum", "dv_accum", "dq_semaphore", "dk_semaphore", "dv_semaphore")
-
-
-def geometry_of(problem: Problem, training: bool) -> Geometry:
-    batch, heads, rows, dim = problem.query.shape
-    by_head = problem.tiled > 1 or "h" in ir.axes_of(problem.program.mask)
-    return Geometry(
-        batch=batch, heads=heads, kv_heads=problem.key.shape[1], rows=rows, columns=problem.key.shape[2], dim=dim,
-        value_dim=problem.value.shape[3], mask_heads=heads if by_head else 1, training=training,
-        dtype=problem.query.dtype,
-    )  # fmt: skip
 
 
 def _turned(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -39,7 +29,7 @@ def _turned(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _samples(problem: Problem) -> tuple[list[Tensor], Tensor, Any]:
-    """q, k, v and out as the frontend takes them, the log-sum-exp, and a plan of a mask that shows everything."""
+    """q, k, v and out as the frontend takes them, the log-sum-exp, and a plan of any mask; all without data."""
     from cudnn.flex_attention import create_mask_plan
 
     device = torch.device("cuda", problem.device)
@@ -47,9 +37,38 @@ def _samples(problem: Problem) -> tuple[list[Tensor], Tensor, Any]:
     query, key, value, out = _turned([spec.empty(device) for spec in specs])
     lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=device)
     g = geometry_of(problem, problem.direction == BACKWARD)
-    table = torch.full((g.mask_heads, NARROW, g.batch * g.rows), g.columns, dtype=torch.int32, device=device)
-    plan = create_mask_plan(table, query, key, value, build_backward=g.training)
+    table = torch.empty((g.mask_heads, NARROW, g.batch * g.rows), dtype=torch.int32, device=device)
+    with without_stages():
+        plan = create_mask_plan(table, query, key, value, build_backward=g.training)
     return [query, key, value, out], lse, plan
+
+
+def _compiled(compiler: Any) -> Any:
+    compiler.check_support()
+    compiler.compile()
+    return compiled_kernel(compiler)
+
+
+def compiled_forward(problem: Problem) -> Any:
+    """The kernel of a forward, compiled without a device. Only one thread may do so at a time (`quiet`)."""
+    from cudnn.flex_attention import FlexAttentionFwd
+
+    with torch_private.fake_tensors():
+        (query, key, value, out), lse, plan = _samples(problem)
+        return _compiled(FlexAttentionFwd(query, key, value, out, plan, lse if problem.stats else None))
+
+
+def compiled_backward(problem: Problem) -> Any:
+    """The kernels of a backward, compiled as that of a forward is."""
+    from cudnn.flex_attention import FlexAttentionBwd
+
+    with torch_private.fake_tensors():
+        (query, key, value, out), lse, plan = _samples(problem)
+        (grad,) = _turned([(problem.grad or problem.out).empty(out.device)])
+        dq, dk, dv = _turned([spec.empty(out.device) for spec in output_specs(problem)])
+        grad_lse = torch.empty_like(lse) if problem.lse_gradient else None
+        tensors = query, key, value, out, grad, lse, dq, dk, dv
+        return _compiled(FlexAttentionBwd(*tensors, plan, grad_lse, deterministic=problem.deterministic))
 
 
 class Forward:
@@ -62,14 +81,7 @@ class Forward:
     __slots__ = ("_kernel", "_lse_shape", "_processors", "_scale", "work")
 
     def __init__(self, problem: Problem) -> None:
-        from cudnn.flex_attention import FlexAttentionFwd
-
-        tensors, lse, plan = _samples(problem)
-        query, key, value, out = tensors
-        compiler: Any = FlexAttentionFwd(query, key, value, out, plan, lse if problem.stats else None)
-        compiler.check_support()
-        compiler.compile()
-        self._kernel, self._scale = compiled_kernel(compiler), problem.scale
+        self._kernel, self._scale = compiled_forward(problem), problem.scale
         self._lse_shape = problem.lse_shape if problem.stats else None
         self._processors = torch.cuda.get_device_properties(problem.device).multi_processor_count
         self.work = Layout()
@@ -93,19 +105,7 @@ class Backward:
     __slots__ = ("_kernels", "_lengths", "_lse_gradient", "_lse_shape", "_scale", "_zeros", "work")
 
     def __init__(self, problem: Problem) -> None:
-        from cudnn.flex_attention import FlexAttentionBwd
-
-        (query, key, value, out), lse, plan = _samples(problem)
-        device = out.device
-        (grad,) = _turned([(problem.grad or problem.out).empty(device)])
-        dq, dk, dv = _turned([spec.empty(device) for spec in output_specs(problem)])
-        grad_lse = torch.empty_like(lse) if problem.lse_gradient else None
-        compiler: Any = FlexAttentionBwd(
-            query, key, value, out, grad, lse, dq, dk, dv, plan, grad_lse, deterministic=problem.deterministic
-        )
-        compiler.check_support()
-        compiler.compile()
-        self._kernels: Any = compiled_kernel(compiler)
+        self._kernels: Any = compiled_backward(problem)
         specs = [spec for spec in self._kernels.workspace_specs if spec[1] is not None]
         self.work = Layout()
         for name, shape, dtype in sorted(specs, key=lambda spec: spec[0] not in ZEROS):
@@ -117,7 +117,7 @@ class Backward:
     def __call__(self, tensors: Sequence[Tensor], tiles: Arguments, work: Tensor) -> None:
         query, key, value, out, grad, dq, dk, dv = _turned((*tensors[:4], tensors[5], *tensors[-3:]))
         lse = tensors[4].view(self._lse_shape)
-        grad_lse = tensors[6].view(self._lse_shape) if self._lse_gradient else None
+        grad_lse = dense(tensors[6]).view(self._lse_shape) if self._lse_gradient else None
         (rows, columns), kernels, scale = self._lengths, self._kernels, self._scale
         if self._zeros:
             work[: self._zeros].zero_()

@@ -1,6 +1,7 @@
 """The layout of parts in one tensor of numbers of 4 bytes, for a list of tiles, and for the memory to make one."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +9,18 @@ from torch import Tensor
 
 ALIGNED = 32  # numbers of 4 bytes: the kernels read 16 bytes at a time
 Views = dict[str, Tensor]
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy, with the strides of its shape. Kernels look at all of them, also at those of dimensions of
+    size 1, which may be anything in a tensor that is contiguous.
+    """
+    return tensor.contiguous().as_strided(tensor.shape, strides_of(tensor.shape))
+
+
+def strides_of(shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a dense tensor of this shape."""
+    return tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +35,8 @@ class Part:
     def end(self) -> int:
         return self.start + math.prod(self.shape)
 
-    @property
-    def strides(self) -> tuple[int, ...]:
-        return tuple(math.prod(self.shape[d + 1 :]) for d in range(len(self.shape)))
-
     def of(self, numbers: Tensor) -> Tensor:
-        part = numbers.as_strided(self.shape, self.strides, self.start)
+        part = numbers.as_strided(self.shape, strides_of(self.shape), self.start)
         return part if self.dtype is torch.int32 else part.view(self.dtype)
 
 

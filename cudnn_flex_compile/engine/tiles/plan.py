@@ -19,12 +19,13 @@ from cudnn_flex_compile.engine.launch.replay import Replays
 from cudnn_flex_compile.engine.plans.plan import Attempt, Plan, Record
 from cudnn_flex_compile.engine.problem import FORWARD, Problem
 from cudnn_flex_compile.engine.state import engine
-from cudnn_flex_compile.engine.tiles import ordered
+from cudnn_flex_compile.engine.tiles import ahead, ordered
 from cudnn_flex_compile.engine.tiles.edge_mask import EDGE_MASK, EDGE_PROGRAM
 from cudnn_flex_compile.engine.tiles.frontend import kernels_missing
-from cudnn_flex_compile.engine.tiles.kernels import Backward, Forward, geometry_of
-from cudnn_flex_compile.engine.tiles.tile_list import ARCHITECTURE, NAME, TileList
+from cudnn_flex_compile.engine.tiles.kernels import Backward, Forward
+from cudnn_flex_compile.engine.tiles.tile_list import ARCHITECTURE, NAME, TileList, geometry_of
 from cudnn_flex_compile.engine.tiles.tiler import tiler_of
+from cudnn_flex_compile.engine.tiles.units import readers
 from cudnn_flex_compile.phases import phase
 from cudnn_flex_compile.reasons import Code, Reason
 from cudnn_flex_compile.scoremod.interpret import visible_rows
@@ -51,7 +52,7 @@ def build(problem: Problem) -> "TilePlan | Reason":
         refused = unusable(problem.device) or ordered.refused(problem)
         if refused is not None:
             return refused
-        with quiet():
+        with ahead.awaited(readers(problem)), quiet():
             return TilePlan(problem)
     except torch.OutOfMemoryError:
         raise

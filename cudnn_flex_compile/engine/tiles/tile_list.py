@@ -13,7 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cudnn_flex_compile.engine.problem import Problem
 from cudnn_flex_compile.engine.tiles.layout import Layout
+from cudnn_flex_compile.scoremod import ir
 
 NAME = "tile_lists"  # the name of the strategy that runs by a list
 ARCHITECTURE = 90  # the stages and their shapes were read, and measured, for this one
@@ -64,6 +66,16 @@ class Geometry:
         """The geometry of all numbers but the dtype, in the order in which the op takes them."""
         batch, heads, rows, columns, kv_heads, dim, value_dim, mask_heads, training = numbers
         return Geometry(batch, heads, kv_heads, rows, columns, dim, value_dim, mask_heads, bool(training), dtype)
+
+
+def geometry_of(problem: Problem, training: bool) -> Geometry:
+    batch, heads, rows, dim = problem.query.shape
+    by_head = problem.tiled > 1 or "h" in ir.axes_of(problem.program.mask)
+    return Geometry(
+        batch=batch, heads=heads, kv_heads=problem.key.shape[1], rows=rows, columns=problem.key.shape[2], dim=dim,
+        value_dim=problem.value.shape[3], mask_heads=heads if by_head else 1, training=training,
+        dtype=problem.query.dtype,
+    )  # fmt: skip
 
 
 class Room(NamedTuple):

@@ -19,8 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cudnn_flex_compile.engine.tiles.layout import Layout, Views
+from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD
+from cudnn_flex_compile.engine.tiles import ahead
+from cudnn_flex_compile.engine.tiles.layout import Layout, Views, dense
 from cudnn_flex_compile.engine.tiles.tile_list import ARCHITECTURE, Geometry, Room, TileList
+from cudnn_flex_compile.engine.tiles.units import stages
 from cudnn_flex_compile.engine.tiles.work_order import WorkOrder
 
 NO_SEQUENCES = (None, None, None)  # all sequences have one length
@@ -169,7 +172,7 @@ class Tiler:
         scratch = torch.zeros(scratch_at.size, dtype=torch.int32, device=table.device)
         views = {**listed_at.views(numbers), **scratch_at.views(scratch)}
         self._work.prepare(views["work"])
-        return Draft(table.contiguous(), room, TileList(numbers, listed_at), scratch, views)
+        return Draft(dense(table), room, TileList(numbers, listed_at), scratch, views)
 
     def fill(self, draft: Draft, beside: torch.cuda.Stream | None = None) -> None:
         """Makes the list in the memory that there is.
@@ -207,7 +210,6 @@ class Tiler:
         numbers = (*self._lengths, *blocks, draft.table.shape[1])
         self._run("classify", "_compile_classify", self._forward, tensors, numbers)
         self._add_up("", draft)
-        self._work.write(v["work"], v["counts"], v["full_counts"])
 
     def _write_rows(self, draft: Draft) -> None:
         v, blocks = draft.views, (self._q_blocks, self._k_blocks)
@@ -249,13 +251,17 @@ class Tiler:
         if run is None:
             from cudnn_flex_compile.engine.frontend import quiet
 
-            with quiet():
+            direction = BACKWARD if stage.startswith("k ") else FORWARD
+            with ahead.awaited(stages(self.geometry, direction)), quiet():
                 run = self._stages[stage] = getattr(self._builder, compiler)(config, *tensors)
         run(*tensors, *numbers)
 
     def _add_up(self, prefix: str, draft: Draft) -> None:
+        """Writes the sums of the counts, and the forward's work in the order of these."""
         v = draft.views
         torch.cumsum(v[f"{prefix}zero_counts"], 1, dtype=torch.int32, out=v[f"{prefix}sums"])
+        if not prefix:
+            self._work.write(v["work"], v["counts"], v["full_counts"])
 
 
 @contextlib.contextmanager

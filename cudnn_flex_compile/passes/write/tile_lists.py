@@ -14,12 +14,14 @@ import torch
 from torch.fx import Node
 
 from cudnn_flex_compile import ops, torch_private
+from cudnn_flex_compile.engine.key import problem_of
 from cudnn_flex_compile.engine.problem import BACKWARD
-from cudnn_flex_compile.engine.tiles.tile_list import Geometry
+from cudnn_flex_compile.engine.tiles import ahead
+from cudnn_flex_compile.engine.tiles.tile_list import ARCHITECTURE, Geometry
 from cudnn_flex_compile.engine.tiles.tiler import tiler_of
 from cudnn_flex_compile.kernels import list_making, tile_lists
 from cudnn_flex_compile.kernels.visible_pairs import Pairs, text_of
-from cudnn_flex_compile.passes.decide.candidate import Candidate
+from cudnn_flex_compile.passes.decide.candidate import Candidate, backward_call, forward_call
 from cudnn_flex_compile.passes.read.call import example, hint
 from cudnn_flex_compile.passes.read.programs import Traced
 from cudnn_flex_compile.passes.write.block_mask_guards import MaskProgram, present
@@ -99,6 +101,18 @@ def unusable(device: torch.device) -> Reason | None:
     from cudnn_flex_compile.engine.tiles.plan import unusable as without_kernels
 
     return without_kernels(device.index or 0)
+
+
+def compile_ahead(candidate: Candidate) -> None:
+    """Has the kernels of a call compiled in processes of their own, where its device runs such kernels."""
+    device = example(candidate.call.query).device
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != divmod(ARCHITECTURE, 10):
+        return
+    calls = [forward_call(candidate, candidate.running, device)]
+    if candidate.training:
+        asked = {False, candidate.lse_gradient}
+        calls += [backward_call(calls[0], candidate.mask_heads, lse_gradient) for lse_gradient in sorted(asked)]
+    ahead.begin([problem_of(call) for call in calls])
 
 
 def geometry_of(candidate: Candidate) -> Geometry:
