@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from cudnn_flex_compile.engine.tiles.layout import dense
 from cudnn_flex_compile.engine.tiles.tile_list import Geometry, Room, TileList
 from cudnn_flex_compile.engine.tiles.tiler import Tiler, tiler_of
 from cudnn_flex_compile.locks import new_lock
@@ -58,7 +59,7 @@ class Recording:
             self._graph.capture_begin(capture_error_mode="thread_local")
             try:
                 table, numbers = make(*self._given)
-                self._draft = replace(draft, table=table)
+                self._draft = replace(draft, table=dense(table))
                 tiler.fill(self._draft, beside)
                 self._numbers = torch.cat((numbers, tiler.needed(self._draft)))
             finally:

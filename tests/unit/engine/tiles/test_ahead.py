@@ -175,6 +175,7 @@ def begun(monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     settings.forget()
     monkeypatch.setattr(ahead, "_cores", lambda: 8)
+    monkeypatch.setattr(ahead, "LIMIT", 300.0)  # other tests take the cores, too
     yield ahead._begun
     ahead.end()
 
