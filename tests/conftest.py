@@ -29,6 +29,21 @@ TRACE.propagate = True
 TRACE.handlers.clear()
 
 
+def pytest_addoption(parser):
+    parser.addoption("--every", type=int, default=1, metavar="N", help="run each Nth case of each parametrized test")
+
+
+def pytest_collection_modifyitems(config, items):
+    every, seen, left_out = config.getoption("every"), collections.Counter(), []
+    for item in list(items):
+        test = item.nodeid.partition("[")[0]
+        if seen[test] % every:
+            items.remove(item)
+            left_out.append(item)
+        seen[test] += 1
+    config.hook.pytest_deselected(items=left_out)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """A process that has run its tests takes some of another's, so that none waits; tests of a file stay together."""
