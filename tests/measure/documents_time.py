@@ -37,7 +37,7 @@ from cudnn_flex_compile.engine.tiles.tiler import tiler_of
 from cudnn_flex_compile.kernels.row_tables import Recipe
 from cudnn_flex_compile.passes.decide import cost_inputs, cost_model
 from cudnn_flex_compile.report.report import collect
-from cudnn_flex_compile.scoremod import ir
+from cudnn_flex_compile.scoremod import ir, optable
 from cudnn_flex_compile.scoremod.masks.intervals import NARROW
 from tests.measure.measuring_lock import in_turn
 from tests.support.documents import causal_documents, runs_of
@@ -186,7 +186,9 @@ def rule(shape, share, layers):
     query, key = (torch.empty(batch, h, length, DIM, device="meta") for h in (heads, kv_heads))
     call = SimpleNamespace(query=query, key=key, value=key, blocks=("there",))
     blocks, ways = cost_inputs.Blocks(share, 0.5), ("forward", "backward")
-    facts = cost_inputs.CostInputs(call, ir.program(), (), True, False, blocks, None, ways, layers)
+    ids = ir.operand(0, ir.I32, "k")
+    program = ir.program(mask=optable.make("ge", ir.index("q"), ids))  # it reads a tensor: each step has a list
+    facts = cost_inputs.CostInputs(call, program, (), True, False, blocks, None, ways, layers)
     by_lists = cost_model.ours(facts)
     return by_lists is not None and by_lists.total <= cost_model.inductors(facts).total
 
