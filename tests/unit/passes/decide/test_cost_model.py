@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from cudnn_flex_compile.bench.mods import ALL
+from cudnn_flex_compile.bench.regret.cases import chosen
 from cudnn_flex_compile.passes.decide import cost_inputs, cost_model, device_times
 from cudnn_flex_compile.passes.decide.chooser import PREDICTION_ERROR, choose
 from cudnn_flex_compile.passes.decide.cost_inputs import Blocks, CostInputs, Workload
@@ -130,6 +131,18 @@ def test_commands_exist(command):
         assert importlib.util.find_spec(words[2]) is not None
     else:
         assert words[:2] == ["cudnn-flex", "bench"]
+        if words[2] == "--regret":
+            assert chosen(words[3:], torch.bfloat16, tiny=False)
+            return
         mods = words[words.index("--mods") + 1 : words.index("--lower")]
         assert mods
         assert set(mods) <= set(ALL)
+
+
+def test_a_bound_that_is_read_lets_a_graph_skip_no_tiles():
+    """Measured on an H200 (B 2, H 16, S 4096, D 128, right padding of 1/8 and 3/8): 1.62 ms, Inductor's kernel 1.40."""
+    causal, end = make("ge", ir.index("q"), ir.index("k")), make("gt", ir.operand(0, ir.I32, "bq"), ir.index("k"))
+    both = ir.program(mask=make("and", causal, end))
+    for direction in ("forward", "backward"):
+        assert cost_model.pairs_of(both, (4096, 4096), direction) == 4096 * 4096
+        assert cost_model.pairs_of(ir.program(mask=causal), (4096, 4096), direction) < 0.6 * 4096 * 4096
