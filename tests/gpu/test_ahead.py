@@ -50,7 +50,8 @@ print(json.dumps({
 def first_step(folder):
     """What the first step of a process found."""
     given = {"CUDNN_FLEX_CACHE": "1", "CUDNN_FLEX_CACHE_DIR": str(folder)}
-    environment = {**os.environ, **given, "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, **given, "PYTHONPATH": path}
     command = [sys.executable, "-c", SCRIPT]
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
