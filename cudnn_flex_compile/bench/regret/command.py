@@ -16,11 +16,11 @@ import torch
 from rich.console import Console
 
 from cudnn_flex_compile.bench.case import Case
+from cudnn_flex_compile.bench.processes import ENDED, LONGEST, Processes
 from cudnn_flex_compile.bench.regret.cases import chosen
 from cudnn_flex_compile.bench.regret.result import Result, read_csv, write_csv
 from cudnn_flex_compile.bench.regret.show import one_line, show
-from cudnn_flex_compile.bench.rows.command import ENDED, LONGEST, TURNS, Processes
-from cudnn_flex_compile.bench.rows.turns import compiling
+from cudnn_flex_compile.bench.turns import TURNS, compiling
 from cudnn_flex_compile.passes.decide.device_times import own_file
 
 MOST = 12  # processes at once: each takes some GiB, and so does one that it starts to time Inductor's kernel

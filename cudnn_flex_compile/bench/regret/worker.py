@@ -17,7 +17,7 @@ from cudnn_flex_compile.backend import lower
 from cudnn_flex_compile.bench.case import OURS, STOCK, Case, Function, Layer
 from cudnn_flex_compile.bench.measure import BOTH, FORWARD, Time, forward, on_device, on_host, step, times_of
 from cudnn_flex_compile.bench.regret.result import DEFAULT, Contender, Result
-from cudnn_flex_compile.bench.rows.turns import Alone
+from cudnn_flex_compile.bench.turns import Alone
 from cudnn_flex_compile.config import FORCED, LISTS, options_from
 from cudnn_flex_compile.engine.state import engine
 from cudnn_flex_compile.inner import compile_inner

@@ -4,12 +4,9 @@ measure.py measures one row in its process, and show.py shows the results. A row
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import os
-import signal
-import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -19,16 +16,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
+from cudnn_flex_compile.bench.processes import ENDED, Processes
 from cudnn_flex_compile.bench.rows.measure import Bench, Measured, Result, measure
 from cudnn_flex_compile.bench.rows.row import Row
 from cudnn_flex_compile.bench.rows.rows import chosen
 from cudnn_flex_compile.bench.rows.show import plot, table, write_csv
-from cudnn_flex_compile.bench.rows.turns import compiling
-
-LONGEST = 400  # seconds of a row, after which its process is ended
-TURNS = "turns.lock"
-ENDED = "it was ended, for another had failed"
-TOLD = 30  # lines that are shown of the output of a process that failed
+from cudnn_flex_compile.bench.turns import TURNS, compiling
 
 
 def run(given: argparse.Namespace, console: Console, facts: str) -> int:
@@ -82,7 +75,7 @@ def _measure_here(given: argparse.Namespace) -> int:
     return 0
 
 
-def _in_a_process(row: Row, given: argparse.Namespace, folder: Path, processes: "Processes") -> Result | str:
+def _in_a_process(row: Row, given: argparse.Namespace, folder: Path, processes: Processes) -> Result | str:
     """The result of a process that begins with empty caches, or why it failed."""
     own = folder / row.name
     own.mkdir()
@@ -97,62 +90,6 @@ def _command(row: Row, given: argparse.Namespace, into: Path) -> list[str]:
     command = [sys.executable, "-m", "cudnn_flex_compile.cli", "bench", "--rows", row.name, "--into", str(into)]
     command += ["--layers", str(given.layers), "--steps", str(given.steps), "--lower", given.lower]
     return command + (["--tiny"] if given.tiny else [])
-
-
-class Processes:
-    """A context manager: processes that are running end with it, and those that they have started.
-
-    One that fails before any has come to a good end ends all.
-
-    Args:
-        longest: the seconds after which one is ended.
-    """
-
-    def __init__(self, longest: float = LONGEST) -> None:
-        self._longest = longest
-        self._running: set[subprocess.Popen[bytes]] = set()
-        self._one_worked = self.ended = False
-
-    def __enter__(self) -> "Processes":
-        self._before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.end()
-        signal.signal(signal.SIGTERM, self._before)
-
-    def run(self, command: list[str], environment: dict[str, str], log: Path) -> str:
-        """Runs one to its end, and returns why it failed; the text is empty if it did not."""
-        if self.ended:
-            return ENDED
-        with log.open("wb") as file:
-            started = subprocess.Popen(
-                command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-            )
-        self._running.add(started)
-        try:
-            code: int | str = started.wait(self._longest)
-        except subprocess.TimeoutExpired:
-            code = f"none after {self._longest:.0f} s"
-            _end(started)
-        self._running.discard(started)
-        if self.ended:
-            return ENDED
-        if code and not self._one_worked:
-            self.end()
-        self._one_worked |= not code
-        return "\n".join([f"exit code {code}", *log.read_text(errors="replace").splitlines()[-TOLD:]]) if code else ""
-
-    def end(self) -> None:
-        """Ends what is running; nothing more is started."""
-        self.ended = True
-        for process in list(self._running):
-            _end(process)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)  # it began a session: those that it started are its group
 
 
 def result_from(given: dict[str, Any]) -> Result:

@@ -24,7 +24,7 @@ from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.bench.rows.launch import OURS, SIDES, STOCK, Side, block_masks, launched
 from cudnn_flex_compile.bench.rows.layers import Model, of_transformers
 from cudnn_flex_compile.bench.rows.row import WHOLE, Data, Row
-from cudnn_flex_compile.bench.rows.turns import Alone
+from cudnn_flex_compile.bench.turns import Alone
 from cudnn_flex_compile.report.report import Report, collect
 
 WARM_UP, IN_A_ROW, PROFILED = 3, 2, 2  # steps; in training nobody waits for a step

@@ -11,11 +11,11 @@ from rich.console import Console
 
 from cudnn_flex_compile.bench.case import STOCK
 from cudnn_flex_compile.bench.mods import BY_BATCH, ENTRIES, KNOWN
+from cudnn_flex_compile.bench.processes import ENDED, Processes
 from cudnn_flex_compile.bench.regret import command, worker
 from cudnn_flex_compile.bench.regret.cases import SETS, chosen
 from cudnn_flex_compile.bench.regret.result import COLUMNS, DEFAULT, Contender, Result, read_csv, write_csv
 from cudnn_flex_compile.bench.regret.show import show, summary
-from cudnn_flex_compile.bench.rows.command import ENDED, Processes
 from cudnn_flex_compile.cli import main
 from cudnn_flex_compile.config import FORCED, LISTS
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD

@@ -20,7 +20,7 @@ from cudnn_flex_compile.bench.rows.measure import IN_A_ROW, WARM_UP, Bench, Meas
 from cudnn_flex_compile.bench.rows.row import FORMS, LAYERS
 from cudnn_flex_compile.bench.rows.rows import ROWS, chosen
 from cudnn_flex_compile.bench.rows.show import calls, plot, table, write_csv
-from cudnn_flex_compile.bench.rows.turns import compiling
+from cudnn_flex_compile.bench.turns import compiling
 from cudnn_flex_compile.cli import main
 
 pytestmark = pytest.mark.any_torch

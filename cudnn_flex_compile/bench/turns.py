@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
+TURNS = "turns.lock"  # the name of the file
 Alone = Callable[[], AbstractContextManager[None]]
 
 
