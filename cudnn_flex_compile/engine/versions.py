@@ -33,11 +33,17 @@ def cudnn_version() -> int:
 
 
 @functools.cache
-def versions() -> tuple[str, ...]:
-    """The versions and the architecture that a plan depends on besides its problem."""
+def packages() -> tuple[str, ...]:
+    """The versions of torch and of the frontend, on which kernels depend that cuDNN's library has no part in."""
     import cudnn
 
-    return (torch.__version__, cudnn.__version__, str(cudnn_version()))
+    return (torch.__version__, cudnn.__version__)
+
+
+@functools.cache
+def versions() -> tuple[str, ...]:
+    """The versions that a plan depends on besides its problem."""
+    return (*packages(), str(cudnn_version()))
 
 
 @functools.cache

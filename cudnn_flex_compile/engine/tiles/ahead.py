@@ -33,7 +33,7 @@ from cudnn_flex_compile.engine.store.identity import code_digest, compiler
 from cudnn_flex_compile.engine.tiles.frontend import KERNELS
 from cudnn_flex_compile.engine.tiles.tile_list import ARCHITECTURE
 from cudnn_flex_compile.engine.tiles.units import Unit, units_of
-from cudnn_flex_compile.engine.versions import versions
+from cudnn_flex_compile.engine.versions import packages
 from cudnn_flex_compile.locks import new_lock
 from cudnn_flex_compile.settings import settings
 
@@ -141,7 +141,7 @@ def _cores() -> int:
 
 
 def _begin(unit: Unit, problems: Sequence[Problem], folder: Path) -> None:
-    text = "\n".join(map(str, (*unit, *versions(), compiler(), code_digest())))
+    text = "\n".join(map(str, (*unit, *packages(), compiler(), code_digest())))
     path = folder / KERNELS / "ahead" / hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
     work = _Work(path.with_suffix(".lock"), path.with_suffix(".done"))
     with _lock:
