@@ -6,6 +6,7 @@ from typing import Any
 
 from torch.fx import GraphModule
 
+from cudnn_flex_compile import torch_private
 from cudnn_flex_compile.config import Options, options_from
 from cudnn_flex_compile.inner import compile_inner
 from cudnn_flex_compile.phases import phase
@@ -51,7 +52,7 @@ def lower(graph_module: GraphModule, example_inputs: Sequence[Any], options: Opt
     from cudnn_flex_compile.passes.lower_graph import lower_calls
 
     settings()  # a wrong setting is an error here, and not in the midst of a compile
-    with phase("lower"):
+    with phase("lower"), torch_private.without_saved_tensors_hooks():
         calls = lower_calls(graph_module, example_inputs, options)
     publish(calls)
     warn_of_all_kept(calls)

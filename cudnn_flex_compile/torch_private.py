@@ -156,6 +156,19 @@ PASSED_OVER = (
 )  # fmt: skip
 
 
+_without_hooks = _later(
+    "torch._dynamo.utils:_disable_saved_tensors_hooks_during_tracing", "saves tensors of ours without the user's hooks",
+    "a first step under such hooks, as those of checkpointing, fails", contextlib.nullcontext,
+)  # fmt: skip
+
+
+def without_saved_tensors_hooks() -> Any:
+    """A context in which hooks of saved tensors, such as those of checkpointing, see none that autograd saves, in this
+    thread.
+    """
+    return _without_hooks()()
+
+
 @contextlib.contextmanager
 def above_autograd() -> Generator[None]:
     """Lets a kernel, which runs below autograd, use autograd and torch.compile themselves, in its own thread.
@@ -177,6 +190,7 @@ def above_autograd() -> Generator[None]:
     with contextlib.ExitStack() as without_modes:
         for _ in range(_function_modes()):
             without_modes.enter_context(_without_mode())
+        without_modes.enter_context(without_saved_tensors_hooks())
         with _dispatching(_included(), exclude), torch.inference_mode(False), torch.enable_grad():
             yield
 

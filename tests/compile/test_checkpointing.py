@@ -187,3 +187,38 @@ def test_the_direct_runner_saves_what_the_backward_reads_and_no_more(monkeypatch
         assert tensor.data_ptr() == expected.data_ptr()
     assert (stats.shape, stats.dtype) == ((2, 4, LENGTH), torch.float32)
     assert slopes.numel() == 4
+
+
+def new_block(runner, cap):
+    """A block whose score_mod was not traced before in this process."""
+    around = runner != "direct"
+
+    def block(q, k, v):
+        out = flex_attention(q.sin() if around else q, k, v, softcap(cap))
+        return out.cos() if around else out
+
+    return compiled(block, runner)
+
+
+@pytest.mark.parametrize("runner", OPTIONS)
+def test_the_first_step_may_be_a_checkpointed_one(runner):
+    """The pass traces score_mods and their gradients in that step. Nothing of that is a tensor that the step saves."""
+    function, args = new_block(runner, 3.0 + list(OPTIONS).index(runner)), qkv()
+    found = gradients(functools.partial(checkpoint, function, use_reentrant=False), args)
+    expected = torch.autograd.grad(function(*args).float().sin().sum(), args)
+    assert_same(found[1:], expected)
+
+
+@pytest.mark.parametrize("runner", OPTIONS)
+def test_hooks_of_saved_tensors_see_those_of_the_step_alone(runner):
+    function, args, counts = new_block(runner, 13.0 + list(OPTIONS).index(runner)), qkv(), []
+
+    def pack(tensor):
+        counts[-1].append(tensor.shape)
+        return tensor
+
+    for _ in range(2):
+        counts.append([])
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            function(*args).sum().backward()
+    assert counts[0] == counts[1]
