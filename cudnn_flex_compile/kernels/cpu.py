@@ -125,9 +125,9 @@ def backward(
     heads, kv_heads = query.shape[1], key.shape[1]
     keys, values = per_head(key, heads), per_head(value, heads)
     learned = position(program)
-    dbias = [] if learned is None else [torch.zeros(given.operands[learned].shape)]
-    dq = torch.empty(query.shape)
-    dk, dv = torch.zeros(keys.shape), torch.zeros(values.shape)
+    dbias = [] if learned is None else [torch.zeros(given.operands[learned].shape, dtype=torch.float32)]
+    dq = torch.empty(query.shape, dtype=torch.float32)
+    dk, dv = (torch.zeros(t.shape, dtype=torch.float32) for t in (keys, values))
     delta = (grad_out.float() * out.float()).sum(-1)
     if grad_lse is not None:  # the log-sum-exp's derivative with respect to a score is its weight
         delta = delta - grad_lse

@@ -247,3 +247,24 @@ def test_no_columns() -> None:
     assert torch.equal(lse, torch.full((1, 2, 3), -math.inf))
     assert torch.equal(dq, torch.zeros(1, 2, 3, 8))
     assert dk.shape == key.shape
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_sums_are_float32_whatever_torchs_default_is(learned):
+    """As under torch.set_default_dtype(torch.bfloat16), which models of large weights are made with."""
+    tensors, position = [t.bfloat16() for t in inputs(2, 4, 2, 24, 32)], ir.operand(0, F32, "hqk")
+    given = text(ir.program(with_bias(ir.SCORE, position) if learned else ir.SCORE + position))
+    operands = [torch.randn(1, 4, 24, 32, generator=torch.Generator().manual_seed(1))]
+    found = [computed(*tensors, given, operands, 0.25)]
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        stats = torch.full(tensors[0].shape[:3], math.nan, dtype=torch.float32)
+        out, arguments = torch.empty_like(tensors[0]), Arguments(operands, (), (), given, 0.25)
+        cpu.forward(*tensors[:3], arguments, out, stats)
+        found.append([out, stats, *cpu.backward(tensors[3], None, *tensors[:3], out, stats, arguments)])
+    finally:
+        torch.set_default_dtype(default)
+    for here, there in zip(*found, strict=True):
+        assert here.dtype == there.dtype
+        assert torch.equal(here, there)
