@@ -38,8 +38,8 @@ class HotFunction:
         return self.compiled(*tensors)(*tensors)
 
     def compiled(self, *tensors: Tensor) -> Callable[..., Tensor]:
-        """The function for tensors of this layout, compiled now if it is not yet."""
-        layout = tuple([(t.shape, t.stride()) for t in tensors])
+        """The function for tensors of this layout and these dtypes, compiled now if it is not yet."""
+        layout = tuple([(t.shape, t.stride(), t.dtype) for t in tensors])
         found = self._compiled.get(layout)
         if found is None:
             found = self._compiled[layout] = self._compile(tensors)

@@ -61,3 +61,15 @@ def test_what_cannot_be_compiled_runs_as_it_is() -> None:
     function = HotFunction(lambda a, b: torch.ones(()) if a.sum().item() > b.sum().item() else torch.zeros(()))
     for high in range(EAGER + 3):
         assert bool(function(torch.tensor([float(high)]), torch.tensor([2.5]))) == (high > 2)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.int32, torch.int64), (torch.float32, torch.bfloat16)], ids=str)
+def test_each_dtype_has_code_of_its_own(monkeypatch, dtypes):
+    """A program does not tell the dtypes of what it reads, and compiled code does not check them."""
+    monkeypatch.setattr(hot_function, "_pays", lambda tensor: True)
+    function = HotFunction(lambda t: t.double().cumsum(0))
+    for _ in range(EAGER + 1):
+        for dtype in dtypes:
+            given = torch.arange(1, 9).to(dtype)
+            assert torch.equal(function(given), given.double().cumsum(0))
+    assert len(function._compiled) == 2
