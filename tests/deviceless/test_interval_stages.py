@@ -253,7 +253,7 @@ def test_reserve_is_room_for_more_and_not_for_much_more():
 
 @pytest.mark.parametrize("inference", [False, True])
 def test_a_recorded_list_is_a_launch_and_a_copy_of_each_tensor(geometry, counts, without_cuda, inference):
-    """Of those that a table is made of, of the list, and of its numbers."""
+    """It copies the tensors that a table is made of, the list, and its numbers."""
     made, rows = tiler.Tiler(geometry), geometry.batch * geometry.rows
     layouts = ((torch.Size((1, 3, rows)), torch.int32), (torch.Size((3,)), torch.int32))
     with torch.inference_mode(inference):

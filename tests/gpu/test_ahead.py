@@ -48,7 +48,7 @@ print(json.dumps({
 
 
 def first_step(folder):
-    """What the first step of a process found."""
+    """Runs a first step in a process, and gives what it printed."""
     given = {"CUDNN_FLEX_CACHE": "1", "CUDNN_FLEX_CACHE_DIR": str(folder)}
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, **given, "PYTHONPATH": path}

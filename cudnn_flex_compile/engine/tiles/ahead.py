@@ -48,7 +48,7 @@ SEEN = {  # by the process: no device, and the architecture for which it compile
 
 
 def _locked(file: IO[bytes], how: int) -> bool:
-    """Whether the file could be locked. A lock is that of the open file, also in a process that has it from us."""
+    """Tries to lock a file, and says whether it could. A process that inherits the open file has its lock, too."""
     try:
         fcntl.flock(file, how | fcntl.LOCK_NB)
         return True
@@ -87,7 +87,7 @@ class _Work:
             self.process.stdin.flush()  # and it stays open: the process ends with us
 
     def running(self) -> bool:
-        """Whether a process compiles the unit."""
+        """Looks whether a process compiles the unit."""
         if self.process is not None:
             return self.process.poll() is None
         try:
