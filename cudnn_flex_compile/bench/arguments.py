@@ -29,7 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--csv", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="PNG; needs matplotlib")
     rows = parser.add_argument_group("rows", "layers of real training configurations, launched as their projects do")
-    rows.add_argument("--rows", nargs="*", metavar="N", help="numbers or names of rows, such as 1 or 3b (all of them)")
+    names = (
+        "numbers or names of rows, such as 1 or 3b (all of them). Those that --csv FILE has already are not measured "
+        "again"
+    )
+    rows.add_argument("--rows", nargs="*", metavar="N", help=names)
     rows.add_argument("--layers", type=int, default=2, help="of a row's model (2)")
     rows.add_argument("--steps", type=int, default=10, help="samples of each side, of two steps each (10)")
     rows.add_argument("--kernels", action="store_true", help="list the longest kernels of each side, too")

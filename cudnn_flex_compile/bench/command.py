@@ -23,7 +23,9 @@ from cudnn_flex_compile.bench.measure import Result, measure, step
 from cudnn_flex_compile.bench.mods import BY_BATCH, EIGHT, ENTRIES, FIVE, MODS
 from cudnn_flex_compile.bench.regret.cases import chosen as cases_of_regret
 from cudnn_flex_compile.bench.regret.command import run as run_regret
+from cudnn_flex_compile.bench.regret.result import read_csv as read_regret
 from cudnn_flex_compile.bench.rows.command import run as run_rows
+from cudnn_flex_compile.bench.rows.result import read_csv as read_rows
 from cudnn_flex_compile.bench.rows.rows import chosen
 from cudnn_flex_compile.bench.show import plot, table, write_csv
 
@@ -93,10 +95,14 @@ def cases_of(given: argparse.Namespace) -> list[Case]:
 
 
 def _check_outputs(given: argparse.Namespace) -> None:
-    """Raises ValueError for files that cannot be written, before anything is measured."""
+    """Raises ValueError for files that cannot be written or gone on with, before anything is measured."""
     for path in filter(None, (given.csv, given.plot)):
         if not path.absolute().parent.is_dir():
             raise ValueError(f"{path} cannot be written: there is no folder {path.absolute().parent}")
+    if given.csv and given.rows is not None:
+        read_rows(given.csv, "")
+    elif given.csv and given.regret is not None:
+        read_regret(given.csv, "")
     if given.plot and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib")
 

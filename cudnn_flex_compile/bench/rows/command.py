@@ -11,36 +11,38 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
 
 from cudnn_flex_compile.bench.processes import ENDED, Processes
-from cudnn_flex_compile.bench.rows.measure import Bench, Measured, Result, measure
+from cudnn_flex_compile.bench.rows.measure import Bench, measure
+from cudnn_flex_compile.bench.rows.result import Result, read_csv, write_csv
 from cudnn_flex_compile.bench.rows.row import Row
-from cudnn_flex_compile.bench.rows.rows import chosen
-from cudnn_flex_compile.bench.rows.show import plot, table, write_csv
+from cudnn_flex_compile.bench.rows.rows import ROWS, chosen
+from cudnn_flex_compile.bench.rows.show import plot, table
 from cudnn_flex_compile.bench.turns import TURNS, compiling
 
 
 def run(given: argparse.Namespace, console: Console, facts: str) -> int:
-    """Measures all rows, of which `facts` say where, and returns the exit code: 0, or 1 where a row failed.
+    """Measures all rows, of which `facts` say where, and returns the exit code: 0, or 1 where a row failed. Those that
+    are in the file of --csv already, measured on such a machine, are not measured again.
 
     Where a row fails before any has been measured, the others are ended: they would fail, too.
     """
     if given.into:
         return _measure_here(given)
     rows = chosen(given.rows)
-    results: list[Result] = []
+    known = {result.row: result for result in (read_csv(given.csv, facts) if given.csv else [])}
+    missing = [row for row in rows if row.name not in known]
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
         Progress(console=console, transient=True) as progress,
         Processes() as processes,
         ThreadPoolExecutor(given.at_once or 1) as pool,
     ):
-        task = progress.add_task(f"{len(rows)} rows", total=len(rows))
-        running = {pool.submit(_in_a_process, row, given, Path(folder), processes): row for row in rows}
+        task = progress.add_task(f"{len(missing)} rows", total=len(missing))
+        running = {pool.submit(_in_a_process, row, given, Path(folder), processes): row for row in missing}
         for done in as_completed(running):
             progress.advance(task)
             found, row = done.result(), running[done]
@@ -48,12 +50,12 @@ def run(given: argparse.Namespace, console: Console, facts: str) -> int:
                 told = found != ENDED
                 print(f"cudnn-flex bench: row {row.name}, {row.who}, failed: {found}\n" * told, end="", file=sys.stderr)
                 continue
-            results.append(found)
-            results.sort(key=lambda result: [row.name for row in rows].index(result.row))
+            known[row.name] = found
             console.print(table([found], given.kernels))
             sys.stdout.flush()  # for whoever ends this command
             if given.csv:  # as far as it got
-                write_csv(results, given.csv)
+                write_csv([known[row.name] for row in ROWS if row.name in known], given.csv, facts)
+    results = [known[row.name] for row in rows if row.name in known]
     if len(results) > 1:
         console.print(table(results))
     if given.plot and results:
@@ -83,16 +85,10 @@ def _in_a_process(row: Row, given: argparse.Namespace, folder: Path, processes: 
     caches = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "CUDNN_FLEX_CACHE_DIR": "plans", "TRITON_CACHE_DIR": "triton"}
     environment = {**os.environ, **{name: str(own / where) for name, where in caches.items()}}
     failed = processes.run(_command(row, given, into), environment, own / "log")
-    return failed or result_from(json.loads(into.read_text()))
+    return failed or Result.of(json.loads(into.read_text()))
 
 
 def _command(row: Row, given: argparse.Namespace, into: Path) -> list[str]:
     command = [sys.executable, "-m", "cudnn_flex_compile.cli", "bench", "--rows", row.name, "--into", str(into)]
     command += ["--layers", str(given.layers), "--steps", str(given.steps), "--lower", given.lower]
     return command + (["--tiny"] if given.tiny else [])
-
-
-def result_from(given: dict[str, Any]) -> Result:
-    """The result that a process wrote."""
-    sides: Any = {name: Measured(**side) for name, side in given.pop("sides").items()}
-    return Result(**given, sides=sides)

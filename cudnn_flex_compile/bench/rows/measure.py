@@ -1,6 +1,7 @@
 """Measures one row: both sides in one process, steps in turns, and whether their numbers agree.
 
-launch.py launches the models, and show.py shows the results.
+launch.py launches the models, and result.py holds what is measured. A line on stderr says when each part began: the
+last one tells where a row that was ended had got to.
 """
 
 import copy
@@ -8,12 +9,12 @@ import dataclasses
 import itertools
 import random
 import re
-import statistics
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from cudnn_flex_compile import torch_private
-from cudnn_flex_compile.bench.rows.launch import OURS, SIDES, STOCK, Side, block_masks, launched
+from cudnn_flex_compile.bench.rows.launch import OURS, STOCK, Side, block_masks, launched
 from cudnn_flex_compile.bench.rows.layers import Model, of_transformers
+from cudnn_flex_compile.bench.rows.result import Measured, Result
 from cudnn_flex_compile.bench.rows.row import WHOLE, Data, Row
 from cudnn_flex_compile.bench.turns import Alone
 from cudnn_flex_compile.report.report import Report, collect
@@ -34,52 +36,6 @@ DRAWN, SHOWN = 12, 12  # steps whose masks differ; kernels that are listed
 ATTENTION = re.compile(r"triton_tem|flex|cudnn|sdpa|fmha|kernel_cutlass", re.IGNORECASE)
 NOT_ATTENTION = re.compile(r"conv|nvjet|gemm", re.IGNORECASE)
 RATE = 1e-9  # the optimizer's learning rate, with which the sides' weights stay equal
-
-
-@dataclass(slots=True)
-class Measured:
-    """The times and the memory of one side.
-
-    Attributes:
-        first: seconds of the first step, which compiles.
-        steps: milliseconds of steps.
-        attention, busy: milliseconds a step of attention's kernels, and of all kernels.
-        memory: MiB that a step takes beside the memory in use before it.
-        kernels: milliseconds a step of the longest kernels.
-    """
-
-    first: float = 0.0
-    steps: list[float] = field(default_factory=list[float])
-    attention: float = 0.0
-    busy: float = 0.0
-    memory: float = 0.0
-    kernels: dict[str, float] = field(default_factory=dict[str, float])
-
-    @property
-    def step(self) -> float:
-        return statistics.median(self.steps) if self.steps else 0.0
-
-
-@dataclass(slots=True)
-class Result:
-    """sides: by name. out, gradient: the greatest relative difference of the sides, in the first step and in the last;
-    worst: of which weights. lowered: calls; strategies: of these; kept: calls by reason. layers: whose they are.
-    """
-
-    row: str
-    layers: str
-    sides: dict[str, Measured]
-    lowered: int = 0
-    strategies: list[str] = field(default_factory=list[str])
-    kept: dict[str, int] = field(default_factory=dict[str, int])
-    out: float = 0.0
-    gradient: float = 0.0
-    worst: str = ""
-
-    def ratio(self, what: str) -> float:
-        """Stock's / ours."""
-        stock, ours = (getattr(self.sides[name], what) for name in SIDES)
-        return stock / ours if ours else 0.0
 
 
 class Contender:
@@ -137,19 +93,23 @@ class Bench:
 
 def measure(bench: Bench, steps: int, alone: Alone = nullcontext) -> Result:
     """Compiles, compares, and within `alone` measures so many steps of each side, none where `steps` is 0."""
+    _note("the models")
     torch_private.allow_recompiles(64)  # both sides compile the same code
     model, speed = bench.model(), bench.device != "cpu"
     whose = "" if isinstance(model, Model) else "transformers"
     sides = [Side(STOCK, {}, speed), Side(OURS, bench.options, speed)]
     contenders = [Contender(bench.row, copy.deepcopy(model), side, bench.trains) for side in sides]
     result = Result(bench.row.name, whose, {side.name: Measured() for side in sides})
+    _note("the making of BlockMasks")
     _begin(bench)
     with collect() as report:
         for inputs in (*bench.before(), bench.inputs(0)):
             _compare(result, [_first(result, each, inputs) for each in contenders])
         if bench.device != "cpu":
             torch.cuda.empty_cache()  # for others, which compile
+        _note("its turn to measure")
         with alone():
+            _note("steps")
             _steps(bench, contenders, result, steps)
     _tell(result, report)
     return result
@@ -165,6 +125,7 @@ def _begin(bench: Bench) -> None:
 
 
 def _first(result: Result, contender: Contender, inputs: tuple[Tensor, Data, Tensor]) -> dict[str, Tensor]:
+    _note(f"the first step by {contender.backend.name}")
     with contender.backend.compiling():
         start = time.perf_counter()
         found = contender.step(*inputs)
@@ -263,3 +224,7 @@ def _tell(result: Result, report: Report) -> None:
 def _wait(x: Tensor) -> None:
     if x.is_cuda:
         torch.cuda.synchronize()
+
+
+def _note(what: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)

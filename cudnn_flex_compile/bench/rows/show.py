@@ -1,9 +1,8 @@
-"""Lays the results of rows out: a table for people, and CSV.
+"""Shows the results of rows: a table, and a chart.
 
 command.py gives it the results of measure.py.
 """
 
-import csv
 import math
 import statistics
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 from rich.table import Table
 
 from cudnn_flex_compile.bench.rows.launch import OURS, SIDES, STOCK
-from cudnn_flex_compile.bench.rows.measure import Result
+from cudnn_flex_compile.bench.rows.result import Result
 from cudnn_flex_compile.bench.rows.rows import ROWS
 
 AGREES = 0.03  # the relative difference up to which two bfloat16 computations agree
@@ -74,23 +73,6 @@ def _differs(result: Result) -> str:
     text = f"{result.out:.4f}, {result.gradient:.4f}"
     wrong = not max(result.out, result.gradient) <= AGREES  # nor is NaN
     return f"[bold red]{text}[/]\n{result.worst}" if wrong else text
-
-
-def write_csv(results: Sequence[Result], path: Path) -> None:
-    """Writes one row for each result; times are milliseconds, those of compiling seconds."""
-    measured = ("step", "attention", "busy", "memory", "first")
-    columns = [f"{what}_{name}" for what in measured for name in SIDES]
-    with path.open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["row", "who", "shape", "launched", "layers", *columns, "step_x", "attention_x", "out_differs",
-                       "gradient_differs", "calls"])  # fmt: skip
-        for result in results:
-            row = NAMED[result.row]
-            cells = [f"{getattr(result.sides[name], what):.3f}" for what in measured for name in SIDES]
-            ratios = [f"{result.ratio(what):.3f}" for what in ("step", "attention")]
-            differs = [f"{result.out:.5f}", f"{result.gradient:.5f}"]
-            what = (row.name, row.who, row.shape, row.launch, result.layers or "plain")
-            rows.writerow([*what, *cells, *ratios, *differs, calls(result).replace("\n", "; ")])
 
 
 def plot(results: Sequence[Result], path: Path, title: str) -> None:

@@ -14,12 +14,14 @@ from rich.console import Console
 from torch.nn.attention.flex_attention import create_mask
 
 from cudnn_flex_compile import inductor_seam, uninstall
+from cudnn_flex_compile.bench.command import facts
 from cudnn_flex_compile.bench.rows import command, masks
 from cudnn_flex_compile.bench.rows.launch import OURS, SIDES, STOCK
-from cudnn_flex_compile.bench.rows.measure import IN_A_ROW, WARM_UP, Bench, Measured, Result, is_attention, measure
+from cudnn_flex_compile.bench.rows.measure import IN_A_ROW, WARM_UP, Bench, is_attention, measure
+from cudnn_flex_compile.bench.rows.result import Measured, Result, read_csv, write_csv
 from cudnn_flex_compile.bench.rows.row import FORMS, LAYERS
 from cudnn_flex_compile.bench.rows.rows import ROWS, chosen
-from cudnn_flex_compile.bench.rows.show import calls, plot, table, write_csv
+from cudnn_flex_compile.bench.rows.show import calls, plot, table
 from cudnn_flex_compile.bench.turns import compiling
 from cudnn_flex_compile.cli import main
 
@@ -117,12 +119,25 @@ def test_the_table_and_the_file(tmp_path):
     for wanted in ("2.00x", "0.50x", "1.00x", "3.00x", "transformers is not installed", "0.5000", "triton_tem"):
         assert wanted in text
     assert calls(found[0]) == "1 lowered: chained\n2 kept: SLOWER"
-    write_csv(found, tmp_path / "rows.csv")
+    write_csv(found, tmp_path / "rows.csv", "a GPU")
     with open(tmp_path / "rows.csv") as file:
         rows = list(csv.DictReader(file))
     assert [row["step_x"] for row in rows] == ["2.000", "0.500"]
-    assert rows[0]["calls"] == "1 lowered: chained; 2 kept: SLOWER"
     assert {f"step_{name}" for name in SIDES} <= set(rows[0])
+
+
+def test_what_a_file_keeps_comes_back(tmp_path):
+    """All but the kernels, and of the steps their median; nothing of another machine."""
+    found, path = [result(), result("9a", 0.5, gradient=0.5, worst="layers.0.query.weight")], tmp_path / "rows.csv"
+    write_csv(found, path, "a GPU")
+    for wanted in found:
+        for side in wanted.sides.values():
+            side.steps, side.kernels = [side.step], {}
+    assert read_csv(path, "a GPU") == found
+    assert read_csv(path, "another GPU") == read_csv(tmp_path / "none.csv", "a GPU") == []
+    (tmp_path / "other.csv").write_text("row,who\n")
+    with pytest.raises(ValueError, match=r"is no file of --rows, whose columns are machine, row, who"):
+        read_csv(tmp_path / "other.csv", "a GPU")
 
 
 def test_the_plot(tmp_path):
@@ -133,7 +148,7 @@ def test_the_plot(tmp_path):
 
 def test_what_a_process_writes_comes_back():
     found = result(out=0.25)
-    assert command.result_from(json.loads(json.dumps(dataclasses.asdict(found)))) == found
+    assert Result.of(json.loads(json.dumps(dataclasses.asdict(found)))) == found
 
 
 def test_a_row_that_fails_costs_no_other(tmp_path, capsys, monkeypatch):
@@ -146,8 +161,23 @@ def test_a_row_that_fails_costs_no_other(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr()
     assert "geometric mean" in printed.out
     assert "row 7, causal video diffusion, failed: it has no GPU" in printed.err
-    with open(path) as file:
-        assert [row["row"] for row in csv.DictReader(file)] == ["6", "8"]
+    assert [found.row for found in read_csv(path, facts())] == ["6", "8"]
+
+
+def test_rows_that_the_file_has_are_not_measured_again(tmp_path, capsys, monkeypatch):
+    """The table shows those that were asked for, and the file keeps the others, too."""
+    path, measured = tmp_path / "rows.csv", []
+    write_csv([result("1a"), result("7")], path, facts())
+
+    def measure_again(row, given, folder, processes):
+        measured.append(row.name)
+        return result(row.name)
+
+    monkeypatch.setattr(command, "_in_a_process", measure_again)
+    assert main(["bench", "--rows", "6", "7", "--tiny", "--csv", str(path)]) == 0
+    assert measured == ["6"]
+    assert [found.row for found in read_csv(path, facts())] == ["1a", "6", "7"]
+    assert "geometric mean" in capsys.readouterr().out
 
 
 def test_a_process_that_ends_badly_is_told_of(capsys, monkeypatch):
@@ -161,9 +191,8 @@ def test_the_command_in_processes_of_its_own(capsys, tmp_path):
     how = ["--layers", "1", "--steps", "1", "--lower", "always", "--at-once", "2", "--csv", str(path)]
     assert main(["bench", "--rows", "1a", "8", "--tiny", *how]) == 0
     assert "SpecForge" in capsys.readouterr().out
-    with open(path) as file:
-        rows = list(csv.DictReader(file))
-    assert [(row["row"], row["calls"]) for row in rows] == [("1a", "1 lowered: chained"), ("8", "1 lowered: chained")]
+    found = read_csv(path, facts())
+    assert [(each.row, calls(each)) for each in found] == [("1a", "1 lowered: chained"), ("8", "1 lowered: chained")]
 
 
 def test_where_nothing_works_the_command_ends_early(capsys, monkeypatch, tmp_path):
@@ -209,9 +238,21 @@ def test_one_measures_while_no_other_compiles(tmp_path):
     assert order == ["second has compiled", "first measures"]
 
 
-def test_wrong_usage(capsys):
-    assert main(["bench", "--rows", "x"]) == 2
-    assert "no row is named 'x'" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        (["--rows", "x"], "no row is named 'x'"),
+        (["--rows", "7"], "other.csv is no file of --rows"),
+        (["--regret", "small"], "other.csv is no file of --regret"),
+    ],
+)
+def test_wrong_usage(given, wanted, capsys, tmp_path):
+    """A file that has something else stays as it is."""
+    path = tmp_path / "other.csv"
+    path.write_text("row,who\n")
+    assert main(["bench", *given, "--csv", str(path)]) == 2
+    assert wanted in capsys.readouterr().err
+    assert path.read_text() == "row,who\n"
 
 
 @pytest.fixture(autouse=True)
