@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from cudnn_flex_compile.bench.processes import ENDED, Processes
+from cudnn_flex_compile.bench.processes import ENDED, LONGEST, Processes
 from cudnn_flex_compile.bench.rows.measure import Bench, measure
 from cudnn_flex_compile.bench.rows.result import Result, read_csv, write_csv
 from cudnn_flex_compile.bench.rows.row import Row
@@ -38,7 +38,7 @@ def run(given: argparse.Namespace, console: Console, facts: str) -> int:
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
         Progress(console=console, transient=True) as progress,
-        Processes() as processes,
+        Processes(LONGEST * (given.at_once or 1)) as processes,
         ThreadPoolExecutor(given.at_once or 1) as pool,
     ):
         task = progress.add_task(f"{len(missing)} rows", total=len(missing))
