@@ -23,16 +23,23 @@ class HotFunction:
 
     Compiling takes about a second, and saves the host some microseconds of every torch op. It is compiled for each
     layout of its inputs; a function that can't be compiled runs eagerly.
+
+    Args:
+        function: runs eagerly.
+        traced: the same function in a form for the compiler, if it has one of its own.
+        long: whether it takes so long eagerly that the first call shall be compiled.
     """
 
-    def __init__(self, function: Callable[..., Tensor]) -> None:
-        self._function = function
+    def __init__(
+        self, function: Callable[..., Tensor], traced: Callable[..., Tensor] | None = None, *, long: bool = False
+    ) -> None:
+        self._function, self._traced, self._eager = function, traced or function, 0 if long else EAGER
         self._calls = 0
         self._compiled: dict[Hashable, Callable[..., Any]] = {}
 
     def __call__(self, *tensors: Tensor) -> Tensor:
         self._calls += 1
-        if self._calls <= EAGER or not _pays(tensors[0]):
+        if self._calls <= self._eager or not _pays(tensors[0]):
             with torch.no_grad():
                 return self._function(*tensors)
         return self.compiled(*tensors)(*tensors)
@@ -48,7 +55,8 @@ class HotFunction:
     def _compile(self, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
         try:
             with torch.no_grad(), torch_private.without_dynamo():
-                compiled: Any = torch_private.compile_fx()(make_fx(self._function)(*tensors), list(tensors))
+                graph = make_fx(self._traced, tracing_mode="fake")(*tensors)
+                compiled: Any = torch_private.compile_fx()(graph, list(tensors))
                 compiled(*tensors)  # Inductor's kernels are made in the first call
         except Exception:
             log.debug("cudnn_flex: a function that is called at every step can't be compiled", exc_info=True)

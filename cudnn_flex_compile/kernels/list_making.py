@@ -27,8 +27,7 @@ from cudnn_flex_compile.scoremod.masks.intervals import NARROW
 log = logging.getLogger("cudnn_flex_compile")
 MIB = 2**20
 RECORDED = 2  # lists that are made alike before the making is recorded
-RUNS, BLOCKS, PAIRS = range(3)  # how a table of rows is made: each takes longer than the one before
-RETRY = 16  # lists that are made in another way before runs of rows are tried again
+RETRY = 16  # lists that are made in a slower way before the fastest is tried again
 ILL_FORMED = Reason(Code.BLOCK_MASK, "lists a block twice, or has other blocks for queries than for keys and values")
 held: list[Any] = []  # objects that CUDA graphs read, kept as long as the process
 
@@ -41,14 +40,14 @@ class Needs:
         room: the memory, with some reserve; None before the first list.
         width: the endpoints of a row.
         alike: the number of lists that were made with this room.
-        way: RUNS, BLOCKS or PAIRS: how the table of rows was made.
-        since: counts the lists since RUNS were last tried.
+        way: the way in which the table of rows was made (row_tables.py).
+        since: counts the lists since the fastest way was last tried.
     """
 
     room: Room | None = None
     width: int = NARROW
     alike: int = 0
-    way: int = RUNS
+    way: int = row_tables.RUNS
     since: int = 0
 
 
@@ -100,21 +99,37 @@ class Listed:
 
 
 class Most(NamedTuple):
-    """The most endpoints that a row has, and whether all pairs had to be looked at."""
+    """The most endpoints that a row has, and whether finding them takes long."""
 
     endpoints: int
-    by_pairs: bool
+    slowly: bool
 
 
 def most_endpoints(pairs: Pairs) -> Most | Reason:
     """The most endpoints that a row has, or the reason why there can be no list. Waits for the device."""
-    found = _checked_runs(pairs, pairs.axes[1])
-    if isinstance(found, Reason):
-        return found
-    if found is not None:
-        return Most(NARROW, False)
-    most = _most_by_blocks(pairs, pairs.axes[1])
-    return Most(row_tables.count(pairs), True) if most is None else Most(most, False)
+    found = _first_right(pairs, pairs.axes[1], row_tables.RUNS)
+    return found if isinstance(found, Reason) else Most(found.most, found.way == row_tables.EVERY)
+
+
+class Right(NamedTuple):
+    """A right way for the pairs, the most endpoints that a row has, and the table with NARROW endpoints of each."""
+
+    way: int
+    most: int
+    table: Tensor
+
+
+def _first_right(pairs: Pairs, heads: int, first: int) -> Right | Reason:
+    """The fastest way, from `first` on, that is right. Waits for the device."""
+    for way in row_tables.ways(pairs):
+        if way >= first:
+            table, numbers = row_tables.made(way, pairs, heads, NARROW)
+            most, right, well = numbers.tolist()
+            if not well:
+                return ILL_FORMED
+            if right:
+                return Right(way, most, table)
+    raise AssertionError("the last way is always right")
 
 
 Made = TypeVar("Made")
@@ -159,8 +174,8 @@ def _first_found(listed: Listed, pairs: Pairs) -> TileList | Reason | None:
         if not well:
             return ILL_FORMED
         if not right or most > width:
-            needs.way, needs.since = min(needs.way + (not right), PAIRS), 1
-            needs.width = max(NARROW, most | 1)
+            needs.way, needs.since = min(needs.way + (not right), row_tables.EVERY), 1
+            needs.width = row_tables.width_for(most)
             return None
         wanted = Room(*counted)
         if not room.holds(wanted):
@@ -185,37 +200,36 @@ def _unrecorded(
 def _recipe(pairs: Pairs, heads: int, needs: Needs) -> tuple[row_tables.Recipe, Sequence[Tensor]]:
     """The recipe of a table that is made as the last one was, and the tensors that it takes."""
     if needs.since == RETRY:
-        needs.way, needs.since, needs.width = RUNS, 0, NARROW
-    if needs.way == RUNS and pairs.mask.parts is not None:
-        recipe = row_tables.recipe_by_runs(pairs, heads)
-        return (row_tables.Recipe(), row_tables.by_runs(pairs, heads)) if recipe is None else (recipe, pairs.tensors)
-    needs.since += 1
-    needs.way = BLOCKS if needs.way < PAIRS and row_tables.has_runs_in_blocks(pairs) else PAIRS
-    if needs.way == BLOCKS:
-        return row_tables.Recipe(), row_tables.by_blocks(pairs, heads, needs.width)
-    few = needs.width == NARROW
-    found = row_tables.by_few(pairs, heads) if few else row_tables.by_many(pairs, heads, needs.width)
-    return row_tables.Recipe(), found
+        needs.way, needs.since, needs.width = row_tables.RUNS, 0, NARROW
+    ways = row_tables.ways(pairs)
+    needs.way = next(way for way in ways if way >= needs.way)
+    needs.since += needs.way > ways[0]
+    recipe = row_tables.recipe(needs.way, pairs, heads, needs.width)
+    if recipe is not None:
+        return recipe, pairs.tensors
+    return row_tables.Recipe(), row_tables.made(needs.way, pairs, heads, needs.width)
 
 
 def _exact(pairs: Pairs, listed: Listed) -> TileList | Reason:
     """The list, with the room that it needs. Waits for the device."""
     g, needs, budget = listed.geometry, listed.needs, listed.budget
-    found = _checked_runs(pairs, g.mask_heads)
-    if isinstance(found, Reason):
-        return found
-    if found is None:
-        most = _most_by_blocks(pairs, g.mask_heads)
-        needs.way, needs.since = PAIRS if most is None else BLOCKS, 1
-        needs.width = max(NARROW, (row_tables.count(pairs) if most is None else most) | 1)
-        mebibytes = g.mask_heads * g.batch * g.rows * needs.width * ITEMSIZE // MIB
+    way = row_tables.RUNS
+    while True:
+        found = _first_right(pairs, g.mask_heads, way)
+        if isinstance(found, Reason):
+            return found
+        way, most, table = found
+        width = row_tables.width_for(most)
+        mebibytes = g.mask_heads * g.batch * g.rows * width * ITEMSIZE // MIB
         if budget is not None and mebibytes > budget:
             return _too_large(mebibytes, budget)
-        made = row_tables.by_many if most is None else row_tables.by_blocks
-        found = made(pairs, g.mask_heads, needs.width).table
-    else:
-        needs.way, needs.since, needs.width = RUNS, 0, NARROW
-    return _of_table(found, listed)
+        if most > NARROW:
+            table, numbers = row_tables.made(way, pairs, g.mask_heads, width)
+            if not numbers[1]:  # segments of rows may have too many endpoints
+                way += 1
+                continue
+        needs.way, needs.width, needs.since = way, width, int(way != row_tables.ways(pairs)[0])
+        return _of_table(table, listed)
 
 
 def _anew(pairs: Pairs, listed: Listed) -> TileList | Reason:
@@ -223,24 +237,6 @@ def _anew(pairs: Pairs, listed: Listed) -> TileList | Reason:
     if torch.cuda.is_current_stream_capturing():
         return under_capture(pairs, listed.geometry)
     return _exact(pairs, listed)
-
-
-def _checked_runs(pairs: Pairs, heads: int) -> Tensor | Reason | None:
-    """The table by runs of rows, None if it is not right, or the reason why there can be no list. Waits for the device.
-    """
-    if pairs.mask.parts is None:
-        return None if bool(row_tables.well_formed(pairs)) else ILL_FORMED
-    table, numbers = row_tables.by_runs(pairs, heads)
-    _, right, well = numbers.tolist()
-    return (table if right else None) if well else ILL_FORMED
-
-
-def _most_by_blocks(pairs: Pairs, heads: int) -> int | None:
-    """Counts the most endpoints of a row, by its runs in blocks; None where it has others. Waits for the device."""
-    if not row_tables.has_runs_in_blocks(pairs):
-        return None
-    most, right, _ = row_tables.by_blocks(pairs, heads, 1).numbers.tolist()
-    return most if right else None
 
 
 def _of_table(table: Tensor, listed: Listed) -> TileList | Reason:
@@ -268,7 +264,7 @@ def under_capture(pairs: Pairs, geometry: Geometry) -> TileList:
     heads = geometry.mask_heads
     if row_tables.known_beforehand(pairs):
         most = 1 + 2 * -(-geometry.columns // pairs.block[1]) if pairs.blocks else NARROW
-        found = row_tables.by_blocks(pairs, heads, most) if pairs.blocks else row_tables.by_runs(pairs, heads)
+        found = row_tables.made(row_tables.BLOCKS if pairs.blocks else row_tables.RUNS, pairs, heads, most)
     else:
-        found = row_tables.by_many(pairs, heads, geometry.columns)
+        found = row_tables.made(row_tables.EVERY, pairs, heads, geometry.columns)
     return tiler.within(found.table, tiler.every_tile)[0]

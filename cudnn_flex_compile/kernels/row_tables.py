@@ -1,11 +1,16 @@
-"""Makes the table of endpoints of a call's rows (scoremod/masks/intervals.py), in three ways.
+"""Makes the table of endpoints of a call's rows (scoremod/masks/intervals.py), in several ways.
 
-list_making.py chooses the way. `by_runs` is for rows of one run of keys each, which the mask's form gives, and for
-blocks that agree with it; the result says whether both hold. `by_few` looks at all pairs once, for rows of NARROW
-endpoints at most. `by_many` takes any number of endpoints, and is slower.
+list_making.py chooses the way. Each takes longer than the one before, and its result says whether it is right:
+
+    RUNS          rows of one run of keys each, which the mask's form gives, and blocks that agree with it
+    BLOCKS        rows of one run in each block of keys
+    FIRST_BLOCKS  a look at all pairs once, where the blocks of all heads are those of the first (visible_pairs.py)
+    PAIRS         a look at all pairs once
+    EVERY         the same op by op, for any number of endpoints
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,12 +21,13 @@ from torch import Tensor
 from cudnn_flex_compile.kernels import block_mask
 from cudnn_flex_compile.kernels.hot_function import HotFunction
 from cudnn_flex_compile.kernels.row_runs import Parts, Runs, agree, moved_blocks, runs_of
-from cudnn_flex_compile.kernels.visible_pairs import Pairs
+from cudnn_flex_compile.kernels.visible_pairs import Mask, Pairs
 from cudnn_flex_compile.scoremod.interpret import CHUNK
 from cudnn_flex_compile.scoremod.masks.form import split
 from cudnn_flex_compile.scoremod.masks.intervals import (
     NARROW,
     as_table,
+    endpoints_in_segments,
     every_endpoint,
     few_endpoints,
     most_endpoints,
@@ -29,7 +35,9 @@ from cudnn_flex_compile.scoremod.masks.intervals import (
     of_runs_in_blocks,
 )
 
-CHUNKS = 8  # chunks of rows, for each of which a compiled function has kernels of its own
+RUNS, BLOCKS, FIRST_BLOCKS, PAIRS, EVERY = range(5)
+WHOLE = 2**30  # pairs that a compiled function looks at together: their indices have 32 bits
+CHUNKS = 16  # times as many, for each of which it has kernels of its own
 
 
 class Found(NamedTuple):
@@ -50,31 +58,71 @@ class Recipe:
     """The way in which tables are made of tensors, such as those that a mask reads.
 
     Attributes:
-        function: gives the table of `heads` and the numbers in one tensor; None if the tensors are these themselves.
+        function: gives the table, of `heads` and of `width` endpoints, and the numbers in one tensor; None if the
+            tensors are these themselves.
     """
 
     function: HotFunction | None = None
     heads: int = 1
+    width: int = NARROW
 
     def __call__(self, *tensors: Tensor) -> Found:
-        return Found(*tensors) if self.function is None else _unpacked(self.function(*tensors), self.heads)
+        return Found(*tensors) if self.function is None else _unpacked(self.function(*tensors), self.heads, self.width)
 
     def compiled(self, *tensors: Tensor) -> Callable[..., Found]:
         """The function, compiled for tensors such as these."""
         if self.function is None:
             return Found
         function = self.function.compiled(*tensors)
-        return lambda *given: _unpacked(function(*given), self.heads)
+        return lambda *given: _unpacked(function(*given), self.heads, self.width)
 
 
-def recipe_by_runs(pairs: Pairs, heads: int) -> Recipe | None:
-    """The recipe by which `by_runs` makes the table of `pairs.tensors`; None where the mask reads scalars."""
-    return _recipe("runs", pairs, heads)
+def ways(pairs: Pairs) -> list[int]:
+    """The ways in which the table may be made."""
+    has = {
+        RUNS: pairs.mask.parts is not None, BLOCKS: has_runs_in_blocks(pairs),
+        FIRST_BLOCKS: pairs.by_first_blocks() is not None, PAIRS: True, EVERY: True,
+    }  # fmt: skip
+    return [way for way, there in has.items() if there]
 
 
-def by_runs(pairs: Pairs, heads: int) -> Found:
-    """The table by the runs of rows, which the mask must have."""
-    return _made("runs", pairs, heads)
+def looks_at_pairs(mask: Mask, blocks: bool) -> bool:
+    """Whether tables of a mask, under a BlockMask or without one, take a look at all pairs."""
+    return mask.parts is None and not (blocks and mask.in_blocks is not None)
+
+
+def recipe(way: int, pairs: Pairs, heads: int, width: int) -> Recipe | None:
+    """The recipe by which `made` makes the table of `pairs.tensors`; None where it has none, and where the mask reads
+    scalars.
+    """
+    if way not in COMPILED or pairs.mask.reads_ints or pairs.mask.reads_floats or not pairs.tensors:
+        return None
+    if way != RUNS and looked_at(way, pairs).count > CHUNKS * WHOLE:
+        return None
+    sizes, width = (tuple(pairs.sizes), tuple(pairs.block_sizes)), NARROW if way == RUNS else width
+    return Recipe(_function(way, pairs.program, len(pairs.blocks), *sizes, heads, width), heads, width)
+
+
+def made(way: int, pairs: Pairs, heads: int, width: int) -> Found:
+    """The table with `width` endpoints of each row, an odd number, or fewer. On a GPU, a recipe's function is compiled
+    where it runs again.
+    """
+    found = recipe(way, pairs, heads, width)
+    if found is not None:
+        return found(*pairs.tensors)
+    if way in COMPILED:
+        return _unpacked(COMPILED[way](pairs, heads, width, CHUNK), heads, NARROW if way == RUNS else width)
+    return by_blocks(pairs, heads, width) if way == BLOCKS else by_many(pairs, heads, width)
+
+
+def looked_at(way: int, pairs: Pairs) -> Pairs:
+    """The pairs that are looked at."""
+    return (pairs.by_first_blocks() if way == FIRST_BLOCKS else None) or pairs
+
+
+def width_for(most: int) -> int:
+    """A width that has room for so many endpoints, one of few: for each, a function is compiled."""
+    return max(NARROW, (1 << most.bit_length()) - 1)
 
 
 def has_runs_in_blocks(pairs: Pairs) -> bool:
@@ -129,14 +177,6 @@ def _of_rows(limit: Tensor, rows: slice) -> Tensor:
     return (limit[:, :, rows] if limit.shape[2] > 1 else limit).unsqueeze(-1)
 
 
-def by_few(pairs: Pairs, heads: int) -> Found:
-    """The table by one look at all pairs."""
-    batch, mask_heads = pairs.axes
-    if batch * mask_heads * pairs.sizes[2] * pairs.sizes[3] > CHUNKS * CHUNK:
-        return _unpacked(_few(pairs, heads), heads)
-    return _made("few", pairs, heads)
-
-
 def by_many(pairs: Pairs, heads: int, width: int) -> Found:
     """The table with `width` endpoints of each row, or fewer."""
     counts: list[Tensor] = []
@@ -148,11 +188,6 @@ def by_many(pairs: Pairs, heads: int, width: int) -> Found:
 
     table = every_endpoint(counted(), pairs.sizes, heads, width)
     return Found(table, _numbers(torch.stack(counts).amax(), None, pairs))
-
-
-def count(pairs: Pairs) -> int:
-    """The most endpoints that a row has. Waits for the device."""
-    return int(torch.stack([most_endpoints(visible) for _, visible in pairs.visible()]).amax())
 
 
 def well_formed(pairs: Pairs) -> Tensor:
@@ -179,7 +214,7 @@ def _runs_of(parts: Parts | None, pairs: Pairs) -> Runs:
     return runs_of(parts, pairs.captured, pairs.ints, pairs.floats, pairs.sizes, pairs.device)
 
 
-def _runs(pairs: Pairs, heads: int) -> Tensor:
+def _runs(pairs: Pairs, heads: int, *_: int) -> Tensor:
     mask = pairs.mask
     found = _runs_of(mask.parts, pairs)
     right = found.right
@@ -191,38 +226,44 @@ def _runs(pairs: Pairs, heads: int) -> Tensor:
     return torch.cat((table.flatten(), _numbers(most, right, pairs)))
 
 
-def _few(pairs: Pairs, heads: int) -> Tensor:
-    rows, most = few_endpoints(pairs.with_previous(), pairs.sizes[3])
-    return torch.cat((as_table(rows, pairs.sizes, heads).flatten(), _numbers(most, None, pairs)))
+def _pairs(pairs: Pairs, heads: int, width: int, chunk: int) -> Tensor:
+    return _of_pairs(pairs, None, pairs, heads, width, chunk)
 
 
-WAYS = {"runs": _runs, "few": _few}
+def _first_blocks(pairs: Pairs, heads: int, width: int, chunk: int) -> Tensor:
+    return _of_pairs(looked_at(FIRST_BLOCKS, pairs), pairs.blocks_repeat(), pairs, heads, width, chunk)
 
 
-def _recipe(way: str, pairs: Pairs, heads: int) -> Recipe | None:
-    if pairs.mask.reads_ints or pairs.mask.reads_floats or not pairs.tensors:
-        return None
-    made = _function(way, pairs.program, len(pairs.blocks), tuple(pairs.sizes), tuple(pairs.block_sizes), heads)
-    return Recipe(made, heads)
+def _of_pairs(looked_at: Pairs, right: Tensor | None, pairs: Pairs, heads: int, width: int, chunk: int) -> Tensor:
+    here, columns = looked_at.with_previous(chunk), pairs.sizes[3]
+    if width == NARROW:
+        rows, most = few_endpoints(here, columns)
+    else:
+        rows, most, found = endpoints_in_segments(here, columns, width)
+        right = found if right is None else right & found
+    return torch.cat((as_table(rows, pairs.sizes, heads).flatten(), _numbers(most, right, pairs)))
 
 
-def _made(way: str, pairs: Pairs, heads: int) -> Found:
-    """Makes the table; on a GPU a function without scalars is compiled."""
-    recipe = _recipe(way, pairs, heads)
-    return _unpacked(WAYS[way](pairs, heads), heads) if recipe is None else recipe(*pairs.tensors)
+COMPILED: dict[int, Callable[..., Tensor]] = {RUNS: _runs, FIRST_BLOCKS: _first_blocks, PAIRS: _pairs}
 
 
 @functools.lru_cache(64)
 def _function(
-    way: str, program: str, blocks: int, sizes: tuple[int, ...], block_sizes: tuple[int, ...], heads: int
+    way: int, program: str, blocks: int, sizes: tuple[int, ...], block_sizes: tuple[int, ...], heads: int, width: int
 ) -> HotFunction:
-    def function(*tensors: Tensor) -> Tensor:
+    def of(tensors: Sequence[Tensor]) -> Pairs:
         device: Any = tensors[0].device
-        rest = ((), (), (), sizes, tensors[:blocks], block_sizes, device)
-        return WAYS[way](Pairs(program, tensors[blocks:], *rest), heads)
+        return Pairs(program, tensors[blocks:], (), (), (), sizes, tensors[:blocks], block_sizes, device)
 
-    return HotFunction(function)
+    def function(*tensors: Tensor) -> Tensor:
+        return COMPILED[way](of(tensors), heads, width, CHUNK)
+
+    def traced(*tensors: Tensor) -> Tensor:
+        return COMPILED[way](of(tensors), heads, width, WHOLE)
+
+    long = way != RUNS and math.prod(sizes[2:]) > WHOLE
+    return HotFunction(function, traced, long=long)
 
 
-def _unpacked(packed: Tensor, heads: int) -> Found:
-    return Found(packed[:-3].view(heads, NARROW, -1), packed[-3:])
+def _unpacked(packed: Tensor, heads: int, width: int) -> Found:
+    return Found(packed[:-3].view(heads, width, -1), packed[-3:])

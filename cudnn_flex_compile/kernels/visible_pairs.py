@@ -5,8 +5,9 @@ block is listed, and is full or the mask_mod holds, and if the score_mod does no
 """
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -103,26 +104,62 @@ class Pairs:
     @property
     def axes(self) -> tuple[int, int]:
         """The number of batch entries and of heads that differ; 1 where all are the same."""
-        named = {*ir.axes_of(self.mask.own), *ir.axes_of(self.mask.always)}
-        listed = [max(sizes) for sizes in zip(*(t.shape[:2] for t in self.blocks), strict=True)] or [1, 1]
-        batch, heads = (n if a in named else m for a, n, m in zip("bh", self.sizes, listed, strict=False))
+        batch, heads = (
+            n if named else listed for named, n, listed in zip(self._named, self.sizes, self._listed, strict=False)
+        )
         return batch, heads
 
-    def chunks(self) -> Iterator[slice]:
-        """The slices of rows that are evaluated together."""
+    @property
+    def count(self) -> int:
+        """The number of pairs that differ."""
+        return math.prod(self.axes) * self.sizes[2] * self.sizes[3]
+
+    @property
+    def _named(self) -> tuple[bool, bool]:
+        """Whether the mask names the axes b and h."""
+        named = {*ir.axes_of(self.mask.own), *ir.axes_of(self.mask.always)}
+        return "b" in named, "h" in named
+
+    @property
+    def _listed(self) -> tuple[int, int]:
+        """The number of batch entries and of heads that the BlockMask has."""
+        batch, heads = [max(sizes) for sizes in zip(*(t.shape[:2] for t in self.blocks), strict=True)] or [1, 1]
+        return batch, heads
+
+    def by_first_blocks(self) -> "Pairs | None":
+        """The same pairs where the blocks of all batch entries and heads, of which the mask depends on none, are those
+        of the first (`blocks_repeat`). None where there are no such blocks.
+        """
+        cut = [not named and listed > 1 for named, listed in zip(self._named, self._listed, strict=True)]
+        if not any(cut):
+            return None
+        batch, heads = (slice(1) if only_first else slice(None) for only_first in cut)
+        return replace(self, blocks=[t[batch, heads] for t in self.blocks])
+
+    def blocks_repeat(self) -> Tensor:
+        """Whether the blocks of `by_first_blocks` are those of all, a boolean scalar."""
+        first = self.by_first_blocks()
+        assert first is not None
+        each = by_kind(self.blocks, self.sizes, self.block), by_kind(first.blocks, self.sizes, self.block)
+        return torch.stack([(every == one).all() for every, one in zip(*each, strict=True)]).all()
+
+    def chunks(self, most: int) -> Iterator[slice]:
+        """The slices of rows that are evaluated together, of `most` pairs."""
         batch, heads = self.axes
-        step = max(1, CHUNK // max(1, batch * heads * self.sizes[3]))
+        step = max(1, most // max(1, batch * heads * self.sizes[3]))
         return (slice(start, min(start + step, self.sizes[2])) for start in range(0, self.sizes[2], step))
 
     def visible(self) -> Iterator[tuple[int, Tensor]]:
         """Yields the first row of each chunk, and whether its pairs are visible, [B or 1, H or 1, R, Skv]."""
         show = self._shower()
-        return ((rows.start, show(rows, 0)) for rows in self.chunks())
+        return ((rows.start, show(rows, 0)) for rows in self.chunks(CHUNK))
 
-    def with_previous(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields whether the pairs of each chunk are visible, and whether the pairs at the key before are."""
+    def with_previous(self, most: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields whether the pairs of each chunk, of `most` pairs, are visible, and whether the pairs at the key before
+        are.
+        """
         show = self._shower()
-        return ((show(rows, 0), show(rows, 1)) for rows in self.chunks())
+        return ((show(rows, 0), show(rows, 1)) for rows in self.chunks(most))
 
     def _shower(self) -> Any:
         kinds = by_kind(self.blocks, self.sizes, self.block) if self.blocks else None

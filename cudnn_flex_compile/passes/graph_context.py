@@ -103,6 +103,7 @@ def cost_inputs_of(candidate: Candidate, context: Context) -> cost_inputs.CostIn
     inputs = cost_inputs.CostInputs(
         call, program, hoisted, training=candidate.training, lse_gradient=candidate.lse_gradient, blocks=blocks,
         around=context.around, tiled=candidate.tiled, sharing=_sharing(call, blocks, context),
+        looks=tile_lists.looked_at(candidate),
     )  # fmt: skip
     if blocks is None or not inputs.reads_mask or not several_ranks():
         return inputs

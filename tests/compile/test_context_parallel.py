@@ -131,8 +131,8 @@ def test_balanced_ranks_have_tile_lists(balancer, mask_mod, trainable, monkeypat
     mask = of_rank(1, mask_mod, balancer, monkeypatch)
     assert check(mask, monkeypatch).strategies == ("tile_lists",)
     ((pairs, most),) = asked
-    assert not most.by_pairs
-    table, numbers = row_tables.by_blocks(pairs, 1, most.endpoints | 1)
+    assert not most.slowly
+    table, numbers = row_tables.made(row_tables.BLOCKS, pairs, 1, row_tables.width_for(most.endpoints))
     count, right, well_formed = numbers.tolist()
     assert count <= most.endpoints
     assert right

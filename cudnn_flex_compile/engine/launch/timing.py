@@ -1,6 +1,5 @@
 """Measures the device time of functions that enqueue work, each in turn. Choices among plans are made by it."""
 
-import statistics
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,12 +11,14 @@ AHEAD = 10_000_000  # clock cycles (about 5 ms) that the device sleeps first, so
 
 
 def milliseconds(contenders: Sequence[Callable[[], object]]) -> list[float]:
-    """The time of one call of each contender on the current stream: the median over the rounds, without host time."""
+    """The time of one call of each contender on the current stream, without host time: the least of the rounds, for
+    work of other processes on the device only adds to it.
+    """
     samples: list[list[float]] = [[] for _ in contenders]
     for _ in range(ROUNDS + 1):  # the first warms up
         for run, taken in zip(contenders, samples, strict=True):
             taken.append(_sample(run))
-    return [statistics.median(taken[1:]) for taken in samples]
+    return [min(taken[1:]) for taken in samples]
 
 
 def _sample(run: Callable[[], object]) -> float:

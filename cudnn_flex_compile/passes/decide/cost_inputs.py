@@ -55,6 +55,17 @@ class Blocks(NamedTuple):
     partial: float
 
 
+class Looks(NamedTuple):
+    """A look at pairs, by which a list of tiles is made.
+
+    Attributes:
+        pairs: their number. compiled: whether a compiled function looks at them.
+    """
+
+    pairs: int
+    compiled: bool
+
+
 @dataclass(frozen=True, slots=True)
 class CostInputs:
     """The facts of a call that its costs depend on.
@@ -67,6 +78,7 @@ class CostInputs:
         around: None where the host's time for the call does not count: attention alone, or under CUDA graphs.
         tiled: the directions that would run by a list of its mask's tiles (passes/write/tile_lists.py).
         sharing: the number of calls that have its mask: of the graph, or LAYERS.
+        looks: the look at pairs that a step's list takes; None where the mask's form tells the runs of rows.
     """
 
     call: Call
@@ -78,6 +90,7 @@ class CostInputs:
     around: Workload | None
     tiled: tuple[str, ...] = ()
     sharing: int = 1
+    looks: Looks | None = None
 
     @property
     def directions(self) -> tuple[str, ...]:

@@ -189,7 +189,9 @@ def list_time(inputs: CostInputs) -> float:
     batch, heads, queries, _ = map(hint, example(inputs.call.query).shape)
     base, slope = STEP["list"]
     of_mask = batch * queries * inputs.lengths[1] * (heads if "h" in ir.axes_of(inputs.program.mask) else 1)
-    return base + slope * of_mask / 1e9
+    looks = inputs.looks
+    look = STEP["look"][not looks.compiled] * looks.pairs if looks else 0.0
+    return base + (slope * of_mask + look) / 1e9
 
 
 def inductors(inputs: CostInputs, measured: tuple[float, ...] = ()) -> Estimate:

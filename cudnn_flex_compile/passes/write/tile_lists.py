@@ -6,6 +6,7 @@ flex_attention, so that neither is compared with the other.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,9 +20,10 @@ from cudnn_flex_compile.engine.problem import BACKWARD
 from cudnn_flex_compile.engine.tiles import ahead
 from cudnn_flex_compile.engine.tiles.tile_list import ARCHITECTURE, Geometry
 from cudnn_flex_compile.engine.tiles.tiler import tiler_of
-from cudnn_flex_compile.kernels import list_making, tile_lists
-from cudnn_flex_compile.kernels.visible_pairs import Pairs, text_of
+from cudnn_flex_compile.kernels import list_making, row_tables, tile_lists
+from cudnn_flex_compile.kernels.visible_pairs import Pairs, mask_of, text_of
 from cudnn_flex_compile.passes.decide.candidate import Candidate, backward_call, forward_call
+from cudnn_flex_compile.passes.decide.cost_inputs import Looks
 from cudnn_flex_compile.passes.read.call import example, hint
 from cudnn_flex_compile.passes.read.programs import Traced
 from cudnn_flex_compile.passes.write.block_mask_guards import MaskProgram, present
@@ -84,8 +86,7 @@ def _unsuitable(given: "Given", geometry: Geometry, device: torch.device, budget
     most = list_making.most_endpoints(pairs)
     if isinstance(most, Reason):
         return most
-    made_slowly = bool(captured) and most.by_pairs
-    if most.endpoints > (NARROW if made_slowly else MOST):
+    if most.endpoints > (NARROW if captured and most.slowly else MOST):
         return Reason(Code.SLOWER, f"rows of the mask change up to {most.endpoints} times between visible and hidden")
     if device.type != "cuda":
         return None
@@ -113,6 +114,18 @@ def compile_ahead(candidate: Candidate) -> None:
         asked = {False, candidate.lse_gradient}
         calls += [backward_call(calls[0], candidate.mask_heads, lse_gradient) for lse_gradient in sorted(asked)]
     ahead.begin([problem_of(call) for call in calls])
+
+
+def looked_at(candidate: Candidate) -> Looks | None:
+    """The look at pairs that the list of each step takes, if it takes one."""
+    if not candidate.tiled:
+        return None
+    mask = mask_of(_text(candidate))
+    if not row_tables.looks_at_pairs(mask, bool(present(candidate.call))):
+        return None
+    named = {*ir.axes_of(mask.own), *ir.axes_of(mask.always), "q", "k"}
+    sizes = zip(ir.AXES, geometry_of(candidate).sizes, strict=True)
+    return Looks(math.prod(n for axis, n in sizes if axis in named), not (mask.reads_ints or mask.reads_floats))
 
 
 def geometry_of(candidate: Candidate) -> Geometry:

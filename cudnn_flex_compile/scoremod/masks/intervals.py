@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 NARROW = 3  # endpoints of a row that one reduction finds: an interval, and a second one that starts with the first key
+SEGMENT = 128  # keys of a row, in which one reduction finds NARROW endpoints of it
 VIEWS = {"b": (-1, 1, 1, 1), "h": (1, -1, 1, 1), "q": (1, 1, -1, 1), "k": (1, 1, 1, -1)}
 
 
@@ -41,18 +42,50 @@ def few_endpoints(pairs: Iterable[tuple[Tensor, Tensor]], columns: int) -> tuple
         pairs: for one block of rows after the other, whether pairs are visible, [B or 1, H or 1, R, Skv], and whether
             the pairs at the key before are (anything before the first key).
     """
-    found: list[Tensor] = []
-    counts: list[Tensor] = []
+    found = [_reduced(here, previous, columns, columns) for here, previous in pairs]
+    return torch.cat([ends[..., 0, :] for ends, _ in found], 2), torch.stack([n.amax() for _, n in found]).amax()
+
+
+def endpoints_in_segments(
+    pairs: Iterable[tuple[Tensor, Tensor]], columns: int, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Up to `width` endpoints of each row, [B or 1, H or 1, Sq, width], the most that a row has, int32, and whether
+    these are all: a boolean scalar. They are if no SEGMENT keys of a row have more than NARROW.
+
+    It is one reduction over the pairs, as `few_endpoints`, which says what `pairs` are. It takes memory for some
+    numbers of each segment.
+    """
+    tables: list[Tensor] = []
+    counts: list[tuple[Tensor, Tensor]] = []
     for here, previous in pairs:
-        place = torch.arange(columns, dtype=torch.int32, device=here.device)
-        changes = torch.logical_xor(here, previous | (place == 0))  # Inductor compiles no != of truth values
-        count = changes.sum(-1, dtype=torch.int32)
-        first, last = torch.where(changes, place, columns).amin(-1), torch.where(changes, place, -1).amax(-1)
-        middle = torch.where(changes, place, 0).sum(-1, dtype=torch.int32) - first - last
-        second = torch.where(count == 3, middle, torch.where(count == 2, last, columns))
-        found.append(torch.stack((first, second, torch.where(count == 3, last, columns)), -1))
-        counts.append(count.amax())
-    return torch.cat(found, 2), torch.stack(counts).amax()
+        ends, count = _reduced(here, previous, columns, SEGMENT)
+        rank = (count.cumsum(-1, dtype=torch.int32) - count).unsqueeze(-1) + torch.arange(NARROW, device=count.device)
+        there = torch.arange(NARROW, device=count.device) < count.unsqueeze(-1)
+        rank = torch.where(there, rank.clamp(max=width), width).flatten(-2)
+        table = ends.new_full((*count.shape[:-1], width + 1), columns).scatter_(-1, rank.long(), ends.flatten(-2))
+        tables.append(table[..., :width])
+        counts.append((count.sum(-1, dtype=torch.int32).amax(), count.amax()))
+    most, in_segment = (torch.stack(column).amax() for column in zip(*counts, strict=True))
+    return torch.cat(tables, 2), most, in_segment <= NARROW
+
+
+def _reduced(here: Tensor, previous: Tensor, columns: int, segment: int) -> tuple[Tensor, Tensor]:
+    """Up to NARROW endpoints in each segment of each row, [..., segments, NARROW], and how many it has, int32. Where it
+    has more, the endpoints are wrong.
+    """
+
+    def cut(t: Tensor) -> Tensor:
+        beyond = -columns % segment
+        return (torch.nn.functional.pad(t, (0, beyond)) if beyond else t).unflatten(-1, (-1, segment))
+
+    place = torch.arange(columns, dtype=torch.int32, device=here.device)
+    changes = cut(torch.logical_xor(here, previous | (place == 0)))  # Inductor compiles no != of truth values
+    place = cut(place)
+    count = changes.sum(-1, dtype=torch.int32)
+    first, last = torch.where(changes, place, columns).amin(-1), torch.where(changes, place, -1).amax(-1)
+    middle = torch.where(changes, place, 0).sum(-1, dtype=torch.int32) - first - last
+    second = torch.where(count == 3, middle, torch.where(count == 2, last, columns))
+    return torch.stack((first, second, torch.where(count == 3, last, columns)), -1), count
 
 
 def of_runs_in_blocks(start: Tensor, end: Tensor, edges: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -119,7 +119,8 @@ def test_each_step_has_the_blocks_of_its_block_mask(source, tiler):
         kind = ("needed", "any", "any, without full ones")[seed // 4 % 3]
         step(needs, SOURCES[source], documents(seed, 1 + seed % 9, seed in (9, 10, 21)), kind, seed)
         ways.add(needs.way)
-    assert ways == ({list_making.PAIRS} if source == "image blocks" else ways | {list_making.RUNS, list_making.BLOCKS})
+    ahead = {row_tables.RUNS, row_tables.BLOCKS}
+    assert ways == ({row_tables.PAIRS, row_tables.EVERY} if source == "image blocks" else ways | ahead)
 
 
 def test_a_step_like_the_last_one_waits_for_nothing_until_its_call(tiler):
@@ -144,8 +145,13 @@ def test_a_list_that_is_too_small_is_made_anew(tiler, monkeypatch):
 
 
 def test_runs_of_rows_are_tried_again(tiler, monkeypatch):
-    tried, recipe = [], row_tables.recipe_by_runs
-    monkeypatch.setattr(row_tables, "recipe_by_runs", lambda *args: tried.append(1) or recipe(*args))
+    tried, recipe = [], row_tables.recipe
+
+    def seen(way, *args):
+        tried.extend([1] * (way == row_tables.RUNS))
+        return recipe(way, *args)
+
+    monkeypatch.setattr(row_tables, "recipe", seen)
     needs, source = Needs(), SOURCES["causal documents"]
     step(needs, source, documents(0, 5, True))
     tried.clear()

@@ -2,12 +2,15 @@
 ways, with BlockMasks that agree and others.
 """
 
+import itertools
+
 import pytest
 import torch
 
 from cudnn_flex_compile.kernels import row_tables, visible_pairs
 from cudnn_flex_compile.kernels.visible_pairs import Pairs, mask_of, text_of
 from cudnn_flex_compile.scoremod.ir import TRUE
+from cudnn_flex_compile.scoremod.masks import intervals
 from cudnn_flex_compile.scoremod.masks.intervals import NARROW
 from tests.support.mask_runs import EDGES, SOURCES, captured, shown
 from tests.support.mask_sources import CPU, brute_force, normal, used
@@ -71,27 +74,21 @@ def test_every_way_shows_what_stock_shows(source, kind):
         program = text_of(normal(source, given).mask, TRUE)
         pairs = Pairs(program, tensors, (), ints, [], sizes, blocks, BLOCK, CPU)
         heads = sizes[1] if pairs.axes[1] > 1 else 1
-        most = row_tables.count(pairs)
         changes = expected != torch.nn.functional.pad(expected[..., :-1], (1, 0), value=True)
-        assert most == int(changes.sum(-1).max())
-        found = [row_tables.by_many(pairs, heads, most), row_tables.by_few(pairs, heads)]
-        assert [n.tolist() for _, n in found] == [[most, 1, 1]] * 2
-        tables = [found[0].table, *([found[1].table] if most <= NARROW else [])]
-        if mask_of(program).parts is not None:
-            table, numbers = row_tables.by_runs(pairs, heads)
-            _, right, well = numbers.tolist()
+        most, ways = int(changes.sum(-1).max()), row_tables.ways(pairs)
+        assert (row_tables.RUNS in ways) == (mask_of(program).parts is not None)
+        for way, width in itertools.product(ways, {most | 1, NARROW, row_tables.width_for(most)}):
+            table, numbers = row_tables.made(way, pairs, heads, width)
+            count, right, well = numbers.tolist()
             assert well
-            assert right or blocks or not row_tables.known_beforehand(pairs)
-            tables += [table] if right else []
-        if row_tables.has_runs_in_blocks(pairs):
-            for width in (most | 1, 1):
-                table, numbers = row_tables.by_blocks(pairs, heads, width)
-                count, right, well = numbers.tolist()
-                assert well
-                assert (count == most) if right else not row_tables.known_beforehand(pairs)
-                tables += [table] if right and count <= width else []
-        for table in tables:
-            assert torch.equal(shown(table, sizes).expand(sizes), expected), (seed, len(tables))
+            if way in (row_tables.RUNS, row_tables.BLOCKS):
+                assert right or not row_tables.known_beforehand(pairs) or (blocks and way == row_tables.RUNS)
+                assert count == most or not right or way == row_tables.RUNS
+            else:
+                assert count == most or way == row_tables.FIRST_BLOCKS
+                assert right or way == row_tables.FIRST_BLOCKS or (way == row_tables.PAIRS and width > NARROW)
+            if right and count <= width:
+                assert torch.equal(shown(table, sizes).expand(sizes), expected), (seed, way, width)
 
 
 BY_RUNS = ("causal documents", "documents", "documents under a window", "one sequence of ids", "padding id", "prefix",
@@ -107,7 +104,7 @@ def test_usual_masks_need_no_look_at_pairs(name, kind):
     blocks, _, _ = blocks_of(kind, brute_force(source, given, sizes), 1)
     program = text_of(normal(source, given).mask, TRUE)
     pairs = Pairs(program, tensors, (), ints, [], sizes, blocks, BLOCK, CPU)
-    assert row_tables.by_runs(pairs, 3).numbers.tolist() == [NARROW, 1, 1]
+    assert row_tables.made(row_tables.RUNS, pairs, 3, NARROW).numbers.tolist() == [NARROW, 1, 1]
 
 
 @pytest.mark.parametrize("side", ["left", "right", "none", "scattered"])
@@ -118,7 +115,7 @@ def test_padding_is_a_run_of_keys_or_not(side):
     }[side].expand(2, -1)  # fmt: skip
     program = text_of(normal("padding[b, kv] & (q >= kv)", {"padding": padding}).mask, TRUE)
     pairs = Pairs(program, [padding], (), [], [], (2, 3, 40, 40), [], (), CPU)
-    table, numbers = row_tables.by_runs(pairs, 1)
+    table, numbers = row_tables.made(row_tables.RUNS, pairs, 1, NARROW)
     assert numbers.tolist() == [NARROW, side != "scattered", 1]
     expected = padding[:, None, None] & torch.ones(40, 40, dtype=torch.bool).tril()
     assert side == "scattered" or torch.equal(shown(table, (2, 3, 40, 40)), expected)
@@ -131,11 +128,9 @@ def test_what_the_score_hides_is_hidden_in_full_blocks_too(hides):
     blocks, partial, full = blocks_of("any", causal, 0)
     pairs = Pairs(text_of(own, always), [], (), [], [], (1, 1, 24, 24), blocks, BLOCK, CPU)
     expected = ((causal & partial) | full) & brute_force(hides, {}, (1, 1, 24, 24))
-    most = row_tables.count(pairs)
-    assert torch.equal(shown(row_tables.by_many(pairs, 1, most).table, (1, 1, 24, 24)), expected)
-    if row_tables.has_runs_in_blocks(pairs):
-        table, numbers = row_tables.by_blocks(pairs, 1, most | 1)
-        assert numbers[1] or hides != "kv < q + 3"
+    for way in row_tables.ways(pairs):
+        table, numbers = row_tables.made(way, pairs, 1, 31)
+        assert numbers[1] or way < row_tables.EVERY
         assert not numbers[1] or torch.equal(shown(table, (1, 1, 24, 24)), expected)
 
 
@@ -155,29 +150,71 @@ def test_no_list_is_made_of_what_stock_counts_twice(name):
     ILL_FORMED[name](blocks)
     pairs = Pairs(text_of(normal("q >= kv").mask, TRUE), [], (), [], [], sizes, blocks, BLOCK, CPU)
     assert not row_tables.well_formed(pairs)
-    assert row_tables.by_few(pairs, 1).numbers[2] == 0
+    for way in row_tables.ways(pairs):
+        assert row_tables.made(way, pairs, 1, NARROW).numbers[2] == 0
 
 
 @pytest.mark.parametrize("chunk", [40, 200, 1000])
-def test_long_calls_go_some_rows_at_a_time(chunk, monkeypatch):
+@pytest.mark.parametrize("source", ["image blocks", "causal documents"])
+def test_long_calls_go_some_rows_at_a_time(chunk, source, monkeypatch):
     monkeypatch.setattr(visible_pairs, "CHUNK", chunk)
     monkeypatch.setattr(row_tables, "CHUNK", chunk)
-    long_calls_by_blocks()
-    source, sizes = SOURCES["image blocks"], (2, 1, 24, 40)
-    given, tensors, ints = given_of(source, 1, 40)
-    pairs = Pairs(text_of(normal(source, given).mask, TRUE), tensors, (), ints, [], sizes, [], (), CPU)
-    expected = brute_force(source, given, sizes)
-    most = row_tables.count(pairs)
-    assert torch.equal(shown(row_tables.by_many(pairs, 1, most).table, sizes), expected)
-    assert most > NARROW or torch.equal(shown(row_tables.by_few(pairs, 1).table, sizes), expected)
+    monkeypatch.setattr(intervals, "SEGMENT", NARROW)  # which have no more endpoints
+    sizes = (2, 1, 24, 40)
+    given, tensors, ints = given_of(SOURCES[source], 1, 40)
+    own = brute_force(SOURCES[source], given, sizes)
+    for kind in ("none", "any"):
+        blocks, partial, full = blocks_of(kind, own, 0)
+        program = text_of(normal(SOURCES[source], given).mask, TRUE)
+        pairs = Pairs(program, tensors, (), ints, [], sizes, blocks, BLOCK, CPU)
+        right_ways = []
+        for way in row_tables.ways(pairs):
+            table, numbers = row_tables.made(way, pairs, 1, 63)
+            if numbers[1]:
+                right_ways.append(way)
+                assert torch.equal(shown(table, sizes), (own & partial) | full)
+        assert {row_tables.PAIRS, row_tables.EVERY} <= {*right_ways}
 
 
-def long_calls_by_blocks():
-    source, sizes = SOURCES["causal documents"], (2, 1, 24, 40)
-    given, tensors, ints = given_of(source, 1, 40)
-    own = brute_force(source, given, sizes)
-    blocks, partial, full = blocks_of("any", own, 0)
-    pairs = Pairs(text_of(normal(source, given).mask, TRUE), tensors, (), ints, [], sizes, blocks, BLOCK, CPU)
-    table, numbers = row_tables.by_blocks(pairs, 1, row_tables.count(pairs) | 1)
-    assert numbers[1]
-    assert torch.equal(shown(table, sizes), (own & partial) | full)
+@pytest.mark.parametrize("source", ["image blocks", "causal documents", "per head", "everything"])
+@pytest.mark.parametrize("repeat", ["heads", "batch", "both", "neither"])
+def test_blocks_that_repeat_are_looked_at_once(source, repeat, monkeypatch):
+    monkeypatch.setattr(intervals, "SEGMENT", NARROW)  # which have no more endpoints
+    sizes = (2, 3, 24, 40)
+    given, tensors, _ = given_of(SOURCES[source], 1, 40)
+    own = brute_force(SOURCES[source], given, sizes).expand(sizes)
+    kept = slice(1 if repeat in ("batch", "both") else None), slice(1 if repeat in ("heads", "both") else None)
+    blocks, partial, full = blocks_of("any", own[kept], 0)
+    blocks = [t.expand(2, 3, *t.shape[2:]) for t in blocks]
+    program = text_of(normal(SOURCES[source], given).mask, TRUE)
+    pairs = Pairs(program, tensors, (), [], [], sizes, blocks, BLOCK, CPU)
+    named = {"causal documents": {"batch"}, "per head": {"batch", "heads"}}.get(source, set())
+    cut = {"batch", "heads"} - named
+    assert (row_tables.FIRST_BLOCKS in row_tables.ways(pairs)) == bool(cut)
+    if not cut:
+        return
+    table, numbers = row_tables.made(row_tables.FIRST_BLOCKS, pairs, 3, 63)
+    repeated = {"heads": {"heads"}, "batch": {"batch"}, "both": {"batch", "heads"}, "neither": set()}[repeat]
+    assert bool(numbers[1]) == (cut <= repeated)
+    if numbers[1]:
+        assert torch.equal(shown(table, sizes), (own & partial) | full)
+
+
+@pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES.keys())
+def test_segments_of_a_row_have_few_endpoints_or_are_not_right(source, monkeypatch):
+    monkeypatch.setattr(intervals, "SEGMENT", 8)
+    found = set()
+    for seed in range(12):
+        sizes = (2, 3, 24, (33, 40)[seed % 2])
+        given, tensors, ints = given_of(source, seed, 40)
+        own = brute_force(source, given, sizes).expand(sizes)
+        pairs = Pairs(text_of(normal(source, given).mask, TRUE), tensors, (), ints, [], sizes, [], (), CPU)
+        heads = sizes[1] if pairs.axes[1] > 1 else 1
+        table, numbers = row_tables.made(row_tables.PAIRS, pairs, heads, 63)
+        changes = own != torch.nn.functional.pad(own[..., :-1], (1, 0), value=True)
+        segments = torch.nn.functional.pad(changes, (0, -sizes[3] % 8)).unflatten(-1, (-1, 8)).sum(-1)
+        assert numbers.tolist() == [int(changes.sum(-1).max()), int(segments.max() <= NARROW), 1]
+        found.add(bool(numbers[1]))
+        if numbers[1]:
+            assert torch.equal(shown(table, sizes).expand(sizes), own)
+    assert True in found or source == SOURCES["padding"]

@@ -6,6 +6,7 @@ import torch
 from cudnn_flex_compile.kernels import hot_function, row_tables
 from cudnn_flex_compile.kernels.visible_pairs import Pairs, mask_of, text_of
 from cudnn_flex_compile.scoremod.ir import TRUE
+from cudnn_flex_compile.scoremod.masks.intervals import NARROW
 from tests.support.mask_runs import SOURCES, shown
 from tests.support.mask_sources import CPU, brute_force, normal
 from tests.unit.kernels.test_row_tables import BLOCK, blocks_of, given_of
@@ -38,11 +39,14 @@ def test_inductor_compiles_it(name, kind, monkeypatch):
     pairs = Pairs(program, tensors, (), [], [], sizes, blocks, BLOCK, CPU)
     heads = sizes[1] if pairs.axes[1] > 1 else 1
     assert mask_of(program).parts is not None
-    few, by_runs = row_tables.by_few(pairs, heads), row_tables.by_runs(pairs, heads)
-    assert compiled == [True, True]
-    recorded = row_tables.recipe_by_runs(pairs, heads).compiled(*map(torch.zeros_like, pairs.tensors))
-    assert all(map(torch.equal, recorded(*pairs.tensors), by_runs))
-    for table, numbers in (few, by_runs):
-        if numbers[0] <= 3 and numbers[1]:
+    ways = [way for way in row_tables.ways(pairs) if way in row_tables.COMPILED]
+    asked = [(way, width) for way in ways for width in (NARROW, 15)[: 1 if way == row_tables.RUNS else 2]]
+    for way, width in asked:
+        table, numbers = found = row_tables.made(way, pairs, heads, width)
+        recorded = row_tables.recipe(way, pairs, heads, width).compiled(*map(torch.zeros_like, pairs.tensors))
+        assert all(map(torch.equal, recorded(*pairs.tensors), found))
+        if numbers[0] <= width and numbers[1]:
             assert (shown(table, sizes).expand(sizes) == ((own & partial) | full)).all()
+    assert compiled == [True] * len(asked)
+    assert ways == [row_tables.RUNS, *ways[1:-1], row_tables.PAIRS]
     row_tables._function.cache_clear()

@@ -16,7 +16,7 @@ from cudnn_flex_compile.bench.mods import ALL
 from cudnn_flex_compile.bench.regret.cases import chosen
 from cudnn_flex_compile.passes.decide import cost_inputs, cost_model, device_times
 from cudnn_flex_compile.passes.decide.chooser import PREDICTION_ERROR, choose
-from cudnn_flex_compile.passes.decide.cost_inputs import Blocks, CostInputs, Workload
+from cudnn_flex_compile.passes.decide.cost_inputs import Blocks, CostInputs, Looks, Workload
 from cudnn_flex_compile.passes.decide.device_times import FOLDER, read
 from cudnn_flex_compile.scoremod import ir
 from cudnn_flex_compile.scoremod.ir import F32
@@ -115,6 +115,23 @@ def test_padding_on_either_side_runs_alike(share):
     }  # fmt: skip
     found = choose(ways, True, None, False)
     assert found.order[0] == ("forward", "backward"), found.slower
+
+
+@pytest.mark.parametrize(
+    ("looks", "lowered"),
+    [(None, True), (Looks(2**30, True), True), (Looks(28 * 2**30, True), False), (Looks(2**30, False), False)],
+)
+def test_a_list_that_takes_long_each_step_keeps_its_calls(looks, lowered):
+    """28 heads of 32768 tokens: its list may look at no pairs, at those of one head, or at those of all."""
+    reads, shape = ir.program(mask=make("ge", ir.operand(0, ir.I32, "q"), KV)), (1, 28, 4, 32768, 128)
+    ways = {
+        tiled: CostInputs(
+            call_of(*shape), reads, (), True, False, Blocks(0.03, 0.5), None, tiled, sharing=2, looks=looks
+        )
+        for tiled in ((), ("forward", "backward"))
+    }
+    found = choose(ways, True, None, False)
+    assert (found.order[:1] == (("forward", "backward"),)) == lowered, found.slower
 
 
 def commands():
