@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "again"
     )
     rows.add_argument("--rows", nargs="*", metavar="N", help=names)
-    rows.add_argument("--layers", type=int, default=2, help="of a row's model (2)")
+    rows.add_argument("--layers", type=int, default=4, help="of a row's model (4; BERT base has its 12)")
     rows.add_argument("--steps", type=int, default=10, help="samples of each side, of two steps each (10)")
     rows.add_argument("--kernels", action="store_true", help="list the longest kernels of each side, too")
     regret = (

@@ -39,7 +39,8 @@ class Needs:
     Attributes:
         room: the memory, with some reserve; None before the first list.
         width: the endpoints of a row.
-        alike: the number of lists that were made with this room.
+        alike: the number of lists that were made with this room, and with these integers.
+        ints: the integers that the mask of the last list read.
         way: the way in which the table of rows was made (row_tables.py).
         since: counts the lists since the fastest way was last tried.
     """
@@ -47,6 +48,7 @@ class Needs:
     room: Room | None = None
     width: int = NARROW
     alike: int = 0
+    ints: tuple[int, ...] = ()
     way: int = row_tables.RUNS
     since: int = 0
 
@@ -160,8 +162,8 @@ def _first_found(listed: Listed, pairs: Pairs) -> TileList | Reason | None:
     if room is None or not pairs.tensors:
         return _exact(pairs, listed)
     recipe, given = _recipe(pairs, geometry.mask_heads, needs)
-    width, device = needs.width, pairs.device.index
-    needs.alike += 1
+    width, device, ints = needs.width, pairs.device.index, tuple(pairs.ints)
+    needs.alike, needs.ints = (needs.alike if ints == needs.ints else 0) + 1, ints
     make = functools.partial(_unrecorded, recipe, tiler_of(geometry, device), room)
     if needs.alike > RECORDED:
         layouts, stream = tuple([(t.shape, t.dtype) for t in given]), torch.cuda.current_stream().cuda_stream

@@ -93,14 +93,15 @@ def looks_at_pairs(mask: Mask, blocks: bool) -> bool:
 
 def recipe(way: int, pairs: Pairs, heads: int, width: int) -> Recipe | None:
     """The recipe by which `made` makes the table of `pairs.tensors`; None where it has none, and where the mask reads
-    scalars.
+    floats.
     """
-    if way not in COMPILED or pairs.mask.reads_ints or pairs.mask.reads_floats or not pairs.tensors:
+    if way not in COMPILED or pairs.mask.reads_floats or not pairs.tensors:
         return None
     if way != RUNS and looked_at(way, pairs).count > CHUNKS * WHOLE:
         return None
-    sizes, width = (tuple(pairs.sizes), tuple(pairs.block_sizes)), NARROW if way == RUNS else width
-    return Recipe(_function(way, pairs.program, len(pairs.blocks), *sizes, heads, width), heads, width)
+    numbers = tuple(pairs.sizes), tuple(pairs.block_sizes), tuple(pairs.ints) if pairs.mask.reads_ints else ()
+    width = NARROW if way == RUNS else width
+    return Recipe(_function(way, pairs.program, len(pairs.blocks), *numbers, heads, width), heads, width)
 
 
 def made(way: int, pairs: Pairs, heads: int, width: int) -> Found:
@@ -249,11 +250,12 @@ COMPILED: dict[int, Callable[..., Tensor]] = {RUNS: _runs, FIRST_BLOCKS: _first_
 
 @functools.lru_cache(64)
 def _function(
-    way: int, program: str, blocks: int, sizes: tuple[int, ...], block_sizes: tuple[int, ...], heads: int, width: int
-) -> HotFunction:
+    way: int, program: str, blocks: int, sizes: tuple[int, ...], block_sizes: tuple[int, ...], ints: tuple[int, ...],
+    heads: int, width: int,
+) -> HotFunction:  # fmt: skip
     def of(tensors: Sequence[Tensor]) -> Pairs:
         device: Any = tensors[0].device
-        return Pairs(program, tensors[blocks:], (), (), (), sizes, tensors[:blocks], block_sizes, device)
+        return Pairs(program, tensors[blocks:], (), ints, (), sizes, tensors[:blocks], block_sizes, device)
 
     def function(*tensors: Tensor) -> Tensor:
         return COMPILED[way](of(tensors), heads, width, CHUNK)

@@ -3,11 +3,13 @@ tests.measure.list_time [ROW ...]`.
 
 Knows nothing of right numbers (tests/gpu/test_shared_lists.py). A line for each row of `cudnn-flex bench --rows` and
 each of its masks: the way in which the table of rows was made, the pairs that were looked at, and milliseconds of the
-host and until the device is through, medians of the last steps. The last line is "look" of
-passes/decide/step_times.json: what a list takes for each 10^9 pairs that it looks at, by a compiled function and op by
-op, the largest of all lists that look at MANY pairs.
+host and until the device is through, medians of the last steps. The last lines are those of
+passes/decide/step_times.json: "list", the line of least squares over the lists that look at no pairs; and "look", what
+a list takes for each 10^9 pairs that it looks at, by a compiled function and op by op, the largest of all lists that
+look at MANY pairs.
 """
 
+import dataclasses
 import functools
 import random
 import statistics
@@ -21,14 +23,16 @@ from torch.nn.attention.flex_attention import flex_attention
 from cudnn_flex_compile.bench.rows.launch import block_masks
 from cudnn_flex_compile.bench.rows.rows import chosen
 from cudnn_flex_compile.kernels import row_tables, tile_lists
+from tests.measure.documents_time import line
 
-ROWS, STEPS, COUNTED, MANY = ("1a", "3b", "4b", "5", "6", "8", "9a"), 9, 4, 2**28
+ROWS = ("1a", "1c", "2a", "3b", "4b", "5", "6", "8", "9a")
+HEADS, DIM, STEPS, COUNTED, MANY = 2, 64, 9, 4, 2**28
 WAYS = {getattr(row_tables, name): name for name in ("RUNS", "BLOCKS", "FIRST_BLOCKS", "PAIRS", "EVERY")}
 
 
 def steps_of(row):
     """By mask, what runs a step with new data. Its attention is small in all but the lengths."""
-    sizes = [(row.batch, heads, n, 64) for heads, n in ((row.heads, row.length), *[(row.kv_heads, row.kv_length)] * 2)]
+    sizes = [(row.batch, HEADS, n, DIM) for n in (row.length, row.kv_length, row.kv_length)]
     qkv = [torch.zeros(size, device="cuda", dtype=torch.bfloat16) for size in sizes]
     drawn = row.draw(row, random.Random(0))
     x = torch.empty(row.batch, row.length, 1, device="cuda")
@@ -38,7 +42,7 @@ def steps_of(row):
         mask = block_masks(row, x, data)[place]
         torch.cuda.synchronize()
         with torch.no_grad():
-            run(*qkv, block_mask=mask, enable_gqa=row.heads != row.kv_heads)
+            run(*qkv, block_mask=mask)
 
     for place in range(len(row.mods(row, drawn))):
         options = {"strategy": "tile_lists", "bias_budget_mb": 4096}
@@ -66,15 +70,18 @@ def measured(step):
 
 
 def main(names):
-    slopes = {True: [0.0], False: [0.0]}
+    slopes, points = {True: [0.0], False: [0.0]}, []
     for row in chosen(list(names)):
-        for step in steps_of(row):
+        for step in steps_of(dataclasses.replace(row, heads=HEADS, kv_heads=HEADS)):
             (host, through), way, width, pairs = measured(step)
             looked_at = 0 if way < row_tables.FIRST_BLOCKS else row_tables.looked_at(way, pairs).count
-            if looked_at > MANY:
+            if not looked_at:
+                points.append((row.batch * row.length * row.kv_length / 1e9, through))
+            elif looked_at > MANY:
                 slopes[way != row_tables.EVERY].append(through / looked_at * 1e9)
             what = f"{WAYS[way]}, {width} endpoints, {looked_at / 1e9:.2f} * 10^9 pairs"
             print(f"{row.name:<3} {what}: host {host:.3f} ms, through {through:.3f} ms", flush=True)
+    print(f'"list": {line(points)}')
     print(f'"look": [{max(slopes[True]):.2f}, {max(slopes[False]):.2f}]')
 
 

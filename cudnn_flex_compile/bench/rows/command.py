@@ -68,7 +68,7 @@ def _measure_here(given: argparse.Namespace) -> int:
     if given.tiny:
         bench = Bench(row.tiny(), given.layers, "cpu", {"lower": given.lower}, trains=False)
     else:
-        bench = Bench(row, given.layers, "cuda", {"lower": given.lower}, trains=True)
+        bench = Bench(row, row.layers or given.layers, "cuda", {"lower": given.lower}, trains=True)
     with compiling(given.into.parent.parent / TURNS) as alone:
         found = measure(bench, given.steps, alone)
     for side in found.sides.values() if given.tiny else ():

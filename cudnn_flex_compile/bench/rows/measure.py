@@ -7,12 +7,13 @@ last one tells where a row that was ended had got to.
 import copy
 import dataclasses
 import itertools
+import math
 import random
 import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -98,7 +99,8 @@ def measure(bench: Bench, steps: int, alone: Alone = nullcontext) -> Result:
     model, speed = bench.model(), bench.device != "cpu"
     whose = "" if isinstance(model, Model) else "transformers"
     sides = [Side(STOCK, {}, speed), Side(OURS, bench.options, speed)]
-    contenders = [Contender(bench.row, copy.deepcopy(model), side, bench.trains) for side in sides]
+    models = copy.deepcopy(model), model
+    contenders = [Contender(bench.row, own, side, bench.trains) for own, side in zip(models, sides, strict=True)]
     result = Result(bench.row.name, whose, {side.name: Measured() for side in sides})
     _note("the making of BlockMasks")
     _begin(bench)
@@ -135,19 +137,28 @@ def _first(result: Result, contender: Contender, inputs: tuple[Tensor, Data, Ten
 
 
 def _compare(result: Result, found: list[dict[str, Tensor]]) -> None:
-    stock, ours = found
-    for name, wanted in stock.items():
-        off = relative(ours[name], wanted)
-        if name == "out":
+    """Compares outputs, and the gradients of each module's weights together: that of a bias of keys, which moves all
+    scores of a row alike, is nothing but rounding.
+    """
+    parts: dict[str, list[str]] = {}
+    for name in found[0]:
+        parts.setdefault(name.rpartition(".")[0], []).append(name)
+    for part, names in parts.items():
+        off = relative(*([tensors[name] for name in names] for tensors in reversed(found)))
+        if "out" in names:
             result.out = max(result.out, off)
         elif off > result.gradient:
-            result.gradient, result.worst = off, name
+            result.gradient, result.worst = off, part
 
 
-def relative(found: Tensor, wanted: Tensor) -> float:
+def relative(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     """The relative difference in L2; beside zeros, the norm of the other one."""
-    size = float(wanted.float().norm())
-    return float((found.float() - wanted.float()).norm()) / (size or 1.0)
+    size = _norm(wanted)
+    return _norm([f.float() - w.float() for f, w in zip(found, wanted, strict=True)]) / (size or 1.0)
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    return math.hypot(*(float(t.float().norm()) for t in tensors))
 
 
 def _steps(bench: Bench, contenders: list[Contender], result: Result, steps: int) -> None:

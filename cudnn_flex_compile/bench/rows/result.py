@@ -42,7 +42,7 @@ class Measured:
 @dataclass(slots=True)
 class Result:
     """sides: by name. out, gradient: the greatest relative difference of the sides, in the first step and in the last;
-    worst: of which weights. lowered: calls; strategies: of these; kept: calls by reason. layers: whose they are.
+    worst: of which module. lowered: calls; strategies: of these; kept: calls by reason. layers: whose they are.
     """
 
     row: str

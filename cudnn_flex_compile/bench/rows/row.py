@@ -39,6 +39,7 @@ class Row:
         lora: the rank of the only weights that are trained, 0 for all.
         before: batch and length of the steps before those that are measured, where they change.
         family: the name of the model in transformers, where the whole of it is compiled.
+        layers: the number of its layers where that is small; 0 for as many as are asked for.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Row:
     lora: int = 0
     before: tuple[int, int] | None = None
     family: str = ""
+    layers: int = 0
 
     @property
     def kv_length(self) -> int:
@@ -97,4 +99,4 @@ class Row:
         before = (2, 128) if self.before else None
         options = {name: value for name, value in self.options.items() if "tun" not in name}
         masks = {"window": min(self.window, 64), "context": min(self.context, 64), "options": options}
-        return dataclasses.replace(self, **sizes, **dims, **masks, before=before, max_scores=False)
+        return dataclasses.replace(self, **sizes, **dims, **masks, before=before, max_scores=False, layers=0)

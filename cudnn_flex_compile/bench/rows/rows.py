@@ -60,7 +60,7 @@ _ROWS: tuple[dict[str, Any], ...] = (
      "lse": True, "family": "gemma2"},
     {"name": "9c", "who": "HuggingFace BERT base", **PADDED, "batch": 32, "heads": 12, "kv_heads": 12,
      "qk_dim": 64, "dim": 768, "mlp": 3072, "length": 512, "encoder": True, "form": WHOLE, "lse": True,
-     "family": "bert"},
+     "family": "bert", "layers": 12},
 )  # fmt: skip
 ROWS = tuple(Row(**row) for row in _ROWS)
 

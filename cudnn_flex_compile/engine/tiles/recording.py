@@ -71,8 +71,7 @@ class Recording:
         It is made on the stream of the recording, which must be the current one.
         """
         with self._lock, torch.no_grad():
-            for mine, tensor in zip(self._given, tensors, strict=True):
-                mine.copy_(tensor)
+            torch._foreach_copy_(self._given, tensors)
             self._graph.replay()
             return TileList(self._listed.numbers.clone(), self._listed.layout), self._numbers.clone()
 

@@ -217,7 +217,8 @@ def ours(inputs: CostInputs, measured: tuple[float, ...] = ()) -> Estimate | Non
 
 def _rest(inputs: CostInputs, measured: bool) -> Iterator[tuple[str, float]]:
     """The time of a step that one of our ways takes besides its kernels, or longer than Inductor's kernel does."""
-    if inputs.tiled and inputs.reads_mask:
+    listed = bool(inputs.tiled) and inputs.reads_mask
+    if listed:
         yield "list", LIST_ERROR * list_time(inputs) / inputs.sharing
     folded = inputs.lse_gradient and BACKWARD not in inputs.tiled  # engine/plans/folded_output.py
     if folded and not measured:
@@ -225,7 +226,7 @@ def _rest(inputs: CostInputs, measured: bool) -> Iterator[tuple[str, float]]:
         yield "LSE", rates * inputs.tflop * LSE_COST / inputs.lengths[1]
     if not inputs.in_a_step:
         return
-    if inputs.reads_mask and inputs.in_a_model and inputs.call.blocks:
+    if inputs.reads_mask and inputs.in_a_model and inputs.call.blocks and not listed:
         yield "mask", STEP["mask"][0] / inputs.sharing
     if folded or host_counts(inputs):
         yield "host", STEP["host, LSE"][0] if folded else STEP["host"][inputs.training]

@@ -125,7 +125,7 @@ def looked_at(candidate: Candidate) -> Looks | None:
         return None
     named = {*ir.axes_of(mask.own), *ir.axes_of(mask.always), "q", "k"}
     sizes = zip(ir.AXES, geometry_of(candidate).sizes, strict=True)
-    return Looks(math.prod(n for axis, n in sizes if axis in named), not (mask.reads_ints or mask.reads_floats))
+    return Looks(math.prod(n for axis, n in sizes if axis in named), not mask.reads_floats)
 
 
 def geometry_of(candidate: Candidate) -> Geometry:

@@ -17,7 +17,7 @@ from cudnn_flex_compile import inductor_seam, uninstall
 from cudnn_flex_compile.bench.command import facts
 from cudnn_flex_compile.bench.rows import command, masks
 from cudnn_flex_compile.bench.rows.launch import OURS, SIDES, STOCK
-from cudnn_flex_compile.bench.rows.measure import IN_A_ROW, WARM_UP, Bench, is_attention, measure
+from cudnn_flex_compile.bench.rows.measure import IN_A_ROW, WARM_UP, Bench, _compare, is_attention, measure
 from cudnn_flex_compile.bench.rows.result import Measured, Result, read_csv, write_csv
 from cudnn_flex_compile.bench.rows.row import FORMS, LAYERS
 from cudnn_flex_compile.bench.rows.rows import ROWS, chosen
@@ -56,6 +56,18 @@ def test_a_model_of_transformers(row, trainable):
     found = measure(Bench(row.tiny(), 2, "cpu", {"lower": "always"}, trains=False), steps=0)
     assert (found.layers, found.lowered, found.kept) == ("transformers", 2, {})
     assert found.out < 0.01
+
+
+def test_gradients_of_a_module_are_compared_together():
+    """A bias of keys, whose gradient is rounding alone, is small beside the gradient of its weights."""
+    stock = {"out": torch.ones(4), "key.weight": torch.full((4, 4), 3.0), "key.bias": torch.full((4,), 1e-3)}
+    ours = {**stock, "key.bias": -stock["key.bias"]}
+    found = Result("1a", "", {})
+    _compare(found, [stock, ours])
+    assert (found.out, found.worst) == (0.0, "key")
+    assert found.gradient == pytest.approx(2e-3 * 2 / (3.0 * 4), rel=1e-3)
+    _compare(found, [stock, {**ours, "out": torch.full((4,), 1.5), "key.weight": torch.zeros(4, 4)}])
+    assert (found.out, found.gradient) == (pytest.approx(0.5), pytest.approx(1.0))
 
 
 def test_rows_are_chosen_by_number_or_name():

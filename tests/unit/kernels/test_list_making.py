@@ -131,6 +131,23 @@ def test_a_step_like_the_last_one_waits_for_nothing_until_its_call(tiler):
     assert tiler.recorded == 6 - 1 - list_making.RECORDED
 
 
+def test_a_list_is_recorded_where_its_integers_stay(tiler):
+    """A mask with a window that changes at each step is never recorded, and right."""
+    source, given = "(ids[b, q] == ids[b, kv]) & (q - kv <= n) & (q >= kv)", {"ids": documents(0, 5)}
+    for widths, recorded in ([*range(6)], 0), ([7] * 6, 6 - list_making.RECORDED), ([7, 8] * 3, 0):
+        tiler.recorded, needs = 0, Needs()
+        for n in (3, *widths):
+            program = text_of(normal(source, {**given, "n": n}).mask, TRUE)
+            pairs = Pairs(program, [given["ids"]], (), [0, n], [], SIZES, [], (), CPU)
+            listed = Listed(GEOMETRY, needs, 1)
+            list_making.begin(listed, pairs)
+            if listed.found is None:
+                listed.settle(lambda pairs=pairs: pairs)
+            expected = brute_force(source, {**given, "n": n}, SIZES)
+            assert torch.equal(shown(listed.found.numbers, SIZES), expected)
+        assert tiler.recorded == recorded
+
+
 def test_a_list_that_is_too_small_is_made_anew(tiler, monkeypatch):
     needs = Needs()
     for _ in range(2):

@@ -14,6 +14,7 @@ from tests.unit.kernels.test_row_tables import BLOCK, blocks_of, given_of
 CASES = [
     ("causal documents", "needed"), ("padding id", "none"),
     pytest.param("prefix", "any", marks=pytest.mark.any_torch),
+    pytest.param("scalar", "any", marks=pytest.mark.any_torch),
     pytest.param("per head", "needed", marks=pytest.mark.any_torch),
 ]  # fmt: skip
 
@@ -32,11 +33,11 @@ def test_inductor_compiles_it(name, kind, monkeypatch):
     monkeypatch.setattr(hot_function.HotFunction, "_compile", seen)
     row_tables._function.cache_clear()
     sizes, source = (2, 3, 24, 40), SOURCES[name]
-    given, tensors, _ = given_of(source, 1, 40)
+    given, tensors, ints = given_of(source, 1, 40)
     own = brute_force(source, given, sizes)
     blocks, partial, full = blocks_of(kind, own, 1)
     program = text_of(normal(source, given).mask, TRUE)
-    pairs = Pairs(program, tensors, (), [], [], sizes, blocks, BLOCK, CPU)
+    pairs = Pairs(program, tensors, (), ints, [], sizes, blocks, BLOCK, CPU)
     heads = sizes[1] if pairs.axes[1] > 1 else 1
     assert mask_of(program).parts is not None
     ways = [way for way in row_tables.ways(pairs) if way in row_tables.COMPILED]
