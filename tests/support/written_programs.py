@@ -210,8 +210,13 @@ def program(number: int) -> Program:
         of_score = f"torch.where({of_mask}, {of_score}, -torch.inf)"
     lines = ["view = slopes.view(-1)" if score is None else f"view = {score}.view(-1)"]
     lines += ["score_mod = lambda s, b, h, i, j: " + of_score, f"mask_mod = lambda b, h, i, j: {of_mask}"]
-    made = "BlockMask.from_kv_blocks(count, index, BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=(LENGTH, LENGTH))"
-    lines += [f"block_mask = {made if blocks == 'shared' else None}"]
+    how = "BLOCK_SIZE=BLOCK, seq_lengths=(LENGTH, LENGTH)"
+    # Dynamo takes long to trace how stock makes a BlockMask of its own, and the lists that a backward needs.
+    as_most_people_do = number % 5 == 0
+    how += "" if as_most_people_do else ", compute_q_blocks=False"
+    made = f"BlockMask.from_kv_blocks(count, index, mask_mod=mask_mod, {how})"
+    pairs = "None" if as_most_people_do else f"BlockMask.from_kv_blocks(count, index, {how})"
+    lines += [f"block_mask = {made if blocks == 'shared' else pairs}"]
     written, results = [], []
     for call in range(chance.choice((2, 2, 2, 3))):
         if call:
