@@ -20,6 +20,7 @@ def run(script, *arguments):
     return subprocess.run(command, env=WITHOUT_GPU, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.any_torch
 def test_quickstart_runs_to_the_end():
     done = run("quickstart.py")
     assert done.returncode == 0, done.stderr
@@ -38,7 +39,12 @@ EXAMPLES = {  # what each shows of itself: calls, and those that are lowered
 }
 
 
-@pytest.mark.parametrize("command", EXAMPLES, ids=" ".join)
+def long(command):
+    """Its models are trained with every torch by test_huggingface.py."""
+    return pytest.param(command, marks=pytest.mark.any_torch) if command[0] == "huggingface.py" else command
+
+
+@pytest.mark.parametrize("command", [*map(long, EXAMPLES)], ids=" ".join)
 def test_an_example_shows_what_it_lowers(command):
     if command[0] == "huggingface.py":
         pytest.importorskip("transformers")

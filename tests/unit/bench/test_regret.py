@@ -20,6 +20,7 @@ from cudnn_flex_compile.cli import main
 from cudnn_flex_compile.config import FORCED, LISTS
 from cudnn_flex_compile.engine.problem import BACKWARD, FORWARD
 
+pytestmark = pytest.mark.any_torch
 CAUSAL, FRAMES = "causal at 2,16,16,4096,128", "frames at 2,16,16,4096,128"
 LAST = "last keys at 8,32,8,1/8192,128, forward alone"
 INSIDE = "causal at 8,12,12,128,64, in a model"

@@ -24,6 +24,7 @@ from cudnn_flex_compile.engine.tiles.tiler import Tiler
 from cudnn_flex_compile.engine.tiles.units import READERS, STAGES, units_of
 from cudnn_flex_compile.scoremod import ir
 
+pytestmark = pytest.mark.any_torch
 ROOT = Path(__file__).parents[4]
 compiled = pytest.mark.skipif(kernels_missing() is not None, reason=f"no kernels by tile lists: {kernels_missing()}")
 DIMS = ((64, 64), (128, 128), (192, 128), (256, 256))
