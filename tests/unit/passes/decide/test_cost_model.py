@@ -119,14 +119,14 @@ def test_padding_on_either_side_runs_alike(share):
 
 @pytest.mark.parametrize(
     ("looks", "lowered"),
-    [(None, True), (Looks(2**30, True), True), (Looks(28 * 2**30, True), False), (Looks(2**30, False), False)],
+    [(None, True), (Looks(2**28, True), True), (Looks(28 * 2**30, True), False), (Looks(2**30, False), False)],
 )
 def test_a_list_that_takes_long_each_step_keeps_its_calls(looks, lowered):
-    """28 heads of 32768 tokens: its list may look at no pairs, at those of one head, or at those of all."""
+    """28 heads of 32768 tokens: its list may look at no pairs, at some, or at those of all heads."""
     reads, shape = ir.program(mask=make("ge", ir.operand(0, ir.I32, "q"), KV)), (1, 28, 4, 32768, 128)
     ways = {
         tiled: CostInputs(
-            call_of(*shape), reads, (), True, False, Blocks(0.03, 0.5), None, tiled, sharing=2, looks=looks
+            call_of(*shape), reads, (), True, False, Blocks(0.03, 0.5), None, tiled, sharing=4, looks=looks
         )
         for tiled in ((), ("forward", "backward"))
     }
