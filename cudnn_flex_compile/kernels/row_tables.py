@@ -263,7 +263,7 @@ def _function(
     def traced(*tensors: Tensor) -> Tensor:
         return COMPILED[way](of(tensors), heads, width, WHOLE)
 
-    long = way != RUNS and math.prod(sizes[2:]) > WHOLE
+    long = way != RUNS and not ints and math.prod(sizes[2:]) > WHOLE  # integers may change in each step
     return HotFunction(function, traced, long=long)
 
 
