@@ -71,7 +71,8 @@ class Recording:
         It is made on the stream of the recording, which must be the current one.
         """
         with self._lock, torch.no_grad():
-            torch._foreach_copy_(self._given, list(tensors))
+            for mine, tensor in zip(self._given, tensors, strict=True):
+                mine.copy_(tensor)
             self._graph.replay()
             return TileList(self._listed.numbers.clone(), self._listed.layout), self._numbers.clone()
 
