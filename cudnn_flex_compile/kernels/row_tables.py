@@ -36,8 +36,8 @@ from cudnn_flex_compile.scoremod.masks.intervals import (
 )
 
 RUNS, BLOCKS, FIRST_BLOCKS, PAIRS, EVERY = range(5)
-WHOLE = 2**30  # pairs that a compiled function looks at together: their indices have 32 bits
-CHUNKS = 16  # times as many, for each of which it has kernels of its own
+WHOLE = 2**30  # pairs that one kernel of a compiled function looks at: their indices have 32 bits
+CHUNKS = 16  # the most chunks of WHOLE pairs, for each of which a compiled function has kernels of its own
 
 
 class Found(NamedTuple):
